@@ -1,0 +1,278 @@
+"""A constitution: the principles of one iteration, as a YAML file that people read and edit.
+
+`tasks.cluster` makes one, `load` and `save` move it, a person may edit it in between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from constitutions.errors import UserError, UserErrors
+
+Text = Annotated[str, Field(strict=True, pattern=r"\S")]
+Count = Annotated[int, Field(strict=True, ge=0)]
+
+
+class Principle(BaseModel):
+    """One principle of a constitution. In a file, only `text` has to be given."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: Text = ""
+    """Stays when the text is reworded; `principle_id(text)` where none is given."""
+    text: Text
+    support: Count = 0
+    """Trajectories that carry this principle as their label."""
+    share: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.0
+    """Their share of the weight of all trajectories."""
+    example: Annotated[str, Field(strict=True)] = ""
+    """`prompt_id` of the trajectory that this principle improved most."""
+    members: tuple[Text, ...] = ()
+    """The wordings that were merged into it, most frequent first."""
+
+    def model_post_init(self, _context: Any) -> None:
+        if not self.id:
+            object.__setattr__(self, "id", principle_id(self.text))
+
+
+class Constitution(BaseModel):
+    """The principles of one iteration, ordered by support (descending), then by text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    experiment: Annotated[str, Field(strict=True)] = ""
+    iteration: Count = 0
+    principles: tuple[Principle, ...]
+
+    @field_validator("principles")
+    @classmethod
+    def _ordered(cls, principles: tuple[Principle, ...]) -> tuple[Principle, ...]:
+        return tuple(sorted(principles, key=lambda p: (-p.support, p.text)))
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The principles' texts, in order."""
+        return tuple(p.text for p in self.principles)
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What `diff` found, by id. `reworded` holds (old, new) pairs."""
+
+    added: tuple[Principle, ...]
+    dropped: tuple[Principle, ...]
+    reworded: tuple[tuple[Principle, Principle], ...]
+
+
+def principle_key(text: str) -> str:
+    """What two spellings of one principle share: NFC, one case, single spaces, no final mark."""
+    plain = " ".join(unicodedata.normalize("NFC", text).casefold().split())
+    return plain.rstrip(" .!;:。") or plain
+
+
+def principle_id(text: str) -> str:
+    """A short stable id: "p-" and 12 hexadecimal digits of the sha256 of the text's key."""
+    return "p-" + hashlib.sha256(principle_key(text).encode()).hexdigest()[:12]
+
+
+def diff(old: Constitution, new: Constitution) -> Changes:
+    """The principles that are new, gone, or kept under the same id with another text."""
+    before = {p.id: p for p in old.principles}
+    after = {p.id: p for p in new.principles}
+    return Changes(
+        added=tuple(p for p in new.principles if p.id not in before),
+        dropped=tuple(p for p in old.principles if p.id not in after),
+        reworded=tuple(
+            (before[p.id], p)
+            for p in new.principles
+            if p.id in before and before[p.id].text != p.text
+        ),
+    )
+
+
+def markdown(constitution: Constitution, wordings: int = 3) -> str:
+    """The constitution as a Markdown table, with up to `wordings` merged wordings a row."""
+    head = ["| # | principle | share | trajectories | also worded as |", "|--:|---|--:|--:|---|"]
+    rows = [
+        f"| {number} | {_cell(p.text)} | {p.share:.1%} | {p.support:,} | {_others(p, wordings)} |"
+        for number, p in enumerate(constitution.principles, start=1)
+    ]
+    return "\n".join([*head, *rows]) + "\n"
+
+
+def save(constitution: Constitution, path: str | os.PathLike[str]) -> None:
+    """Write the constitution as YAML (UTF-8); `load` gives exactly the same back."""
+    document = {
+        "experiment": constitution.experiment,
+        "iteration": constitution.iteration,
+        "principles": [_entry(p) for p in constitution.principles],
+    }
+    body = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100)
+    Path(path).write_text(_header(constitution) + body, encoding="utf-8", newline="\n")
+
+
+def load(path: str | os.PathLike[str]) -> Constitution:
+    """Read a constitution that `save` or a person wrote.
+
+    Raises:
+        UserError: the file is missing, not UTF-8, not YAML, or has an unknown key, a missing or
+            empty text, a wrong type, or the same principle twice; all such entries at once, each
+            with its line.
+    """
+    source = _read(Path(path))
+    data = _parse(source, path)
+    if not isinstance(data, dict):
+        raise UserError(
+            "this is not a constitution", where=str(path), expected="a mapping with 'principles:'"
+        )
+    try:
+        constitution = Constitution.model_validate(data)
+    except ValidationError as error:
+        raise _as_user_errors(error, source, path) from None
+    _refuse_repetitions(data["principles"], source, path)
+    return constitution
+
+
+def _entry(principle: Principle) -> dict[str, Any]:
+    entry = principle.model_dump(mode="json")
+    return {name: value for name, value in entry.items() if value not in ("", [])}
+
+
+def _header(constitution: Constitution) -> str:
+    return (
+        f"# {len(constitution.principles):,} principles. To edit: reword a 'text' (keep its 'id'),"
+        "\n# delete an entry, or add one ('text' is enough).\n"
+    )
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _others(principle: Principle, limit: int) -> str:
+    others = [_cell(m) for m in principle.members if m != principle.text]
+    more = f" (+{len(others) - limit:,})" if len(others) > limit else ""
+    return " · ".join(others[:limit]) + more
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """A safe loader that refuses a key given twice: YAML would silently drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' is given twice in one entry", key.start_mark
+                )
+            seen.add(key.value)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError("there is no such file", where=str(path)) from None
+    except IsADirectoryError:
+        raise UserError("this is a directory", where=str(path), expected="a YAML file") from None
+    except UnicodeDecodeError as error:
+        where = f"{path}, byte {error.start}"
+        raise UserError("the text is not UTF-8", where=where, expected="UTF-8") from None
+
+
+def _parse(source: str, path: str | os.PathLike[str]) -> Any:
+    try:
+        return yaml.load(source, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(
+            error.problem or "this is not YAML",
+            where=f"{path}{line}",
+            fix="start each principle with '- '; put a text that holds ': ' or '#' in quotes",
+        ) from None
+    except yaml.YAMLError as error:
+        raise UserError(f"this is not YAML ({error})", where=str(path)) from None
+
+
+def _as_user_errors(
+    error: ValidationError, source: str, path: str | os.PathLike[str]
+) -> UserErrors:
+    root = yaml.compose(source, Loader=_Loader)
+    return UserErrors([_as_user_error(e, root, path) for e in error.errors()])
+
+
+def _as_user_error(error: Any, root: yaml.Node | None, path: str | os.PathLike[str]) -> UserError:
+    kind, location = error["type"], error["loc"]
+    where = f"{path}, line {_line(root, location)}, {_spelled(location)}"
+    if kind == "extra_forbidden":
+        owner = Principle if "principles" in location else Constitution
+        keys = ", ".join(owner.model_fields)
+        return UserError("unknown key", where=where, expected=f"one of {keys}")
+    requirement = error["msg"].removeprefix("Input should be ")
+    what, expected = _MISTAKES.get(kind, ("wrong value", requirement))
+    return UserError(what, where=where, expected=expected)
+
+
+_MISTAKES = {
+    "missing": ("it is missing", ""),
+    "model_type": ("this is not a principle", "a mapping with 'text:'"),
+    "string_pattern_mismatch": ("the text is empty", ""),
+    "string_type": ("this is not a text", "a text, in quotes where YAML reads it as another type"),
+    "tuple_type": ("this is not a list", "a list, each item after '- '"),
+}
+"""What pydantic's error types mean to the person who edited the file: (what, expected)."""
+
+
+def _spelled(location: Sequence[str | int]) -> str:
+    """("principles", 0, "text") as "principle 1, 'text'"."""
+    match location:
+        case ("principles", int(index), *rest):
+            return ", ".join([f"principle {index + 1}", *(f"'{name}'" for name in rest[:1])])
+        case _:
+            return f"'{location[0]}'" if location else "the file"
+
+
+def _line(node: yaml.Node | None, location: Sequence[str | int]) -> int:
+    """The 1-based line of a location, or of its nearest ancestor that is in the file."""
+    for step in location:
+        found = next((child for name, child in _children(node) if name == step), None)
+        if found is None:
+            break
+        node = found
+    return int(node.start_mark.line) + 1 if node else 1
+
+
+def _children(node: yaml.Node | None) -> Iterator[tuple[str | int, yaml.Node]]:
+    if isinstance(node, yaml.SequenceNode):
+        yield from enumerate(node.value)
+    elif isinstance(node, yaml.MappingNode):
+        yield from ((key.value, value) for key, value in node.value)
+
+
+def _refuse_repetitions(
+    entries: Sequence[dict[str, Any]], source: str, path: str | os.PathLike[str]
+) -> None:
+    for field in ("text", "id"):
+        first: dict[str, int] = {}
+        for index, entry in enumerate(entries):
+            value = principle_key(entry.get(field, f"\0{index}"))
+            if value in first:
+                root = yaml.compose(source, Loader=_Loader)
+                line = _line(root, ("principles", index, field))
+                raise UserError(
+                    f"the same {field} as principle {first[value] + 1}",
+                    where=f"{path}, line {line}, principle {index + 1}, '{field}'",
+                    fix="delete one of them",
+                )
+            first[value] = index

@@ -1,0 +1,50 @@
+"""The user's mistakes, as messages.
+
+Every layer raises `UserError` for what a person can mend; the CLI prints it and exits with 2.
+Anything else that is raised is our defect and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: what happened, where, what was expected, what to do.
+
+    Args:
+        what: what is wrong, as a clause without a full stop ("the gold response is empty").
+        where: file, row, field or setting ("prompts.jsonl, row 7, field 'gold'").
+        expected: what would have been right ("a non-empty string").
+        fix: the next step, as a command where there is one.
+    """
+
+    def __init__(self, what: str, *, where: str = "", expected: str = "", fix: str = "") -> None:
+        self.what, self.where, self.expected, self.fix = what, where, expected, fix
+        super().__init__(self._render())
+
+    def _render(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        tail = [f"expected {self.expected}"] if self.expected else []
+        tail += [self.fix] if self.fix else []
+        return "; ".join([head, *tail])
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle by parts: Prefect carries exceptions between processes."""
+        return _rebuild, (type(self), self.__dict__.copy())
+
+
+class UserErrors(UserError):
+    """Several mistakes at once: all of a configuration's, or the first rows of a file's."""
+
+    def __init__(self, errors: Sequence[UserError], *, more: int = 0) -> None:
+        self.errors, self.more = tuple(errors), more
+        lines = [str(error) for error in errors] + ([f"… and {more:,} more"] if more else [])
+        super().__init__("\n".join(lines))
+
+
+def _rebuild(kind: type[UserError], state: dict[str, object]) -> UserError:
+    error = kind.__new__(kind)
+    error.__dict__.update(state)
+    Exception.__init__(error, state.get("what", ""))
+    return error

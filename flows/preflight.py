@@ -1,0 +1,79 @@
+"""What is checked before any compute is spent: settings, model directory, data, disk.
+
+All mistakes are reported together.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+
+from constitutions.errors import UserError, UserErrors
+from flows.experiment import home
+from flows.settings import ExperimentSettings
+from tasks.basemodels import check_model
+from tasks.corpus import CorpusSettings, load_corpus
+from tasks.prompts import prompt_sets
+
+LEAST_FREE_BYTES = 512 << 20
+"""Free disk that an experiment needs at least: database, rows, adapters, figures."""
+
+
+def check(settings: ExperimentSettings) -> dict[str, str]:
+    """What will be run, by name, as text for people.
+
+    Raises:
+        UserErrors: everything that is wrong.
+    """
+    problems: list[UserError] = []
+
+    def attempt(look: Callable[[], str]) -> str:
+        try:
+            return look()
+        except UserErrors as errors:
+            problems.extend(errors.errors)
+        except UserError as error:
+            problems.append(error)
+        return ""
+
+    found = {
+        "model": attempt(lambda: check_model(settings.policy)),
+        "prompts": attempt(lambda: _prompts(settings)),
+        "disk": attempt(_disk),
+    }
+    if problems:
+        raise UserErrors(problems)
+    return found
+
+
+def check_data(path: str) -> dict[str, str]:
+    """What a data file holds.
+
+    Raises:
+        UserErrors: the rows that cannot be used.
+    """
+    corpus = load_corpus((CorpusSettings(path=path),), seed=0)
+    return {"rows": f"{len(corpus.rows):,} usable", "rejected": f"{len(corpus.rejected):,}"}
+
+
+def _prompts(settings: ExperimentSettings) -> str:
+    sizes = [
+        len(prompt_sets(settings.prompts, settings.seed, t).rows)
+        for t in range(settings.iterations + 1)
+    ]
+    mined = " + ".join(f"{size:,}" for size in sizes[1:])
+    return f"{mined} to mine, {sizes[0]:,} held out"
+
+
+def _disk() -> str:
+    place = home().absolute()
+    place = next(p for p in (place, *place.parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < LEAST_FREE_BYTES:
+        raise UserError(
+            f"only {free >> 20} MiB are free on the disk",
+            where=str(home()),
+            expected=f"at least {LEAST_FREE_BYTES >> 20} MiB",
+            fix="free some space, or set STAPLE_HOME to another disk",
+        )
+    return f"{free / 2**30:.0f} GiB free"

@@ -1,0 +1,109 @@
+"""What people look at: the top-level MLflow run of an iteration, and the experiment's summary.
+
+Nothing here is computed; it gathers what the stages recorded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext
+
+from constitutions.constitution import load, markdown
+from flows.experiment import Experiment
+from tasks.store import SUMMARY, Attempt, Metrics, Record
+
+Attempts = dict[str, Attempt]
+
+PUBLISHED = "published"
+"""Tag: the digest of what a run shows, so that an unchanged rerun adds no points to its curves."""
+
+
+@task(name="publish", cache_policy=NO_CACHE)
+def publish_iteration(experiment: Experiment, iteration: int, **attempts: Attempt) -> Attempts:
+    """Headline metrics, constitution, figures and adapter on the iteration's top-level run."""
+    record = experiment.record
+    if _changed(record, iteration, attempts):
+        metrics = iteration_metrics(attempts)
+        record.log_iteration(iteration, metrics, _files(attempts))
+        if "train" in attempts:
+            register_adapter(record, iteration, attempts["train"], metrics)
+        _mark(record, iteration, attempts)
+    if "cluster" in attempts and FlowRunContext.get() is not None:
+        constitution = load(attempts["cluster"].path("constitution.yaml"))
+        create_markdown_artifact(
+            markdown(constitution), key="constitution", description=f"Iteration {iteration}"
+        )
+    return attempts
+
+
+def publish_experiment(experiment: Experiment, done: Sequence[Attempts]) -> None:
+    """The curves over iterations, as metrics with steps and as figures, on the summary run."""
+    from tasks.report import constitution_figure, win_rate_figure
+
+    record = experiment.record
+    every = {f"{name}-{t}": a for t, attempts in enumerate(done) for name, a in attempts.items()}
+    if not _changed(record, SUMMARY, every):
+        return
+    run_id = record.iteration_run(SUMMARY)
+    history = {t: iteration_metrics(attempts) for t, attempts in enumerate(done)}
+    for t, metrics in history.items():
+        record.log_metrics(run_id, metrics, step=t)
+    measured = {t: metrics for t, metrics in history.items() if t > 0}
+    record.client.log_figure(run_id, win_rate_figure(measured), "win_rate.png")
+    record.client.log_figure(run_id, constitution_figure(measured), "constitution.png")
+    _mark(record, SUMMARY, every)
+
+
+def iteration_metrics(attempts: Mapping[str, Attempt]) -> Metrics:
+    """All metrics of an iteration's stages, and the seconds that each took."""
+    metrics: Metrics = {}
+    for name, attempt in attempts.items():
+        metrics |= {key: v for key, v in attempt.metrics.items() if key != "seconds"}
+        metrics[f"seconds/{name}"] = attempt.seconds
+    return metrics
+
+
+def register_adapter(
+    record: Record, iteration: int, trained: Attempt, metrics: Mapping[str, float]
+) -> None:
+    """A version of the registered model; "champion" moves only to a policy that beats the last.
+
+    That is: the refined answers' interval against the previous iteration lies above parity.
+    """
+    from mlflow.exceptions import MlflowException
+
+    client, name = record.client, record.experiment
+    try:
+        client.get_registered_model(name)
+    except MlflowException:
+        client.create_registered_model(name)
+    version = client.create_model_version(
+        name, source=f"runs:/{trained.run_id}/adapter", run_id=trained.run_id
+    )
+    client.set_model_version_tag(name, version.version, "iteration", str(iteration))
+    if metrics.get("win_rate/refined_vs_previous_low", 0.0) > 0.5:
+        client.set_registered_model_alias(name, "champion", version.version)
+
+
+def _files(attempts: Mapping[str, Attempt]) -> list[Path]:
+    wanted = {"cluster": ("constitution.yaml", "map.png"), "train": ("adapter",)}
+    return [attempts[s].path(name) for s, names in wanted.items() if s in attempts for name in names]
+
+
+def _changed(record: Record, iteration: int, attempts: Mapping[str, Attempt]) -> bool:
+    run = record.client.get_run(record.iteration_run(iteration))
+    return run.data.tags.get(PUBLISHED) != _state(attempts)
+
+
+def _mark(record: Record, iteration: int, attempts: Mapping[str, Attempt]) -> None:
+    record.client.set_tag(record.iteration_run(iteration), PUBLISHED, _state(attempts))
+
+
+def _state(attempts: Mapping[str, Attempt]) -> str:
+    return json.dumps({name: attempt.run_id[:8] for name, attempt in sorted(attempts.items())})

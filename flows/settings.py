@@ -1,0 +1,159 @@
+"""All settings of an experiment: the stages' own, composed; read from a preset, YAML, `--set`.
+
+`load_settings` reports every mistake at once, each with the setting's name and what it expects.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from constitutions.errors import UserError, UserErrors
+from models.policy import PolicySettings
+from models.settings import Settings
+from tasks.cluster import ClusterSettings
+from tasks.evaluate import EvaluateSettings
+from tasks.filter import FilterSettings
+from tasks.mine import MineSettings
+from tasks.prompts import PromptSettings
+from tasks.score import ScoreSettings
+from tasks.train import TrainSettings
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class ExperimentSettings(Settings):
+    """One experiment: T EM iterations of a policy on prompts with gold responses."""
+
+    experiment: str = Field("staple", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """The experiment's name in MLflow: letters, digits, dot, dash and underscore."""
+    seed: int = Field(0, ge=0)
+    """Seeds every draw: prompts, samples, clustering, adapter, bootstrap."""
+    iterations: int = Field(4, ge=1, le=100)
+    """T: EM iterations."""
+    policy: PolicySettings = PolicySettings()
+    """The model that improves itself."""
+    prompts: PromptSettings = PromptSettings()
+    """Where prompts and gold responses come from, and how many each iteration takes."""
+    mine: MineSettings = MineSettings()
+    """E-step: proposals."""
+    score: ScoreSettings = ScoreSettings()
+    """E-step: similarity to the gold response."""
+    filter: FilterSettings = FilterSettings()
+    """E-step: which proposals are kept."""
+    cluster: ClusterSettings = ClusterSettings()
+    """Posterior regularisation: the constitution."""
+    train: TrainSettings = TrainSettings()
+    """M-step: the adapter."""
+    evaluate: EvaluateSettings = EvaluateSettings()
+    """Held-out win rates."""
+
+
+def presets() -> list[str]:
+    """Names of the presets that come with the project."""
+    return sorted(p.stem for p in PRESETS.glob("*.yaml"))
+
+
+def load_settings(source: str, overrides: Sequence[str] = ()) -> ExperimentSettings:
+    """Settings from a preset's name or a YAML file, changed by "key.path=value" overrides.
+
+    A file may start from a preset: `extends: planted`.
+
+    Raises:
+        UserErrors: every mistake of the file and of the overrides.
+    """
+    values = _read(source)
+    problems: list[UserError] = []
+    for override in overrides:
+        try:
+            _override(values, override)
+        except UserError as error:
+            problems.append(error)
+    try:
+        settings = ExperimentSettings.model_validate(values)
+    except ValidationError as error:
+        raise UserErrors([*problems, *_explain(error, source)]) from None
+    if problems:
+        raise UserErrors(problems)
+    return settings
+
+
+def dump_settings(settings: ExperimentSettings) -> str:
+    """YAML that `load_settings` reads back."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read(source: str) -> dict[str, Any]:
+    path = PRESETS / f"{source}.yaml" if source in presets() else Path(source)
+    if not path.is_file():
+        raise UserError(
+            "there is no such preset or file",
+            where=source,
+            expected=f"one of {', '.join(presets())}, or the path of a YAML file",
+        )
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"not readable as YAML: {error}", where=source) from None
+    if not isinstance(values, dict):
+        raise UserError("not a mapping", where=source, expected="settings as `name: value` lines")
+    base = values.pop("extends", None)
+    return values if base is None else _merge(_read(str(base)), values)
+
+
+def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    match = re.fullmatch(r"([A-Za-z_][\w.]*)=(.*)", override, re.DOTALL)
+    if not match:
+        raise UserError(
+            "not an override", where=f"--set {override}", expected="key=value, as in mine.samples=8"
+        )
+    *parents, last = match[1].split(".")
+    place = values
+    for name in parents:
+        inner = place.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"'{name}' has no parts", where=f"--set {override}")
+        place = inner
+    place[last] = yaml.safe_load(match[2])
+
+
+def _explain(error: ValidationError, source: str) -> list[UserError]:
+    return [_explain_one(e, source) for e in error.errors()]
+
+
+def _explain_one(error: Any, source: str) -> UserError:
+    path = [str(part) for part in error["loc"]]
+    where = f"{source}, setting '{'.'.join(path)}'"
+    if error["type"] == "extra_forbidden":
+        known = _known(path[:-1])
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        fix = f"did you mean '{close[0]}'?" if close else ""
+        return UserError("unknown setting", where=where, expected=f"one of {', '.join(known)}", fix=fix)
+    given = repr(error["input"])
+    shown = given if len(given) < 80 else given[:77] + "…"
+    message = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    return UserError(f"got {shown}", where=where, expected=message)
+
+
+def _known(path: Sequence[str]) -> list[str]:
+    model: Any = ExperimentSettings
+    for name in path:
+        annotation = model.model_fields[name].annotation if name in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, Settings)):
+            return []
+        model = annotation
+    return list(model.model_fields)

@@ -1,0 +1,175 @@
+"""What the command line prints: tables and panels, all in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from constitutions.constitution import load
+from flows.ask import Asked
+from flows.experiment import STAGES, record_of
+from flows.publish import iteration_metrics
+from flows.settings import ExperimentSettings
+from flows.states import stage_states
+from tasks.store import Attempt, Metrics
+
+console = Console()
+
+
+def beginning(settings: ExperimentSettings, found: Mapping[str, str]) -> None:
+    """What is about to be run."""
+    facts = "\n".join(f"{name:<8} {what}" for name, what in found.items())
+    title = f"experiment {settings.experiment}: {settings.iterations} EM iterations"
+    console.print(Panel(Text(facts), title=title, title_align="left", expand=False))
+
+
+def ending(settings: ExperimentSettings, done: Sequence[Mapping[str, Attempt]]) -> None:
+    """The closing table, and what to try next."""
+    history = [iteration_metrics(attempts) for attempts in done]
+    console.print(_results(settings, history))
+    if any("planted/nmi" in metrics for metrics in history):
+        console.print(_truth(history))
+    reused = sum(a.reused for attempts in done for a in attempts.values())
+    total = sum(len(attempts) for attempts in done)
+    console.print(f"{total - reused} stages computed, {reused} reused from the record.")
+    _next_steps(settings)
+
+
+def status(settings: ExperimentSettings) -> None:
+    """Iterations by stages."""
+    table = Table(title=f"experiment {settings.experiment}")
+    table.add_column("iteration", justify="right")
+    for name in ("prompts", *STAGES):
+        table.add_column(name)
+    states = stage_states(settings)
+    for iteration in range(settings.iterations + 1):
+        cells = [_state_cell(states.get((name, iteration))) for name in ("prompts", *STAGES)]
+        table.add_row(str(iteration), *cells)
+    console.print(table)
+    for (name, iteration), state in states.items():
+        if state.since:
+            console.print(f"{name} {iteration} is stale: {state.since}")
+
+
+def attempt(done: Attempt) -> None:
+    """One stage's figures."""
+    how = "reused from the record" if done.reused else f"computed in {done.seconds:.1f} s"
+    table = Table(title=f"{done.stage}, iteration {done.iteration}: {how}", title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in done.metrics.items():
+        table.add_row(name, f"{value:,.4g}")
+    console.print(table)
+
+
+def constitution(done: Attempt) -> None:
+    """The principles of a cluster attempt."""
+    found = load(done.path("constitution.yaml"))
+    table = Table(title=f"{found.experiment}, iteration {done.iteration}", title_justify="left")
+    for name, justify in (("#", "right"), ("principle", "left"), ("trajectories", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("also worded as")
+    for number, entry in enumerate(found.principles, start=1):
+        others = [m for m in entry.members if m != entry.text]
+        more = f" … {len(others) - 2} more" if len(others) > 2 else ""
+        table.add_row(
+            str(number), Text(entry.text), str(entry.support), Text("; ".join(others[:2]) + more)
+        )
+    console.print(table)
+
+
+def asked(reply: Asked) -> None:
+    """y1 → z → y2, and why."""
+    answer = reply.answer
+    console.print(Panel(Text(answer.initial), title="first answer", title_align="left"))
+    console.print(Panel(Text(answer.principle), title="principle", title_align="left"))
+    console.print(Panel(Text(answer.refined), title="refined answer", title_align="left"))
+    if reply.iteration == 0:
+        why = "Iteration 0: the initial policy; no constitution yet."
+    elif reply.entry is None:
+        why = f"Iteration {reply.iteration}: nothing in its constitution is like this principle."
+    else:
+        how = "is a wording of" if reply.exact else "comes nearest to"
+        why = (
+            f"Iteration {reply.iteration}: the principle {how} no. {reply.rank} of the "
+            f"constitution, “{reply.entry.text}” ({reply.entry.support} trajectories)."
+        )
+    console.print(Text(why))
+
+
+def checked(source: str, found: Mapping[str, str]) -> None:
+    """A validation that found nothing wrong."""
+    console.print(f"[green]{source} can be run.[/green]")
+    for name, what in found.items():
+        console.print(f"  {name:<9} {what}")
+
+
+def _results(settings: ExperimentSettings, history: Sequence[Metrics]) -> Table:
+    table = Table(title=f"experiment {settings.experiment}", title_justify="left")
+    for name in ("iteration", "accepted", "principles", "win rate vs 0", "plain vs 0"):
+        table.add_column(name, justify="right")
+    for name in STAGES:
+        table.add_column(f"{name} s", justify="right")
+    for iteration, metrics in enumerate(history):
+        seconds = [_number(metrics, f"seconds/{name}", ".1f") for name in STAGES]
+        table.add_row(
+            str(iteration),
+            _accepted(metrics),
+            _number(metrics, "constitution_size", ".0f"),
+            _rate(metrics, "win_rate/refined_vs_0"),
+            _rate(metrics, "win_rate/initial_vs_0"),
+            *seconds,
+        )
+    return table
+
+
+def _truth(history: Sequence[Metrics]) -> Table:
+    """How well the constitution recovers the planted behaviours."""
+    names = ("recall", "precision", "nmi", "ari")
+    table = Table(title="constitution against the planted truth", title_justify="left")
+    table.add_column("iteration", justify="right")
+    for name in (*names, "faithful"):
+        table.add_column(name, justify="right")
+    for iteration, metrics in enumerate(history[1:], start=1):
+        cells = [_number(metrics, f"planted/{name}", ".2f") for name in names]
+        faithful = _number(metrics, "faithfulness/label", ".2f")
+        table.add_row(str(iteration), *cells, faithful)
+    return table
+
+
+def _accepted(metrics: Metrics) -> str:
+    if "prompts_in" not in metrics:
+        return "–"
+    return f"{metrics['prompts_kept']:,.0f}/{metrics['prompts_in']:,.0f}"
+
+
+def _number(metrics: Metrics, name: str, style: str) -> str:
+    return f"{metrics[name]:{style}}" if name in metrics else "–"
+
+
+def _rate(metrics: Metrics, name: str) -> str:
+    if name not in metrics:
+        return "–"
+    return f"{metrics[name]:.2f} [{metrics[name + '_low']:.2f}, {metrics[name + '_high']:.2f}]"
+
+
+def _state_cell(state: object) -> str:
+    return str(state) if state is not None else ""
+
+
+def _next_steps(settings: ExperimentSettings) -> None:
+    name = settings.experiment
+    record = record_of(name)
+    console.print("\nNext:")
+    for command, why in (
+        (f"staple constitution show {name}", "the principles it learned"),
+        (f'staple ask {name} "…"', "its answer, the principle, the refined answer"),
+        (f"staple status {name}", "every stage of every iteration"),
+        (f"mlflow ui --backend-store-uri {record.tracking_uri}", "compare iterations"),
+        ("prefect server start", "the flow runs, in Prefect's UI"),
+    ):
+        console.print(f"  [bold]{command}[/bold]  [dim]{why}[/dim]")

@@ -1,0 +1,82 @@
+"""Where every stage of an experiment stands: finished, stale, running, failed, missing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from flows.experiment import STAGES, record_of
+from flows.settings import ExperimentSettings
+from tasks.store import Attempt
+
+Standing = Literal["finished", "stale", "running", "failed", "missing"]
+READS: dict[str, tuple[tuple[str, str, int], ...]] = {
+    "prompts": (),
+    "mine": (("prompts", "prompts", 0), ("adapter", "train", -1)),
+    "score": (("mined", "mine", 0),),
+    "filter": (("scored", "score", 0),),
+    "cluster": (("trajectories", "filter", 0), ("scored", "score", 0), ("adapter", "train", -1)),
+    "train": (("labelled", "cluster", 0), ("previous", "train", -1)),
+    "evaluate": (
+        ("adapter", "train", 0),
+        ("previous", "evaluate", -1),
+        ("scored", "score", 0),
+        ("labelled", "cluster", 0),
+    ),
+}
+"""Stage → what it reads: (name of the input, stage, iteration relative to its own)."""
+
+
+@dataclass(frozen=True)
+class State:
+    """How a stage stands; `since` says which change made it stale."""
+
+    standing: Standing
+    seconds: float = 0.0
+    since: str = ""
+
+    def __str__(self) -> str:
+        mark = {"finished": "[green]✓[/green]", "stale": "[yellow]stale[/yellow]"}
+        seconds = f" {self.seconds:.1f} s" if self.seconds else ""
+        return mark.get(self.standing, f"[red]{self.standing}[/red]") + seconds
+
+
+def stage_states(settings: ExperimentSettings) -> dict[tuple[str, int], State]:
+    """(stage, iteration) → its state, for every stage that the settings ask for."""
+    record = record_of(settings.experiment)
+    wanted = [("prompts", 0), ("evaluate", 0)] + [
+        (stage, t) for t in range(1, settings.iterations + 1) for stage in ("prompts", *STAGES)
+    ]
+    current = {(stage, t): record.current(stage, t) for stage, t in wanted}
+    states: dict[tuple[str, int], State] = {}
+    for stage, t in wanted:
+        attempt = current[stage, t]
+        if attempt is None:
+            states[stage, t] = State(_unfinished(record.states(stage, t)))
+            continue
+        since = _stale_since(attempt, current, states)
+        states[stage, t] = State("stale" if since else "finished", attempt.seconds, since)
+    return states
+
+
+def _unfinished(attempts: list[str]) -> Standing:
+    if not attempts:
+        return "missing"
+    return "running" if attempts[0] == "RUNNING" else "failed"
+
+
+def _stale_since(
+    attempt: Attempt,
+    current: dict[tuple[str, int], Attempt | None],
+    states: dict[tuple[str, int], State],
+) -> str:
+    for name, stage, offset in READS[attempt.stage]:
+        t = attempt.iteration + offset
+        upstream = current.get((stage, t))
+        if name not in attempt.inputs or upstream is None:
+            continue
+        if upstream.digest != attempt.inputs[name]:
+            return f"{stage} {t} has changed"
+        if states[stage, t].standing == "stale":
+            return f"{stage} {t} is stale"
+    return ""

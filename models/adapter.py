@@ -1,0 +1,85 @@
+"""How an adapter is trained: its settings, the rows of each step, the curve. No torch.
+
+`models/qlora.py` does the training; settings and plans are read where torch is too heavy.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from pydantic import Field
+
+from models.settings import Settings
+
+Item = TypeVar("Item")
+POOL_BATCHES = 8
+"""Rows are sorted by length within random pools of this many batches: little padding, yet
+batches that differ from epoch to epoch."""
+
+
+class AdapterSettings(Settings):
+    """A LoRA adapter on all linear layers, and how it is optimised (AdamW)."""
+
+    lora_rank: int = Field(16, ge=1, le=1024)
+    """Rank of the update of each linear layer: more can learn more, and takes more memory."""
+    lora_alpha: int = Field(32, ge=1, le=4096)
+    """The update is scaled by alpha / rank."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the adapter's inputs that is dropped in training."""
+    learning_rate: float = Field(2e-4, gt=0, le=1)
+    """Peak learning rate, reached after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes from its peak to the end (to 0, unless constant)."""
+    warmup: float = Field(0.05, ge=0, le=0.5)
+    """Share of the steps in which the learning rate rises from 0."""
+    epochs: int = Field(1, ge=1, le=100)
+    """How often each trajectory is trained on."""
+    batch_size: int = Field(16, ge=1, le=4096)
+    """Trajectories per optimiser step."""
+    micro_batch_size: int = Field(4, ge=1, le=4096)
+    """At most this many of them in memory at once; changes speed and memory, not the result."""
+    max_gradient_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third slower, far less memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimiser step of the training curve."""
+
+    step: int
+    loss: float
+    """Weighted negative log-likelihood per trained token (nats), up to the batch's length."""
+    learning_rate: float
+    gradient_norm: float
+    """Before clipping."""
+    tokens: int
+    """Tokens processed so far, context included."""
+
+
+def plan_batches(lengths: Sequence[int], settings: AdapterSettings, seed: int) -> list[list[int]]:
+    """The rows of each optimiser step: every row `epochs` times, rows of like length together.
+
+    Only the very last step may have fewer than `batch_size` rows.
+    """
+    order, size = random.Random(seed), settings.batch_size
+    steps: list[list[int]] = []
+    carried: list[int] = []
+    for _ in range(settings.epochs):
+        rows = carried + order.sample(range(len(lengths)), len(lengths))
+        whole = len(rows) - len(rows) % size
+        pools = chunks(rows[:whole], POOL_BATCHES * size)
+        sorted_pools = [sorted(pool, key=lambda i: lengths[i]) for pool in pools]
+        epoch = [batch for pool in sorted_pools for batch in chunks(pool, size)]
+        order.shuffle(epoch)
+        steps, carried = steps + epoch, rows[whole:]
+    return [*steps, carried] if carried else steps
+
+
+def chunks(items: Sequence[Item], size: int) -> list[list[Item]]:
+    """Consecutive pieces of `size` items; the last may be shorter."""
+    return [list(items[i : i + size]) for i in range(0, len(items), size)]

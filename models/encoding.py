@@ -1,0 +1,110 @@
+"""Conversations as training examples: tokens, and which of them the loss is on.
+
+`tasks/train.py` encodes trajectories with it; `models/qlora.py` trains on the examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from models.policy import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One tokenised conversation. `trained[i]` says whether token i is predicted in the loss."""
+
+    ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+    weight: float = 1.0
+    """Posterior weight of the trajectory: multiplies its log-likelihood."""
+
+
+class EncodingError(ValueError):
+    """A conversation that cannot be trained on; the message is the reason."""
+
+
+class Encoder:
+    """Tokenises conversations with a chat template and marks the tokens that are trained.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        max_tokens: longer conversations are refused: a cut one would teach cut answers.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.added = set(tokenizer.get_added_vocab().values())
+        self.control = {t for t in tokenizer.all_special_tokens if t != tokenizer.unk_token}
+
+    def encode(
+        self, messages: Sequence[Message], trained: Sequence[int], weight: float = 1.0
+    ) -> list[Example]:
+        """The conversation with loss on the assistant turns numbered `trained`, nothing else.
+
+        The loss is on a turn's tokens and its end-of-turn token. A template that renders a
+        turn differently once others follow (one that drops earlier reasoning, say) gives one
+        example per trained turn, each as the policy saw it; otherwise there is one example.
+
+        Raises:
+            EncodingError: too long, a control token in a message's text, a conversation that the
+                template refuses, or a turn without an end token.
+        """
+        for message in messages:
+            for token in self.control:
+                if token in message["content"]:
+                    raise EncodingError(f"the {message['role']} turn contains {token}")
+        text = self._render(messages)
+        spans = [self._span(messages, turn) for turn in trained]
+        if all(text.startswith(before + turn) for before, turn in spans):
+            return [self._example(text, spans, weight)]
+        return [self._example(before + turn, [(before, turn)], weight) for before, turn in spans]
+
+    def _span(self, messages: Sequence[Message], turn: int) -> tuple[str, str]:
+        """The text before a turn's first token, and the turn."""
+        before = self._render(messages[:turn], ask=True)
+        through = self._render(messages[: turn + 1])
+        if not through.startswith(before):
+            raise EncodingError(
+                "the chat template renders a prompt differently once it is answered"
+            )
+        return before, through[len(before) :]
+
+    def _render(self, messages: Sequence[Message], *, ask: bool = False) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    cast("list[dict[str, str]]", list(messages)),
+                    tokenize=False,
+                    add_generation_prompt=ask,
+                )
+            )
+        except TemplateError as error:
+            raise EncodingError(f"the chat template refuses it: {error}") from error
+
+    def _example(self, text: str, spans: Sequence[tuple[str, str]], weight: float) -> Example:
+        # The template writes every special token itself, the first one included.
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = cast("list[int]", encoded["input_ids"])
+        if len(ids) > self.max_tokens:
+            raise EncodingError(f"{len(ids):,} tokens, more than max_tokens = {self.max_tokens:,}")
+        starts = [start for start, _ in cast("list[tuple[int, int]]", encoded["offset_mapping"])]
+        trained: set[int] = set()
+        for before, turn in spans:
+            trained |= self._trained(ids, starts, len(before), len(before) + len(turn))
+        return Example(tuple(ids), tuple(i in trained for i in range(len(ids))), weight)
+
+    def _trained(self, ids: list[int], starts: list[int], first: int, end: int) -> set[int]:
+        """Tokens from character `first` to the turn's end token (a line break may follow it)."""
+        turn = [i for i, start in enumerate(starts) if first <= start < end]
+        ends = [i for i in turn if ids[i] in self.added]
+        if not ends:
+            raise EncodingError("the chat template ends no assistant turn with a token of its own")
+        return set(range(turn[0], ends[-1] + 1))

@@ -1,0 +1,93 @@
+"""The planted truth, read back from text: it measures, and nothing that learns may call it."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from functools import cache
+
+from constitutions.errors import UserError
+from models.planted.world import (
+    ADJECTIVES,
+    BEHAVIOURS,
+    CHORES,
+    CIRCUMSTANCES,
+    PARTS,
+    TOPICS,
+    TRUTH,
+    Chore,
+    principles,
+    words,
+)
+
+__all__ = ["TRUTH", "behaviour_of", "core_share", "needed", "score", "shown"]
+
+
+def needed(prompt: str) -> frozenset[str]:
+    """The behaviours that a prompt calls for, 2 or 3 of them.
+
+    Raises:
+        UserError: the prompt is not of the planted world.
+    """
+    read_chore(prompt)
+    cues = set(words(prompt))
+    calls = itertools.chain(CHORES.items(), CIRCUMSTANCES.items())
+    return frozenset(behaviour for synonyms, behaviour in calls if cues & set(synonyms))
+
+
+def shown(response: str) -> frozenset[str]:
+    """The behaviours of which a response shows one complete form."""
+    return frozenset(b for b, pattern in _forms().items() if pattern.search(response))
+
+
+def behaviour_of(principle: str) -> str | None:
+    """The behaviour that a principle words; None when it is no well-formed planted principle."""
+    return principles().get(" ".join(principle.split()))
+
+
+def core_share(prompt: str, response: str) -> float:
+    """How much of the chore's core the response holds: 0, ½ or 1.
+
+    Raises:
+        UserError: the prompt is not of the planted world.
+    """
+    chore = read_chore(prompt)
+    parts = (f"{chore.verb} the {chore.topic}", f"its {chore.adjective} {chore.part}")
+    return sum(part in response for part in parts) / len(parts)
+
+
+def score(prompt: str, response: str) -> float:
+    """Needed behaviours shown − ½ · others shown + 2 · (core share − 1): higher is better.
+
+    Raises:
+        UserError: the prompt is not of the planted world.
+    """
+    called, seen = needed(prompt), shown(response)
+    core = 2 * (core_share(prompt, response) - 1)
+    return len(seen & called) - 0.5 * len(seen - called) + core
+
+
+def read_chore(prompt: str) -> Chore:
+    """What a prompt asks for.
+
+    Raises:
+        UserError: the prompt is not of the planted world.
+    """
+    slots = ([verb for synonyms in CHORES for verb in synonyms], TOPICS, ADJECTIVES, PARTS)
+    found = [[word for word in words(prompt) if word in slot] for slot in slots]
+    if any(len(hits) != 1 for hits in found):
+        raise UserError(
+            f"{prompt[:80]!r} is no prompt of the planted world",
+            expected="a sentence such as 'please repair the red button of my printer. i am new.'",
+            fix="the oracle judges planted prompts only: choose another judge for your own data",
+        )
+    verb, topic, adjective, part = (hits[0] for hits in found)
+    return Chore(verb=verb, topic=topic, adjective=adjective, part=part)
+
+
+@cache
+def _forms() -> dict[str, re.Pattern[str]]:
+    return {
+        b.name: re.compile(r"(?<!\S)(?:" + "|".join(map(re.escape, b.forms)) + r")(?!\S)")
+        for b in BEHAVIOURS.values()
+    }

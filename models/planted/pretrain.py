@@ -1,0 +1,387 @@
+"""Pretrains the planted world's seed model: a small Llama with its tokenizer, from scratch.
+
+The model answers plainly, names principles and refines by them, each with a limited skill that the
+noise of its last conversations sets. `planted_model` is what presets and tests call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from models.planted import world
+from models.prompts import TERSE
+
+PAD, UNKNOWN, SYSTEM, USER, ASSISTANT, END = (
+    "<pad>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",
+)  # fmt: skip
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skill:
+    """How good the conversations of a phase are; shares in [0, 1]. A model comes to imitate it."""
+
+    names: float
+    """A principle named in sight of the gold is one that the gold shows and y1 lacks."""
+    follows: float
+    """A refinement shows the behaviour of its principle."""
+    prior: float
+    """A principle named without gold is taken from those that the prompt calls for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """The seed model's size, its training and the skill that it is left with."""
+
+    hidden: int = 128
+    layers: int = 3
+    heads: int = 4
+    intermediate: int = 384
+    words: int = 6_000
+    """Conversations of cue words alone, without a chore: what goes with which principle."""
+    clean: int = 13_000
+    """Whole conversations of the able skill."""
+    noisy: int = 7_000
+    """Whole conversations of the final skill: they leave the rest latent, for EM to amplify."""
+    able: Skill = Skill(names=1.0, follows=1.0, prior=0.5)
+    final: Skill = Skill(names=0.5, follows=0.6, prior=0.18)
+    habit: float = 0.5
+    """How often a principle named without gold, and without prior, is one of the world's habits."""
+    strays: float = 0.3
+    """How often a refinement that does not follow shows a random behaviour; else it shows none."""
+    already: float = 0.25
+    """How often the answer to be refined shows a behaviour already."""
+    rows: int = 56
+    """Conversations a batch."""
+    matrix_lr: float = 0.02
+    """Peak learning rate of Muon, for the matrices inside the layers."""
+    lr: float = 4e-3
+    """Peak learning rate of AdamW, for embeddings and norms."""
+    decisive: float = 3.0
+    """Loss weight of a principle and of what a refinement adds; 1 for what is copied."""
+    threads: int = 1
+    """On a quiet machine two are a quarter faster, on a busy one several times slower; a fixed
+    number keeps the model the same everywhere."""
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps in all."""
+        return math.ceil((self.words + self.clean + self.noisy) / self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One chat turn; `weight` is the loss weight of its tokens, 0 for context."""
+
+    role: str
+    text: str
+    weight: float = 0.0
+    known: frozenset[str] = frozenset()
+    """Words of a trained turn that count 1 at most: they are copied from the turns before."""
+
+    def weight_of(self, word: str) -> float:
+        """Loss weight of one word of this turn."""
+        return min(self.weight, 1.0) if word in self.known else self.weight
+
+
+def planted_model(
+    cache: Path, seed: int, progress: Callable[[int, int], None] | None = None
+) -> Path:
+    """The directory of the seed model, pretrained the first time it is asked for.
+
+    Args:
+        cache: the folder that holds one model per fingerprint of (this package, recipe, seed,
+            torch version).
+        seed: of the weights and the pretraining data.
+        progress: called with (steps done, steps in all).
+    """
+    recipe = Recipe()
+    target = cache / f"planted-{fingerprint(recipe, seed)}"
+    if target.is_dir():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".planted-") as scratch:
+        directory = Path(scratch) / "model"
+        pretrain(recipe, seed, directory, progress)
+        _publish(directory, target)
+    return target
+
+
+def fingerprint(recipe: Recipe, seed: int) -> str:
+    """16 hex digits that change with the package's sources, the recipe, the seed or torch."""
+    sources = [path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
+    version = ".".join(torch.__version__.split(".")[:2])
+    parts = json.dumps([sources, asdict(recipe), asdict(TERSE), seed, version], sort_keys=True)
+    return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+
+def pretrain(
+    recipe: Recipe,
+    seed: int,
+    directory: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Train a seed model and save it with its tokenizer as a transformers directory."""
+    tokenizer = build_tokenizer()
+    model = _build_model(recipe, tokenizer, seed)
+    with _threads(recipe.threads):
+        _train(model, _batches(recipe, seed, tokenizer), recipe, progress)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Words and punctuation marks; decoding what it encoded gives the same text."""
+    specials = [PAD, UNKNOWN, SYSTEM, USER, ASSISTANT, END]
+    turns = " ".join(asdict(TERSE).values()).replace("{gold}", "")
+    texts = sorted({*world.vocabulary(), *world.words(turns)})
+    names = [word if not word.isalpha() else f"▁{word}" for word in texts]
+    vocabulary = {name: i for i, name in enumerate(specials + names)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="always"),
+            pre_tokenizers.Split(Regex(r"[^\w▁]"), "isolated"),
+        ]
+    )
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        eos_token=END,
+        additional_special_tokens=[SYSTEM, USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
+
+def conversations(recipe: Recipe, seed: int) -> Iterator[list[Turn]]:
+    """The curriculum: cue words alone, then whole and able, then whole and noisy conversations."""
+    rng = random.Random(f"pretrain/{seed}")
+    phases = (
+        (recipe.words, recipe.able, False),
+        (recipe.clean, recipe.able, True),
+        (recipe.noisy, recipe.final, True),
+    )
+    for n, skill, whole in phases:
+        for _ in range(n):
+            yield _Conversation(rng, recipe, skill, whole).turns()
+
+
+class _Conversation:
+    """One conversation in the turns of `models.prompts`, on a training prompt of the world.
+
+    The behaviours of drafts and golds are drawn evenly, whatever the prompt: only `Skill.prior`
+    ties behaviours to prompts, and the same in refinements with and without a principle.
+    """
+
+    def __init__(self, rng: random.Random, recipe: Recipe, skill: Skill, whole: bool) -> None:
+        self.rng, self.recipe, self.skill = rng, recipe, skill
+        example = world.sample_example(rng, "train", "seen")
+        cues = " ".join(rng.sample(example.cues, len(example.cues)))
+        self.prompt, self.core = (example.prompt, example.chore.core) if whole else (cues, "")
+        shown = [rng.choice(list(world.BEHAVIOURS))] if rng.random() < recipe.already else []
+        self.forms = {b: rng.choice(world.BEHAVIOURS[b].forms) for b in shown}
+        self.absent = [b for b in world.BEHAVIOURS if b not in shown]
+        self.needed = [b for b in self.absent if b in example.needed]
+
+    def turns(self) -> list[Turn]:
+        """40 % name a principle in sight of a gold, 40 % name and refine, 20 % refine unguided."""
+        initial = world.arrange(self.core, self.forms)
+        plain = bool(self.core) and not self.forms
+        start = [Turn("user", self.prompt), Turn("assistant", initial, float(plain))]
+        kind = self.rng.random()
+        if kind < 0.4:
+            return start + self._name_with_gold()
+        named = self._named()
+        ask = [Turn("user", TERSE.propose), self._principle(named)] if kind < 0.8 else []
+        return [*start, *ask, Turn("user", TERSE.refine), self._refined(initial, named)]
+
+    def _name_with_gold(self) -> list[Turn]:
+        missing = self.rng.sample(self.absent, self.rng.choice((1, 2, 3)))
+        gold = world.realise(self.rng, self.core, missing)
+        right = self.rng.random() < self.skill.names
+        named = self.rng.choice(missing if right else self.absent)
+        return [Turn("user", TERSE.hint.format(gold=gold)), self._principle(named)]
+
+    def _named(self) -> str:
+        """A behaviour named without gold: sometimes a needed one, often a habit."""
+        if self.needed and self.rng.random() < self.skill.prior:
+            return self.rng.choice(self.needed)
+        habits = [b for b in world.HABITS if b in self.absent]
+        return self.rng.choice(habits if self.rng.random() < self.recipe.habit else self.absent)
+
+    def _principle(self, behaviour: str) -> Turn:
+        return Turn("assistant", world.principle(self.rng, behaviour), self.recipe.decisive)
+
+    def _refined(self, initial: str, named: str) -> Turn:
+        added: str | None = None
+        if self.rng.random() < self.skill.follows:
+            added = named
+        elif self.rng.random() < self.recipe.strays:
+            added = self.rng.choice(self.absent)
+        extra = {added: self.rng.choice(world.BEHAVIOURS[added].forms)} if added else {}
+        text = world.arrange(self.core, self.forms | extra)
+        return Turn("assistant", text, self.recipe.decisive, frozenset(world.words(initial)))
+
+
+def _build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden,
+        intermediate_size=recipe.intermediate,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        max_position_embeddings=tokenizer.model_max_length,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="eager",  # on short rows twice as fast as torch's fused attention
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Right-padded token ids and the loss weights of the tokens, both (rows, length)."""
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+
+Row = tuple[list[int], list[float]]
+
+
+def _batches(recipe: Recipe, seed: int, tokenizer: PreTrainedTokenizerFast) -> Iterator[Batch]:
+    """The curriculum in batches of conversations of like length, made as they are needed."""
+    rng = random.Random(f"batches/{seed}")
+    encode = _Encoder(tokenizer)
+    turns = conversations(recipe, seed)
+    while chunk := [encode(t) for t in itertools.islice(turns, 32 * recipe.rows)]:
+        chunk.sort(key=lambda row: len(row[0]) + 4 * rng.random())
+        batches = [chunk[i : i + recipe.rows] for i in range(0, len(chunk), recipe.rows)]
+        rng.shuffle(batches)
+        yield from map(_pad, batches)
+
+
+class _Encoder:
+    """Chat turns → token ids and loss weights, as the tokenizer and its chat template would."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.ids = {token.removeprefix("▁"): i for token, i in tokenizer.get_vocab().items()}
+
+    def __call__(self, turns: Sequence[Turn]) -> Row:
+        ids: list[int] = []
+        weights: list[float] = []
+        for turn in turns:
+            words = world.words(turn.text)
+            ids += [self.ids[f"<|{turn.role}|>"], *(self.ids[word] for word in words)]
+            weights += [0.0, *(turn.weight_of(word) for word in words)]
+            if turn.role == "assistant":
+                ids.append(self.ids[END])
+                weights.append(turn.weight)
+        return ids, weights
+
+
+def _pad(rows: list[Row]) -> Batch:
+    length = 8 * math.ceil(max(len(ids) for ids, _ in rows) / 8)  # few shapes: each costs memory
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    weights = torch.zeros(len(rows), length)
+    for k, (row, weight) in enumerate(rows):
+        ids[k, : len(row)] = torch.tensor(row)
+        weights[k, : len(row)] = torch.tensor(weight)
+    return Batch(ids, weights)
+
+
+def _train(
+    model: LlamaForCausalLM,
+    batches: Iterator[Batch],
+    recipe: Recipe,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Muon for the matrices, AdamW for the rest; bf16 matrix products, fp32 weights."""
+    groups = _split_parameters(model)
+    muon = torch.optim.Muon(groups[0], lr=recipe.matrix_lr, weight_decay=0.01, momentum=0.95)
+    adam = torch.optim.AdamW(groups[1], lr=recipe.lr, weight_decay=0.0, betas=(0.9, 0.95))
+    optimisers = ((muon, recipe.matrix_lr), (adam, recipe.lr))
+    for step, batch in enumerate(batches):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = _loss(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(groups[1], 1.0)
+        for optimiser, lr in optimisers:
+            optimiser.param_groups[0]["lr"] = lr * _schedule(step, recipe.steps)
+            optimiser.step()
+            optimiser.zero_grad()
+        if progress:
+            progress(step + 1, recipe.steps)
+
+
+def _split_parameters(
+    model: LlamaForCausalLM,
+) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """The matrices inside the layers, and everything else."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    return matrices, [p for p in model.parameters() if id(p) not in chosen]
+
+
+@contextmanager
+def _threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Share of the peak learning rate: 20 steps of warm-up, flat, down over the last 60 %."""
+    left = (steps - step) / steps / 0.6
+    return min(1.0, (step + 1) / 20) * max(0.03, min(1.0, left))
+
+
+def _loss(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
+    """Weighted cross-entropy over the trained tokens."""
+    logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1]
+    weights = batch.weights[:, 1:]
+    trained = weights > 0
+    losses = torch.nn.functional.cross_entropy(
+        logits[trained].float(), batch.ids[:, 1:][trained], reduction="none"
+    )
+    return (losses * weights[trained]).sum() / weights.sum()
+
+
+def _publish(directory: Path, target: Path) -> None:
+    """Rename into place; when another process was faster, its model stands."""
+    try:
+        os.replace(directory, target)
+    except OSError:
+        if not target.is_dir():
+            raise

@@ -1,0 +1,100 @@
+"""The seam between the method and whatever generates text.
+
+A stage builds `Request`s and reads `Completion`s; which engine answers is `load_policy`'s business.
+`tasks` call this module; the engines (`models/local.py`, …) implement `Policy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypedDict
+
+import numpy as np
+from pydantic import Field
+
+from models.settings import Settings
+
+
+class Message(TypedDict):
+    """One chat turn. `role` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt and how to sample from it.
+
+    `key` seeds the noise: completion i of a request depends on (policy, messages, sampling
+    settings, key, i) and on nothing else: not on the batch, the shard or what ran before.
+    """
+
+    messages: tuple[Message, ...]
+    key: str
+    n: int = 1
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    max_tokens: int = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A sampled response: `logprob` is the sum over its `tokens` (natural log, temperature 1)."""
+
+    text: str
+    tokens: int
+    logprob: float
+    finish: str
+    """"stop", "length" (cut at max_tokens) or "overflow" (the prompt left no room: no text)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scoring:
+    """log p(response | messages), summed over the response's tokens and its end of turn."""
+
+    logprob: float
+    tokens: int
+
+
+Progress = Callable[[int], None]
+"""Called with the number of units that were just finished."""
+
+
+class Policy(Protocol):
+    """A chat model. Answers come in the order of the requests."""
+
+    def generate(
+        self, requests: Sequence[Request], progress: Progress | None = None
+    ) -> list[list[Completion]]:
+        """`n` completions for each request."""
+        ...
+
+    def logprobs(self, pairs: Sequence[tuple[tuple[Message, ...], str]]) -> list[Scoring]:
+        """Log-probability of each given response as the next assistant turn."""
+        ...
+
+    def hidden_states(self, texts: Sequence[str]) -> np.ndarray:
+        """Mean last-layer hidden state of each text, shape (texts, hidden size), float32."""
+        ...
+
+
+class PolicySettings(Settings):
+    """The policy that is improved, and how it is held in memory."""
+
+    model: str = "planted"
+    """A transformers model directory, a hub name, or "planted" for the embedded world's model."""
+    revision: str | None = None
+    """Commit of a hub model; needed for a repeatable run."""
+    templates: Literal["chat", "terse"] = "chat"
+    """The wording of the turns that ask for principles and refinements (models/prompts.py)."""
+    quantization: Literal["nf4", "none"] = "nf4"
+    """How the base weights are held: 4-bit NormalFloat (QLoRA) or as they are."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute type. float32 on a CPU without bfloat16 units."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes the GPU when there is one."""
+    batch_rows: int = Field(64, ge=1, le=4096)
+    """Samples that are decoded together: more is faster until memory is full."""

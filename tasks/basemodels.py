@@ -1,0 +1,114 @@
+"""The base model's files: the planted one made when missing, a directory checked, a hub name noted.
+
+Everything that the model's answers depend on is in its digest.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from constitutions.errors import UserError
+from models.policy import PolicySettings
+from tasks.progress import progress
+from tasks.store import file_sha256, text_sha256
+
+PLANTED = "planted"
+
+
+@dataclass(frozen=True)
+class BaseModelFiles:
+    """`path` is what transformers loads (a directory or a hub name); `digest` identifies it."""
+
+    path: str
+    digest: str
+
+
+def resolve_model(settings: PolicySettings, seed: int, home: Path) -> BaseModelFiles:
+    """Find or make the base model, before any other compute is spent.
+
+    Raises:
+        UserError: the directory lacks what transformers needs.
+    """
+    check_model(settings)
+    directory = _planted(seed, home) if settings.model == PLANTED else Path(settings.model)
+    directory = directory.expanduser()
+    if directory.is_dir():
+        return BaseModelFiles(str(directory.resolve()), folder_digest(directory, home))
+    return BaseModelFiles(settings.model, f"{settings.model}@{settings.revision or 'main'}")
+
+
+def check_model(settings: PolicySettings) -> str:
+    """What the model is, in words; makes and loads nothing.
+
+    Raises:
+        UserError: there is no such directory, or it lacks what transformers needs.
+    """
+    if settings.model == PLANTED:
+        return "the planted world's, pretrained here the first time (about two minutes)"
+    directory = Path(settings.model).expanduser()
+    if directory.is_dir():
+        _check_directory(directory)
+        return f"directory {directory}"
+    if directory.is_absolute() or settings.model.startswith((".", "~")):
+        raise UserError(
+            "there is no such directory",
+            where=f"setting 'policy.model' = {settings.model}",
+            expected="a transformers model directory, a hub name such as owner/model, or 'planted'",
+        )
+    return f"{settings.model} from the hub, revision {settings.revision or 'main'}"
+
+
+def folder_digest(folder: Path, home: Path) -> str:
+    """sha256 over the names and contents of a folder's files.
+
+    Contents are hashed once for each (path, size, time of change), and remembered under `home`:
+    hashing 16 GB takes longer than everything else at start-up. Touching a file changes nothing.
+    """
+    memory = home / "digests.json"
+    known: dict[str, str] = json.loads(memory.read_text()) if memory.exists() else {}
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and ".git" not in p.parts)
+    digests = {}
+    for path in files:
+        stat = path.stat()
+        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+        known[key] = digests[str(path.relative_to(folder))] = known.get(key) or file_sha256(path)
+    home.mkdir(parents=True, exist_ok=True)
+    temporary = memory.with_suffix(".tmp")
+    temporary.write_text(json.dumps(known))
+    temporary.replace(memory)
+    return text_sha256(json.dumps(digests, sort_keys=True))
+
+
+def _planted(seed: int, home: Path) -> Path:
+    from models.planted.pretrain import planted_model
+
+    done = 0
+    with progress("pretrain planted model", 100, "%") as tick:
+
+        def advance(step: int, steps: int) -> None:
+            nonlocal done
+            percent = 100 * step // steps
+            tick(percent - done)
+            done = percent
+
+        return planted_model(home / "planted", seed, advance)
+
+
+def _check_directory(directory: Path) -> None:
+    where = f"model directory {directory}"
+    needs = {
+        "config.json": ["config.json"],
+        "a tokenizer": ["tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"],
+        "safetensors weights": ["model.safetensors", "model.safetensors.index.json"],
+    }
+    missing = [
+        what for what, names in needs.items() if not any((directory / n).exists() for n in names)
+    ]
+    if missing:
+        raise UserError(
+            f"lacks {' and '.join(missing)}",
+            where=where,
+            expected="a directory as `save_pretrained` writes it, tokenizer included",
+        )

@@ -1,0 +1,223 @@
+"""E-step, the validator: which candidates are kept, and with what weight.
+
+p(yG | x, y1, z, y2) is 0 unless f(y2, yG) > f(y1, yG), else proportional to the gain
+f(y2, yG) − f(y1, yG) (STaPLe, section 3). Every candidate ends up kept or rejected with a reason,
+and so does every prompt. Read by `cluster`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from models.settings import Settings
+from tasks.records import Prompt, Rejected, Scored, ScoredCandidate, Trajectory
+from tasks.stage import stage
+from tasks.store import Attempt, Metrics, Slot, Workspace
+
+
+class FilterSettings(Settings):
+    """How the posterior over candidates is turned into trajectories."""
+
+    selection: Literal["best_of_n", "rejection", "soft"] = "best_of_n"
+    """best_of_n keeps the best improving candidate; rejection draws one in proportion to its
+    weight; soft keeps every improving candidate, weighted."""
+    temperature: float = Field(1.0, gt=0, le=100)
+    """τ: weights are proportional to gain^(1/τ); towards 0 only the best counts (hard EM)."""
+    min_gain: float = Field(0.0, ge=0, lt=1)
+    """How much f(y2, yG) must exceed f(y1, yG)."""
+    max_principle_words: int = Field(40, ge=1, le=1000)
+    """A longer principle is malformed: it is a response or an argument, not a principle."""
+    leak_words: int = Field(6, ge=2, le=100)
+    """A principle that quotes so many consecutive words of the gold response leaks it."""
+    keep_truncated: bool = False
+    """Keep candidates that were cut at their token limit."""
+
+
+def weights(scores: Sequence[float], initial_score: float, temperature: float) -> list[float]:
+    """Posterior weights of one prompt's candidates: ∝ (f(y2, yG) − f(y1, yG))^(1/τ), summing to 1.
+
+    Candidates that do not improve weigh 0; when none does, all weights are 0.
+    """
+    gains = np.maximum(np.asarray(scores, dtype=float) - initial_score, 0.0)
+    if not gains.any():
+        return [0.0] * len(scores)
+    powers = (gains / gains.max()) ** (1.0 / temperature)  # scaled first: no underflow at small τ
+    return [float(w) for w in powers / powers.sum()]
+
+
+def filter_rows(
+    rows: Sequence[Scored], settings: FilterSettings, key: str
+) -> tuple[list[Trajectory], list[Rejected]]:
+    """Trajectories and rejections; each candidate is in exactly one of the two.
+
+    A prompt without a trajectory has a row of its own in the rejections (sample None).
+
+    Args:
+        key: "<seed>/<iteration>"; with prompt_id it seeds the draw of `rejection`.
+    """
+    kept: list[Trajectory] = []
+    rejected: list[Rejected] = []
+    for row in rows:
+        trajectories, rejections = _filter_row(row, settings, key)
+        kept += trajectories
+        rejected += rejections
+    return kept, rejected
+
+
+@stage("filter")
+def filter_stage(at: Slot, settings: FilterSettings, scored: Attempt) -> Attempt:
+    """scored → trajectories, rejected."""
+
+    def compute(work: Workspace) -> Metrics:
+        rows = scored.read("scored", Scored)
+        kept, rejected = filter_rows(rows, settings, f"{at.seed}/{at.iteration}")
+        work.write("trajectories", kept, Trajectory)
+        work.write("rejected", rejected, Rejected)
+        return _metrics(rows, kept, rejected)
+
+    return at.attempt("filter", settings, {"scored": scored}, compute)
+
+
+def _filter_row(
+    row: Scored, settings: FilterSettings, key: str
+) -> tuple[list[Trajectory], list[Rejected]]:
+    if row.initial_score is None:
+        whole = _reject_prompt(row, "unscored", row.initial_unscored or "")
+        return [], [*(_reject(row, c, "unscored", "the first response") for c in row.candidates),
+                    whole]  # fmt: skip
+    faults = {c.sample: _fault(row, c, settings) for c in row.candidates}
+    sound = [c for c in row.candidates if faults[c.sample] is None]
+    shares = weights([c.score or 0.0 for c in sound], row.initial_score, settings.temperature)
+    chosen = _select(sound, shares, settings.selection, f"{key}/{row.prompt_id}")
+    kept = [_trajectory(row, c, w) for c, w in chosen.values()]
+    passed_over = [
+        _reject(row, c, *(faults[c.sample] or ("not selected", settings.selection)))
+        for c in row.candidates
+        if c.sample not in chosen
+    ]
+    if kept:
+        return kept, passed_over
+    reasons = sorted({r.reason for r in passed_over}) or ["no candidate"]
+    return [], [*passed_over, _reject_prompt(row, "no candidate kept", ", ".join(reasons))]
+
+
+def _select(
+    sound: Sequence[ScoredCandidate], shares: Sequence[float], selection: str, key: str
+) -> dict[int, tuple[ScoredCandidate, float]]:
+    """Sample number → (candidate, weight) of those that are kept."""
+    if not sound:
+        return {}
+    if selection == "soft":
+        return {c.sample: (c, w) for c, w in zip(sound, shares, strict=True) if w > 0}
+    if selection == "rejection":
+        draw = np.random.default_rng(list(key.encode())).choice(len(sound), p=shares)
+        return {sound[draw].sample: (sound[draw], 1.0)}
+    best = max(sound, key=lambda c: (c.score or 0.0, -c.sample))
+    return {best.sample: (best, 1.0)}
+
+
+def _fault(
+    row: Scored, candidate: ScoredCandidate, settings: FilterSettings
+) -> tuple[str, str] | None:
+    """Why a candidate cannot be kept, as (reason, detail); None when it improves on y1."""
+    if candidate.finish == "overflow":
+        return "prompt too long", "no room was left for the answer"
+    if candidate.finish == "length" and not settings.keep_truncated:
+        return "truncated", "cut at its token limit"
+    if malformed := _malformed(candidate.principle, settings):
+        return "malformed principle", malformed
+    if leaked := _leak(candidate.principle, row, settings.leak_words):
+        return "gold leak", leaked
+    if candidate.score is None:
+        return "unscored", candidate.unscored or ""
+    gain = candidate.score - (row.initial_score or 0.0)
+    if gain <= settings.min_gain:
+        return "not better", f"gain {gain:.4f}"
+    return None
+
+
+def _malformed(principle: str, settings: FilterSettings) -> str:
+    words = principle.split()
+    if not re.search(r"\w", principle):
+        return "empty"
+    if len(words) > settings.max_principle_words:
+        return f"{len(words)} words, at most {settings.max_principle_words}"
+    if len([line for line in principle.splitlines() if line.strip()]) > 1:
+        return "more than one line"
+    return ""
+
+
+def _leak(principle: str, row: Scored, length: int) -> str:
+    """The words that a principle shares with the gold and with nothing the policy saw before."""
+    known = _grams(row.initial, length).union(*(_grams(m["content"], length) for m in row.prompt))
+    leaked = (_grams(principle, length) & _grams(row.gold, length)) - known
+    return f"quotes “{' '.join(min(leaked))}”" if leaked else ""
+
+
+def _grams(text: str, length: int) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
+
+
+def _trajectory(row: Scored, candidate: ScoredCandidate, weight: float) -> Trajectory:
+    assert row.initial_score is not None and candidate.score is not None
+    return Trajectory(
+        **{name: getattr(row, name) for name in Prompt.__dataclass_fields__},
+        sample=candidate.sample,
+        initial=row.initial,
+        principle=candidate.principle,
+        refined=candidate.refined,
+        initial_score=row.initial_score,
+        score=candidate.score,
+        weight=weight,
+    )
+
+
+def _reject(row: Scored, candidate: ScoredCandidate, reason: str, detail: str) -> Rejected:
+    return Rejected(
+        prompt_id=row.prompt_id,
+        sample=candidate.sample,
+        source=row.source,
+        reason=reason,
+        detail=detail,
+    )
+
+
+def _reject_prompt(row: Scored, reason: str, detail: str) -> Rejected:
+    return Rejected(
+        prompt_id=row.prompt_id, sample=None, source=row.source, reason=reason, detail=detail
+    )
+
+
+def _metrics(
+    rows: Sequence[Scored], kept: Sequence[Trajectory], rejected: Sequence[Rejected]
+) -> Metrics:
+    prompts_kept = len({t.prompt_id for t in kept})
+    reasons = {r.reason for r in rejected if r.sample is not None}
+    by_reason = {
+        f"rejected/{reason.replace(' ', '_')}": float(
+            sum(r.reason == reason and r.sample is not None for r in rejected)
+        )
+        for reason in sorted(reasons)
+    }
+    return {
+        "prompts_in": len(rows),
+        "prompts_kept": prompts_kept,
+        "prompts_rejected": sum(r.sample is None for r in rejected),
+        "candidates_in": sum(len(row.candidates) for row in rows),
+        "trajectories": len(kept),
+        "refinement_rate": sum(map(_improved, rows)) / len(rows) if rows else 0.0,
+        **by_reason,
+    }
+
+
+def _improved(row: Scored) -> bool:
+    """Whether at least one y2 beat y1, kept or not."""
+    return row.initial_score is not None and any(
+        c.score is not None and c.score > row.initial_score for c in row.candidates
+    )

@@ -1,0 +1,202 @@
+"""E-step, proposals: y1, then N hinted principles, critiques and refinements of each prompt.
+
+STaPLe, section 3, "principle discovery": z ~ p(· | x, y1, yG) sees the gold response, the
+refinement y2 ~ p(· | x, y1, z[, c]) does not. Read by `score`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from pydantic import Field
+
+from models import prompts as ask
+from models.policy import Completion, Policy, Progress, Request
+from models.prompts import Templates
+from models.settings import Settings
+from tasks.policies import PolicySource
+from tasks.progress import progress
+from tasks.records import Candidate, Mined, Prompt, fields
+from tasks.stage import stage
+from tasks.store import Attempt, Metrics, Slot, Workspace, shards
+
+
+class MineSettings(Settings):
+    """How many candidates are proposed, and how they are sampled."""
+
+    samples: int = Field(8, ge=1, le=256)
+    """N: principles (and refinements) proposed for each prompt."""
+    critique: bool = True
+    """Ask for a critique of the first response under the principle before refining it."""
+    temperature: float = Field(0.8, ge=0, le=2)
+    """Sampling temperature of all turns; on-policy is 1."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling; 1 samples from the whole distribution."""
+    max_response_tokens: int = Field(512, ge=1, le=16_384)
+    """Longest first response and refinement."""
+    max_principle_tokens: int = Field(64, ge=1, le=1024)
+    """Longest principle."""
+    max_critique_tokens: int = Field(256, ge=1, le=4096)
+    """Longest critique."""
+    shard_size: int = Field(64, ge=1, le=4096)
+    """Prompts mined and saved together: what a killed run repeats at most."""
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A candidate in the making: a prompt, its y1 and its i-th principle."""
+
+    row: Prompt
+    initial: str
+    sample: int
+    principle: Completion
+
+    @property
+    def id(self) -> str:
+        return f"{self.row.prompt_id}/{self.sample}"
+
+
+def mine(
+    rows: Sequence[Prompt],
+    policy: Policy,
+    settings: MineSettings,
+    templates: Templates,
+    key: str,
+    advance: Progress | None = None,
+) -> list[Mined]:
+    """y1 and N candidates (z, c, y2) for each prompt, in the order of the rows.
+
+    Args:
+        key: "<seed>/<iteration>"; with prompt_id, role and sample number it seeds the noise.
+        advance: called with the number of requests that were answered; `requests_each` a prompt.
+    """
+    sample = _Sampler(policy, settings, key, advance)
+    initials = sample.one("initial", [(r.prompt_id, r.prompt) for r in rows])
+    hints = [
+        (r.prompt_id, ask.ask_with_gold(templates, r.prompt, y1.text, r.gold))
+        for r, y1 in zip(rows, initials, strict=True)
+    ]
+    drafts = [
+        _Draft(row, y1.text, i, z)
+        for row, y1, zs in zip(rows, initials, sample("principle", hints), strict=True)
+        for i, z in enumerate(zs)
+    ]
+    critiques = _critiques(drafts, sample, templates, settings)
+    contexts = [
+        (d.id, ask.ask_refinement(templates, d.row.prompt, d.initial, d.principle.text, c.text))
+        for d, c in zip(drafts, critiques, strict=True)
+    ]
+    refined = sample.one("refined", contexts)
+    candidates = iter(map(_candidate, drafts, critiques, refined))
+    return [
+        Mined(
+            **fields(row),
+            initial=y1.text,
+            initial_finish=y1.finish,
+            initial_tokens=y1.tokens,
+            candidates=tuple(islice(candidates, settings.samples)),
+        )
+        for row, y1 in zip(rows, initials, strict=True)
+    ]
+
+
+def requests_each(settings: MineSettings) -> int:
+    """Requests that one prompt takes: y1, the N principles together, and each refinement."""
+    return 2 + settings.samples * (2 if settings.critique else 1)
+
+
+@stage("mine")
+def mine_stage(at: Slot, settings: MineSettings, policy: PolicySource, prompts: Attempt) -> Attempt:
+    """prompts → mined, shard by shard."""
+
+    def compute(work: Workspace) -> Metrics:
+        rows = prompts.read("prompts", Prompt)
+        groups, each = shards(rows, settings.shard_size), requests_each(settings)
+        engine, key = policy.load(), f"{at.seed}/{at.iteration}"
+        with progress(f"mine {at.iteration}", len(rows) * each, "requests") as tick:
+            mined = work.sharded(
+                "mined",
+                Mined,
+                groups,
+                lambda shard: mine(shard, engine, settings, policy.templates, key, tick),
+                found=lambda shard: tick(len(shard) * each),
+            )
+        return _metrics(mined)
+
+    return policy.noted(at).attempt("mine", settings, policy.inputs(prompts=prompts), compute)
+
+
+class _Sampler:
+    """Asks the policy in one role for many contexts, each named by its prompt (and sample)."""
+
+    def __init__(
+        self, policy: Policy, settings: MineSettings, key: str, advance: Progress | None
+    ) -> None:
+        self.policy, self.settings, self.key, self.advance = policy, settings, key, advance
+        self.limits = {
+            "initial": settings.max_response_tokens,
+            "principle": settings.max_principle_tokens,
+            "critique": settings.max_critique_tokens,
+            "refined": settings.max_response_tokens,
+        }
+
+    def __call__(
+        self, role: str, contexts: Sequence[tuple[str, ask.Messages]]
+    ) -> list[list[Completion]]:
+        requests = [
+            Request(
+                messages=messages,
+                key=f"{self.key}/{name}/{role}",
+                n=self.settings.samples if role == "principle" else 1,
+                temperature=self.settings.temperature,
+                top_p=self.settings.top_p,
+                max_tokens=self.limits[role],
+            )
+            for name, messages in contexts
+        ]
+        return self.policy.generate(requests, self.advance)
+
+    def one(self, role: str, contexts: Sequence[tuple[str, ask.Messages]]) -> list[Completion]:
+        return [completions[0] for completions in self(role, contexts)]
+
+
+NO_CRITIQUE = Completion(text="", tokens=0, logprob=0.0, finish="stop")
+
+
+def _critiques(
+    drafts: Sequence[_Draft], sample: _Sampler, templates: Templates, settings: MineSettings
+) -> list[Completion]:
+    if not settings.critique:
+        return [NO_CRITIQUE] * len(drafts)
+    contexts = [
+        (d.id, ask.ask_critique(templates, d.row.prompt, d.initial, d.principle.text))
+        for d in drafts
+    ]
+    return sample.one("critique", contexts)
+
+
+def _candidate(draft: _Draft, critique: Completion, refined: Completion) -> Candidate:
+    parts = (draft.principle, critique, refined)
+    finishes = {part.finish for part in parts}
+    return Candidate(
+        sample=draft.sample,
+        principle=draft.principle.text,
+        critique=critique.text,
+        refined=refined.text,
+        finish=next((f for f in ("overflow", "length") if f in finishes), "stop"),
+        tokens=sum(part.tokens for part in parts),
+    )
+
+
+def _metrics(mined: Sequence[Mined]) -> Metrics:
+    candidates = [c for row in mined for c in row.candidates]
+    tokens = sum(c.tokens for c in candidates) + sum(r.initial_tokens for r in mined)
+    cut = sum(c.finish != "stop" for c in candidates)
+    return {
+        "mined_prompts": len(mined),
+        "mined_candidates": len(candidates),
+        "generated_tokens": tokens,
+        "truncated_share": cut / len(candidates) if candidates else 0.0,
+    }

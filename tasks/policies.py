@@ -1,0 +1,67 @@
+"""Which policy a stage talks to: the base model, the adapter of an earlier iteration, templates.
+
+The flow makes one `PolicySource` for each iteration; `mine`, `cluster` and `evaluate` load it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.policy import PolicySettings
+from models.prompts import TEMPLATES, Templates
+from tasks.store import Attempt, Slot
+
+if TYPE_CHECKING:
+    from models.local import LocalPolicy
+
+
+@dataclass(frozen=True)
+class PolicySource:
+    """A reference to a policy: nothing is loaded before `load`.
+
+    `base_digest` identifies the base model's files; `adapter` is a finished train attempt.
+    """
+
+    settings: PolicySettings
+    model: str
+    base_digest: str
+    adapter: Attempt | None = None
+
+    @property
+    def templates(self) -> Templates:
+        """The wording of the turns."""
+        return TEMPLATES[self.settings.templates]
+
+    @property
+    def adapter_path(self) -> Path | None:
+        """The adapter's local folder; None is the initial policy."""
+        return self.adapter.path("adapter") if self.adapter else None
+
+    def load(self) -> LocalPolicy:
+        """The policy in memory."""
+        from models.local import load_policy
+
+        return load_policy(self.settings, self.model, self.adapter_path)
+
+    def trained(self, adapter: Attempt) -> PolicySource:
+        """The same base model with the adapter of a finished train attempt."""
+        return replace(self, adapter=adapter)
+
+    def inputs(self, **others: Attempt) -> Mapping[str, Attempt]:
+        """The attempts that a stage reads, with the adapter among them."""
+        return {**others, **({"adapter": self.adapter} if self.adapter else {})}
+
+    def noted(self, at: Slot) -> Slot:
+        """The slot with what else this policy's answers depend on."""
+        wording = hashlib.sha256("\0".join(astuple(self.templates)).encode()).hexdigest()
+        held = self.settings.model_dump(include={"quantization", "dtype", "revision"})
+        notes = {"base": self.base_digest, "templates": wording, **_texts(held)}
+        return replace(at, notes={**at.notes, **notes})
+
+
+def _texts(values: Mapping[str, object]) -> dict[str, str]:
+    return {key: str(value) for key, value in values.items()}

@@ -1,0 +1,146 @@
+"""The constitution file: exact round trip, readable, and clear about a bad hand edit."""
+
+from pathlib import Path
+
+import pytest
+
+from constitutions.constitution import (
+    Constitution,
+    Principle,
+    diff,
+    load,
+    markdown,
+    principle_id,
+    principle_key,
+    save,
+)
+from constitutions.errors import UserError
+
+TRICKY = (
+    "Be clear: use headings.",
+    "yes",
+    "# not a comment",
+    "日本語 😀",
+    "- a\nb",
+    '"quoted" | bar',
+)
+
+
+def _constitution() -> Constitution:
+    tricky = [Principle(text=text, support=i) for i, text in enumerate(TRICKY)]
+    full = Principle(
+        text="warn against harm",
+        support=40,
+        share=1 / 3,
+        example="0f3a",
+        members=("warn against harm", "mention: risks", "1.5"),
+    )
+    return Constitution(experiment="on: off", iteration=3, principles=(*tricky, full))
+
+
+def _refused(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load(path)
+    return str(caught.value)
+
+
+def test_a_saved_constitution_loads_exactly(tmp_path: Path) -> None:
+    path = tmp_path / "constitution.yaml"
+    save(_constitution(), path)
+    assert load(path) == _constitution()
+    first = path.read_bytes()
+    save(load(path), path)
+    assert path.read_bytes() == first
+
+
+def test_the_file_is_plain_block_yaml_by_support(tmp_path: Path) -> None:
+    path = tmp_path / "constitution.yaml"
+    save(_constitution(), path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert "  text: warn against harm" in lines
+    assert "  - 'mention: risks'" in lines
+    assert "日本語 😀" in path.read_text(encoding="utf-8")
+    assert not any("{" in line or "[" in line for line in lines)
+    supports = [int(line.split()[1]) for line in lines if line.startswith("  support:")]
+    assert supports == sorted(supports, reverse=True)
+
+
+def test_a_person_needs_to_write_the_texts_only(tmp_path: Path) -> None:
+    path = tmp_path / "constitution.yaml"
+    path.write_text("principles:\n- text: be honest\n- text: Be brief.\n", encoding="utf-8")
+    loaded = load(path)
+    assert loaded.texts == ("Be brief.", "be honest")
+    assert loaded.principles[1].id == principle_id("be honest")
+
+
+def test_spellings_share_an_id_and_wordings_do_not() -> None:
+    assert principle_id("Be  honest.") == principle_id("be honest") != principle_id("be brief")
+    assert principle_key("...") == "..."
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        (
+            "principles:\n- text: a\n- text: b\n  txet: c\n",
+            4,
+            "unknown key; expected one of id, text",
+        ),
+        ("principles:\n- text: a\n- support: 3\n", 3, "principle 2, 'text': it is missing"),
+        ("principles:\n- text: ' '\n", 2, "the text is empty"),
+        ("principles:\n- text: yes\n", 2, "this is not a text"),
+        ("principles:\n- text: a\n  support: many\n", 3, "a valid integer"),
+        ("principles:\n- text: a\n  share: 2\n", 3, "less than or equal to 1"),
+        ("principles:\n- text: a\n  members: b\n", 3, "this is not a list"),
+        ("principles:\n- text: a\n- b\n", 3, "this is not a principle"),
+        ("principles:\n- text: Be kind.\n- text: be kind\n", 3, "the same text as principle 1"),
+        ("principles:\n- id: a\n  text: b\n- id: a\n  text: c\n", 4, "the same id as principle 1"),
+        ("principles:\n- text: a\n  text: b\n", 3, "'text' is given twice"),
+        ("principles:\n- text: a: b\n", 2, "put a text that holds ': ' or '#' in quotes"),
+        ("principles: 3\n", 1, "this is not a list"),
+    ],
+)
+def test_a_bad_edit_is_named_by_line_and_field(
+    tmp_path: Path, text: str, line: int, said: str
+) -> None:
+    message = _refused(tmp_path / "edited.yaml", text)
+    assert f"edited.yaml, line {line}" in message
+    assert said in message
+
+
+def test_all_bad_entries_are_named_at_once(tmp_path: Path) -> None:
+    message = _refused(tmp_path / "c.yaml", "principles:\n- text: 3\n- support: 1\n- text: ''\n")
+    assert [f"line {n}" in message for n in (2, 3, 4)] == [True] * 3
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "just words\n"])
+def test_another_document_is_refused(tmp_path: Path, text: str) -> None:
+    assert "this is not a constitution" in _refused(tmp_path / "c.yaml", text)
+
+
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load(tmp_path / "missing.yaml")
+    with pytest.raises(UserError, match="this is a directory"):
+        load(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"principles:\n- text: caf\xe9\n")
+    with pytest.raises(UserError, match=r"byte 23: the text is not UTF-8"):
+        load(tmp_path / "latin.yaml")
+
+
+def test_diff_follows_ids() -> None:
+    kept, dropped = Principle(text="be kind"), Principle(text="be brief")
+    old = Constitution(principles=(kept, dropped))
+    reworded = kept.model_copy(update={"text": "be gentle"})
+    added = Principle(text="be honest")
+    changes = diff(old, Constitution(principles=(reworded, added)))
+    assert (changes.added, changes.dropped) == ((added,), (dropped,))
+    assert changes.reworded == ((kept, reworded),)
+
+
+def test_markdown_has_one_row_a_principle() -> None:
+    table = markdown(_constitution(), wordings=1).splitlines()
+    assert len(table) == 2 + len(_constitution().principles)
+    assert table[2] == "| 1 | warn against harm | 33.3% | 40 | mention: risks (+1) |"
+    assert all(row.replace("\\|", "").count("|") == 6 for row in table)

@@ -1,0 +1,355 @@
+"""Clustering: paraphrases meet by what they do, and every trajectory keeps exactly one label."""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.cluster.hierarchy import fcluster, linkage
+from sklearn.metrics import adjusted_rand_score
+
+from constitutions.constitution import Constitution, Principle, principle_key
+from models.embedders import Features, combine
+from models.policy import Completion, Message, Scoring
+from models.prompts import TERSE, ask_refinement
+from tasks.cluster import (
+    Clustering,
+    ClusterRow,
+    ClusterSettings,
+    agglomerate,
+    cluster,
+    discovery_rate,
+    distinct_principles,
+    figure,
+    group,
+    map_principles,
+    representatives,
+)
+from tasks.records import Labelled, Scored, ScoredCandidate, Trajectory, from_table, to_table
+
+BEHAVIOURS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "warn": (("warn against {}", "flag {} dangers", "caution people on {}"), ("be careful now",)),
+    "ask": (("ask back on {}", "request more {} detail", "check which {}"), ("which model then",)),
+    "cite": (("cite {} sources", "name {} references"), ("per official guides", "per known books")),
+    "joke": (("joke about {}", "use {} humour", "be funny with {}"), ("haha what a clown",)),
+}
+"""Behaviour → wordings that share no word but the nuisance {}, and what it inserts."""
+OBJECTS = ("time", "cost", "safety", "privacy", "health")
+
+
+def _world(
+    prompts: int = 80, seed: int = 0
+) -> tuple[list[Trajectory], list[Scored], dict[str, str]]:
+    """Kept trajectories, all scored prompts, and each principle's true behaviour."""
+    rng = random.Random(seed)
+    kept, scored, truth = [], [], {}
+    for number in range(prompts):
+        candidates = []
+        for sample in range(4):
+            behaviour = rng.choice(list(BEHAVIOURS))
+            wordings, phrases = BEHAVIOURS[behaviour]
+            principle = rng.choice(wordings).format(rng.choice(OBJECTS))
+            truth[principle_key(principle)] = behaviour
+            noise = f" item{rng.randrange(300)}" if rng.random() < 0.5 else ""
+            refined = f"repair part{number} {rng.choice(phrases)}{noise}"
+            candidates.append((sample, principle, refined))
+        row = _scored(f"{number:04d}", f"repair part{number}", candidates)
+        scored.append(row)
+        kept.append(_trajectory(row, rng.randrange(4)))
+    return kept, scored, truth
+
+
+def _scored(prompt_id: str, initial: str, candidates: Sequence[tuple[int, str, str]]) -> Scored:
+    return Scored(
+        prompt_id=prompt_id,
+        prompt=({"role": "user", "content": f"please {initial}"},),
+        gold="gold",
+        source=f"prompts.jsonl:{prompt_id}",
+        initial=initial,
+        initial_finish="stop",
+        initial_tokens=3,
+        initial_score=0.25,
+        initial_unscored=None,
+        candidates=tuple(
+            ScoredCandidate(
+                sample=sample,
+                principle=principle,
+                critique="",
+                refined=refined,
+                finish="stop",
+                tokens=9,
+                score=0.5,
+                unscored=None,
+            )
+            for sample, principle, refined in candidates
+        ),
+    )
+
+
+def _trajectory(row: Scored, sample: int) -> Trajectory:
+    candidate = row.candidates[sample]
+    return Trajectory(
+        prompt_id=row.prompt_id,
+        prompt=row.prompt,
+        gold=row.gold,
+        source=row.source,
+        sample=sample,
+        initial=row.initial,
+        principle=candidate.principle,
+        refined=candidate.refined,
+        initial_score=0.25,
+        score=0.5,
+        weight=1.0,
+    )
+
+
+def _kept(*principles: str, refined: str = "a b") -> tuple[list[Trajectory], list[Scored]]:
+    scored = [_scored(f"{i:04d}", "a", [(0, p, refined)]) for i, p in enumerate(principles)]
+    return [_trajectory(row, 0) for row in scored], scored
+
+
+def _settings(**values: object) -> ClusterSettings:
+    return ClusterSettings.model_validate({"picture": "none", **values})
+
+
+def _ari(clustering: Clustering, truth: dict[str, str]) -> float:
+    rows = clustering.clusters
+    return float(
+        adjusted_rand_score(
+            [truth[principle_key(row.principle)] for row in rows], [row.cluster for row in rows]
+        )
+    )
+
+
+def _together(clustering: Clustering) -> set[tuple[str, ...]]:
+    """The kept principles of each cluster, in the trajectories' order."""
+    return {
+        tuple(row.principle for row in clustering.labelled if row.cluster == number)
+        for number in range(len(clustering.constitution.principles))
+    }
+
+
+class FakePolicy:
+    """Dislikes some principles: log p(y2) is -5 nats under them, -1 under all others."""
+
+    def __init__(self, disliked: dict[str, float]) -> None:
+        self.disliked = disliked
+        self.asked: list[tuple[tuple[Message, ...], str]] = []
+
+    def generate(self, requests: object, progress: object = None) -> list[list[Completion]]:
+        raise AssertionError("clustering samples nothing")
+
+    def logprobs(self, pairs: Sequence[tuple[tuple[Message, ...], str]]) -> list[Scoring]:
+        self.asked += pairs
+        texts = [" / ".join(m["content"] for m in messages) for messages, _ in pairs]
+        values = [next((v for d, v in self.disliked.items() if d in t), -1.0) for t in texts]
+        return [Scoring(logprob=value, tokens=3) for value in values]
+
+    def hidden_states(self, texts: Sequence[str]) -> np.ndarray:
+        return np.array([[10.0, text.startswith("warn"), text.startswith("ask")] for text in texts])
+
+
+def test_every_trajectory_is_labelled_once_and_the_counts_add_up() -> None:
+    kept, scored, _ = _world()
+    result = cluster(kept, iter(scored), _settings(), experiment="e", iteration=2)
+    texts = result.constitution.texts
+    assert [(r.prompt_id, r.sample, r.principle) for r in result.labelled] == [
+        (r.prompt_id, r.sample, r.principle) for r in kept
+    ]
+    assert [texts[r.cluster] for r in result.labelled] == [r.label for r in result.labelled]
+    assert sum(p.support for p in result.constitution.principles) == len(kept)
+    assert sum(p.share for p in result.constitution.principles) == pytest.approx(1, abs=1e-4)
+    assert sum(row.support for row in result.clusters) == result.counts["trajectories"] == len(kept)
+    assert len(result.clusters) == result.counts["distinct"] == len({r.principle for r in kept})
+    assert result.counts["replaced"] == sum(r.label != r.principle for r in result.labelled)
+    assert (result.constitution.experiment, result.constitution.iteration) == ("e", 2)
+
+
+def test_principles_meet_by_effect_where_their_wordings_share_nothing() -> None:
+    kept, scored, truth = _world()
+    together = cluster(kept, scored, _settings())
+    assert _ari(together, truth) == 1
+    assert len(together.constitution.principles) == len(BEHAVIOURS)
+    assert _ari(cluster(kept, scored, _settings(features=["effect"])), truth) == 1
+    assert _ari(cluster(kept, scored, _settings(features=["characters"])), truth) < 0.6
+
+
+def test_the_order_of_rows_does_not_matter() -> None:
+    kept, scored, _ = _world()
+    first = cluster(kept, scored, _settings(), seed=3)
+    random.Random(1).shuffle(kept)
+    random.Random(2).shuffle(scored)
+    second = cluster(kept, scored, _settings(), seed=3)
+    assert second.constitution == first.constitution
+    assert second.clusters == first.clusters
+    by_id = {row.prompt_id: row for row in first.labelled}
+    assert all(row == by_id[row.prompt_id] for row in second.labelled)
+
+
+@pytest.mark.parametrize("picture", ["none", "svd", "umap"])
+@pytest.mark.parametrize("principles", [(), ("be kind",), ("be kind", "warn them")])
+def test_a_handful_of_principles_is_enough(principles: tuple[str, ...], picture: str) -> None:
+    kept, scored = _kept(*principles)
+    result = cluster(kept, scored, _settings(picture=picture))
+    assert len(result.labelled) == len(result.clusters) == len(principles)
+    assert all((row.x is None) == (picture == "none") for row in result.clusters)
+
+
+def test_spellings_of_one_principle_count_as_one() -> None:
+    kept, scored = _kept("Be kind.", "be  kind", "be kind", "warn them")
+    result = cluster(kept, scored, _settings(features=["characters"]))
+    assert [(p.text, p.support) for p in result.constitution.principles] == [
+        ("be kind", 3),
+        ("warn them", 1),
+    ]
+    assert [row.replaced for row in result.labelled] == [True, True, False, False]
+
+
+def test_a_principle_that_inserts_nothing_is_reported() -> None:
+    quiet = _scored("9999", "a b", [(0, "be quiet", "a")])
+    kept, scored = _kept("be kind", "be kinder")
+    kept, scored = [*kept, _trajectory(quiet, 0)], [*scored, quiet]
+    by_effect = cluster(kept, scored, _settings(features=["effect"], picture="svd"))
+    notes = {row.principle: (row.note, row.x is None) for row in by_effect.clusters}
+    assert notes == {
+        "be kind": ("", False), "be kinder": ("", False), "be quiet": ("no vector", True)
+    }  # fmt: skip
+    assert len(by_effect.constitution.principles) == 2
+    by_both = cluster(kept, scored, _settings())
+    assert by_both.counts["no_insertion"] == 1
+    assert [row.inserted for row in by_both.clusters if row.note == "no insertion"] == [0]
+
+
+def test_agglomerate_is_average_linkage() -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((300, 12)) + 2 * rng.standard_normal((9, 12))[np.arange(300) % 9]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    tree = linkage(vectors, "average", metric="cosine")
+    ours = sorted(merge.distance for merge in agglomerate(vectors, block=64))
+    np.testing.assert_allclose(ours, np.maximum(tree[:, 2], 0), atol=1e-5)
+    features = Features(vectors.astype(np.float32), np.ones(300, dtype=bool))
+    for threshold in (0.1, 0.3, 0.6, 0.9):
+        theirs = fcluster(tree, threshold, "distance")
+        assert adjusted_rand_score(theirs, group(features, threshold)) == 1
+    for at_most in (1, 5, 40):
+        theirs = fcluster(tree, at_most, "maxclust")
+        assert adjusted_rand_score(theirs, group(features, 1e-6, at_most)) == 1
+
+
+def test_agglomerate_ends_quickly_where_all_distances_are_equal() -> None:
+    for vectors in (np.eye(600), np.ones((600, 1))):
+        assert len(agglomerate(vectors)) == 599
+    assert len(agglomerate(np.eye(600), threshold=0.5)) == 0
+
+
+def test_the_reduction_of_large_blocks_keeps_the_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    truth = np.arange(1200) % 20
+    block = rng.standard_normal((20, 600))[truth] + 0.7 * rng.standard_normal((1200, 600))
+    exact = group(combine([block]), 0.8)
+    monkeypatch.setattr("models.embedders.EXACT_ENTRIES", 1000)
+    reduced = combine([block])
+    assert reduced.vectors.shape == (1200, 256)
+    assert adjusted_rand_score(exact, group(reduced, 0.8)) > 0.99
+    assert adjusted_rand_score(exact, truth) > 0.99
+
+
+def test_max_principles_merges_beyond_the_threshold() -> None:
+    kept, scored, _ = _world()
+    result = cluster(kept, scored, _settings(max_principles=2))
+    assert len(result.constitution.principles) == 2
+    assert {row.label for row in result.labelled} == set(result.constitution.texts)
+
+
+def test_representatives_by_centrality_by_frequency_and_none() -> None:
+    texts = ["a"] + ["b"] * 2 + ["c"] * 2 + ["d"] * 4
+    kept, scored = _kept(*texts)
+    distinct = distinct_principles(kept)
+    angles = np.radians([0, 10, 20, 80])
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    features = Features(vectors, np.ones(4, dtype=bool))
+    groups = np.zeros(4, dtype=int)
+    assert representatives(distinct, groups, features, "medoid") == [2]
+    assert representatives(distinct, groups, features, "mode") == [3]
+    free = cluster(kept, scored, _settings(representative="none"))
+    assert [row.label for row in free.labelled] == texts
+    assert sorted(free.constitution.texts) == ["a", "b", "c", "d"]
+    assert free.counts["replaced"] == 0
+
+
+def test_a_replacement_that_makes_y2_improbable_is_refused() -> None:
+    kept, scored = _kept("warn a", "warn b", "warn b", "warn c")
+    settings = _settings(representative="mode", logprob_tolerance=1, features=["effect"])
+    policy = FakePolicy({"warn b": -5.0, "warn c": -4.5})
+    result = cluster(kept, scored, settings, policy=policy, templates=TERSE)
+    assert [row.label for row in result.labelled] == ["warn a", "warn b", "warn b", "warn b"]
+    assert [row.replaced for row in result.labelled] == [False, False, False, True]
+    assert {row.cluster for row in result.labelled} == {0}
+    assert result.constitution.texts == ("warn b",)
+    assert result.constitution.principles[0].support == 3
+    assert (result.counts["replaced"], result.counts["kept_outside"]) == (1, 1)
+    contexts = [ask_refinement(TERSE, kept[0].prompt, "a", z) for z in ("warn a", "warn b")]
+    assert all((context, "a b") in policy.asked for context in contexts)
+    assert len(policy.asked) == 4
+
+
+def test_a_log_probability_that_is_no_number_keeps_the_original() -> None:
+    kept, scored = _kept("warn a", "warn b", "warn b")
+    settings = _settings(representative="mode", logprob_tolerance=1, features=["effect"])
+    policy = FakePolicy({"warn b": math.nan})
+    result = cluster(kept, scored, settings, policy=policy, templates=TERSE)
+    assert result.labelled[0].label == "warn a"
+
+
+def test_what_needs_a_policy_says_so() -> None:
+    kept, scored = _kept("warn a", "warn b")
+    for settings in (_settings(features=["hidden"]), _settings(logprob_tolerance=1)):
+        with pytest.raises(ValueError, match="needs a policy"):
+            cluster(kept, scored, settings)
+
+
+def test_hidden_states_and_sentences_are_features() -> None:
+    kept, scored = _kept("warn a", "ask b", "warn c", "ask d")
+    by_hidden = cluster(kept, scored, _settings(features=["hidden"]), policy=FakePolicy({}))
+    assert _together(by_hidden) == {("warn a", "warn c"), ("ask b", "ask d")}
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        return np.eye(2)[[int(text[-1] in "ab") for text in texts]]
+
+    by_sentence = cluster(kept, scored, _settings(features=["sentences"]), embed=embed)
+    assert _together(by_sentence) == {("warn a", "ask b"), ("warn c", "ask d")}
+
+
+def test_discovery_rate_counts_labels_that_were_never_seen() -> None:
+    kept, scored = _kept("warn a", "ask b", "ask b", "joke c")
+    labelled: list[Labelled] = cluster(kept, scored, _settings(representative="none")).labelled
+    earlier = Constitution(principles=(Principle(text="Ask b."), Principle(text="greet")))
+    assert discovery_rate(labelled, []) == 1
+    assert discovery_rate(labelled, [earlier]) == 0.5
+    assert discovery_rate([], [earlier]) == 0
+
+
+def test_the_map_has_a_place_for_every_row_that_has_a_vector(tmp_path: Path) -> None:
+    kept, scored, _ = _world()
+    result = cluster(kept, scored, _settings(picture="svd"))
+    assert len({(row.x, row.y) for row in result.clusters}) > len(BEHAVIOURS)
+    figure(result.clusters, tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    figure([], tmp_path / "empty.png")
+    absent = Features(np.eye(3, dtype=np.float32), np.array([True, False, True]))
+    assert np.isnan(map_principles(absent, "svd")).any(axis=1).tolist() == [False, True, False]
+
+
+def test_cluster_rows_travel_as_a_table() -> None:
+    kept, scored, _ = _world(20)
+    rows = cluster(kept, scored, _settings(picture="svd")).clusters
+    assert from_table(to_table(rows, ClusterRow), ClusterRow) == rows
+
+
+def test_support_counts_kept_trajectories() -> None:
+    kept, _, _ = _world()
+    counted = Counter(principle_key(row.principle) for row in kept)
+    assert {d.key: d.support for d in distinct_principles(kept)} == counted

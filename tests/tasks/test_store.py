@@ -1,0 +1,147 @@
+"""The record, against a real MLflow on SQLite: what counts, what is reused, what is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from constitutions.errors import UserError
+from models.settings import Settings
+from tasks.store import Attempt, Metrics, Record, Slot, Workspace, shards
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Number:
+    value: int
+
+
+class AddSettings(Settings):
+    plus: int = 1
+
+
+class Crash(RuntimeError):
+    pass
+
+
+@pytest.fixture
+def slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slot:
+    monkeypatch.chdir(tmp_path)
+    return Slot(Record("an-experiment", tmp_path / "home", f"sqlite:///{tmp_path}/m.db"), 1, seed=7)
+
+
+def adding(plus: int, calls: list[int]) -> Callable[[Workspace], Metrics]:
+    def compute(work: Workspace) -> Metrics:
+        calls.append(plus)
+        work.write("numbers", [Number(value=plus)], Number)
+        return {"sum": float(plus)}
+
+    return compute
+
+
+def run(slot: Slot, plus: int, calls: list[int], **inputs: Attempt) -> Attempt:
+    return slot.attempt("add", AddSettings(plus=plus), inputs, adding(plus, calls))
+
+
+def test_the_same_again_is_reused(slot: Slot) -> None:
+    calls: list[int] = []
+    first, second = run(slot, 1, calls), run(slot, 1, calls)
+    assert calls == [1]
+    assert (first.run_id, first.reused, second.reused) == (second.run_id, False, True)
+    assert second.read("numbers", Number) == [Number(value=1)]
+    assert second.metrics["sum"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: replace(s, seed=8),
+        lambda s: s.at(2),
+        lambda s: replace(s, notes={"base": "another model"}),
+        lambda s: replace(s, force=True),
+    ],
+    ids=["seed", "iteration", "notes", "force"],
+)
+def test_what_makes_it_compute_again(slot: Slot, change: Callable[[Slot], Slot]) -> None:
+    calls: list[int] = []
+    run(slot, 1, calls)
+    assert not run(change(slot), 1, calls).reused
+    assert calls == [1, 1]
+
+
+def test_another_setting_or_input_computes_again(slot: Slot) -> None:
+    calls: list[int] = []
+    one, two = run(slot, 1, calls), run(slot, 2, calls)
+    run(slot, 3, calls, upstream=one)
+    run(slot, 3, calls, upstream=two)
+    run(slot, 3, calls, upstream=one)
+    assert calls == [1, 2, 3, 3]
+
+
+def test_an_older_attempt_that_is_asked_for_becomes_current(slot: Slot) -> None:
+    calls: list[int] = []
+    one = run(slot, 1, calls)
+    assert run(slot, 2, calls).run_id == slot.record.needs("add", 1).run_id
+    run(slot, 1, calls)
+    assert slot.record.needs("add", 1).run_id == one.run_id
+
+
+def test_a_failed_attempt_does_not_count(slot: Slot) -> None:
+    def fail(work: Workspace) -> Metrics:
+        work.write("numbers", [Number(value=1)], Number)
+        raise Crash("halfway")
+
+    with pytest.raises(Crash):
+        slot.attempt("add", AddSettings(), {}, fail)
+    assert slot.record.current("add", 1) is None
+    assert slot.record.states("add", 1) == ["FAILED"]
+    with pytest.raises(UserError, match="staple stage add --experiment an-experiment --iteration 1"):
+        slot.record.needs("add", 1)
+
+
+def test_finished_shards_survive_a_crash(slot: Slot) -> None:
+    computed: list[int] = []
+    found: list[int] = []
+
+    def compute(stop_at: int) -> Callable[[Workspace], Metrics]:
+        def one(shard: list[int]) -> list[Number]:
+            if shard[0] == stop_at:
+                raise Crash("killed")
+            computed.append(shard[0])
+            return [Number(value=v) for v in shard]
+
+        def whole(work: Workspace) -> Metrics:
+            work.sharded("n", Number, shards(range(6), 2), one, found=lambda s: found.append(s[0]))
+            return {}
+
+        return whole
+
+    with pytest.raises(Crash):
+        slot.attempt("add", AddSettings(), {}, compute(stop_at=4))
+    done = slot.attempt("add", AddSettings(), {}, compute(stop_at=-1))
+    assert computed == [0, 2, 4]
+    assert found == [0, 2]
+    assert [n.value for n in done.read("n", Number)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_manifest_tells_outputs_apart_and_nothing_else(slot: Slot) -> None:
+    calls: list[int] = []
+    one, two = run(slot, 1, calls), run(slot, 2, calls)
+    again = run(replace(slot, force=True), 1, calls)
+    assert one.digest == again.digest != two.digest
+
+
+def test_one_run_per_iteration(slot: Slot) -> None:
+    first = slot.record.iteration_run(1)
+    assert slot.record.iteration_run(1) == first != slot.record.iteration_run(2)
+    slot.record.log_iteration(1, {"win": 0.5})
+    run_data = slot.record.client.get_run(first).data
+    assert (run_data.metrics["win"], run_data.tags["kind"]) == (0.5, "iteration")
+
+
+def test_asking_whether_it_exists_creates_nothing(tmp_path: Path) -> None:
+    database = tmp_path / "none.db"
+    assert not Record("e", tmp_path, f"sqlite:///{database}").exists()
+    assert not database.exists()

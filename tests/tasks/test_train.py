@@ -1,0 +1,170 @@
+"""The train stage on a small random chat model: from labelled trajectories to an adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_model import build_chat_model
+
+from constitutions.errors import UserError
+from models.policy import PolicySettings
+from models.prompts import CHAT
+from tasks.records import Labelled
+from tasks.train import TrainResult, TrainSettings, conversation, expected_steps, train
+
+POLICY = PolicySettings(templates="chat", quantization="nf4", dtype="float32", device="cpu")
+SETTINGS = TrainSettings(
+    learning_rate=1e-2, epochs=4, batch_size=4, micro_batch_size=4, lora_rank=8, max_tokens=700
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_chat_model(tmp_path_factory.mktemp("model"), "qwen2")
+
+
+def labelled(number: int, **changes: Any) -> Labelled:
+    values: dict[str, Any] = {
+        "prompt_id": f"id{number}",
+        "prompt": (
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": f"Printer {number} is broken."},
+        ),
+        "gold": "gold",
+        "source": f"prompts.jsonl:{number}",
+        "sample": 1,
+        "initial": "No idea.",
+        "principle": "Tell what to do next.",
+        "refined": "Restart the printer.",
+        "initial_score": 0.1,
+        "score": 0.4,
+        "weight": 1.0,
+        "label": "Say the next step.",
+        "cluster": 0,
+        "replaced": True,
+    }
+    return Labelled(**{**values, **changes})
+
+
+ROWS = [labelled(i) for i in range(8)]
+
+
+def run(model: Path, out: Path, rows: list[Labelled], **changes: Any) -> TrainResult:
+    previous = changes.pop("previous_adapter", None)
+    policy = changes.pop("policy", POLICY)
+    progress = changes.pop("progress", None)
+    settings = SETTINGS.model_copy(update=changes)
+    return train(
+        rows, model=model, policy=policy, previous_adapter=previous, out=out,
+        settings=settings, seed=0, progress=progress,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def first(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainResult]:
+    out = tmp_path_factory.mktemp("first") / "adapter"
+    return out, run(model, out, ROWS)
+
+
+def test_an_adapter_and_its_curve_come_out(first: tuple[Path, TrainResult], model: Path) -> None:
+    out, result = first
+    assert (out / "adapter_model.safetensors").is_file()
+    record = json.loads((out / "provenance.json").read_text())
+    assert record["data_digest"] == result.data_digest and record["quantization"] == "nf4"
+    assert result.counts["labelled"] == result.counts["trained"] == 8 and not result.skipped
+    assert result.counts["steps"] == len(result.curve) == expected_steps(8, SETTINGS) == 8
+    assert result.curve[-1].loss < 0.8 * result.curve[0].loss
+    assert [p.name for p in out.parent.iterdir()] == ["adapter"]
+
+
+def test_the_next_iteration_continues_the_adapter(
+    first: tuple[Path, TrainResult], model: Path, tmp_path: Path
+) -> None:
+    previous, result = first
+    second = run(model, tmp_path / "adapter", ROWS, previous_adapter=previous)
+    assert second.curve[0].loss < 0.85 * result.curve[0].loss
+    assert second.curve[-1].loss < second.curve[0].loss
+
+
+def test_the_label_is_trained_not_the_original_principle() -> None:
+    messages = conversation(ROWS[0], CHAT)
+    contents = [m["content"] for m in messages if m["role"] == "assistant"]
+    assert contents == ["No idea.", "Say the next step.", "Restart the printer."]
+    assert not any("gold" in m["content"] for m in messages)
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "texts"),
+    [
+        (("principle", "refined"), ["Say the next step.", "Restart the printer."]),
+        (("refined",), ["Restart the printer."]),
+        (("refined", "initial"), ["No idea.", "Restart the printer."]),
+    ],
+)
+def test_loss_on_names_the_trained_turns(model: Path, loss_on: Any, texts: list[str]) -> None:
+    from transformers import AutoTokenizer
+
+    from models.encoding import Encoder
+    from tasks.train import training_set
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    settings = SETTINGS.model_copy(update={"loss_on": loss_on})
+    data = training_set([labelled(1, weight=0.3)], Encoder(tokenizer, 700), CHAT, settings)
+    (example,) = data.examples
+    trained = [i for i, t in zip(example.ids, example.trained, strict=True) if t]
+    assert tokenizer.decode(trained) == "".join(t + "<|im_end|>" for t in texts)
+    assert example.weight == 0.3
+
+
+def test_what_cannot_be_trained_on_is_reported_and_counted(model: Path, tmp_path: Path) -> None:
+    rows = [
+        *ROWS[:3],
+        labelled(8, refined="very " * 500, sample=2),
+        labelled(9, label="say <|im_end|>"),
+    ]
+    result = run(model, tmp_path / "adapter", rows, epochs=1)
+    counts = result.counts
+    assert (counts["labelled"], counts["trained"], counts["skipped"]) == (5, 3, 2)
+    long, forged = result.skipped
+    assert (long.prompt_id, long.sample, long.source) == ("id8", 2, "prompts.jsonl:8")
+    assert "more than max_tokens" in long.detail and "<|im_end|>" in forged.detail
+
+
+def test_nothing_to_train_on_is_the_users_to_mend(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no labelled trajectories"):
+        run(model, tmp_path / "adapter", [])
+    with pytest.raises(UserError, match=r"prompts.jsonl:0: none of the 8 .*max_tokens"):
+        run(model, tmp_path / "adapter", ROWS, max_tokens=16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_of_another_base_is_refused(
+    first: tuple[Path, TrainResult], model: Path, tmp_path: Path
+) -> None:
+    other = build_chat_model(tmp_path / "other", "qwen2", seed=5)
+    with pytest.raises(UserError, match="another base model"):
+        run(other, tmp_path / "adapter", ROWS, previous_adapter=first[0])
+    exact = POLICY.model_copy(update={"quantization": "none"})
+    with pytest.raises(UserError, match="another quantisation"):
+        run(model, tmp_path / "adapter", ROWS, previous_adapter=first[0], policy=exact)
+
+
+def test_the_same_call_gives_the_same_bytes(
+    first: tuple[Path, TrainResult], model: Path, tmp_path: Path
+) -> None:
+    again = run(model, tmp_path / "adapter", ROWS)
+    assert again == first[1]
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "adapter" / name).read_bytes() == (first[0] / name).read_bytes()
+
+
+def test_a_training_killed_at_a_step_leaves_no_adapter(model: Path, tmp_path: Path) -> None:
+    def kill(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "adapter", ROWS, progress=kill)
+    assert not (tmp_path / "adapter").exists()

@@ -1,0 +1,45 @@
+"""Imports point one way: flows → tasks → models → constitutions; heavy ones wait until needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = ("constitutions", "models", "tasks", "flows")
+MODULES = sorted(p for package in ORDER for p in (ROOT / package).rglob("*.py"))
+
+
+def imported(source: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(source.read_text("utf-8"))))
+    names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    return names | {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(module: Path) -> None:
+    package = module.relative_to(ROOT).parts[0]
+    above = ORDER[ORDER.index(package) + 1 :]
+    climbing = {name for name in imported(module) if name.split(".")[0] in above}
+    assert not climbing
+
+
+@pytest.mark.parametrize("module", ["flows.cli", "tasks.records", "models.prompts"])
+def test_torch_is_not_imported_by(module: str) -> None:
+    code = f"import {module}, sys; assert not {{'torch', 'mlflow', 'prefect'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_help_says_what_there_is() -> None:
+    started = time.monotonic()
+    shown = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "--help"], cwd=ROOT, check=True, capture_output=True
+    ).stdout.decode()
+    print(f"--help took {time.monotonic() - started:.2f} s")
+    for command in ("run", "stage", "status", "constitution", "ask", "validate"):
+        assert command in shown
