@@ -9,6 +9,7 @@ from constitutions.constitution import Constitution, Principle, load, principle_
 from constitutions.errors import UserError
 from flows.experiment import newest, open_experiment
 from flows.settings import ExperimentSettings
+from models.policy import Message
 from tasks.evaluate import answer
 from tasks.records import Answer, Prompt, prompt_id
 
@@ -37,7 +38,7 @@ def ask_policy(settings: ExperimentSettings, prompt: str, iteration: int | None)
         raise UserError("the prompt is empty", expected="something to ask")
     at = newest(settings, "train", iteration).iteration if iteration != 0 else 0
     source = open_experiment(settings, note=False).policy(at)
-    turns = ({"role": "user", "content": prompt.strip()},)
+    turns = (Message(role="user", content=prompt.strip()),)
     row = Prompt(prompt_id=prompt_id(turns), prompt=turns, gold="", source="asked")
     (answered,) = answer(
         [row],

@@ -30,8 +30,6 @@ def check(settings: ExperimentSettings) -> dict[str, str]:
     def attempt(look: Callable[[], str]) -> str:
         try:
             return look()
-        except UserErrors as errors:
-            problems.extend(errors.errors)
         except UserError as error:
             problems.append(error)
         return ""
@@ -57,12 +55,11 @@ def check_data(path: str) -> dict[str, str]:
 
 
 def _prompts(settings: ExperimentSettings) -> str:
-    sizes = [
-        len(prompt_sets(settings.prompts, settings.seed, t).rows)
-        for t in range(settings.iterations + 1)
-    ]
-    mined = " + ".join(f"{size:,}" for size in sizes[1:])
-    return f"{mined} to mine, {sizes[0]:,} held out"
+    last = prompt_sets(settings.prompts, settings.seed, settings.iterations)
+    mined = [settings.prompts.first] + [settings.prompts.later] * (settings.iterations - 1)
+    rejected = f"; {len(last.rejected):,} rows rejected" if last.rejected else ""
+    counts = " + ".join(f"{size:,}" for size in mined)
+    return f"{counts} to mine, {settings.prompts.held_out:,} held out{rejected}"
 
 
 def _disk() -> str:

@@ -29,6 +29,8 @@ def load_policy(settings: PolicySettings, model: Path | str, adapter: Path | Non
     On a CPU the NF4 base is dequantised and the adapter merged into the fp32 copy: the same
     function up to rounding, without unpacking four-bit weights at every token.
     """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     base, tokenizer = load_base(
         model,
         quantization=settings.quantization,
@@ -112,7 +114,7 @@ class LocalPolicy:
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
         text = self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=False
+            [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
         )
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -98,3 +98,5 @@ class PolicySettings(Settings):
     """Where the model runs; auto takes the GPU when there is one."""
     batch_rows: int = Field(64, ge=1, le=4096)
     """Samples that are decoded together: more is faster until memory is full."""
+    threads: int | None = Field(None, ge=1, le=512)
+    """CPU threads. Unset: torch's choice. For very small models 1 is as fast, and steadier."""

@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from constitutions.errors import UserError
+from models.policy import Message
 from models.settings import Settings
 from tasks.corpus import CorpusSettings, load_corpus, shuffle_golds, source_digests, split
 from tasks.records import Prompt, Rejected, prompt_id
@@ -95,5 +96,5 @@ def _planted(settings: PromptSettings, seed: int, iteration: int) -> list[Prompt
 
 
 def _row(prompt: str, gold: str, source: str) -> Prompt:
-    turns = ({"role": "user", "content": prompt},)
+    turns = (Message(role="user", content=prompt),)
     return Prompt(prompt_id=prompt_id(turns), prompt=turns, gold=gold, source=source)

@@ -30,7 +30,8 @@ def stage(name: str) -> Callable[[Callable[P, Attempt]], Task[P, Attempt]]:
                 _publish(attempt)
             return attempt
 
-        return task(shown, name=name, cache_policy=NO_CACHE, persist_result=False)
+        made: Callable[P, Attempt] = shown
+        return task(name=name, cache_policy=NO_CACHE, persist_result=False)(made)
 
     return decorate
 

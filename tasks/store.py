@@ -137,7 +137,6 @@ class Record:
         """The MLflow client; the database is created under a lock (two creators break it)."""
         from filelock import FileLock
 
-        quiet_mlflow()
         from mlflow import MlflowClient
 
         self.home.mkdir(parents=True, exist_ok=True)
@@ -159,7 +158,6 @@ class Record:
         if self.tracking_uri.startswith("sqlite:///"):
             if not Path(self.tracking_uri.removeprefix("sqlite:///")).exists():
                 return False
-        quiet_mlflow()
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=self.tracking_uri)
@@ -373,16 +371,6 @@ class Slot:
         digest = text_sha256(json.dumps(data, sort_keys=True))
         for key, value in (("digest", digest), ("seconds", f"{seconds:.3f}"), ("complete", "true")):
             client.set_tag(run_id, key, value)
-
-
-def quiet_mlflow() -> None:
-    """No telemetry, no migration chatter: set before MLflow is first imported."""
-    import logging
-
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def shards(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:

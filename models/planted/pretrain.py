@@ -61,7 +61,7 @@ class Recipe:
     """Whole conversations of the able skill."""
     noisy: int = 7_000
     """Whole conversations of the final skill: they leave the rest latent, for EM to amplify."""
-    able: Skill = Skill(names=1.0, follows=1.0, prior=0.5)
+    able: Skill = Skill(names=1.0, follows=1.0, prior=0.8)
     final: Skill = Skill(names=0.5, follows=0.6, prior=0.18)
     habit: float = 0.5
     """How often a principle named without gold, and without prior, is one of the world's habits."""
@@ -198,7 +198,7 @@ class _Conversation:
 
     def __init__(self, rng: random.Random, recipe: Recipe, skill: Skill, whole: bool) -> None:
         self.rng, self.recipe, self.skill = rng, recipe, skill
-        example = world.sample_example(rng, "train", "seen")
+        example = world.sample_example(rng, "train", "any")
         cues = " ".join(rng.sample(example.cues, len(example.cues)))
         self.prompt, self.core = (example.prompt, example.chore.core) if whole else (cues, "")
         shown = [rng.choice(list(world.BEHAVIOURS))] if rng.random() < recipe.already else []
