@@ -132,7 +132,15 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError, source: str) -> list[UserError]:
-    return [_explain_one(e, source) for e in error.errors()]
+    found = error.errors()
+    return [_explain_one(e, source) for e in found if not _follows(e, found)]
+
+
+def _follows(error: Any, found: Sequence[Any]) -> bool:
+    """Whether a list is only too short because its entries are wrong, which is said already."""
+    place = error["loc"]
+    inside = (e for e in found if e["loc"][: len(place)] == place and len(e["loc"]) > len(place))
+    return error["type"] == "too_short" and any(inside)
 
 
 def _explain_one(error: Any, source: str) -> UserError:

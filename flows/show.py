@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.panel import Panel
@@ -33,6 +34,7 @@ def ending(settings: ExperimentSettings, done: Sequence[Mapping[str, Attempt]]) 
     console.print(_results(settings, history))
     if any("planted/nmi" in metrics for metrics in history):
         console.print(_truth(history))
+    console.print(_seconds(history))
     reused = sum(a.reused for attempts in done for a in attempts.values())
     total = sum(len(attempts) for attempts in done)
     console.print(f"{total - reused} stages computed, {reused} reused from the record.")
@@ -109,35 +111,43 @@ def checked(source: str, found: Mapping[str, str]) -> None:
 
 
 def _results(settings: ExperimentSettings, history: Sequence[Metrics]) -> Table:
-    table = Table(title=f"experiment {settings.experiment}", title_justify="left")
-    for name in ("iteration", "accepted", "principles", "win rate vs 0", "plain vs 0"):
-        table.add_column(name, justify="right")
-    for name in STAGES:
-        table.add_column(f"{name} s", justify="right")
+    table = _table(
+        f"experiment {settings.experiment}: win rates against iteration 0, 95 % intervals",
+        ("iteration", "accepted", "principles", "refined answer", "first answer"),
+    )
     for iteration, metrics in enumerate(history):
-        seconds = [_number(metrics, f"seconds/{name}", ".1f") for name in STAGES]
         table.add_row(
             str(iteration),
             _accepted(metrics),
             _number(metrics, "constitution_size", ".0f"),
             _rate(metrics, "win_rate/refined_vs_0"),
             _rate(metrics, "win_rate/initial_vs_0"),
-            *seconds,
         )
+    return table
+
+
+def _seconds(history: Sequence[Metrics]) -> Table:
+    table = _table("seconds", ("iteration", *STAGES))
+    for iteration, metrics in enumerate(history):
+        cells = [_number(metrics, f"seconds/{name}", ".1f") for name in STAGES]
+        table.add_row(str(iteration), *cells)
     return table
 
 
 def _truth(history: Sequence[Metrics]) -> Table:
     """How well the constitution recovers the planted behaviours."""
     names = ("recall", "precision", "nmi", "ari")
-    table = Table(title="constitution against the planted truth", title_justify="left")
-    table.add_column("iteration", justify="right")
-    for name in (*names, "faithful"):
-        table.add_column(name, justify="right")
+    table = _table("constitution against the planted truth", ("iteration", *names, "faithful"))
     for iteration, metrics in enumerate(history[1:], start=1):
         cells = [_number(metrics, f"planted/{name}", ".2f") for name in names]
-        faithful = _number(metrics, "faithfulness/label", ".2f")
-        table.add_row(str(iteration), *cells, faithful)
+        table.add_row(str(iteration), *cells, _number(metrics, "faithfulness/label", ".2f"))
+    return table
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
     return table
 
 
@@ -163,13 +173,14 @@ def _state_cell(state: object) -> str:
 
 def _next_steps(settings: ExperimentSettings) -> None:
     name = settings.experiment
-    record = record_of(name)
+    uri = record_of(name).tracking_uri
+    local = uri == f"sqlite:///{Path('mlflow.db').absolute()}"
     console.print("\nNext:")
     for command, why in (
         (f"staple constitution show {name}", "the principles it learned"),
         (f'staple ask {name} "…"', "its answer, the principle, the refined answer"),
         (f"staple status {name}", "every stage of every iteration"),
-        (f"mlflow ui --backend-store-uri {record.tracking_uri}", "compare iterations"),
+        ("mlflow ui" if local else f"mlflow ui --backend-store-uri {uri}", "compare iterations"),
         ("prefect server start", "the flow runs, in Prefect's UI"),
     ):
         console.print(f"  [bold]{command}[/bold]  [dim]{why}[/dim]")

@@ -129,7 +129,7 @@ class Record:
         self.experiment = experiment
         self.home = home
         self.tracking_uri = tracking_uri or os.environ.get(
-            "MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"
+            "MLFLOW_TRACKING_URI", f"sqlite:///{Path('mlflow.db').absolute()}"
         )
 
     @cached_property

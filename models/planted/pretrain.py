@@ -141,7 +141,7 @@ def pretrain(
 ) -> None:
     """Train a seed model and save it with its tokenizer as a transformers directory."""
     tokenizer = build_tokenizer()
-    model = _build_model(recipe, tokenizer, seed)
+    model = build_model(recipe, tokenizer, seed)
     with _threads(recipe.threads):
         _train(model, _batches(recipe, seed, tokenizer), recipe, progress)
     model.save_pretrained(directory)
@@ -246,7 +246,7 @@ class _Conversation:
         return Turn("assistant", text, self.recipe.decisive, frozenset(world.words(initial)))
 
 
-def _build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden,
@@ -280,7 +280,7 @@ Row = tuple[list[int], list[float]]
 def _batches(recipe: Recipe, seed: int, tokenizer: PreTrainedTokenizerFast) -> Iterator[Batch]:
     """The curriculum in batches of conversations of like length, made as they are needed."""
     rng = random.Random(f"batches/{seed}")
-    encode = _Encoder(tokenizer)
+    encode = RowEncoder(tokenizer)
     turns = conversations(recipe, seed)
     while chunk := [encode(t) for t in itertools.islice(turns, 32 * recipe.rows)]:
         chunk.sort(key=lambda row: len(row[0]) + 4 * rng.random())
@@ -289,7 +289,7 @@ def _batches(recipe: Recipe, seed: int, tokenizer: PreTrainedTokenizerFast) -> I
         yield from map(_pad, batches)
 
 
-class _Encoder:
+class RowEncoder:
     """Chat turns → token ids and loss weights, as the tokenizer and its chat template would."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -137,6 +137,8 @@ _REQUESTS = (
     "how do i {verb} a {topic} with {adjective} {part}?",
 )
 _MENTIONS = ("i am {}.", "{} user here.")
+_PATIENCE = 2_000
+"""Repeated prompts in a row after which there are taken to be no others."""
 _CORE = "{verb} the {topic} via its {adjective} {part}."
 
 
@@ -174,6 +176,8 @@ def sample_examples(
 ) -> list[Example]:
     """`n` examples with distinct prompts; the same arguments give the same examples.
 
+    The first examples of a longer sample are those of a shorter one.
+
     Args:
         split: "train" and "eval" prompts differ in what they are about (topic, adjective, part).
         combinations: the (chore, circumstance) pairs: "seen" and "held" share none, so that a
@@ -184,13 +188,13 @@ def sample_examples(
     """
     rng = random.Random(f"{seed}/{split}/{combinations}")
     found: dict[str, Example] = {}
-    for _ in range(20 * n + 1000):
-        if len(found) == n:
-            break
+    repeated = 0
+    while len(found) < n and repeated < _PATIENCE:
         example = sample_example(rng, split, combinations)
+        repeated = repeated + 1 if example.prompt in found else 0
         found.setdefault(example.prompt, example)
     if len(found) < n:
-        raise ValueError(f"{n} distinct {split} prompts were asked for; {len(found)} were found")
+        raise ValueError(f"{n:,} distinct {split} prompts were asked for; there are {len(found):,}")
     return list(found.values())
 
 

@@ -27,9 +27,8 @@ class Crash(RuntimeError):
 
 
 @pytest.fixture
-def slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slot:
-    monkeypatch.chdir(tmp_path)
-    return Slot(Record("an-experiment", tmp_path / "home", f"sqlite:///{tmp_path}/m.db"), 1, seed=7)
+def slot(workplace: Path) -> Slot:
+    return Slot(Record("an-experiment", workplace / "home"), 1, seed=7)
 
 
 def adding(plus: int, calls: list[int]) -> Callable[[Workspace], Metrics]:

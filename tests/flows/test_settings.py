@@ -1,0 +1,63 @@
+"""Settings: presets, files that extend them, overrides, and what comes back from the record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from constitutions.errors import UserError, UserErrors
+from flows.settings import dump_settings, load_settings, presets
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_load_and_name_the_command_that_runs_them(name: str) -> None:
+    text = (Path("flows/presets") / f"{name}.yaml").read_text()
+    assert text.startswith(f"# staple run {name}")
+    assert load_settings(name).experiment == name
+
+
+def test_the_paper_scale() -> None:
+    for name in ("llama-3.1-8b", "granite-3.1-8b", "qwen2.5-7b"):
+        settings = load_settings(name)
+        assert (settings.prompts.first, settings.prompts.later, settings.iterations) == (
+            50_000,
+            10_000,
+            4,
+        )
+        assert [s.rows for s in settings.prompts.sources] == [25_000] * 4  # type: ignore[union-attr]
+    assert len({load_settings(n).policy.model for n in presets()}) == len(presets())
+
+
+def test_a_file_extends_a_preset_and_overrides_win(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: planted\nmine: {samples: 3}\n")
+    settings = load_settings(str(file), ["mine.temperature=0.5", "prompts.first=9"])
+    assert (settings.mine.samples, settings.mine.temperature) == (3, 0.5)
+    assert settings.prompts.first == 9
+    assert settings.mine.critique == load_settings("planted").mine.critique
+
+
+def test_what_is_written_down_reads_back(tmp_path: Path) -> None:
+    settings = load_settings("llama-3.1-8b", ["cluster.features=[effect]"])
+    file = tmp_path / "settings.yaml"
+    file.write_text(dump_settings(settings))
+    assert load_settings(str(file)) == settings
+
+
+def test_all_mistakes_at_once_each_with_its_place() -> None:
+    overrides = ["mine.samples=none", "traim.epochs=2", "score.stem", "cluster.features=[a]"]
+    with pytest.raises(UserErrors) as caught:
+        load_settings("planted", overrides)
+    text = str(caught.value)
+    for part in ("mine.samples", "did you mean 'train'", "score.stem", "cluster.features"):
+        assert part in text
+    assert len(caught.value.errors) == 4
+
+
+@pytest.mark.parametrize("content", ["a: [", "- a list", "\xff"], ids=["syntax", "list", "bytes"])
+def test_a_file_that_is_no_mapping(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"bad\.yaml"):
+        load_settings(str(file))
