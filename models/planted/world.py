@@ -124,8 +124,13 @@ CIRCUMSTANCES: dict[tuple[str, str], str] = {
 TRUTH: frozenset[str] = frozenset(CHORES.values()) | frozenset(CIRCUMSTANCES.values())
 """Every behaviour that a prompt can call for: what a constitution should recover."""
 
-HABITS = ("thank", "greet", "joke", "farewell")
-"""What the seed model likes to suggest, whatever the prompt; no prompt calls for it."""
+_CALLED = [*CHORES.values(), *CIRCUMSTANCES.values()]
+
+MISTAKEN: dict[str, str] = {b: _CALLED[(i + 5) % len(_CALLED)] for i, b in enumerate(_CALLED)}
+"""What the seed model takes a cue to call for, as readily as the truth: only golds tell them apart."""
+
+PLATITUDES = ("be helpful around {}", "be clear about {}", "be correct on {}", "be useful for {}")
+"""Principles that word no behaviour: what the seed model likes to say, and what changes nothing."""
 
 TOPICS = ("printer", "kettle", "laptop", "router", "camera", "bicycle", "drill", "stove", "lamp",
           "radio")  # fmt: skip
@@ -232,6 +237,11 @@ def principle(rng: random.Random, behaviour: str) -> str:
     return rng.choice(BEHAVIOURS[behaviour].wordings).format(rng.choice(OBJECTS))
 
 
+def platitude(rng: random.Random) -> str:
+    """A principle that words no behaviour."""
+    return rng.choice(PLATITUDES).format(rng.choice(OBJECTS))
+
+
 @cache
 def principles() -> dict[str, str]:
     """Every well-formed principle → the behaviour that it words."""
@@ -253,7 +263,7 @@ def vocabulary() -> list[str]:
     verbs = itertools.chain.from_iterable([*CHORES, *CIRCUMSTANCES])
     texts = itertools.chain(
         verbs, TOPICS, ADJECTIVES, PARTS, principles(), *(b.forms for b in BEHAVIOURS.values()),
-        (re.sub(r"{\w*}", " ", t) for t in (*_REQUESTS, *_MENTIONS, _CORE)),
+        (re.sub(r"{\w*}", " ", t) for t in (*_REQUESTS, *_MENTIONS, *PLATITUDES, _CORE)),
     )  # fmt: skip
     return sorted({word for text in texts for word in words(text)})
 
