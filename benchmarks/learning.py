@@ -35,7 +35,7 @@ Runs = dict[str, dict[str, History]]
 
 def main() -> None:
     """Run all arms and seeds, write the tables."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15])
     options.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     options.add_argument("--jobs", type=int, default=2, help="runs at the same time")
@@ -79,7 +79,7 @@ def run_one(arm: str, seed: int, folder: Path, prefect_home: Path) -> History:
     home = (folder / f"home-{seed}").absolute()
     settings = [f"seed={seed}", *ARMS[arm]]
     subprocess.run(
-        [Path(sys.executable).parent / "staple", "run", "planted"]
+        [str(Path(sys.executable).parent / "staple"), "run", "planted"]
         + [word for setting in settings for word in ("--set", setting)],
         cwd=place,
         env={**os.environ, "STAPLE_HOME": str(home), "PREFECT_HOME": str(prefect_home)},
@@ -106,8 +106,8 @@ def report(runs: Runs) -> str:
         f"`python -m benchmarks.learning --seeds {seeds.replace(',', '')}`.",
         "",
         "Win rates by the oracle on 200 held-out prompts, half of them with combinations that are",
-        "never mined. Each seed has its own pretrained model, prompts and samples. The last line of",
-        "a table is the mean over seeds with its 95 % t-interval.",
+        "never mined. Each seed has its own pretrained model, prompts and samples. A table's last",
+        "line is the mean over seeds with its 95 % t-interval.",
         "",
     ]
     for arm, by_seed in runs.items():

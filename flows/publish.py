@@ -93,7 +93,8 @@ def register_adapter(
 
 def _files(attempts: Mapping[str, Attempt]) -> list[Path]:
     wanted = {"cluster": ("constitution.yaml", "map.png"), "train": ("adapter",)}
-    return [attempts[s].path(name) for s, names in wanted.items() if s in attempts for name in names]
+    there = [(attempts[stage], names) for stage, names in wanted.items() if stage in attempts]
+    return [attempt.path(name) for attempt, names in there for name in names]
 
 
 def _changed(record: Record, iteration: int, attempts: Mapping[str, Attempt]) -> bool:

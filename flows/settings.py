@@ -150,7 +150,8 @@ def _explain_one(error: Any, source: str) -> UserError:
         known = _known(path[:-1])
         close = difflib.get_close_matches(path[-1], known, n=1)
         fix = f"did you mean '{close[0]}'?" if close else ""
-        return UserError("unknown setting", where=where, expected=f"one of {', '.join(known)}", fix=fix)
+        one_of = f"one of {', '.join(known)}"
+        return UserError("unknown setting", where=where, expected=one_of, fix=fix)
     given = repr(error["input"])
     shown = given if len(given) < 80 else given[:77] + "…"
     message = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")

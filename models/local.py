@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -114,7 +114,7 @@ class LocalPolicy:
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
         text = self.tokenizer.apply_chat_template(
-            [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
+            cast(list[dict[str, str]], list(messages)), add_generation_prompt=True, tokenize=False
         )
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 

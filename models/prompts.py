@@ -2,7 +2,8 @@
 
 The conversation grows turn by turn, so that the prompts of one row share their prefix:
 
-    user x · assistant y1 · user propose|hint · assistant z [· user critique · assistant c] · user refine · assistant y2
+    user x · assistant y1 · user propose|hint · assistant z
+      [· user critique · assistant c] · user refine · assistant y2
 
 Only `hint` shows the gold response; `refine` never does, so a refinement cannot copy it (the
 factored proposal p(y2 | x, y1, z) · p(z | x, y1, yG) of STaPLe, section 3).
@@ -20,7 +21,10 @@ Messages = tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True)
 class Templates:
-    """The user turns between the policy's own. `hint` holds {gold}; `critique` and `refine` may hold {principle}."""
+    """The user turns between the policy's own.
+
+    `hint` holds {gold}; `critique` and `refine` may hold {principle}.
+    """
 
     version: str
     hint: str

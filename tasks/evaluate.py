@@ -102,10 +102,9 @@ def evaluate_stage(
         answers = _answers(work, prompts, policy, settings, at)
         planted = all(p.source.startswith("planted/") for p in prompts)
         judge = _judge(settings, scoring, planted)
-        references = [inputs[name].read("answers", Answer) for name in ("initial",) if initial]
-        if previous and at.iteration > 1:
-            references.append(previous.read("answers", Answer))
-        compared = [row for r in [*references, answers] for row in compare(answers, r, prompts, judge)]
+        earlier = {a.run_id: a for a in (initial, previous) if a}  # one at iteration 1
+        references = [answers, *(a.read("answers", Answer) for a in earlier.values())]
+        compared = [row for r in references for row in compare(answers, r, prompts, judge)]
         work.write("comparisons", compared, Comparison)
         seed, resamples = at.seed, settings.resamples
         metrics = answer_metrics(answers)

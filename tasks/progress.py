@@ -19,7 +19,13 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]
 @contextmanager
 def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description:<22}"),

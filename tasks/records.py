@@ -123,7 +123,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """One judged pair on one held-out prompt. `outcome` is 1, ½ or 0; None is a failed judgement."""
+    """One judged pair on one held-out prompt. `outcome` is 1, ½ or 0; None: it failed."""
 
     prompt_id: str
     iteration: int

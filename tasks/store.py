@@ -136,7 +136,6 @@ class Record:
     def client(self) -> MlflowClient:
         """The MLflow client; the database is created under a lock (two creators break it)."""
         from filelock import FileLock
-
         from mlflow import MlflowClient
 
         self.home.mkdir(parents=True, exist_ok=True)
@@ -155,9 +154,9 @@ class Record:
 
     def exists(self) -> bool:
         """Whether anything was ever recorded under this name (creates nothing)."""
-        if self.tracking_uri.startswith("sqlite:///"):
-            if not Path(self.tracking_uri.removeprefix("sqlite:///")).exists():
-                return False
+        file = self.tracking_uri.removeprefix("sqlite:///")
+        if file != self.tracking_uri and not Path(file).exists():
+            return False
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=self.tracking_uri)

@@ -21,7 +21,7 @@ os.environ.update(
 )
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
-import pytest  # noqa: E402
+import pytest
 
 
 @pytest.fixture(scope="session")
@@ -37,12 +37,12 @@ def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def workplace(
     tmp_path: Path, migrated_database: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Path]:
+) -> Path:
     """An empty working directory with a database of its own; the project's home is inside."""
     shutil.copy(migrated_database, tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STAPLE_HOME", str(tmp_path / ".staple"))
-    yield tmp_path
+    return tmp_path
 
 
 @pytest.fixture(scope="session")
