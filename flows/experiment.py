@@ -46,9 +46,7 @@ class Experiment:
 
     def earlier_constitutions(self, iteration: int) -> dict[str, Attempt]:
         """The cluster attempts of all iterations before."""
-        return {
-            f"constitution_{t}": self.record.needs("cluster", t) for t in range(1, iteration)
-        }
+        return {f"constitution_{t}": self.record.needs("cluster", t) for t in range(1, iteration)}
 
     def references(self, iteration: int) -> dict[str, Attempt]:
         """What an iteration is evaluated against: held-out prompts, earlier policies' answers."""

@@ -264,9 +264,7 @@ class _Rows:
             scaled = _nucleus(scaled, self.top_p)
         noise = gumbel(self.keys, step, logits.shape[-1]) if bool(sampled.any()) else 0.0
         chosen = (scaled + noise * sampled[:, None]).argmax(-1)
-        self._last_logprob = (
-            logits.gather(-1, chosen[:, None]).squeeze(-1) - logits.logsumexp(-1)
-        )
+        self._last_logprob = logits.gather(-1, chosen[:, None]).squeeze(-1) - logits.logsumexp(-1)
         return chosen
 
     def append(self, chosen: Tensor, step: int, stop: frozenset[int]) -> Tensor:

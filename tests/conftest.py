@@ -35,9 +35,7 @@ def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def workplace(
-    tmp_path: Path, migrated_database: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def workplace(tmp_path: Path, migrated_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory with a database of its own; the project's home is inside."""
     shutil.copy(migrated_database, tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)

@@ -63,7 +63,7 @@ class Recipe:
     """Whole conversations of the final skill: they leave the rest latent, for EM to amplify."""
     able: Skill = Skill(names=1.0, follows=1.0, prior=0.8)
     final: Skill = Skill(names=0.5, follows=0.6, prior=0.3)
-    mistaken: float = 0.55
+    mistaken: float = 0.3
     """How often a cue brings the wrong behaviour of its two to mind."""
     platitudes: float = 0.5
     """How often a principle that is named for want of a better one is a platitude."""

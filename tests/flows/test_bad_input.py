@@ -21,9 +21,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(
-    workplace: Path, model: Path, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Ran]:
+def run(workplace: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """`staple run` on rows (or raw bytes) and settings."""
 
     def go(rows: object = GOOD, **settings: object) -> Ran:
@@ -148,9 +146,7 @@ def test_a_wrong_word_on_the_command_line(
     assert "Traceback" not in ran.err
 
 
-def test_good_input_passes(
-    run: Callable[..., Ran], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_good_input_passes(run: Callable[..., Ran], capsys: pytest.CaptureFixture[str]) -> None:
     run(GOOD[:5])
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, GOOD)))
     for file in ("e.yaml", "rows.jsonl", "planted"):

@@ -32,12 +32,13 @@ TEXTS = ["Why?", "How do I make bread at home without an oven?", "Write " + "a s
 
 
 def test_greedy_equals_transformers_unpadded(policy: LocalPolicy) -> None:
-    requests = [
-        Request(messages=user(t), key=t, temperature=0, max_tokens=24) for t in TEXTS
-    ]
+    requests = [Request(messages=user(t), key=t, temperature=0, max_tokens=24) for t in TEXTS]
     for request, (ours,) in zip(requests, policy.generate(requests), strict=True):
         ids = policy.tokenizer.apply_chat_template(
-            list(request.messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
+            list(request.messages),
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
         )["input_ids"]
         theirs = policy.model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24

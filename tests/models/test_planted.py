@@ -32,7 +32,9 @@ def user(text: str) -> prompts.Messages:
 def test_the_world_is_fair() -> None:
     assert len(world.BEHAVIOURS) >= 24
     assert len(world.TRUTH) >= 12
-    assert not set(world.HABITS) & world.TRUTH
+    assert set(world.BEHAVIOURS) - world.TRUTH, "some behaviours are never called for"
+    assert set(world.MISTAKEN) == set(world.MISTAKEN.values()) == world.TRUTH
+    assert all(called != mistaken for called, mistaken in world.MISTAKEN.items())
     for behaviour in world.BEHAVIOURS.values():
         assert len(behaviour.wordings) >= 3
         assert len(behaviour.forms) >= 2
@@ -91,12 +93,14 @@ def test_the_oracle_reads_every_form_and_wording() -> None:
     for name in world.BEHAVIOURS:
         assert oracle.behaviour_of(world.principle(rng, name)) == name
     assert oracle.behaviour_of("be nice about time") is None
+    assert oracle.behaviour_of(world.platitude(rng)) is None
 
 
 def test_spurious_behaviours_and_a_damaged_core_cost() -> None:
     example = world.sample_examples(1, 2)[0]
-    habit = world.BEHAVIOURS[world.HABITS[0]].forms[0]
-    assert oracle.score(example.prompt, f"{habit} {example.chore.core}") == -0.5
+    other = min(set(world.BEHAVIOURS) - example.needed)
+    spurious = world.realise(random.Random(0), example.chore.core, [other])
+    assert oracle.score(example.prompt, spurious) == -0.5
     assert oracle.score(example.prompt, example.chore.core.split(" via ")[0]) == -1
     assert oracle.score(example.prompt, "") == -2
 
@@ -129,6 +133,7 @@ def test_the_tokenizer_keeps_every_text_of_the_world() -> None:
     tokenizer = pretrain.build_tokenizer()
     texts = [*world.principles(), *(e.prompt for e in world.sample_examples(200, 0))]
     texts += [prompts.TERSE.hint.format(gold=e.gold) for e in world.sample_examples(200, 1)]
+    texts += [world.platitude(random.Random(i)) for i in range(50)]
     texts += [prompts.TERSE.propose, prompts.TERSE.critique, prompts.TERSE.refine]
     for text in texts:
         ids = tokenizer.encode(text, add_special_tokens=False)

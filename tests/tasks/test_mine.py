@@ -25,7 +25,9 @@ class Listening:
         self.policy = policy
         self.requests: list[Request] = []
 
-    def generate(self, requests: Sequence[Request], progress: object = None) -> list[list[Completion]]:
+    def generate(
+        self, requests: Sequence[Request], progress: object = None
+    ) -> list[list[Completion]]:
         self.requests += requests
         return self.policy.generate(requests, progress)  # type: ignore[arg-type]
 

@@ -96,7 +96,9 @@ def test_a_failed_attempt_does_not_count(slot: Slot) -> None:
         slot.attempt("add", AddSettings(), {}, fail)
     assert slot.record.current("add", 1) is None
     assert slot.record.states("add", 1) == ["FAILED"]
-    with pytest.raises(UserError, match="staple stage add --experiment an-experiment --iteration 1"):
+    with pytest.raises(
+        UserError, match="staple stage add --experiment an-experiment --iteration 1"
+    ):
         slot.record.needs("add", 1)
 
 
