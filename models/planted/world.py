@@ -127,8 +127,8 @@ TRUTH: frozenset[str] = frozenset(CHORES.values()) | frozenset(CIRCUMSTANCES.val
 _CALLED = [*CHORES.values(), *CIRCUMSTANCES.values()]
 
 MISTAKEN: dict[str, str] = {b: _CALLED[(i + 5) % len(_CALLED)] for i, b in enumerate(_CALLED)}
-"""What the seed model takes a cue to call for as readily as the truth: only golds tell which is right,
-so that golds of other prompts teach it nothing."""
+"""The rival that each cue brings to mind beside the behaviour it calls for: only golds tell
+which of the two is right, so that golds of other prompts teach nothing."""
 
 PLATITUDES = ("be helpful around {}", "be clear about {}", "be correct on {}", "be useful for {}")
 """Principles that word no behaviour: what the seed model likes to say, and what changes nothing."""
