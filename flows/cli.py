@@ -131,11 +131,21 @@ def main() -> None:
         _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail("stopped; what was finished is kept, the same command goes on from there", 130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not _disk_is_full(error):
             raise
-        place = error.filename or Path.cwd()
-        _fail(f"{place}: the disk is full; free some space, then run the same command again", 1)
+        _fail("the disk is full; free some space, then run the same command again", 1)
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether a full disk is behind an error: the system's, or SQLite's through its wrappers."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "database or disk is full" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _environment() -> None:
@@ -149,8 +159,8 @@ def _environment() -> None:
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "BITSANDBYTES_NOWELCOME": "1",
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

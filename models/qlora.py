@@ -66,6 +66,9 @@ def load_base(
             that this version of transformers does not have without running foreign code.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # each stage loads the base; ours are the bars that tell something
 
     directory = find_base(model, revision)
     if device == "auto":

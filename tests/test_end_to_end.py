@@ -22,7 +22,7 @@ from tasks.store import SUMMARY, Record
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
-SMALL = ["prompts.first=100", "prompts.later=100", "prompts.held_out=60", "iterations=2", "seed=4"]
+SMALL = ["prompts.first=240", "prompts.later=240", "prompts.held_out=100", "iterations=2", "seed=4"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

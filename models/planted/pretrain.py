@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from models.planted import world
 from models.prompts import TERSE
@@ -146,6 +147,7 @@ def pretrain(
     The same arguments give the same weights on the same machine and torch version. About 75 s on
     one core with bf16 matrix instructions; 0.9 GB at most.
     """
+    disable_progress_bar()
     tokenizer = build_tokenizer()
     model = build_model(recipe, tokenizer, seed)
     with _threads(recipe.threads):

@@ -126,6 +126,26 @@ def test_a_full_disk_is_seen_first(
     assert "free" in ran.err
 
 
+def test_a_disk_that_fills_up_is_said_without_a_traceback(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`/dev/full` is a device on which every write finds no space left."""
+    from flows import cli, preflight
+
+    def write(*_: object) -> None:
+        with Path("/dev/full").open("w") as full:
+            full.write("x" * 100_000)
+
+    monkeypatch.setattr(preflight, "check", write)
+    ran = staple(capsys, "run", "planted")
+    assert ran.code == 1
+    assert "disk is full" in ran.err
+    assert "Traceback" not in ran.err
+    wrapped = RuntimeError("(sqlite3.OperationalError) database or disk is full")
+    assert cli._disk_is_full(wrapped)
+    assert not cli._disk_is_full(RuntimeError("something else"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
