@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -43,10 +44,7 @@ def ending(settings: ExperimentSettings, done: Sequence[Mapping[str, Attempt]]) 
 
 def status(settings: ExperimentSettings) -> None:
     """Iterations by stages."""
-    table = Table(title=f"experiment {settings.experiment}")
-    table.add_column("iteration", justify="right")
-    for name in ("prompts", *STAGES):
-        table.add_column(name)
+    table = _table(f"experiment {settings.experiment}", ("it.", "prompts", *STAGES))
     states = stage_states(settings)
     for iteration in range(settings.iterations + 1):
         cells = [_state_cell(states.get((name, iteration))) for name in ("prompts", *STAGES)]
@@ -60,9 +58,7 @@ def status(settings: ExperimentSettings) -> None:
 def attempt(done: Attempt) -> None:
     """One stage's figures."""
     how = "reused from the record" if done.reused else f"computed in {done.seconds:.1f} s"
-    table = Table(title=f"{done.stage}, iteration {done.iteration}: {how}", title_justify="left")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
+    table = _table(f"{done.stage}, iteration {done.iteration}: {how}", ("figure", "value"))
     for name, value in done.metrics.items():
         table.add_row(name, f"{value:,.4g}")
     console.print(table)
@@ -71,15 +67,13 @@ def attempt(done: Attempt) -> None:
 def constitution(done: Attempt) -> None:
     """The principles of a cluster attempt."""
     found = load(done.path("constitution.yaml"))
-    table = Table(title=f"{found.experiment}, iteration {done.iteration}", title_justify="left")
-    for name, justify in (("#", "right"), ("principle", "left"), ("trajectories", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    table.add_column("also worded as")
+    title = f"{found.experiment}, iteration {done.iteration}"
+    table = _table(title, ("#", "trajectories", "principle", "also worded as"), left=2)
     for number, entry in enumerate(found.principles, start=1):
         others = [m for m in entry.members if m != entry.text]
         more = f" … {len(others) - 2} more" if len(others) > 2 else ""
         table.add_row(
-            str(number), Text(entry.text), str(entry.support), Text("; ".join(others[:2]) + more)
+            str(number), str(entry.support), Text(entry.text), Text("; ".join(others[:2]) + more)
         )
     console.print(table)
 
@@ -144,10 +138,12 @@ def _truth(history: Sequence[Metrics]) -> Table:
     return table
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left")
+def _table(title: str, columns: Sequence[str], left: int | None = None) -> Table:
+    """Figures stand to the right; the last `left` columns hold text."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    texts = columns[-left:] if left else ()
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="left" if column in texts else "right")
     return table
 
 

@@ -10,21 +10,6 @@ from flows.settings import ExperimentSettings
 from tasks.store import Attempt
 
 Standing = Literal["finished", "stale", "running", "failed", "missing"]
-READS: dict[str, tuple[tuple[str, str, int], ...]] = {
-    "prompts": (),
-    "mine": (("prompts", "prompts", 0), ("adapter", "train", -1)),
-    "score": (("mined", "mine", 0),),
-    "filter": (("scored", "score", 0),),
-    "cluster": (("trajectories", "filter", 0), ("scored", "score", 0), ("adapter", "train", -1)),
-    "train": (("labelled", "cluster", 0), ("previous", "train", -1)),
-    "evaluate": (
-        ("adapter", "train", 0),
-        ("previous", "evaluate", -1),
-        ("scored", "score", 0),
-        ("labelled", "cluster", 0),
-    ),
-}
-"""Stage → what it reads: (name of the input, stage, iteration relative to its own)."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +55,13 @@ def _stale_since(
     current: dict[tuple[str, int], Attempt | None],
     states: dict[tuple[str, int], State],
 ) -> str:
-    for name, stage, offset in READS[attempt.stage]:
-        t = attempt.iteration + offset
-        upstream = current.get((stage, t))
-        if name not in attempt.inputs or upstream is None:
+    for source in attempt.inputs.values():
+        place = (source.stage, source.iteration)
+        upstream = current.get(place)
+        if upstream is None:
             continue
-        if upstream.digest != attempt.inputs[name]:
-            return f"{stage} {t} has changed"
-        if states[stage, t].standing == "stale":
-            return f"{stage} {t} is stale"
+        if upstream.digest != source.digest:
+            return f"{source.stage} {source.iteration} has changed"
+        if place in states and states[place].standing == "stale":
+            return f"{source.stage} {source.iteration} is stale"
     return ""

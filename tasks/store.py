@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import pyarrow.parquet as pq
 
@@ -34,10 +34,20 @@ Row = TypeVar("Row")
 Metrics = dict[str, float]
 
 MANIFEST = "manifest.json"
+ASKED = "asked"
+"""Tag: when an attempt was finished, or last asked for. The newest is the current one."""
 FIGURES = (".png", ".html")
 """For people: no stage reads them, so they have no part in the digest."""
 SUMMARY = -1
 """The iteration number under which the experiment's own summary run is kept."""
+
+
+class Source(NamedTuple):
+    """An attempt that another one read: where it stood, and the digest that it had then."""
+
+    stage: str
+    iteration: int
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -50,8 +60,8 @@ class Attempt:
     fingerprint: str
     digest: str
     """sha256 over the manifest: what a successor's fingerprint depends on."""
-    inputs: Mapping[str, str]
-    """Input name → digest of the attempt that was read."""
+    inputs: Mapping[str, Source]
+    """Input name → what was read."""
     metrics: Metrics
     seconds: float
     reused: bool
@@ -225,10 +235,10 @@ class Record:
 
     def touch(self, attempt: Attempt) -> None:
         """Make an older attempt the current one again (its fingerprint was asked for)."""
-        self.client.set_tag(attempt.run_id, "asked", f"{time.time_ns():020}")
+        self.client.set_tag(attempt.run_id, ASKED, _now())
 
     def _runs(self, where: str) -> list[Run]:
-        order = ["tags.asked DESC", "attributes.start_time DESC"]
+        order = [f"tags.{ASKED} DESC", "attributes.start_time DESC"]
         return list(self.client.search_runs([self.experiment_id], where, order_by=order))
 
     def _attempt(self, run: Run, *, reused: bool) -> Attempt:
@@ -239,7 +249,12 @@ class Record:
             run_id=run.info.run_id,
             fingerprint=tags["fingerprint"],
             digest=tags["digest"],
-            inputs={k.removeprefix("input."): v for k, v in tags.items() if k.startswith("input.")},
+            inputs={
+                key.removeprefix("input."): Source(stage, int(iteration), digest)
+                for key, value in tags.items()
+                if key.startswith("input.")
+                for stage, iteration, digest in [value.split(":")]
+            },
             metrics=dict(run.data.metrics),
             seconds=float(tags["seconds"]),
             reused=reused,
@@ -334,7 +349,7 @@ class Slot:
                 "iteration": str(self.iteration),
                 "fingerprint": fingerprint,
                 "mlflow.parentRunId": self.record.iteration_run(self.iteration),
-                **{f"input.{name}": attempt.digest for name, attempt in inputs.items()},
+                **{f"input.{n}": f"{a.stage}:{a.iteration}:{a.digest}" for n, a in inputs.items()},
             },
         )
         run_id = run.info.run_id
@@ -368,13 +383,23 @@ class Slot:
         client.log_dict(run_id, manifest, MANIFEST)  # last: without it the attempt is litter
         data = {name: d for name, d in manifest.items() if not name.endswith(FIGURES)}
         digest = text_sha256(json.dumps(data, sort_keys=True))
-        for key, value in (("digest", digest), ("seconds", f"{seconds:.3f}"), ("complete", "true")):
+        for key, value in (
+            ("digest", digest),
+            ("seconds", f"{seconds:.3f}"),
+            (ASKED, _now()),
+            ("complete", "true"),
+        ):
             client.set_tag(run_id, key, value)
 
 
 def shards(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
     """Rows in consecutive groups of at most `size`."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _now() -> str:
+    """Nanoseconds that sort as text."""
+    return f"{time.time_ns():020}"
 
 
 def _write_parquet(path: Path, rows: Iterable[Any], row_type: type) -> None:

@@ -85,6 +85,7 @@ def test_an_older_attempt_that_is_asked_for_becomes_current(slot: Slot) -> None:
     assert run(slot, 2, calls).run_id == slot.record.needs("add", 1).run_id
     run(slot, 1, calls)
     assert slot.record.needs("add", 1).run_id == one.run_id
+    assert run(slot, 3, calls).run_id == slot.record.needs("add", 1).run_id
 
 
 def test_a_failed_attempt_does_not_count(slot: Slot) -> None:
