@@ -293,7 +293,7 @@ def wording(behaviour: str, number: int = 0) -> str:
 
 
 def response(example: Example, behaviours: Sequence[str]) -> str:
-    return arrange(example.chore, {b: BEHAVIOURS[b].forms[0] for b in behaviours})
+    return arrange(example.chore.core, {b: BEHAVIOURS[b].forms[0] for b in behaviours})
 
 
 def one_needed(example: Example) -> str:
