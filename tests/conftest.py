@@ -18,6 +18,7 @@ os.environ.update(
     MLFLOW_LOGGING_LEVEL="WARNING",
     MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false",
     TOKENIZERS_PARALLELISM="false",
+    COLUMNS="160",  # tables that do not wrap
 )
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 

@@ -135,27 +135,28 @@ def test_real_rows_pass_through(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A random model cannot learn from them; nothing may break, and every count adds up."""
-    model = build_chat_model(workplace / "model", architecture)
     files = (
         "hh_harmless_base_test.jsonl.gz",
         "ultrafeedback_eval_clean.jsonl",
         "tldr_first300.csv",
         "hotpotqa_train_100.json",
     )
+    words = [(corpora / name).read_text("utf-8")[:300_000] for name in files[1:]]
+    model = build_chat_model(workplace / "model", architecture, words, vocabulary=4000)
     experiment = {
         "experiment": "real",
         "iterations": 2,
         "policy": {"model": str(model), "dtype": "float32", "device": "cpu", "threads": 1},
         "prompts": {
             "sources": [
-                {"path": str(corpora / name), "rows": 12, "on_bad_row": "reject"} for name in files
+                {"path": str(corpora / name), "rows": 8, "on_bad_row": "reject"} for name in files
             ],
-            "first": 20,
-            "later": 12,
+            "first": 12,
+            "later": 8,
             "held_out": 8,
         },
         "mine": {
-            "samples": 3,
+            "samples": 2,
             "max_response_tokens": 24,
             "max_principle_tokens": 8,
             "max_critique_tokens": 8,
@@ -167,7 +168,7 @@ def test_real_rows_pass_through(
     Path("real.yaml").write_text(yaml.safe_dump(experiment))
     run(capsys, "run", "real.yaml")
     record = Record("real", workplace / ".staple")
-    for iteration, prompts in ((1, 20), (2, 12)):
+    for iteration, prompts in ((1, 12), (2, 8)):
         check_counts(record, iteration, prompts)
     sources = {p.source.split(":")[0] for p in record.needs("prompts", 1).read("prompts", Prompt)}
     assert len(sources) == 4
