@@ -6,7 +6,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constra
 
 .PHONY: demo test lint bench install clean
 
-demo: $(VENV)/.run  ## the whole loop on the planted world: about five minutes on two cores
+demo: $(VENV)/.run  ## the whole loop on the planted world: about three minutes on two cores
 	$(BIN)/staple run planted
 
 test: $(VENV)/.dev  ## everything, on a CPU, without a network

@@ -46,7 +46,7 @@ def check_model(settings: PolicySettings) -> str:
         UserError: there is no such directory, or it lacks what transformers needs.
     """
     if settings.model == PLANTED:
-        return "the planted world's, pretrained here the first time (about two minutes)"
+        return "the planted world's, pretrained here the first time (about a minute)"
     directory = Path(settings.model).expanduser()
     if directory.is_dir():
         _check_directory(directory)
