@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -179,4 +182,12 @@ def _next_steps(settings: ExperimentSettings) -> None:
         ("mlflow ui" if local else f"mlflow ui --backend-store-uri {uri}", "compare iterations"),
         ("prefect server start", "the flow runs, in Prefect's UI"),
     ):
-        console.print(f"  [bold]{command}[/bold]  [dim]{why}[/dim]")
+        program, _, rest = command.partition(" ")
+        console.print(f"  [bold]{_callable(program)} {rest}[/bold]  [dim]{why}[/dim]")
+
+
+def _callable(program: str) -> str:
+    """A program's name, or its path where the virtual environment is not activated."""
+    if shutil.which(program):
+        return program
+    return os.path.relpath(Path(sys.executable).parent / program)

@@ -344,7 +344,7 @@ def map_principles(features: Features | None, how: str = "umap", seed: int = 0) 
     return places
 
 
-def figure(rows: Sequence[ClusterRow], path: str | Path, labels: int = 12) -> None:
+def figure(rows: Sequence[ClusterRow], path: str | Path, labels: int = 20) -> None:
     """Draw the map as a PNG: a dot a principle, a colour a cluster, the largest clusters named."""
     from matplotlib.figure import Figure
 
@@ -635,7 +635,8 @@ def _name_cluster(axes: Any, rows: Sequence[ClusterRow]) -> None:
     text = rows[0].representative
     short = text if len(text) <= 48 else text[:47] + "…"
     box = {"fc": "white", "alpha": 0.7, "lw": 0}
-    axes.annotate(short, (x, y), ha="center", fontsize=8, bbox=box)
+    above = {"xytext": (0, 9), "textcoords": "offset points"}
+    axes.annotate(short, (x, y), ha="center", fontsize=8, bbox=box, **above)
 
 
 def _points(rows: Sequence[ClusterRow]) -> np.ndarray:
