@@ -21,9 +21,9 @@ class State:
     since: str = ""
 
     def __str__(self) -> str:
-        mark = {"finished": "[green]✓[/green]", "stale": "[yellow]stale[/yellow]"}
-        seconds = f" {self.seconds:.1f} s" if self.seconds else ""
-        return mark.get(self.standing, f"[red]{self.standing}[/red]") + seconds
+        if self.standing == "finished":
+            return f"[green]✓[/green] {self.seconds:.{1 if self.seconds < 10 else 0}f} s"
+        return f"[{'yellow' if self.standing == 'stale' else 'red'}]{self.standing}[/]"
 
 
 def stage_states(settings: ExperimentSettings) -> dict[tuple[str, int], State]:
