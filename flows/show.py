@@ -183,7 +183,8 @@ def _next_steps(settings: ExperimentSettings) -> None:
         ("prefect server start", "the flow runs, in Prefect's UI"),
     ):
         program, _, rest = command.partition(" ")
-        console.print(f"  [bold]{_callable(program)} {rest}[/bold]  [dim]{why}[/dim]")
+        shown = f"  [bold]{_callable(program)} {rest}[/bold]  [dim]{why}[/dim]"
+        console.print(shown, soft_wrap=True)
 
 
 def _callable(program: str) -> str:
