@@ -276,10 +276,6 @@ class Slot:
     notes: Mapping[str, str] = field(default_factory=dict)
     """What else the outputs depend on, by name: the base model's digest."""
 
-    def at(self, iteration: int) -> Slot:
-        """The same experiment at another iteration."""
-        return Slot(self.record, iteration, self.seed, self.force, self.notes)
-
     def attempt(
         self,
         stage: str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,13 +68,43 @@ def test_the_key_decides(policy: LocalPolicy) -> None:
     assert one == same != other
 
 
-def test_the_log_probability_of_what_was_sampled(policy: LocalPolicy) -> None:
-    (completion,) = policy.generate([Request(messages=user("Why?"), key="k", max_tokens=12)])[0]
-    ids = policy.tokenizer(completion.text, add_special_tokens=False)["input_ids"]
-    if len(ids) == completion.tokens:  # otherwise the text's own tokens are others
-        (scored,) = policy.logprobs([(user("Why?"), completion.text)])
-        assert scored.tokens == len(ids) + 1
-        assert scored.logprob <= completion.logprob + 1e-3
+def steps(policy: LocalPolicy, messages: tuple[Message, ...], ids: list[int]) -> list[float]:
+    """The log-probability of each token after a prompt: one plain forward pass."""
+    prompt = policy._encode(messages)
+    logits = policy.model(torch.tensor([prompt + ids])).logits[0].float().log_softmax(-1)
+    return [logits[len(prompt) + i - 1, token].item() for i, token in enumerate(ids)]
+
+
+def test_the_log_probability_of_what_was_sampled(
+    policy: LocalPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled: list[list[int]] = []
+    finish = LocalPolicy._completions
+
+    def listen(self: LocalPolicy, requests: Any, rows: Any) -> Any:
+        sampled.extend(rows.texts)
+        return finish(self, requests, rows)
+
+    monkeypatch.setattr(LocalPolicy, "_completions", listen)
+    request = Request(messages=user("Why?"), key="k", n=12, max_tokens=3)
+    cut = [
+        (completion, ids)
+        for completion, ids in zip(policy.generate([request])[0], sampled, strict=True)
+        if completion.finish == "length"  # the others also count the token that ended them
+    ]
+    assert len(cut) > 6
+    for completion, ids in cut:
+        expected = sum(steps(policy, request.messages, ids))
+        assert completion.logprob == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_log_probability_of_a_given_response(policy: LocalPolicy) -> None:
+    text = "Restart the printer."
+    ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+    expected = steps(policy, user("Why?"), [*ids, min(policy.stop)])
+    (scored,) = policy.logprobs([(user("Why?"), text)])
+    assert scored.logprob == pytest.approx(sum(expected), abs=1e-3)
+    assert scored.tokens == len(expected)
 
 
 def test_given_responses_are_scored_alike_in_any_batch(policy: LocalPolicy) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from tasks.corpus import CorpusSettings, load_corpus, shuffle_golds, source_dige
 from tasks.records import Prompt
 
 ROWS = [{"prompt": f"What is {i}?", "gold": f"It is {i}."} for i in range(6)]
-CORPORA = Path(os.environ.get("STAPLE_TEST_DATA", "../shared/data")) / "corpora"
 
 
 def jsonl(path: Path, rows: Sequence[Mapping[str, Any] | bytes | str]) -> CorpusSettings:
@@ -332,11 +330,9 @@ def test_a_broken_record_of_a_known_format_names_its_field(tmp_path: Path, recor
     ],
 )
 def test_the_real_corpora_are_read_and_every_row_accounted_for(
-    name: str, rows: int, rejected: set[str]
+    corpora: Path, name: str, rows: int, rejected: set[str]
 ) -> None:
-    if not (CORPORA / name).is_file():
-        pytest.skip("the corpora are not here; set STAPLE_TEST_DATA to the folder that holds them")
-    corpus = load_corpus([CorpusSettings(path=str(CORPORA / name), on_bad_row="reject")])
+    corpus = load_corpus([CorpusSettings(path=str(corpora / name), on_bad_row="reject")])
     assert len(corpus.rows) == rows
     assert {r.reason for r in corpus.rejected} == rejected
     total = 2312 if rejected else rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +23,6 @@ from tasks.score import (
     tokens,
 )
 
-CORPORA = Path(os.environ.get("STAPLE_TEST_DATA", "../shared/data")) / "corpora"
 NAMES = [
     "hh_harmless_base_test.jsonl.gz",
     "ultrafeedback_eval_clean.jsonl",
@@ -66,10 +64,8 @@ def mined(initial: str, *refined: str, gold: str = "the cat sat on the mat") -> 
 
 @pytest.mark.parametrize("stem", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_real_texts_score_as_in_rouge_score(name: str, stem: bool) -> None:
-    if not (CORPORA / name).is_file():
-        pytest.skip("the corpora are not here; set STAPLE_TEST_DATA to the folder that holds them")
-    rows = load_corpus([CorpusSettings(path=str(CORPORA / name), on_bad_row="reject")]).rows
+def test_real_texts_score_as_in_rouge_score(corpora: Path, name: str, stem: bool) -> None:
+    rows = load_corpus([CorpusSettings(path=str(corpora / name), on_bad_row="reject")]).rows
     draw = random.Random(name)
     texts = [t for row in rows for t in (row.gold, row.prompt[-1]["content"][:600])]
     candidates, references = draw.choices(texts, k=160), draw.choices(texts, k=160)

@@ -57,7 +57,7 @@ def test_the_same_again_is_reused(slot: Slot) -> None:
     "change",
     [
         lambda s: replace(s, seed=8),
-        lambda s: s.at(2),
+        lambda s: replace(s, iteration=2),
         lambda s: replace(s, notes={"base": "another model"}),
         lambda s: replace(s, force=True),
     ],
