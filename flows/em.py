@@ -1,4 +1,4 @@
-"""The EM loop, readable on one screen.
+"""The EM loop, and what its baselines leave out of it, readable on one screen.
 
 `steps` is the one wiring of the stages: the loop runs all of it, `flows.stages` one stage of it,
 `flows.states` only looks. Every stage looks into the record first and computes only what is not
@@ -30,7 +30,8 @@ def steps(e: Experiment, t: int) -> Iterator[Attempt]:
     """One EM iteration, stage by stage; it ends early where a person has to review first.
 
     E-step (mine, score, filter), constitution (cluster, review), M-step (train), evaluation.
-    Iteration 0: the untouched policy answers the held-out prompts.
+    Iteration 0: the untouched policy answers the held-out prompts. Supervised fine-tuning on golds
+    has no E-step; STaR, without principles, no constitution.
     """
     at, settings = e.slot(t), e.settings_at(t)
     yield (prompts := prompts_stage(at, settings.prompts))
@@ -39,28 +40,25 @@ def steps(e: Experiment, t: int) -> Iterator[Attempt]:
         return
 
     policy = e.policy(t - 1, t)
-    yield (mined := mine_stage(at, settings.mine, policy, prompts))
-    yield (scored := score_stage(at, settings.score, mined))
-    yield (kept := filter_stage(at, settings.filter, scored))
+    examples, mined_from = prompts, {}
+    if settings.method != "sft":
+        yield (mined := mine_stage(at, settings.mine, policy, prompts))
+        yield (scored := score_stage(at, settings.score, mined))
+        yield (examples := filter_stage(at, settings.filter, scored, settings.guided))
 
-    earlier = e.earlier_constitutions(t)
-    yield (labelled := cluster_stage(at, settings.cluster, policy, kept, scored, earlier))
-    if settings.review.enabled:
-        verdict = e.verdict(t, labelled)
-        if verdict is None:
-            return
-        yield (labelled := review_stage(at, settings.review, labelled, verdict))
+    if settings.method == "staple":
+        earlier = e.earlier_constitutions(t)
+        yield (examples := cluster_stage(at, settings.cluster, policy, examples, scored, earlier))
+        if settings.review.enabled:
+            verdict = e.verdict(t, examples)
+            if verdict is None:
+                return
+            yield (examples := review_stage(at, settings.review, examples, verdict))
+        mined_from = {"scored": scored, "labelled": examples}
 
-    yield (trained := train_stage(at, settings.train, policy, labelled))
-    yield evaluate_stage(
-        at,
-        settings.evaluate,
-        settings.score,
-        policy.trained(trained),
-        **e.references(t),
-        scored=scored,
-        labelled=labelled,
-    )
+    yield (trained := train_stage(at, settings.train, policy, examples))
+    tuned, references = policy.trained(trained), e.references(t)
+    yield evaluate_stage(at, settings.evaluate, settings.score, tuned, **references, **mined_from)
 
 
 @flow(name="em-experiment", flow_run_name="{settings.experiment}")

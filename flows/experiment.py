@@ -23,6 +23,12 @@ from tasks.store import Attempt, Looker, Mode, Record, Slot
 STAGES = ("prompts", "mine", "score", "filter", "cluster", "review", "train", "evaluate")
 """The stages of an iteration, in the method's order; iteration 0 has its own two."""
 INITIAL_STAGES = ("prompts", "evaluate")
+SKIPPED = {
+    "staple": frozenset[str](),
+    "star": frozenset({"cluster", "review"}),
+    "sft": frozenset({"mine", "score", "filter", "cluster", "review"}),
+}
+"""The stages that a method does without."""
 
 SETTINGS_FILE = "settings.yaml"
 Place = tuple[int, str]
@@ -89,7 +95,9 @@ class Experiment:
             UserError: the iteration was never trained.
         """
         settings = self.settings_at(iteration if t is None else t).policy
-        initial = PolicySource(settings, self.model.path, self.model.digest)
+        initial = PolicySource(
+            settings, self.model.path, self.model.digest, guided=self.settings.guided
+        )
         return initial.trained(self.needs("train", iteration)) if iteration else initial
 
     def constitution(self, iteration: int) -> Attempt:
@@ -115,9 +123,10 @@ class Experiment:
         }
 
 
-def stages_of(iteration: int) -> tuple[str, ...]:
+def stages_of(iteration: int, method: str = "staple") -> tuple[str, ...]:
     """The stages that an iteration can have."""
-    return STAGES if iteration else INITIAL_STAGES
+    there = STAGES if iteration else INITIAL_STAGES
+    return tuple(stage for stage in there if stage not in SKIPPED[method])
 
 
 def home() -> Path:

@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -34,10 +34,14 @@ class ExperimentSettings(Settings):
 
     experiment: str = Field("staple", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     """The experiment's name in MLflow: letters, digits, dot, dash and underscore."""
+    method: Literal["staple", "star", "sft"] = "staple"
+    """STaPLe; or a baseline: "star" is the same loop with no principle between the two responses
+    (and, with no iteration, Self-Refine), "sft" learns the gold responses themselves."""
     seed: int = Field(0, ge=0)
     """Seeds every draw: prompts, samples, clustering, adapter, bootstrap."""
-    iterations: int = Field(4, ge=1, le=100)
-    """T: EM iterations."""
+    iterations: int = Field(4, ge=0, le=100)
+    """T: EM iterations. With 0 nothing is trained: the initial policy answers the held-out
+    prompts."""
     policy: PolicySettings = PolicySettings()
     """The model that improves itself."""
     prompts: PromptSettings = PromptSettings()
@@ -56,6 +60,23 @@ class ExperimentSettings(Settings):
     """M-step: the adapter."""
     evaluate: EvaluateSettings = EvaluateSettings()
     """Held-out win rates."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether a principle stands between the policy's two responses."""
+        return self.method == "staple"
+
+    @property
+    def method_name(self) -> str:
+        """What tables call the method."""
+        if self.method == "sft":
+            return "SFT on gold"
+        if self.method == "star":
+            return "STaR" if self.iterations else "Self-Refine"
+        if not self.iterations:
+            return "initial policy"
+        free = self.cluster.representative == "none"
+        return "STaPLe, unconstrained" if free else "STaPLe, constrained"
 
 
 def presets() -> list[str]:

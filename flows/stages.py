@@ -90,10 +90,11 @@ def _publish_if_whole(experiment: Experiment, iteration: int) -> None:
 
 
 def _check_place(settings: ExperimentSettings, stage: str, iteration: int) -> None:
-    if stage not in stages_of(iteration):
+    there = stages_of(iteration, settings.method)
+    if stage not in there:
         raise UserError(
             f"iteration {iteration} has no stage '{stage}'",
-            expected=f"one of {', '.join(stages_of(iteration))}",
+            expected=f"one of {', '.join(there)}",
         )
     if iteration > settings.iterations:
         raise UserError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, TypeVar
 
 from pydantic import Field
@@ -37,6 +38,9 @@ class AdapterSettings(Settings):
     """Share of the steps in which the learning rate rises from 0."""
     epochs: int = Field(1, ge=1, le=100)
     """How often each trajectory is trained on."""
+    tokens: int | None = Field(None, ge=1)
+    """Tokens to train on in all, context included, whatever `epochs` says: trajectories come again
+    until they are spent. For comparisons at equal budgets."""
     batch_size: int = Field(16, ge=1, le=4096)
     """Trajectories per optimiser step."""
     micro_batch_size: int = Field(4, ge=1, le=4096)
@@ -64,12 +68,13 @@ class Step:
 def plan_batches(lengths: Sequence[int], settings: AdapterSettings, seed: int) -> list[list[int]]:
     """The rows of each optimiser step: every row `epochs` times, rows of like length together.
 
-    Only the very last step may have fewer than `batch_size` rows.
+    Only the very last step may have fewer than `batch_size` rows. With a budget of tokens there
+    are as many steps as come nearest to it, at least one.
     """
     order, size = random.Random(seed), settings.batch_size
     steps: list[list[int]] = []
     carried: list[int] = []
-    for _ in range(settings.epochs):
+    for _ in range(_epochs(lengths, settings)):
         rows = carried + order.sample(range(len(lengths)), len(lengths))
         whole = len(rows) - len(rows) % size
         pools = chunks(rows[:whole], POOL_BATCHES * size)
@@ -77,7 +82,20 @@ def plan_batches(lengths: Sequence[int], settings: AdapterSettings, seed: int) -
         epoch = [batch for pool in sorted_pools for batch in chunks(pool, size)]
         order.shuffle(epoch)
         steps, carried = steps + epoch, rows[whole:]
-    return [*steps, carried] if carried else steps
+    steps = [*steps, carried] if carried else steps
+    return steps if settings.tokens is None else _within(steps, lengths, settings.tokens)
+
+
+def _epochs(lengths: Sequence[int], settings: AdapterSettings) -> int:
+    """Enough of them for the budget of tokens, where there is one."""
+    return 1 + settings.tokens // sum(lengths) if settings.tokens else settings.epochs
+
+
+def _within(steps: list[list[int]], lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """The first steps whose tokens together come nearest to the budget."""
+    spent = list(accumulate(sum(lengths[i] for i in rows) for rows in steps))
+    nearest = min(range(len(steps)), key=lambda k: abs(spent[k] - tokens))
+    return steps[: nearest + 1]
 
 
 def chunks(items: Sequence[Item], size: int) -> list[list[Item]]:

@@ -5,6 +5,10 @@ The conversation grows turn by turn, so that the prompts of one row share their 
     user x · assistant y1 · user propose|hint · assistant z
       [· user critique · assistant c] · user refine · assistant y2
 
+or, where no principle stands between the two responses (STaR, Self-Refine):
+
+    user x · assistant y1 · user refine · assistant y2
+
 Only `hint` shows the gold response; `refine` never does, so a refinement cannot copy it (the
 factored proposal p(y2 | x, y1, z) · p(z | x, y1, yG) of STaPLe, section 3).
 """
@@ -12,7 +16,7 @@ factored proposal p(y2 | x, y1, z) · p(z | x, y1, yG) of STaPLe, section 3).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models.policy import Message
 
@@ -31,6 +35,18 @@ class Templates:
     propose: str
     critique: str
     refine: str
+    improve: str
+    """Asks for y2 where no principle was named."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether a principle stands between the two responses."""
+        return bool(self.propose)
+
+    def unguided(self) -> Templates:
+        """The same conversation without a principle: y2 ~ p(· | x, y1)."""
+        version = f"{self.version}/unguided"
+        return replace(self, version=version, hint="", propose="", critique="", refine=self.improve)
 
 
 CHAT = Templates(
@@ -54,6 +70,10 @@ CHAT = Templates(
         "Rewrite your first response so that it follows this principle. Keep what was already "
         "good. Reply with the new response only."
     ),
+    improve=(
+        "Could your first response be better? Rewrite it so that it is. Keep what was already "
+        "good. Reply with the new response only."
+    ),
 )
 """For instruction-tuned chat models."""
 
@@ -63,6 +83,7 @@ TERSE = Templates(
     propose="why?",
     critique="where?",
     refine="again.",
+    improve="again.",
 )
 """The same turns in a few words: for very small models, such as the planted world's."""
 
@@ -98,9 +119,11 @@ def ask_critique(t: Templates, prompt: Sequence[Message], initial: str, principl
 
 
 def ask_refinement(
-    t: Templates, prompt: Sequence[Message], initial: str, principle: str, critique: str = ""
+    t: Templates, prompt: Sequence[Message], initial: str, principle: str = "", critique: str = ""
 ) -> Messages:
-    """The prompt of y2 ~ p(· | x, y1, z[, c])."""
+    """The prompt of y2 ~ p(· | x, y1[, z[, c]])."""
+    if not t.guided:
+        return (*after_initial(prompt, initial), _turn("user", t.refine))
     before = (
         (*ask_critique(t, prompt, initial, principle), _turn("assistant", critique))
         if critique

@@ -390,7 +390,8 @@ def train(
     accumulate = math.ceil(settings.batch_size / settings.micro_batch_size)
     micro = math.ceil(settings.batch_size / accumulate)
     passes = [[examples[i] for i in part] for rows in steps for part in chunks(rows, micro)]
-    total = sum(e.weight * sum(e.trained) for e in examples) * settings.epochs
+    worth = [e.weight * sum(e.trained) for e in examples]
+    total = sum(worth[i] for rows in steps for i in rows)
     logs = _fit(
         model,
         passes,

@@ -73,8 +73,10 @@ REFINED = Arm("refined", "refined")
 INITIAL = Arm("initial", "initial")
 IMPROVED = Arm("refined", "initial")
 
-REQUESTS_EACH = 3
-"""Requests that one prompt takes: y1, z, y2."""
+
+def requests_each(templates: Templates) -> int:
+    """Requests that one prompt takes: y1, z (where there are principles), y2."""
+    return 3 if templates.guided else 2
 
 
 @stage("evaluate")
@@ -128,7 +130,8 @@ def _answers(
     at: Slot,
 ) -> list[Answer]:
     engine = policy.load()
-    total = REQUESTS_EACH * len(prompts)
+    each = requests_each(policy.templates)
+    total = each * len(prompts)
     with progress(f"evaluate {at.iteration}", total, "requests") as tick:
         return work.sharded(
             "answers",
@@ -143,7 +146,7 @@ def _answers(
                 iteration=at.iteration,
                 advance=tick,
             ),
-            found=lambda shard: tick(REQUESTS_EACH * len(shard)),
+            found=lambda shard: tick(each * len(shard)),
         )
 
 
@@ -178,9 +181,11 @@ def answer(
 ) -> list[Answer]:
     """y1, z ~ p(· | x, y1), y2 ~ p(· | x, y1, z) for every prompt, in its order; gold is not read.
 
+    Unguided templates have no z: y2 ~ p(· | x, y1).
+
     The noise is keyed by seed and prompt, not by iteration: policies that differ little answer
     alike, which makes their comparison tight. `advance` is called with the number of requests
-    that were answered, `REQUESTS_EACH` a prompt.
+    that were answered, `requests_each` a prompt.
     """
 
     def sample(role: str, messages: Iterable[ask.Messages], max_tokens: int) -> list[Completion]:
@@ -196,8 +201,10 @@ def answer(
         return [completions[0] for completions in policy.generate(requests, advance)]
 
     y1 = sample("initial", (p.prompt for p in prompts), settings.max_response_tokens)
-    asked = (ask.ask(templates, p.prompt, a.text) for p, a in zip(prompts, y1, strict=True))
-    z = sample("principle", asked, settings.max_principle_tokens)
+    z = [Completion(text="", tokens=0, logprob=0.0, finish="stop")] * len(prompts)
+    if templates.guided:
+        asked = (ask.ask(templates, p.prompt, a.text) for p, a in zip(prompts, y1, strict=True))
+        z = sample("principle", asked, settings.max_principle_tokens)
     told = (
         ask.ask_refinement(templates, p.prompt, a.text, b.text)
         for p, a, b in zip(prompts, y1, z, strict=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -52,7 +53,7 @@ def weights(scores: Sequence[float], initial_score: float, temperature: float) -
 
 
 def filter_rows(
-    rows: Sequence[Scored], settings: FilterSettings, key: str
+    rows: Sequence[Scored], settings: FilterSettings, key: str, guided: bool = True
 ) -> tuple[list[Trajectory], list[Rejected]]:
     """Trajectories and rejections; each candidate is in exactly one of the two.
 
@@ -60,38 +61,42 @@ def filter_rows(
 
     Args:
         key: "<seed>/<iteration>"; with prompt_id it seeds the draw of `rejection`.
+        guided: whether candidates have a principle, which then must be well-formed.
     """
     kept: list[Trajectory] = []
     rejected: list[Rejected] = []
     for row in rows:
-        trajectories, rejections = _filter_row(row, settings, key)
+        trajectories, rejections = _filter_row(row, settings, key, guided)
         kept += trajectories
         rejected += rejections
     return kept, rejected
 
 
 @stage("filter")
-def filter_stage(at: Slot, settings: FilterSettings, scored: Attempt) -> Attempt:
-    """scored → trajectories, rejected."""
+def filter_stage(
+    at: Slot, settings: FilterSettings, scored: Attempt, guided: bool = True
+) -> Attempt:
+    """scored → trajectories, rejected. `guided`: see `filter_rows`."""
 
     def compute(work: Workspace) -> Metrics:
         rows = scored.read("scored", Scored)
-        kept, rejected = filter_rows(rows, settings, f"{at.seed}/{at.iteration}")
+        kept, rejected = filter_rows(rows, settings, f"{at.seed}/{at.iteration}", guided)
         work.write("trajectories", kept, Trajectory)
         work.write("rejected", rejected, Rejected)
         return _metrics(rows, kept, rejected)
 
-    return at.attempt("filter", settings, {"scored": scored}, compute)
+    noted = at if guided else replace(at, notes={**at.notes, "guided": "no"})
+    return noted.attempt("filter", settings, {"scored": scored}, compute)
 
 
 def _filter_row(
-    row: Scored, settings: FilterSettings, key: str
+    row: Scored, settings: FilterSettings, key: str, guided: bool
 ) -> tuple[list[Trajectory], list[Rejected]]:
     if row.initial_score is None:
         whole = _reject_prompt(row, "unscored", row.initial_unscored or "")
         return [], [*(_reject(row, c, "unscored", "the first response") for c in row.candidates),
                     whole]  # fmt: skip
-    faults = {c.sample: _fault(row, c, settings) for c in row.candidates}
+    faults = {c.sample: _fault(row, c, settings, guided) for c in row.candidates}
     sound = [c for c in row.candidates if faults[c.sample] is None]
     shares = weights([c.score or 0.0 for c in sound], row.initial_score, settings.temperature)
     chosen = _select(sound, shares, settings.selection, f"{key}/{row.prompt_id}")
@@ -123,14 +128,14 @@ def _select(
 
 
 def _fault(
-    row: Scored, candidate: ScoredCandidate, settings: FilterSettings
+    row: Scored, candidate: ScoredCandidate, settings: FilterSettings, guided: bool
 ) -> tuple[str, str] | None:
     """Why a candidate cannot be kept, as (reason, detail); None when it improves on y1."""
     if candidate.finish == "overflow":
         return "prompt too long", "no room was left for the answer"
     if candidate.finish == "length" and not settings.keep_truncated:
         return "truncated", "cut at its token limit"
-    if malformed := _malformed(candidate.principle, settings):
+    if guided and (malformed := _malformed(candidate.principle, settings)):
         return "malformed principle", malformed
     if leaked := _leak(candidate.principle, row, settings.leak_words):
         return "gold leak", leaked

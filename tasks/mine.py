@@ -1,7 +1,8 @@
 """E-step, proposals: y1, then N hinted principles, critiques and refinements of each prompt.
 
 STaPLe, section 3, "principle discovery": z ~ p(· | x, y1, yG) sees the gold response, the
-refinement y2 ~ p(· | x, y1, z[, c]) does not. Read by `score`.
+refinement y2 ~ p(· | x, y1, z[, c]) does not. Without principles (STaR) there are N refinements
+y2 ~ p(· | x, y1). Read by `score`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class MineSettings(Settings):
     """How many candidates are proposed, and how they are sampled."""
 
     samples: int = Field(8, ge=1, le=256)
-    """N: principles (and refinements) proposed for each prompt."""
+    """N: principles, each with its refinement, proposed for each prompt; refinements alone where
+    the method has no principles."""
     critique: bool = True
     """Ask for a critique of the first response under the principle before refining it."""
     temperature: float = Field(0.8, ge=0, le=2)
@@ -59,6 +61,10 @@ class _Draft:
         return f"{self.row.prompt_id}/{self.sample}"
 
 
+NOTHING = Completion(text="", tokens=0, logprob=0.0, finish="stop")
+"""What was not asked for: a critique, or a principle."""
+
+
 def mine(
     rows: Sequence[Prompt],
     policy: Policy,
@@ -75,22 +81,8 @@ def mine(
     """
     sample = _Sampler(policy, settings, key, advance)
     initials = sample.one("initial", [(r.prompt_id, r.prompt) for r in rows])
-    hints = [
-        (r.prompt_id, ask.ask_with_gold(templates, r.prompt, y1.text, r.gold))
-        for r, y1 in zip(rows, initials, strict=True)
-    ]
-    drafts = [
-        _Draft(row, y1.text, i, z)
-        for row, y1, zs in zip(rows, initials, sample("principle", hints), strict=True)
-        for i, z in enumerate(zs)
-    ]
-    critiques = _critiques(drafts, sample, templates, settings)
-    contexts = [
-        (d.id, ask.ask_refinement(templates, d.row.prompt, d.initial, d.principle.text, c.text))
-        for d, c in zip(drafts, critiques, strict=True)
-    ]
-    refined = sample.one("refined", contexts)
-    candidates = iter(map(_candidate, drafts, critiques, refined))
+    propose = _guided if templates.guided else _unguided
+    candidates = iter(propose(rows, [y1.text for y1 in initials], sample, templates))
     return [
         Mined(
             **fields(row),
@@ -103,9 +95,12 @@ def mine(
     ]
 
 
-def requests_each(settings: MineSettings) -> int:
-    """Requests that one prompt takes: y1, the N principles together, and each refinement."""
-    return 2 + settings.samples * (2 if settings.critique else 1)
+def requests_each(settings: MineSettings, templates: Templates) -> int:
+    """Requests that one prompt takes: y1, the N principles together, and each refinement.
+
+    Without principles the N refinements share their prompt, and are one request.
+    """
+    return 2 + (settings.samples * (2 if settings.critique else 1) if templates.guided else 0)
 
 
 @stage("mine")
@@ -114,7 +109,8 @@ def mine_stage(at: Slot, settings: MineSettings, policy: PolicySource, prompts: 
 
     def compute(work: Workspace) -> Metrics:
         rows = prompts.read("prompts", Prompt)
-        groups, each = shards(rows, settings.shard_size), requests_each(settings)
+        groups = shards(rows, settings.shard_size)
+        each = requests_each(settings, policy.templates)
         engine, key = policy.load(), f"{at.seed}/{at.iteration}"
         with progress(f"mine {at.iteration}", len(rows) * each, "requests") as tick:
             mined = work.sharded(
@@ -132,6 +128,9 @@ def mine_stage(at: Slot, settings: MineSettings, policy: PolicySource, prompts: 
 class _Sampler:
     """Asks the policy in one role for many contexts, each named by its prompt (and sample)."""
 
+    repeated = ("principle", "unguided")
+    """Roles that are answered N times."""
+
     def __init__(
         self, policy: Policy, settings: MineSettings, key: str, advance: Progress | None
     ) -> None:
@@ -141,6 +140,7 @@ class _Sampler:
             "principle": settings.max_principle_tokens,
             "critique": settings.max_critique_tokens,
             "refined": settings.max_response_tokens,
+            "unguided": settings.max_response_tokens,
         }
 
     def __call__(
@@ -150,7 +150,7 @@ class _Sampler:
             Request(
                 messages=messages,
                 key=f"{self.key}/{name}/{role}",
-                n=self.settings.samples if role == "principle" else 1,
+                n=self.settings.samples if role in self.repeated else 1,
                 temperature=self.settings.temperature,
                 top_p=self.settings.top_p,
                 max_tokens=self.limits[role],
@@ -163,14 +163,48 @@ class _Sampler:
         return [completions[0] for completions in self(role, contexts)]
 
 
-NO_CRITIQUE = Completion(text="", tokens=0, logprob=0.0, finish="stop")
+def _guided(
+    rows: Sequence[Prompt], initials: Sequence[str], sample: _Sampler, templates: Templates
+) -> list[Candidate]:
+    """N candidates (z, c, y2) of every row, row by row; z is hinted by the gold."""
+    hints = [
+        (r.prompt_id, ask.ask_with_gold(templates, r.prompt, y1, r.gold))
+        for r, y1 in zip(rows, initials, strict=True)
+    ]
+    drafts = [
+        _Draft(row, y1, i, z)
+        for row, y1, zs in zip(rows, initials, sample("principle", hints), strict=True)
+        for i, z in enumerate(zs)
+    ]
+    critiques = _critiques(drafts, sample, templates)
+    contexts = [
+        (d.id, ask.ask_refinement(templates, d.row.prompt, d.initial, d.principle.text, c.text))
+        for d, c in zip(drafts, critiques, strict=True)
+    ]
+    refined = sample.one("refined", contexts)
+    return list(map(_candidate, drafts, critiques, refined))
+
+
+def _unguided(
+    rows: Sequence[Prompt], initials: Sequence[str], sample: _Sampler, templates: Templates
+) -> list[Candidate]:
+    """N candidates y2 of every row, row by row: neither a principle nor the gold is in sight."""
+    contexts = [
+        (r.prompt_id, ask.ask_refinement(templates, r.prompt, y1))
+        for r, y1 in zip(rows, initials, strict=True)
+    ]
+    return [
+        _candidate(_Draft(row, y1, i, NOTHING), NOTHING, y2)
+        for row, y1, refined in zip(rows, initials, sample("unguided", contexts), strict=True)
+        for i, y2 in enumerate(refined)
+    ]
 
 
 def _critiques(
-    drafts: Sequence[_Draft], sample: _Sampler, templates: Templates, settings: MineSettings
+    drafts: Sequence[_Draft], sample: _Sampler, templates: Templates
 ) -> list[Completion]:
-    if not settings.critique:
-        return [NO_CRITIQUE] * len(drafts)
+    if not sample.settings.critique:
+        return [NOTHING] * len(drafts)
     contexts = [
         (d.id, ask.ask_critique(templates, d.row.prompt, d.initial, d.principle.text))
         for d in drafts

@@ -30,11 +30,14 @@ class PolicySource:
     model: str
     base_digest: str
     adapter: Attempt | None = None
+    guided: bool = True
+    """Whether a principle stands between the policy's two responses."""
 
     @property
     def templates(self) -> Templates:
         """The wording of the turns."""
-        return TEMPLATES[self.settings.templates]
+        templates = TEMPLATES[self.settings.templates]
+        return templates if self.guided else templates.unguided()
 
     @property
     def adapter_path(self) -> Path | None:

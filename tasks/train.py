@@ -1,6 +1,7 @@
-"""The M-step's stage: labelled trajectories in, a LoRA adapter and its training curve out.
+"""The M-step's stage: conversations to learn from in, a LoRA adapter and its training curve out.
 
 Maximises log p_θ(y2, z | x, y1): x and y1 are context, the loss is on z and y2 (STaPLe, section 3).
+The baselines train here too: STaR on y2 without a principle, supervised fine-tuning on the golds.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import Literal
 from pydantic import Field
 
 from constitutions.errors import UserError
-from models.adapter import AdapterSettings, Step
+from models.adapter import AdapterSettings, Step, plan_batches
 from models.encoding import Encoder, EncodingError, Example
 from models.policy import Message, PolicySettings, Progress
-from models.prompts import TEMPLATES, Templates, ask_refinement
+from models.prompts import Templates, ask_refinement
 from tasks.policies import PolicySource
 from tasks.progress import progress
-from tasks.records import Labelled, Rejected
+from tasks.records import Labelled, Prompt, Rejected, Trajectory
 from tasks.stage import stage
 from tasks.store import Attempt, Slot
 from tasks.work import Metrics, Workspace
@@ -35,32 +36,48 @@ class TrainSettings(AdapterSettings):
     """Principle learning: which turns are trained, and how."""
 
     loss_on: tuple[Turn, ...] = Field(("principle", "refined"), min_length=1)
-    """Turns with loss: y1, z, y2. The method's are z and y2."""
+    """Turns with loss: y1, z, y2. The method's are z and y2; where there is no principle, z does
+    not count. Training on golds has its loss on them."""
+    start: Literal["previous", "base"] = "previous"
+    """Go on from the adapter of the iteration before, or begin anew at the base model."""
     max_tokens: int = Field(4096, ge=16, le=1_000_000)
     """A longer conversation is left out, and reported: a cut one would teach cut answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lesson:
+    """A conversation to learn from; `turns` are the places in it of the turns with loss."""
+
+    prompt_id: str
+    sample: int | None
+    source: str
+    messages: tuple[Message, ...]
+    turns: tuple[int, ...]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """What a training did: rows in = trained + skipped."""
+    """What a training did: lessons = trained + skipped."""
 
     curve: tuple[Step, ...]
     counts: dict[str, int]
-    """labelled, trained, skipped (trajectories); examples, tokens, trained_tokens, steps."""
+    """lessons, trained, skipped; examples, tokens (processed in all steps, context included),
+    trained_tokens (those with loss), steps."""
     skipped: tuple[Rejected, ...]
     data_digest: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSet:
-    """The tokenised trajectories, and those that could not be used."""
+    """The tokenised lessons, and those that could not be used."""
 
     examples: tuple[Example, ...]
     skipped: tuple[Rejected, ...]
 
 
 def train(
-    labelled: Sequence[Labelled],
+    lessons: Sequence[Lesson],
     *,
     model: Path | str,
     policy: PolicySettings,
@@ -73,10 +90,10 @@ def train(
     """Train the adapter of one iteration and write it to `out`.
 
     Args:
-        labelled: the trajectories of this iteration.
+        lessons: what this iteration learns from.
         model: directory or hub name of the base (`policy.model` may be "planted").
-        policy: how the base is held in memory, and its templates.
-        previous_adapter: continued from; None in the first iteration.
+        policy: how the base is held in memory.
+        previous_adapter: continued from; None starts at the base.
         out: the adapter's directory; unfinished work lies beside it.
         progress: called with 1 after each optimiser step.
 
@@ -84,9 +101,9 @@ def train(
         UserError: nothing to train on; a base that cannot be loaded; a previous adapter of
             another base; a training that diverged.
     """
-    if not labelled:
+    if not lessons:
         raise UserError(
-            "there are no labelled trajectories to train on",
+            "there are no trajectories to train on",
             where="train",
             expected="at least one refinement that beat its initial response",
             fix="mine more prompts or more samples, or look at the filter's reasons",
@@ -101,14 +118,14 @@ def train(
         revision=policy.revision,
     )
     encoder = Encoder(tokenizer, settings.max_tokens)
-    data = training_set(labelled, encoder, TEMPLATES[policy.templates], settings)
+    data = training_set(lessons, encoder)
     _require_examples(data, settings)
     adapted = (
         qlora.continue_adapter(base, previous_adapter)
         if previous_adapter
         else qlora.new_adapter(base, settings, seed)
     )
-    digest = data_digest(labelled)
+    digest = data_digest(lessons)
     curve = qlora.train(
         adapted,
         data.examples,
@@ -120,7 +137,7 @@ def train(
     qlora.save_adapter(adapted, out, data_digest=digest)
     return TrainResult(
         curve=tuple(curve),
-        counts=_counts(labelled, data, curve),
+        counts=_counts(lessons, data, settings, seed),
         skipped=data.skipped,
         data_digest=digest,
     )
@@ -128,20 +145,24 @@ def train(
 
 @stage("train")
 def train_stage(
-    at: Slot, settings: TrainSettings, policy: PolicySource, labelled: Attempt
+    at: Slot, settings: TrainSettings, policy: PolicySource, examples: Attempt
 ) -> Attempt:
-    """labelled, the adapter of iteration t−1 (inside `policy`) → adapter, curve, skipped."""
+    """What to learn from, the adapter of iteration t−1 (inside `policy`) → adapter, curve, skipped.
+
+    `examples`: labelled trajectories of `cluster` or `review`; of `filter`, each under its own
+    principle or under none; or of `prompts`, whose golds are then learned.
+    """
 
     def compute(work: Workspace) -> Metrics:
-        rows = labelled.read("labelled", Labelled)
-        with progress(
-            f"train {at.iteration}", expected_steps(len(rows), settings), "steps"
-        ) as tick:
+        lessons = _lessons(examples, policy.templates, settings)
+        continued = policy.adapter_path if settings.start == "previous" else None
+        total = expected_steps(len(lessons), settings)
+        with progress(f"train {at.iteration}", total, "steps") as tick:
             done = train(
-                rows,
+                lessons,
                 model=policy.model,
                 policy=policy.settings,
-                previous_adapter=policy.adapter_path,
+                previous_adapter=continued,
                 out=work.outputs / "adapter",
                 settings=settings,
                 seed=at.seed,
@@ -157,52 +178,88 @@ def train_stage(
             "train/last_loss": sum(last) / len(last),
         }
 
-    return policy.noted(at).attempt("train", settings, policy.inputs(labelled=labelled), compute)
+    return policy.noted(at).attempt("train", settings, policy.inputs(labelled=examples), compute)
 
 
 def expected_steps(labelled: int, settings: TrainSettings) -> int:
-    """Optimiser steps when no trajectory is skipped: the total of `progress`."""
+    """Optimiser steps when no trajectory is skipped: the total of `progress`.
+
+    0 where a budget of tokens decides: it is known only when all is tokenised.
+    """
+    if settings.tokens:
+        return 0
     return math.ceil(labelled * settings.epochs / settings.batch_size)
 
 
-def training_set(
-    labelled: Iterable[Labelled], encoder: Encoder, templates: Templates, settings: TrainSettings
-) -> TrainingSet:
-    """Encode every trajectory, or say why not. Neither depends on the other rows."""
+def lesson(row: Trajectory, label: str, templates: Templates, settings: TrainSettings) -> Lesson:
+    """x, y1, z, y2 as the policy meets them without gold, or x, y1, y2; z is the label."""
+    asked = ask_refinement(templates, row.prompt, row.initial, label)
+    places = _places(len(row.prompt), templates.guided)
+    return Lesson(
+        prompt_id=row.prompt_id,
+        sample=row.sample,
+        source=row.source,
+        messages=(*asked, {"role": "assistant", "content": row.refined}),
+        turns=tuple(sorted(places[turn] for turn in settings.loss_on if turn in places)),
+        weight=row.weight,
+    )
+
+
+def demonstration(row: Prompt) -> Lesson:
+    """x, yG: what supervised fine-tuning on golds learns from."""
+    answer: Message = {"role": "assistant", "content": row.gold}
+    return Lesson(
+        prompt_id=row.prompt_id,
+        sample=None,
+        source=row.source,
+        messages=(*row.prompt, answer),
+        turns=(len(row.prompt),),
+    )
+
+
+def _lessons(examples: Attempt, templates: Templates, settings: TrainSettings) -> list[Lesson]:
+    match examples.stage:
+        case "prompts":
+            return [demonstration(row) for row in examples.read("prompts", Prompt)]
+        case "filter":
+            rows = examples.read("trajectories", Trajectory)
+            return [lesson(row, row.principle, templates, settings) for row in rows]
+        case _:
+            labelled = examples.read("labelled", Labelled)
+            return [lesson(row, row.label, templates, settings) for row in labelled]
+
+
+def training_set(lessons: Iterable[Lesson], encoder: Encoder) -> TrainingSet:
+    """Encode every lesson, or say why not. Neither depends on the other rows."""
     examples: list[Example] = []
     skipped: list[Rejected] = []
-    for row in labelled:
-        turns = [_position(row, turn) for turn in settings.loss_on]
+    for row in lessons:
         try:
-            examples += encoder.encode(conversation(row, templates), sorted(turns), row.weight)
+            examples += encoder.encode(row.messages, row.turns, row.weight)
         except EncodingError as error:
             skipped.append(_skip(row, str(error)))
     return TrainingSet(examples=tuple(examples), skipped=tuple(skipped))
 
 
-def conversation(row: Labelled, templates: Templates) -> tuple[Message, ...]:
-    """x, y1, z, y2 as the policy meets them without gold; z is the trajectory's label."""
-    asked = ask_refinement(templates, row.prompt, row.initial, row.label)
-    return (*asked, {"role": "assistant", "content": row.refined})
-
-
-def data_digest(labelled: Iterable[Labelled]) -> str:
-    """sha256 (hex) of the rows, in their order."""
+def data_digest(lessons: Iterable[Lesson]) -> str:
+    """sha256 (hex) of the lessons, in their order."""
     digest = hashlib.sha256()
-    for row in labelled:
+    for row in lessons:
         digest.update(json.dumps(dataclasses.asdict(row), sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def _position(row: Labelled, turn: Turn) -> int:
-    """Where a turn of the policy stands in the conversation: x · y1 · ask · z · ask · y2."""
-    return len(row.prompt) + {"initial": 0, "principle": 2, "refined": 4}[turn]
+def _places(prompt: int, guided: bool) -> dict[Turn, int]:
+    """Where the policy's turns stand: x · y1 · ask · z · ask · y2, or x · y1 · ask · y2."""
+    if guided:
+        return {"initial": prompt, "principle": prompt + 2, "refined": prompt + 4}
+    return {"initial": prompt, "refined": prompt + 2}
 
 
 def _require_examples(data: TrainingSet, settings: TrainSettings) -> None:
     if not data.examples:
         raise UserError(
-            f"none of the {len(data.skipped):,} labelled trajectories can be trained on; "
+            f"none of the {len(data.skipped):,} conversations can be trained on; "
             f"the first: {data.skipped[0].detail}",
             where=data.skipped[0].source,
             fix=f"raise train.max_tokens (now {settings.max_tokens:,}) if they are too long",
@@ -219,7 +276,7 @@ def _checkpoints(
     return out.with_name(f"{out.name}.checkpoints-{digest.hexdigest()[:12]}")
 
 
-def _skip(row: Labelled, reason: str) -> Rejected:
+def _skip(row: Lesson, reason: str) -> Rejected:
     return Rejected(
         prompt_id=row.prompt_id,
         sample=row.sample,
@@ -230,14 +287,16 @@ def _skip(row: Labelled, reason: str) -> Rejected:
 
 
 def _counts(
-    labelled: Sequence[Labelled], data: TrainingSet, curve: Sequence[Step]
+    lessons: Sequence[Lesson], data: TrainingSet, settings: TrainSettings, seed: int
 ) -> dict[str, int]:
+    steps = plan_batches([len(e.ids) for e in data.examples], settings, seed)
+    seen = [data.examples[i] for rows in steps for i in rows]
     return {
-        "labelled": len(labelled),
-        "trained": len(labelled) - len(data.skipped),
+        "lessons": len(lessons),
+        "trained": len(lessons) - len(data.skipped),
         "skipped": len(data.skipped),
         "examples": len(data.examples),
-        "tokens": sum(len(e.ids) for e in data.examples),
-        "trained_tokens": sum(sum(e.trained) for e in data.examples),
-        "steps": len(curve),
+        "tokens": sum(len(e.ids) for e in seen),
+        "trained_tokens": sum(sum(e.trained) for e in seen),
+        "steps": len(steps),
     }

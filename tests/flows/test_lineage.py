@@ -211,7 +211,7 @@ def test_a_run_stops_for_its_review(at_home: ExperimentSettings, type_: Callable
     assert {r.detail for r in reviewed.read("rejected", Rejected)} == {dropped.text}
     trained = record.needs("train", 1)
     assert trained.inputs["labelled"].stage == "review"
-    assert trained.metrics["train/labelled"] == len(reviewed.read("labelled", Labelled))
+    assert trained.metrics["train/lessons"] == len(reviewed.read("labelled", Labelled))
     assert dropped.text not in type_("constitution", "show", "lineage")
 
 

@@ -58,7 +58,7 @@ def test_every_candidate_is_there_in_order(policy: LocalPolicy) -> None:
     assert [m.prompt_id for m in mined] == [r.prompt_id for r in rows]
     assert [[c.sample for c in m.candidates] for m in mined] == [[0, 1, 2], [0, 1, 2]]
     assert all(c.critique and c.finish in ("stop", "length") for m in mined for c in m.candidates)
-    assert sum(answered) == len(rows) * requests_each(SETTINGS)
+    assert sum(answered) == len(rows) * requests_each(SETTINGS, CHAT)
     assert len({c.principle for m in mined for c in m.candidates}) == 6
 
 
@@ -84,7 +84,7 @@ def test_the_critique_can_be_left_out(policy: LocalPolicy) -> None:
     settings = SETTINGS.model_copy(update={"critique": False})
     (mined,) = mine(prompts("How do I bake bread?"), listening, settings, CHAT, "0/1")  # type: ignore[arg-type]
     assert not listening.role("critique")
-    assert len(listening.requests) == requests_each(settings)
+    assert len(listening.requests) == requests_each(settings, CHAT)
     assert {c.critique for c in mined.candidates} == {""}
 
 
@@ -105,3 +105,18 @@ def test_a_prompt_without_room_is_marked(policy: LocalPolicy) -> None:
     assert long.initial_finish == "overflow"
     assert {c.finish for c in long.candidates} == {"overflow"}
     assert short.initial_finish != "overflow"
+
+
+def test_without_principles_refinements_see_the_first_response_alone(policy: LocalPolicy) -> None:
+    rows = prompts("How do I bake bread?", "What is the capital of France?")
+    listening, templates = Listening(policy), CHAT.unguided()
+    mined = mine(rows, listening, SETTINGS, templates, "0/1")  # type: ignore[arg-type]
+    assert len(listening.requests) == len(rows) * 2
+    asked = listening.role("unguided")
+    assert [r.n for r in asked] == [3, 3]
+    for row, request in zip(mined, asked, strict=True):
+        *_, first, turn = request.messages
+        assert first["content"] == row.initial and turn["content"] == CHAT.improve
+        assert not any(row.gold in m["content"] for m in request.messages)
+        assert [c.sample for c in row.candidates] == [0, 1, 2]
+        assert all(c.principle == c.critique == "" and c.tokens > 0 for c in row.candidates)

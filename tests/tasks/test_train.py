@@ -12,8 +12,8 @@ from chat_model import build_chat_model
 from constitutions.errors import UserError
 from models.policy import PolicySettings
 from models.prompts import CHAT
-from tasks.records import Labelled
-from tasks.train import TrainResult, TrainSettings, conversation, expected_steps, train
+from tasks.records import Labelled, Prompt
+from tasks.train import TrainResult, TrainSettings, demonstration, expected_steps, lesson, train
 
 POLICY = PolicySettings(templates="chat", quantization="nf4", dtype="float32", device="cpu")
 SETTINGS = TrainSettings(
@@ -57,8 +57,9 @@ def run(model: Path, out: Path, rows: list[Labelled], **changes: Any) -> TrainRe
     policy = changes.pop("policy", POLICY)
     progress = changes.pop("progress", None)
     settings = SETTINGS.model_copy(update=changes)
+    lessons = [lesson(row, row.label, CHAT, settings) for row in rows]
     return train(
-        rows, model=model, policy=policy, previous_adapter=previous, out=out,
+        lessons, model=model, policy=policy, previous_adapter=previous, out=out,
         settings=settings, seed=0, progress=progress,
     )  # fmt: skip
 
@@ -74,7 +75,7 @@ def test_an_adapter_and_its_curve_come_out(first: tuple[Path, TrainResult], mode
     assert (out / "adapter_model.safetensors").is_file()
     record = json.loads((out / "provenance.json").read_text())
     assert record["data_digest"] == result.data_digest and record["quantization"] == "nf4"
-    assert result.counts["labelled"] == result.counts["trained"] == 8 and not result.skipped
+    assert result.counts["lessons"] == result.counts["trained"] == 8 and not result.skipped
     assert result.counts["steps"] == len(result.curve) == expected_steps(8, SETTINGS) == 8
     assert result.curve[-1].loss < 0.8 * result.curve[0].loss
     assert [p.name for p in out.parent.iterdir()] == ["adapter"]
@@ -90,7 +91,7 @@ def test_the_next_iteration_continues_the_adapter(
 
 
 def test_the_label_is_trained_not_the_original_principle() -> None:
-    messages = conversation(ROWS[0], CHAT)
+    messages = lesson(ROWS[0], ROWS[0].label, CHAT, SETTINGS).messages
     contents = [m["content"] for m in messages if m["role"] == "assistant"]
     assert contents == ["No idea.", "Say the next step.", "Restart the printer."]
     assert not any("gold" in m["content"] for m in messages)
@@ -112,11 +113,39 @@ def test_loss_on_names_the_trained_turns(model: Path, loss_on: Any, texts: list[
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     settings = SETTINGS.model_copy(update={"loss_on": loss_on})
-    data = training_set([labelled(1, weight=0.3)], Encoder(tokenizer, 700), CHAT, settings)
+    row = labelled(1, weight=0.3)
+    data = training_set([lesson(row, row.label, CHAT, settings)], Encoder(tokenizer, 700))
     (example,) = data.examples
     trained = [i for i, t in zip(example.ids, example.trained, strict=True) if t]
     assert tokenizer.decode(trained) == "".join(t + "<|im_end|>" for t in texts)
     assert example.weight == 0.3
+
+
+def test_without_principles_the_loss_is_on_the_refinement_alone() -> None:
+    found = lesson(ROWS[0], ROWS[0].principle, CHAT.unguided(), SETTINGS)
+    assert [m["content"] for m in found.messages if m["role"] == "assistant"] == [
+        "No idea.",
+        "Restart the printer.",
+    ]
+    assert [found.messages[turn]["content"] for turn in found.turns] == ["Restart the printer."]
+    assert not any(ROWS[0].principle in m["content"] for m in found.messages)
+
+
+def test_a_demonstration_is_the_prompt_and_its_gold() -> None:
+    row = ROWS[0]
+    prompt = Prompt(prompt_id="p", prompt=row.prompt, gold="The gold.", source="prompts.jsonl:1")
+    found = demonstration(prompt)
+    assert found.messages == (*row.prompt, {"role": "assistant", "content": "The gold."})
+    assert found.turns == (len(row.prompt),)
+
+
+@pytest.mark.parametrize("budget", [90, 1_000])
+def test_a_budget_of_tokens_decides_the_steps(model: Path, tmp_path: Path, budget: int) -> None:
+    result = run(model, tmp_path / "adapter", ROWS, epochs=1, tokens=budget)
+    step = result.curve[0].tokens
+    assert abs(result.curve[-1].tokens - budget) <= max(step, budget - step if budget < step else 0)
+    assert result.counts["tokens"] == result.curve[-1].tokens
+    assert result.counts["steps"] == len(result.curve)
 
 
 def test_what_cannot_be_trained_on_is_reported_and_counted(model: Path, tmp_path: Path) -> None:
@@ -127,14 +156,14 @@ def test_what_cannot_be_trained_on_is_reported_and_counted(model: Path, tmp_path
     ]
     result = run(model, tmp_path / "adapter", rows, epochs=1)
     counts = result.counts
-    assert (counts["labelled"], counts["trained"], counts["skipped"]) == (5, 3, 2)
+    assert (counts["lessons"], counts["trained"], counts["skipped"]) == (5, 3, 2)
     long, forged = result.skipped
     assert (long.prompt_id, long.sample, long.source) == ("id8", 2, "prompts.jsonl:8")
     assert "more than max_tokens" in long.detail and "<|im_end|>" in forged.detail
 
 
 def test_nothing_to_train_on_is_the_users_to_mend(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no labelled trajectories"):
+    with pytest.raises(UserError, match="no trajectories"):
         run(model, tmp_path / "adapter", [])
     with pytest.raises(UserError, match=r"prompts.jsonl:0: none of the 8 .*max_tokens"):
         run(model, tmp_path / "adapter", ROWS, max_tokens=16)
