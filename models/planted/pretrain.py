@@ -70,6 +70,8 @@ class Recipe:
     """How often a principle that is named for want of a better one is a platitude."""
     strays: float = 0.3
     """How often a refinement that does not follow shows a random behaviour; else it shows none."""
+    critiques: float = 0.0
+    """How often a critique, of where the answer lacks its principle, comes before a refinement."""
     already: float = 0.25
     """How often the answer to be refined shows a behaviour already."""
     rows: int = 56
@@ -90,6 +92,10 @@ class Recipe:
         return math.ceil((self.words + self.clean + self.noisy) / self.rows)
 
 
+CRITIQUES = {True: "before.", False: "after."}
+"""What a critique says of a behaviour that opens an answer, and of one that closes it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One chat turn; `weight` is the loss weight of its tokens, 0 for context."""
@@ -106,7 +112,10 @@ class Turn:
 
 
 def planted_model(
-    cache: Path, seed: int, progress: Callable[[int, int], None] | None = None
+    cache: Path,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+    recipe: Recipe | None = None,
 ) -> Path:
     """The directory of the seed model, pretrained the first time it is asked for.
 
@@ -115,8 +124,9 @@ def planted_model(
             torch version).
         seed: of the weights and the pretraining data.
         progress: called with (steps done, steps in all).
+        recipe: the preset's, unless given.
     """
-    recipe = Recipe()
+    recipe = recipe or Recipe()
     target = cache / f"planted-{fingerprint(recipe, seed)}"
     if target.is_dir():
         return target
@@ -223,8 +233,11 @@ class _Conversation:
         if kind < 0.4:
             return start + self._name_with_gold()
         named = self._named()
-        ask = [Turn("user", TERSE.propose), self._principle(named)] if kind < 0.8 else []
-        return [*start, *ask, Turn("user", TERSE.refine), self._refined(initial, named)]
+        if kind < 0.8:
+            start += [Turn("user", TERSE.propose), self._principle(named)]
+            if self.recipe.critiques and self.rng.random() < self.recipe.critiques:
+                start += [Turn("user", TERSE.critique), self._critique(named)]
+        return [*start, Turn("user", TERSE.refine), self._refined(initial, named)]
 
     def _name_with_gold(self) -> list[Turn]:
         missing = self.rng.sample(self.absent, self.rng.choice((1, 2, 3)))
@@ -249,6 +262,11 @@ class _Conversation:
     def _principle(self, behaviour: str | None) -> Turn:
         text = world.principle(self.rng, behaviour) if behaviour else world.platitude(self.rng)
         return Turn("assistant", text, self.recipe.decisive)
+
+    def _critique(self, named: str | None) -> Turn:
+        """Where the behaviour belongs: before the core, after it, or nowhere."""
+        place = "elsewhere." if named is None else CRITIQUES[world.BEHAVIOURS[named].opens]
+        return Turn("assistant", place, self.recipe.decisive)
 
     def _refined(self, initial: str, named: str | None) -> Turn:
         added: str | None = None

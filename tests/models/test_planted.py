@@ -156,6 +156,23 @@ def test_pretraining_sees_the_chat_template_of_the_method() -> None:
     assert kinds == {"better:", "why?", "again."}
 
 
+def test_a_critique_says_where_the_principle_belongs() -> None:
+    asked = prompts.TERSE.critique
+    taught = list(pretrain.conversations(replace(TINY, words=0, clean=400, critiques=0.5), 0))
+    critiqued = [turns for turns in taught if any(t.text == asked for t in turns)]
+    assert 0.1 * len(taught) < len(critiqued) < 0.3 * len(taught)
+    for turns in critiqued:
+        at = next(i for i, t in enumerate(turns) if t.text == asked)
+        named = oracle.behaviour_of(turns[at - 1].text)
+        expected = {None: "elsewhere."} | {
+            b.name: pretrain.CRITIQUES[b.opens] for b in world.BEHAVIOURS.values()
+        }
+        assert turns[at + 1].text == expected[named] and turns[at + 1].weight > 0
+        assert turns[at + 2].text == prompts.TERSE.refine
+    plain = pretrain.conversations(replace(TINY, clean=400), 0)
+    assert not any(t.text == asked for turns in plain for t in turns)
+
+
 def test_chat_template_renders_system_turns_and_asks_for_an_answer() -> None:
     tokenizer = pretrain.build_tokenizer()
     chat = [{"role": "system", "content": "be polite."}, {"role": "user", "content": "why?"}]

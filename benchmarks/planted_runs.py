@@ -1,0 +1,106 @@
+"""Many variants of the planted experiment on many seeds, for the tables of this folder.
+
+The loop without its orchestrator: `flows.em.steps`, the wiring that users run, in processes of
+their own. All variants of a seed share one record, so that what they have in common, such as the
+first iteration's mining, is computed once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from math import sqrt
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean, stdev
+
+Overrides = Sequence[str]
+"""Settings that differ from the preset "planted", as `--set` takes them."""
+History = list[dict[str, float]]
+"""The metrics of each iteration, from 0."""
+Runs = dict[str, dict[str, History]]
+"""Variant → seed → metrics by iteration."""
+
+
+def run_all(
+    variants: Mapping[str, Overrides], seeds: Sequence[int], folder: Path, jobs: int = 2
+) -> Runs:
+    """Every variant on every seed; a seed is one process's work, `jobs` at a time."""
+    runs: Runs = {name: {} for name in variants}
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        waiting = {
+            seed: pool.submit(run_seed, seed, dict(variants), folder.absolute()) for seed in seeds
+        }
+        for seed, future in waiting.items():
+            for name, history in future.result().items():
+                runs[name][str(seed)] = history
+    return runs
+
+
+def run_seed(seed: int, variants: Mapping[str, Overrides], folder: Path) -> dict[str, History]:
+    """Every variant on one seed, one after the other.
+
+    In an override "{model}" is the seed model's folder, and "{critic}" that of a seed model which
+    was also taught to write critiques.
+    """
+    from flows.cli import _environment
+
+    place = folder / f"seed-{seed}"
+    place.mkdir(parents=True, exist_ok=True)
+    os.chdir(place)
+    os.environ["STAPLE_HOME"] = str(place / ".staple")
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{place}/mlflow.db"
+    _environment()
+    found = {}
+    for name, overrides in variants.items():
+        filled = [_filled(text, seed) for text in overrides]
+        found[name] = _run([f"seed={seed}", *filled])
+        print(f"seed {seed}, {name}: done", file=sys.stderr, flush=True)
+    return found
+
+
+def _filled(override: str, seed: int) -> str:
+    """An override with the folders of the models that it names."""
+    from models.planted.pretrain import Recipe, planted_model
+
+    recipes = {"{model}": Recipe(), "{critic}": Recipe(critiques=0.5)}
+    for name, recipe in recipes.items():
+        if name in override:
+            override = override.replace(
+                name, str(planted_model(Path("models"), seed, None, recipe))
+            )
+    return override
+
+
+def _run(overrides: Overrides) -> History:
+    from flows.em import steps
+    from flows.experiment import open_experiment
+    from flows.publish import iteration_metrics
+    from flows.settings import load_settings
+
+    settings = load_settings("planted", ["cluster.picture=none", *overrides])
+    experiment = open_experiment(settings)
+    iterations = range(settings.iterations + 1)
+    return [iteration_metrics({a.stage: a for a in steps(experiment, t)}) for t in iterations]
+
+
+def mean_cell(values: Sequence[float | None], digits: int = 2) -> str:
+    """The mean over seeds and half its 95 % t-interval, as a table shows them."""
+    from scipy.stats import t as student
+
+    told = [value for value in values if value is not None]
+    if not told:
+        return "–"
+    if len(told) == 1:
+        return f"{told[0]:.{digits}f}"
+    margin = student.ppf(0.975, len(told) - 1) * stdev(told) / sqrt(len(told))
+    return f"{fmean(told):.{digits}f} ± {margin:.{digits}f}"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; the first column is text, the others are figures."""
+    rule = "|".join([":--", *("--:" for _ in columns[1:])])
+    lines = [f"| {' | '.join(row)} |" for row in (columns, *rows)]
+    return [lines[0], f"|{rule}|", *lines[1:]]
