@@ -36,7 +36,8 @@ def ask_policy(settings: ExperimentSettings, prompt: str, iteration: int | None)
     """
     if not prompt.strip():
         raise UserError("the prompt is empty", expected="something to ask")
-    at = newest(settings, "train", iteration).iteration if iteration != 0 else 0
+    initial = iteration == 0 or not settings.iterations
+    at = 0 if initial else newest(settings, "train", iteration).iteration
     experiment = open_experiment(settings)
     source = experiment.policy(at)
     turns = (Message(role="user", content=prompt.strip()),)
@@ -49,7 +50,7 @@ def ask_policy(settings: ExperimentSettings, prompt: str, iteration: int | None)
         seed=settings.seed,
         iteration=at,
     )
-    if not at:
+    if not at or not settings.guided:
         return Asked(at, answered, None, 0, False)
     constitution = load(experiment.constitution(at).path("constitution.yaml"))
     return Asked(at, answered, *_entry(constitution, answered.principle))

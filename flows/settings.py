@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError
@@ -65,6 +65,14 @@ class ExperimentSettings(Settings):
     def guided(self) -> bool:
         """Whether a principle stands between the policy's two responses."""
         return self.method == "staple"
+
+    @property
+    def headline(self) -> str:
+        """The metric that methods are compared by: final answers against the initial policy's.
+
+        The final answer is the refinement; after fine-tuning on golds, the first one.
+        """
+        return f"win_rate/{'initial_vs_0' if self.method == 'sft' else 'refined_vs_initial_0'}"
 
     @property
     def method_name(self) -> str:
@@ -186,7 +194,9 @@ def _set(values: dict[str, Any], name: str, value: Any) -> None:
     *parents, last = name.split(".")
     place = values
     for parent in parents:
-        inner = place.setdefault(parent, {})
+        if place.get(parent) is None:  # an optional part that was unset
+            place[parent] = {}
+        inner = place[parent]
         if not isinstance(inner, dict):
             raise UserError(f"'{parent}' has no parts", where=f"setting '{name}'")
         place = inner
@@ -224,7 +234,12 @@ def _known(path: Sequence[str]) -> list[str]:
     model: Any = ExperimentSettings
     for name in path:
         annotation = model.model_fields[name].annotation if name in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, Settings)):
+        parts = [a for a in get_args(annotation) or (annotation,) if _is_settings(a)]
+        if not parts:
             return []
-        model = annotation
+        model = parts[0]
     return list(model.model_fields)
+
+
+def _is_settings(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Settings)

@@ -133,6 +133,8 @@ NOTES = {
     "templates": "the prompt templates",
     "scoring": "a setting of score",
     "decisions": "the review's decisions",
+    "judge": "the judge's model",
+    "judge_wording": "the judge's prompts",
 }
 """What the notes of a derivation are, in words."""
 

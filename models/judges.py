@@ -358,13 +358,29 @@ class JudgeSettings(Settings):
         return RUBRICS[self.rubric] if isinstance(self.rubric, str) else self.rubric
 
 
+def open_policy(settings: JudgeSettings) -> Policy:
+    """An LLM judge's model: at its endpoint where it has one, else in this process.
+
+    Raises:
+        UserError: it cannot be loaded, or the endpoint cannot be used.
+    """
+    assert settings.policy is not None, "JudgeSettings sees to it"
+    if settings.endpoint:
+        from models.server import open_server
+
+        return open_server(settings)
+    from models.local import load_policy
+
+    return load_policy(settings.policy, settings.policy.model, None)
+
+
 def load_judge(
     settings: JudgeSettings,
     *,
     planted: bool,
     similarity: GoldSimilarity,
     seed: int = 0,
-    open_policy: Callable[[JudgeSettings], Policy] | None = None,
+    open_policy: Callable[[JudgeSettings], Policy] = open_policy,
 ) -> Judge:
     """The judge that the settings ask for, with its model in memory.
 
@@ -372,7 +388,7 @@ def load_judge(
         planted: whether the prompts are the planted world's.
         similarity: the judge "similarity".
         seed: of a sampled LLM judge.
-        open_policy: opens an LLM judge's model; in process (`local_policy`) unless given.
+        open_policy: opens an LLM judge's model.
 
     Raises:
         UserError: the oracle outside the planted world, or a model that cannot be loaded.
@@ -386,27 +402,9 @@ def load_judge(
         return load_reward_model(settings.policy, tie=settings.reward_tie)
     from models.llm_judge import AbsoluteJudge, PairwiseJudge
 
-    policy = (open_policy or local_policy)(settings)
+    policy = open_policy(settings)
     kind = PairwiseJudge if settings.kind == "pairwise" else AbsoluteJudge
     return kind(policy, settings, seed=seed)
-
-
-def local_policy(settings: JudgeSettings) -> Policy:
-    """The judge's model in this process.
-
-    Raises:
-        UserError: it is to answer at an endpoint, or cannot be loaded.
-    """
-    from models.local import load_policy
-
-    if settings.endpoint:
-        raise UserError(
-            "this judge cannot be asked in process",
-            where=f"judge.endpoint '{settings.endpoint}'",
-            expected="a client for the endpoint (open_policy), or no endpoint",
-        )
-    assert settings.policy is not None
-    return load_policy(settings.policy, settings.policy.model, None)
 
 
 def choose_judge(

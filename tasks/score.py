@@ -3,6 +3,9 @@
 `score` turns mined rows into scored ones, row by row, so that a shard of prompts is one process's
 work. `tasks.filter` reads its scores; `models.judges` compares answers with the same similarity.
 A text that cannot be scored has no score and a reason, never a silent 0.
+
+Most similarities see the gold and the texts alone (`Similarity`). An LLM judge reads the prompt
+too, and is asked about all responses of a shard at once; both are a `Scorer` to the stage.
 """
 
 from __future__ import annotations
@@ -10,20 +13,28 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from rapidfuzz.distance import LCSseq
 
+from constitutions.errors import UserError
+from models.judges import Grade, JudgeSettings, open_policy
+from models.llm_judge import AbsoluteJudge, Graded
+from models.policy import Progress
 from models.settings import Settings
 from tasks import porter
+from tasks.judging import noted
 from tasks.progress import progress
 from tasks.records import Mined, Scored, ScoredCandidate, fields
 from tasks.stage import stage
 from tasks.store import Attempt, Slot
-from tasks.work import Metrics, Workspace
+from tasks.work import Metrics, Workspace, shards
+
+EMPTY = "the text is empty"
 
 Tokenizer = Literal["rouge", "unicode"]
 Embedder = Callable[[Sequence[str]], np.ndarray]
@@ -33,8 +44,9 @@ Embedder = Callable[[Sequence[str]], np.ndarray]
 class ScoreSettings(Settings):
     """How a response is compared with the gold."""
 
-    similarity: Literal["rouge_l", "embedding"] = "rouge_l"
-    """ROUGE-L F1 (the paper's default), or the cosine of sentence embeddings."""
+    similarity: Literal["rouge_l", "embedding", "judge"] = "rouge_l"
+    """ROUGE-L F1 (the paper's default), the cosine of sentence embeddings, or the grade of an LLM
+    judge that is shown the gold response."""
     stem: bool = False
     """ROUGE-L compares Porter stems instead of words. English only."""
     tokenizer: Tokenizer = "rouge"
@@ -42,6 +54,31 @@ class ScoreSettings(Settings):
     every script, single characters where a script has no spaces, and emoji."""
     embedding_model: str = Field(default="sentence-transformers/all-MiniLM-L6-v2", min_length=1)
     """Folder or hub name of a sentence-transformers model; used by the embedding similarity."""
+    judge: JudgeSettings | None = None
+    """The LLM judge of the similarity "judge": kind "absolute". Its `show_gold` is always on."""
+    shard_size: int = Field(default=64, ge=1, le=4096)
+    """Prompts whose responses are judged and saved together: what a killed run repeats at most."""
+    max_unscored: float = Field(default=0.5, ge=0, le=1)
+    """Share of failed judgements above which the stage ends with an error."""
+
+    @field_validator("judge")
+    @classmethod
+    def _grades_beside_the_gold(cls, judge: JudgeSettings | None) -> JudgeSettings | None:
+        if judge is None:
+            return None
+        if judge.kind != "absolute":
+            raise ValueError(f"a judge that grades: kind 'absolute', not '{judge.kind}'")
+        if judge.chosen_rubric.principle:
+            raise ValueError("a rubric without a principle: the first response has none")
+        return judge.model_copy(update={"show_gold": True})
+
+    @model_validator(mode="after")
+    def _judge_where_it_is_asked(self) -> ScoreSettings:
+        if self.similarity == "judge" and self.judge is None:
+            raise ValueError("score.judge to be set where score.similarity is 'judge'")
+        if self.similarity != "judge" and self.judge is not None:
+            raise ValueError("score.similarity to be 'judge', or score.judge to be unset")
+        return self
 
 
 class Score(NamedTuple):
@@ -55,18 +92,19 @@ Similarity = Callable[[str, Sequence[str]], list[Score]]
 """(gold, texts) to one score for each text."""
 
 
+Scorer = Callable[[Iterable[Mined], Progress | None], Iterator[tuple[Mined, list[Score]]]]
+"""Rows to each row and its scores, of y1 and of every y2, in order; progress counts responses."""
+
+
 def score(
-    rows: Iterable[Mined], settings: ScoreSettings, embedder: Embedder | None = None
+    rows: Iterable[Mined], scorer: Scorer, advance: Progress | None = None
 ) -> Iterator[Scored]:
     """Score y1 and every y2 of each row against its gold, in order.
 
-    Raises:
-        ValueError: the embedding similarity was chosen and no embedder given.
+    Args:
+        advance: called with the number of responses that were scored.
     """
-    similarity = similarity_of(settings, embedder)
-    for row in rows:
-        texts = [row.initial, *(candidate.refined for candidate in row.candidates)]
-        initial, *refined = similarity(row.gold, texts)
+    for row, (initial, *refined) in scorer(rows, advance):
         candidates = tuple(
             ScoredCandidate(**fields(candidate), score=s.value, unscored=s.unscored)
             for candidate, s in zip(row.candidates, refined, strict=True)
@@ -80,19 +118,38 @@ def score(
 
 @stage("score")
 def score_stage(at: Slot, settings: ScoreSettings, mined: Attempt) -> Attempt:
-    """mined → scored."""
+    """mined → scored; shard by shard where an LLM judges.
+
+    Raises:
+        UserError: more than `max_unscored` of the judgements failed; the finished shards are kept.
+    """
 
     def compute(work: Workspace) -> Metrics:
         rows = mined.read("mined", Mined)
-        scored = []
-        with progress(f"score {at.iteration}", len(rows), "prompts") as tick:
-            for row in score(rows, settings, _embedder(settings)):
-                scored.append(row)
-                tick(1)
-        work.write("scored", scored, Scored)
+        scorer = load_scorer(settings, at.seed)
+        with progress(f"score {at.iteration}", _responses(rows), "responses") as tick:
+            if settings.similarity == "judge":
+                scored = _judge_shards(work, rows, settings, scorer, tick)
+            else:
+                scored = list(score(rows, scorer, tick))
+                work.write("scored", scored, Scored)
         return _metrics(scored)
 
-    return at.attempt("score", settings, {"mined": mined}, compute)
+    return noted(at, settings.judge).attempt("score", settings, {"mined": mined}, compute)
+
+
+def load_scorer(settings: ScoreSettings, seed: int) -> Scorer:
+    """What scores as the settings say, with its model where it has one.
+
+    Args:
+        seed: of a sampled judge.
+
+    Raises:
+        UserError: a model cannot be loaded or reached.
+    """
+    if settings.judge is None:
+        return by_gold(load_similarity(settings))
+    return by_grade(AbsoluteJudge(open_policy(settings.judge), settings.judge, seed=seed))
 
 
 def load_similarity(settings: ScoreSettings) -> Similarity:
@@ -108,6 +165,14 @@ def _embedder(settings: ScoreSettings) -> Embedder | None:
     return sentence_embedder(settings.embedding_model)
 
 
+def _responses(rows: Sequence[Mined]) -> int:
+    return sum(1 + len(row.candidates) for row in rows)
+
+
+def _texts(row: Mined) -> list[str]:
+    return [row.initial, *(candidate.refined for candidate in row.candidates)]
+
+
 def _metrics(scored: Sequence[Scored]) -> Metrics:
     candidates = [c.score for row in scored for c in row.candidates]
     told = [score for score in candidates if score is not None]
@@ -120,13 +185,132 @@ def _metrics(scored: Sequence[Scored]) -> Metrics:
     }
 
 
+def by_gold(similarity: Similarity) -> Scorer:
+    """Scores that need no more than the gold and the texts; rows are streamed."""
+
+    def scorer(
+        rows: Iterable[Mined], advance: Progress | None
+    ) -> Iterator[tuple[Mined, list[Score]]]:
+        for row in rows:
+            texts = _texts(row)
+            yield row, similarity(row.gold, texts)
+            if advance:
+                advance(len(texts))
+
+    return scorer
+
+
 def similarity_of(settings: ScoreSettings, embedder: Embedder | None = None) -> Similarity:
-    """The similarity that the settings name; see `score` for what it raises."""
+    """The similarity that the settings name, for what compares a text with the gold alone.
+
+    An LLM judge is none: its grade needs the prompt. What stands here for it refuses when asked
+    (an evaluation by another judge loads the similarity and never asks).
+
+    Raises:
+        ValueError: the embedding similarity was chosen and no embedder given.
+    """
+    if settings.similarity == "judge":
+        return _needs_the_prompt
     if settings.similarity == "rouge_l":
         return rouge_l_similarity(settings.stem, settings.tokenizer)
     if embedder is None:
         raise ValueError("the embedding similarity needs an embedder")
     return embedding_similarity(embedder)
+
+
+def _needs_the_prompt(gold: str, texts: Sequence[str]) -> list[Score]:
+    raise UserError(
+        "the similarity 'judge' needs the prompt, and cannot compare two answers by the gold alone",
+        where="settings 'score.similarity' and 'evaluate.judge.kind'",
+        expected="a judge of its own for the held-out answers",
+        fix="set evaluate.judge to the judge of score.judge, with show_gold: true",
+    )
+
+
+# An LLM judge
+
+
+def by_grade(judge: AbsoluteJudge) -> Scorer:
+    """f(y, yG) = (n - 1) / 4 for the grade n, 1 to 5; all rows are asked about at once.
+
+    The judge's settings must show it the gold: what it says without is no similarity. Equal
+    responses to one prompt are judged once; without a gold or a response nothing is asked.
+    """
+
+    def scorer(
+        rows: Iterable[Mined], advance: Progress | None
+    ) -> Iterator[tuple[Mined, list[Score]]]:
+        rows = list(rows)
+        asked = [(row, text) for row in rows for text in dict.fromkeys(_judged_texts(row))]
+        if advance:
+            advance(_responses(rows) - len(asked))
+        items = [Graded(prompt=row.prompt, gold=row.gold, response=text) for row, text in asked]
+        grades = iter(judge.grade(items, advance))
+        for row in rows:
+            told = {text: next(grades) for text in dict.fromkeys(_judged_texts(row))}
+            yield row, [_graded(row, text, told) for text in _texts(row)]
+
+    return scorer
+
+
+def _graded(row: Mined, text: str, told: Mapping[str, Grade]) -> Score:
+    if text in told:
+        grade, failure = told[text]
+        return Score(None if grade is None else (grade - 1) / 4, failure)
+    return Score(None, EMPTY if row.gold.strip() else f"gold: {EMPTY}")
+
+
+def _judged_texts(row: Mined) -> list[str]:
+    """The responses that a judge can be asked about."""
+    return [text for text in _texts(row) if text.strip()] if row.gold.strip() else []
+
+
+def _judge_shards(
+    work: Workspace, rows: Sequence[Mined], settings: ScoreSettings, scorer: Scorer, tick: Progress
+) -> list[Scored]:
+    """Score shard by shard. A judge that has failed too often is not asked about a further one."""
+    asked = sum(len(_judged_texts(row)) for row in rows)
+    failures: list[str] = []
+
+    def compute(shard: Sequence[Mined]) -> list[Scored]:
+        _check_budget(failures, asked, settings.max_unscored)
+        scored = list(score(shard, scorer, tick))
+        failures.extend(_failures(scored))
+        return scored
+
+    groups = shards(rows, settings.shard_size)
+    found = work.sharded("scored", Scored, groups, compute, lambda shard: tick(_responses(shard)))
+    _check_budget(list(_failures(found)), asked, settings.max_unscored)
+    return found
+
+
+def _failures(scored: Iterable[Scored]) -> Iterator[str]:
+    """Why a judge that was asked gave no grade, for each response without one."""
+    for row in scored:
+        reasons = [row.initial_unscored, *(c.unscored for c in row.candidates)]
+        judged = {*_judged_texts(row)}
+        pairs = zip(_texts(row), reasons, strict=True)
+        yield from (reason for text, reason in pairs if reason and text in judged)
+
+
+def _check_budget(failures: Sequence[str], asked: int, share: float) -> None:
+    if len(failures) <= share * asked:
+        return
+    kinds = Counter(map(_kind, failures))
+    (kind, count), *_ = kinds.most_common(1)
+    example = next(reason for reason in failures if _kind(reason) == kind)
+    raise UserError(
+        f"{len(failures):,} judgements failed, of {asked:,} in all; {count:,} of them like this: "
+        f"{example}",
+        where="setting 'score.judge'",
+        expected=f"a judge that fails on at most {share:.0%} (score.max_unscored)",
+        fix="change its model, max_tokens, retries or rubric",
+    )
+
+
+def _kind(reason: str) -> str:
+    """What failures of one kind have in common: after the colon the judge's own words stand."""
+    return reason.partition(":")[0]
 
 
 # ROUGE-L
@@ -190,7 +374,7 @@ def _f1(candidate: Words, reference: Words) -> float:
 def _unreadable(text: str, words: Words, tokenizer: Tokenizer) -> str | None:
     """Why a text cannot be scored by its words, if so."""
     if not text.strip():
-        return "the text is empty"
+        return EMPTY
     if tokenizer == "rouge" and not text.isascii():
         lost, kept = len(_FOREIGN.findall(text)), len(_KNOWN.findall(text))
         if lost > kept:
@@ -290,5 +474,5 @@ def _unit_vectors(embedded: np.ndarray, texts: int) -> list[np.ndarray | None]:
 
 def _unembedded(text: str, vectors: dict[str, np.ndarray | None]) -> str | None:
     if not text.strip():
-        return "the text is empty"
+        return EMPTY
     return "its embedding is zero or not finite" if vectors[text] is None else None

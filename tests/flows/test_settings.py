@@ -61,3 +61,11 @@ def test_a_file_that_is_no_mapping(tmp_path: Path, content: str) -> None:
     file.write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=r"bad\.yaml"):
         load_settings(str(file))
+
+
+def test_a_setting_of_an_optional_part_can_be_set_and_misspelt() -> None:
+    judge = ["score.similarity=judge", "score.judge.kind=absolute", "score.judge.policy.model=m"]
+    settings = load_settings("planted", judge)
+    assert settings.score.judge is not None and settings.score.judge.policy is not None
+    with pytest.raises(UserErrors, match="did you mean 'retries'"):
+        load_settings("planted", [*judge, "score.judge.retry=1"])

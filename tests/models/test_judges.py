@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from chat_model import build_chat_model
 
 from constitutions.errors import UserError
 from models.judges import (
@@ -25,10 +29,11 @@ from models.judges import (
     decide,
     disarm,
     load_judge,
+    open_policy,
     per_pair,
 )
 from models.planted.world import sample_examples
-from models.policy import Policy, PolicySettings
+from models.policy import Policy, PolicySettings, Request
 from tasks.score import ScoreSettings, similarity_of
 
 
@@ -225,7 +230,7 @@ def test_a_rubric_is_named_or_given() -> None:
     assert read.chosen_rubric == mine
 
 
-def test_the_settings_open_the_judge() -> None:
+def test_the_settings_open_the_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[JudgeSettings] = []
 
     def client(settings: JudgeSettings) -> Policy:
@@ -241,5 +246,18 @@ def test_the_settings_open_the_judge() -> None:
     graded = remote.model_copy(update={"kind": "absolute", "rubric": "principle"})
     assert judge(graded, open_policy=client).name == "absolute:principle:judge"
     assert opened == [remote, graded]
-    with pytest.raises(UserError, match=r"judge\.endpoint"):
-        judge(remote)
+    server = ModuleType("models.server")
+    server.open_server = client  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "models.server", server)
+    assert judge(remote).name == "pairwise:helpfulness:judge"
+    assert opened == [remote, graded, remote], "an endpoint is asked, nothing is loaded here"
+
+
+def test_a_judge_in_process_is_loaded(tmp_path: Path) -> None:
+    directory = build_chat_model(tmp_path / "judge", "llama")
+    policy = PolicySettings(
+        model=str(directory), dtype="float32", device="cpu", quantization="none"
+    )
+    opened = open_policy(JudgeSettings(kind="absolute", policy=policy))
+    request = Request(messages=({"role": "user", "content": "Judge."},), key="k", max_tokens=2)
+    assert [len(completions) for completions in opened.generate([request])] == [1]

@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from chat_model import build_chat_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from constitutions.errors import UserError
+from models import llm_judge
+from models.judges import PRINCIPLE, GoldSimilarity, JudgeSettings, Pair
+from models.llm_judge import AbsoluteJudge
+from models.local import LocalPolicy
+from models.policy import Completion, Message, PolicySettings, Progress, Request, Scoring
 from tasks import score as module
 from tasks.corpus import CorpusSettings, load_corpus
 from tasks.records import Candidate, Mined, Scored, from_table, to_table
 from tasks.score import (
     ScoreSettings,
+    by_gold,
+    by_grade,
     embedding_similarity,
+    load_similarity,
     rouge_l,
     rouge_l_similarity,
     score,
+    score_stage,
+    similarity_of,
     tokens,
 )
+from tasks.store import Attempt, Record, Slot
+from tasks.work import Metrics, Workspace
 
 NAMES = [
     "hh_harmless_base_test.jsonl.gz",
@@ -39,6 +56,12 @@ def reference_scores(
     )
     pairs = zip(candidates, references, strict=True)
     return [scorer.score(reference, candidate)["rougeL"].fmeasure for candidate, reference in pairs]
+
+
+def scored(
+    rows: Iterable[Mined], settings: ScoreSettings | None = None, embedder: Any = None
+) -> Iterator[Scored]:
+    return score(rows, by_gold(similarity_of(settings or ScoreSettings(), embedder)))
 
 
 def mined(initial: str, *refined: str, gold: str = "the cat sat on the mat") -> Mined:
@@ -157,7 +180,7 @@ def test_japanese_is_scored_by_the_unicode_tokenizer() -> None:
 
 
 def test_every_response_of_a_row_is_scored() -> None:
-    (row,) = score([mined("a dog", "the cat sat on the mat", "the mat")], ScoreSettings())
+    (row,) = scored([mined("a dog", "the cat sat on the mat", "the mat")])
     assert row.initial_score == 0.0
     assert [c.score for c in row.candidates] == [1.0, 0.5]
     assert [c.principle for c in row.candidates] == ["z0", "z1"]
@@ -167,7 +190,7 @@ def test_every_response_of_a_row_is_scored() -> None:
 def test_stems_count_when_asked_for() -> None:
     row = mined("cats sitting on mats", gold="cat sits on mat")
     plain, stemmed = (
-        next(score([row], ScoreSettings(stem=s))).initial_score for s in (False, True)
+        next(scored([row], ScoreSettings(stem=s))).initial_score for s in (False, True)
     )
     assert (plain, stemmed) == (0.25, 1.0)
 
@@ -184,14 +207,14 @@ def test_stems_count_when_asked_for() -> None:
     ],
 )
 def test_what_the_tokenizer_empties_is_reported_not_zero(text: str, reason: str) -> None:
-    (row,) = score([mined("the cat", text)], ScoreSettings())
+    (row,) = scored([mined("the cat", text)])
     assert row.initial_score is not None
     assert row.candidates[0].score is None
     assert reason in (row.candidates[0].unscored or "")
 
 
 def test_an_unreadable_gold_leaves_the_row_unscored() -> None:
-    (row,) = score([mined("the cat", "a mat", gold="\u732b")], ScoreSettings())
+    (row,) = scored([mined("the cat", "a mat", gold="\u732b")])
     assert row.initial_score is None
     assert (row.initial_unscored or "").startswith("gold: ")
     assert [c.score for c in row.candidates] == [None]
@@ -207,7 +230,7 @@ def test_rows_are_streamed() -> None:
         yield mined("the cat")
         raise AssertionError("the second row was read too early")
 
-    assert next(score(rows(), ScoreSettings())).initial_score is not None
+    assert next(scored(rows())).initial_score is not None
 
 
 # Embeddings
@@ -228,9 +251,9 @@ class Letters:
 
 def test_cosine_of_embeddings_each_text_embedded_once() -> None:
     embed, rows = Letters(), [mined("a", "aab", "b", "a", gold="a")] * 3
-    scored = list(score(rows, ScoreSettings(similarity="embedding"), embed))
-    assert scored[2].initial_score == 1.0
-    assert [c.score for c in scored[2].candidates] == [pytest.approx(2 / 5**0.5), 0.0, 1.0]
+    found = list(scored(rows, ScoreSettings(similarity="embedding"), embed))
+    assert found[2].initial_score == 1.0
+    assert [c.score for c in found[2].candidates] == [pytest.approx(2 / 5**0.5), 0.0, 1.0]
     assert sorted(embed.seen) == ["a", "aab", "b"]
 
 
@@ -262,4 +285,249 @@ def test_an_embedder_that_loses_a_text_is_an_error() -> None:
 
 def test_the_embedding_similarity_needs_an_embedder() -> None:
     with pytest.raises(ValueError, match="embedder"):
-        next(score([mined("a")], ScoreSettings(similarity="embedding")))
+        next(scored([mined("a")], ScoreSettings(similarity="embedding")))
+
+
+# An LLM judge
+
+ENGINE = PolicySettings(model="owner/judge", device="cpu", dtype="float32", quantization="none")
+JUDGE = JudgeSettings(kind="absolute", policy=ENGINE, max_tokens=12)
+BY_JUDGE = ScoreSettings(similarity="judge", judge=JUDGE)
+
+
+class Grading:
+    """A policy that ends its judgement of a response with what the test wants said of it."""
+
+    def __init__(self, **said: str) -> None:
+        self.said, self.requests, self.calls = said, list[Request](), 0
+
+    def generate(
+        self, requests: Sequence[Request], progress: Progress | None = None
+    ) -> list[list[Completion]]:
+        self.calls += 1
+        self.requests += requests
+        if progress:
+            progress(len(requests))
+        said = [self.said[self.response(request)] for request in requests]
+        return [[Completion(text=t, tokens=5, logprob=0.0, finish="stop")] for t in said]
+
+    @staticmethod
+    def response(request: Request) -> str:
+        text = request.messages[0]["content"]
+        return text.split("###Response to evaluate:\n> ")[1].split("\n\n###")[0]
+
+    def logprobs(self, pairs: Sequence[tuple[tuple[Message, ...], str]]) -> list[Scoring]:
+        raise AssertionError("a judge is only asked to generate")
+
+    def hidden_states(self, texts: Sequence[str]) -> np.ndarray:
+        raise AssertionError("a judge is only asked to generate")
+
+
+def judged(
+    policy: Grading, rows: Iterable[Mined], advance: Progress | None = None, seed: int = 0
+) -> list[Scored]:
+    assert BY_JUDGE.judge is not None
+    return list(score(rows, by_grade(AbsoluteJudge(policy, BY_JUDGE.judge, seed=seed)), advance))
+
+
+def test_grades_become_scores_in_the_order_of_the_responses() -> None:
+    policy = Grading(**{name: f"Fine. [RESULT] {n}" for n, name in enumerate("abcde", start=1)})
+    rows = [mined("c", "a", "e", "b"), mined("d", "d", "a")]
+    first, second = judged(policy, rows)
+    assert (first.initial_score, [c.score for c in first.candidates]) == (0.5, [0.0, 1.0, 0.25])
+    assert (second.initial_score, [c.score for c in second.candidates]) == (0.75, [0.75, 0.0])
+    assert [c.principle for c in first.candidates] == ["z0", "z1", "z2"]
+    assert from_table(to_table([first, second], Scored), Scored) == [first, second]
+
+
+def test_the_judge_reads_the_prompt_and_the_gold_of_every_response() -> None:
+    policy = Grading(a="[RESULT] 1", b="[RESULT] 2")
+    judged(policy, [mined("a", "b", gold="on the mat"), mined("b", gold="in the hat")])
+    texts = [request.messages[0]["content"] for request in policy.requests]
+    assert all("###The instruction to evaluate:\n> Where was the cat?" in text for text in texts)
+    golds = [text.split("###Reference Answer (Score 5):\n> ")[1].split("\n")[0] for text in texts]
+    assert golds == ["on the mat", "on the mat", "in the hat"]
+
+
+def test_a_shard_is_asked_at_once_and_equal_responses_once() -> None:
+    policy, told = Grading(a="[RESULT] 1", b="[RESULT] 2"), list[int]()
+    rows = judged(policy, [mined("a", "b", "a", "b"), mined("a", "", "b")], told.append)
+    assert [c.score for c in rows[0].candidates] == [0.25, 0.0, 0.25]
+    assert policy.calls == 1 and len(policy.requests) == 4
+    assert sum(told) == 7, "progress counts every response"
+
+
+def test_a_failed_grade_is_an_unscored_response_with_its_reason() -> None:
+    policy = Grading(a="[RESULT] 4", b="I would rather not say.")
+    (row,) = judged(policy, [mined("a", "b", " ", "a")])
+    assert [c.score for c in row.candidates] == [None, None, 0.75]
+    failed, empty, _ = (c.unscored or "" for c in row.candidates)
+    assert "no result at the end" in failed and "rather not say" in failed
+    assert empty == "the text is empty"
+    assert len(policy.requests) == 2 + JUDGE.retries, "b is asked again, what is empty never"
+    (nothing,) = judged(policy, [mined("a", "b", gold=" ")])
+    assert nothing.initial_score is None and nothing.initial_unscored == "gold: the text is empty"
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"similarity": "judge"}, "score.judge to be set"),
+        ({"similarity": "rouge_l", "judge": JUDGE}, "score.similarity to be 'judge'"),
+        ({"similarity": "judge", "judge": {"kind": "pairwise", "policy": ENGINE}}, "'absolute'"),
+        ({"similarity": "judge", "judge": JudgeSettings()}, "'absolute', not 'auto'"),
+        (
+            {"similarity": "judge", "judge": JUDGE.model_copy(update={"rubric": PRINCIPLE})},
+            "without a principle",
+        ),
+        ({"max_unscored": 1.5}, "max_unscored"),
+    ],
+)
+def test_settings_of_a_judge_that_cannot_score_are_refused(given: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        ScoreSettings(**given)
+
+
+def test_the_settings_say_that_the_gold_is_shown() -> None:
+    assert BY_JUDGE.judge == JUDGE.model_copy(update={"show_gold": True})
+    assert ScoreSettings.model_validate_json(BY_JUDGE.model_dump_json()) == BY_JUDGE
+
+
+def test_the_judge_compares_no_answers_by_the_gold_alone() -> None:
+    judge = GoldSimilarity(load_similarity(BY_JUDGE), "judge")
+    pair = Pair(prompt=mined("").prompt, gold="g", ours="a", theirs="b")
+    with pytest.raises(UserError, match=r"needs the prompt.*set evaluate\.judge"):
+        judge.compare([pair])
+
+
+# The stage, with a real (random) judge: none of its judgements has a result
+
+
+@pytest.fixture(scope="module")
+def judge_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_chat_model(tmp_path_factory.mktemp("judge"), "llama")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often the real policy is asked each question, by its key."""
+    counts: Counter[str] = Counter()
+    generate = LocalPolicy.generate
+
+    def counted(self: LocalPolicy, requests: Sequence[Request], *rest: Any) -> Any:
+        answers = generate(self, requests, *rest)
+        counts.update(request.key for request in requests)
+        return answers
+
+    monkeypatch.setattr(LocalPolicy, "generate", counted)
+    return counts
+
+
+def by_model(model: Path, **more: Any) -> ScoreSettings:
+    policy = ENGINE.model_copy(update={"model": str(model), "threads": 1})
+    judge = JUDGE.model_copy(update={"policy": policy, "retries": 0, "temperature": 0.8})
+    return ScoreSettings(
+        **{"similarity": "judge", "judge": judge, "max_unscored": 1.0, "shard_size": 2} | more
+    )
+
+
+@pytest.fixture
+def slot(workplace: Path) -> Slot:
+    return Slot(Record("an-experiment", workplace / "home"), 1, seed=7)
+
+
+@pytest.fixture
+def rows(slot: Slot) -> Attempt:
+    """Five prompts, two responses each."""
+
+    def compute(work: Workspace) -> Metrics:
+        found = [replace(mined(f"a{i}", f"b{i}"), prompt_id=f"p{i}") for i in range(5)]
+        work.write("mined", found, Mined)
+        return {}
+
+    return slot.attempt("mine", ScoreSettings(), {}, compute)
+
+
+def test_unscored_responses_of_a_real_judge_are_counted(
+    slot: Slot, rows: Attempt, judge_model: Path, asked: Counter[str]
+) -> None:
+    done = score_stage(slot, by_model(judge_model), rows)
+    found = done.read("scored", Scored)
+    reasons = {row.initial_unscored for row in found}
+    assert [row.prompt_id for row in found] == [f"p{i}" for i in range(5)]
+    assert all(row.initial_score is None for row in found) and len(reasons) > 1
+    assert done.metrics["unscored_prompts"] == done.metrics["unscored_candidates"] == 5.0
+    assert len(asked) == asked.total() == 10
+    assert score_stage(slot, by_model(judge_model), rows).reused and asked.total() == 10
+
+
+def test_a_killed_scoring_goes_on_at_the_first_missing_shard(
+    slot: Slot,
+    rows: Attempt,
+    judge_model: Path,
+    asked: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted, settings = LocalPolicy.generate, by_model(judge_model)
+
+    def killed(self: LocalPolicy, requests: Sequence[Request], *rest: Any) -> Any:
+        if asked.total() == 8:
+            raise KeyboardInterrupt
+        return counted(self, requests, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalPolicy, "generate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            score_stage(slot, settings, rows)
+    assert asked.total() == 8
+    resumed = score_stage(slot, settings, rows)
+    assert len(asked) == asked.total() == 10, "nothing was asked twice"
+    whole = score_stage(replace(slot, mode=lambda _: "force"), settings, rows)
+    assert asked.total() == 20 and not whole.reused
+    assert resumed.digest == whole.digest
+
+
+def test_scores_do_not_depend_on_the_shard_but_on_the_seed(
+    slot: Slot, rows: Attempt, judge_model: Path
+) -> None:
+    def scored_with(at: Slot, size: int) -> Attempt:
+        return score_stage(at, by_model(judge_model, shard_size=size), rows)
+
+    two, five = scored_with(slot, 2), scored_with(slot, 5)
+    assert two.fingerprint != five.fingerprint and two.digest == five.digest
+    assert scored_with(replace(slot, seed=8), 5).digest != five.digest
+
+
+def test_a_judge_that_fails_too_often_ends_the_stage(
+    slot: Slot, rows: Attempt, judge_model: Path, asked: Counter[str]
+) -> None:
+    settings = by_model(judge_model, max_unscored=0.5)
+    with pytest.raises(UserError, match=r"8 judgements failed, of 10 in all; \d of them .* cut at"):
+        score_stage(slot, settings, rows)
+    assert asked.total() == 8, "no more are asked for once too many have failed"
+    assert slot.record.current("score", 1) is None
+    with pytest.raises(UserError, match=r"10 judgements failed"):
+        score_stage(slot, settings, rows)
+    assert len(asked) == asked.total() == 10, "what was judged is kept"
+
+
+def test_the_fingerprint_follows_the_judge(
+    slot: Slot, rows: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_chat_model(tmp_path / "changing", "llama")
+
+    def reused(**judge: Any) -> bool:
+        settings = by_model(model)
+        assert settings.judge is not None
+        given = settings.judge.model_copy(update=judge)
+        return score_stage(slot, settings.model_copy(update={"judge": given}), rows).reused
+
+    assert [reused(), reused()] == [False, True]
+    weights = model / "model.safetensors"
+    weights.touch()
+    assert reused(), "touched files are the same files"
+    assert not reused(max_tokens=13)
+    build_chat_model(model, "llama", seed=1)
+    assert [reused(), reused()] == [False, True]
+    monkeypatch.setattr(llm_judge, "WORDING", "another")
+    assert not reused()

@@ -1,0 +1,65 @@
+"""What a stage notes of its judge: the model's files, the wording, the device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from chat_model import build_chat_model
+
+from constitutions.errors import UserError
+from models import llm_judge
+from models.judges import JudgeSettings
+from models.policy import PolicySettings
+from tasks.judging import check_judge, judge_notes, noted
+from tasks.store import Record, Slot
+
+ENGINE = PolicySettings(model="owner/judge", revision="abc", device="cuda")
+HUB = JudgeSettings(kind="absolute", policy=ENGINE)
+REMOTE = JudgeSettings(kind="pairwise", policy=ENGINE, endpoint="http://localhost:8000/v1")
+
+
+def at(model: Path | str, device: str = "cpu") -> JudgeSettings:
+    policy = PolicySettings.model_validate({"model": str(model), "device": device})
+    return JudgeSettings(kind="absolute", policy=policy)
+
+
+def test_a_judge_without_a_model_has_no_notes() -> None:
+    assert judge_notes(JudgeSettings()) == judge_notes(JudgeSettings(kind="oracle")) == {}
+
+
+def test_a_model_elsewhere_is_known_by_its_name() -> None:
+    assert judge_notes(HUB) == {"judge": "owner/judge@abc", "judge_wording": llm_judge.WORDING}
+    assert judge_notes(REMOTE)["judge"] == "owner/judge"
+
+
+def test_a_directory_is_known_by_what_its_files_hold(tmp_path: Path) -> None:
+    model, home = build_chat_model(tmp_path / "model", "llama"), tmp_path / "home"
+    before = judge_notes(at(model), home)
+    assert before == judge_notes(at(model)), "with or without a memory"
+    os.utime(model / "model.safetensors", (1, 1))
+    assert judge_notes(at(model), home) == before
+    build_chat_model(model, "llama", seed=1)
+    assert judge_notes(at(model), home)["judge"] != before["judge"]
+    reward = at(model).model_copy(update={"kind": "reward"})
+    assert judge_notes(reward, home) == {"judge": judge_notes(at(model), home)["judge"]}
+
+
+def test_a_judge_in_this_process_holds_its_device(tmp_path: Path) -> None:
+    slot = Slot(Record("an-experiment", tmp_path), 1, seed=0, notes={"base": "b"})
+    assert noted(slot, None) is slot
+    assert noted(slot, HUB).device == "cuda"
+    assert noted(slot, HUB).notes == {"base": "b", **judge_notes(HUB)}
+    assert noted(slot, REMOTE).device == "cpu"
+    held = Slot(Record("an-experiment", tmp_path), 1, seed=0, device="cuda")
+    assert noted(held, REMOTE).device == "cuda", "the policy's stays held"
+
+
+def test_a_model_that_is_not_there_is_reported_as_the_judge_s(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"judge: .*there is no such directory"):
+        check_judge(at(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"judge: .*lacks config\.json"):
+        judge_notes(at(tmp_path / "empty"))
+    assert check_judge(REMOTE) == "owner/judge at http://localhost:8000/v1"
