@@ -19,7 +19,7 @@ from benchmarks.planted_runs import History, Runs, mean_cell, run_all, table
 
 HERE = Path(__file__).parent
 TUNED, REPORTED = HERE / "baselines-tuning.json", HERE / "baselines.json"
-RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3")
+RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3")
 BUDGET = "train.tokens=80000"
 """Tokens of one training, context included, for every method: about the preset's four epochs."""
 
@@ -31,6 +31,14 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 }
 """Trained method → its settings. Seven refinements without a principle cost a little more tokens
 than five with theirs: the difference is STaR's advantage."""
+SCARCE = ("prompts.first=150", "prompts.later=150", "train.tokens=30000")
+SCARCE_METHODS: Mapping[str, tuple[str, ...]] = {
+    "constrained": ("mine.samples=2",),
+    "unconstrained": ("cluster.representative=none", "mine.samples=2"),
+    "STaR": ("method=star", "mine.samples=3"),
+}
+"""Few prompts and few samples of each: where a policy seldom stumbles on a better answer, seeing
+the gold while naming the principle should matter most."""
 UNTRAINED: Mapping[str, tuple[str, ...]] = {
     "initial, self-guided": ("iterations=0",),
     "Self-Refine": ("method=star", "iterations=0"),
@@ -75,23 +83,21 @@ def reporting(rates: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
         name: (*settings, BUDGET, f"train.learning_rate={rates[name]}")
         for name, settings in METHODS.items()
     }
-    return {**trained, **UNTRAINED}
+    scarce = {
+        f"{name}, scarce": (*settings, *SCARCE, f"train.learning_rate={rates[name]}")
+        for name, settings in SCARCE_METHODS.items()
+    }
+    return {**trained, **UNTRAINED, **scarce}
 
 
 def chosen_rates(runs: Runs) -> dict[str, str]:
     """Method → the rate with the best mean win rate of the last iteration, on tuning seeds."""
-    return {
-        name: max(RATES, key=lambda rate: fmean(_each(runs, f"{name} @ {rate}", last(ALL))))
-        for name in METHODS
-    }
+    return {name: max(RATES, key=lambda rate: _tuned(runs, name, rate)) for name in METHODS}
 
 
 def tuning_table(runs: Runs) -> list[str]:
     """Mean win rate of the last iteration, by method and learning rate."""
-    rows = [
-        [name, *(f"{fmean(_each(runs, f'{name} @ {rate}', last(ALL))):.3f}" for rate in RATES)]
-        for name in METHODS
-    ]
+    rows = [[name, *(f"{_tuned(runs, name, rate):.3f}" for rate in RATES)] for name in METHODS]
     return table(["learning rate", *RATES], rows)
 
 
@@ -112,6 +118,9 @@ def tables(runs: Runs) -> list[str]:
         ("unconstrained", "STaR"),
         ("STaR", "Self-Refine"),
         ("SFT on gold", "constrained"),
+        ("constrained, scarce", "unconstrained, scarce"),
+        ("constrained, scarce", "STaR, scarce"),
+        ("unconstrained, scarce", "STaR, scarce"),
     ]
     differences = [
         [f"{a} − {b}", *(mean_cell(_paired(runs, a, b, r), 3) for r in readings)] for a, b in pairs
@@ -144,6 +153,12 @@ def _rate(name: str, metrics: Mapping[str, float], part: str) -> float | None:
     """Final answers against the initial policy's: after SFT on gold, the first answer is final."""
     which = "initial_vs_0" if name.startswith("SFT") else "refined_vs_initial_0"
     return metrics.get(f"win_rate/{part}{which}")
+
+
+def _tuned(runs: Runs, name: str, rate: str) -> float:
+    """Mean win rate of the last iteration; 0 where this rate was not tried."""
+    tried = f"{name} @ {rate}"
+    return fmean(_each(runs, tried, last(ALL))) if tried in runs else 0.0
 
 
 def _each(runs: Runs, name: str, reading: Reading) -> list[float]:

@@ -67,6 +67,35 @@ def run(
 
 
 @app.command()
+def baselines(
+    source: Annotated[str, typer.Argument(help="A preset's name or a YAML file.")] = "planted",
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", help="self-refine, star, sft or unconstrained. Repeatable."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of all, or of one as in star:mine.samples=8."),
+    ] = None,
+) -> None:
+    """Run an experiment and what it is compared with: Self-Refine, STaR, SFT on gold, no clusters.
+
+    On the same stages and prompts, at the same number of tokens in training.
+    """
+    from flows import show
+    from flows.baselines import BASELINES, check_names, run_baselines, split_overrides
+    from flows.preflight import check
+    from flows.settings import load_settings
+
+    own, changes = split_overrides(set_ or [])
+    names = only or list(BASELINES)
+    check_names(names, changes)
+    settings = load_settings(source, own)
+    show.beginning(settings, check(settings))
+    show.baselines(run_baselines(settings, names, changes))
+
+
+@app.command()
 def stage(
     name: Annotated[
         str, typer.Argument(help="prompts, mine, score, filter, cluster, review, train, evaluate.")
@@ -143,6 +172,20 @@ def compare(
     from flows.compare import compare as side_by_side
 
     show.compared(side_by_side(left, right))
+
+
+@app.command()
+def report(
+    experiments: Annotated[list[str], typer.Argument(help="The experiments' names.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The file. Default: report-EXPERIMENTS.html, here.")
+    ] = None,
+) -> None:
+    """Write one HTML file: figures, table, map of principles, examples. It needs no network."""
+    from flows.report import write_report
+
+    path = write_report(experiments, out)
+    typer.echo(f"Wrote {path}, {path.stat().st_size / 1000:,.0f} kB: open it in a browser.")
 
 
 @app.command()

@@ -16,6 +16,7 @@ from prefect.context import FlowRunContext
 
 from constitutions.constitution import load, markdown
 from flows.experiment import Experiment
+from tasks.figures import History, figures
 from tasks.store import SUMMARY, Attempt, Record
 from tasks.work import Metrics
 
@@ -46,8 +47,6 @@ def publish_iteration(experiment: Experiment, iteration: int, attempts: Attempts
 
 def publish_experiment(experiment: Experiment, done: Sequence[Attempts]) -> None:
     """The curves over iterations, as metrics with steps and as figures, on the summary run."""
-    from tasks.report import constitution_figure, win_rate_figure
-
     record = experiment.record
     if is_published(record, done):
         return
@@ -55,10 +54,15 @@ def publish_experiment(experiment: Experiment, done: Sequence[Attempts]) -> None
     history = {t: iteration_metrics(attempts) for t, attempts in enumerate(done)}
     for t, metrics in history.items():
         record.log_metrics(run_id, metrics, step=t)
-    measured = {t: metrics for t, metrics in history.items() if t > 0}
-    record.client.log_figure(run_id, win_rate_figure(measured), "win_rate.png")
-    record.client.log_figure(run_id, constitution_figure(measured), "constitution.png")
+    log_figures(record, history)
     _mark(record, SUMMARY, _every(done))
+
+
+def log_figures(record: Record, history: History) -> None:
+    """The pictures of an experiment, on its summary run; they take the place of earlier ones."""
+    run_id = record.iteration_run(SUMMARY)
+    for name, figure in figures(history).items():
+        record.client.log_figure(run_id, figure, f"{name}.png")
 
 
 def is_published(record: Record, done: Sequence[Attempts]) -> bool:

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from constitutions.constitution import Changes, load
 from flows.ask import Asked
+from flows.baselines import Run, row
 from flows.compare import Compared
 from flows.experiment import STAGES, record_of
 from flows.publish import iteration_metrics
@@ -48,6 +49,21 @@ def ending(settings: ExperimentSettings, done: Sequence[Mapping[str, Attempt]]) 
         _awaits_review(settings.experiment, len(done) - 1)
     else:
         _next_steps(settings)
+
+
+def baselines(runs: Sequence[Run]) -> None:
+    """Methods side by side, and what each of them spent."""
+    rows = [row(run) for run in runs]
+    title = "win rates against the initial policy's own answers, 95 % intervals"
+    table = _table(title, tuple(rows[0]))
+    for name in ("method", "experiment"):
+        table.columns[list(rows[0]).index(name)].justify = "left"
+    for cells in rows:
+        table.add_row(*cells.values())
+    console.print(table)
+    names = " ".join(run.settings.experiment for run in runs)
+    console.print("\nNext:")
+    _commands((f"staple report {names}", "one page that shows all of them"))
 
 
 def status(settings: ExperimentSettings) -> None:
@@ -141,10 +157,13 @@ def asked(reply: Asked) -> None:
     """y1 → z → y2, and why."""
     answer = reply.answer
     console.print(Panel(Text(answer.initial), title="first answer", title_align="left"))
-    console.print(Panel(Text(answer.principle), title="principle", title_align="left"))
+    if answer.principle:
+        console.print(Panel(Text(answer.principle), title="principle", title_align="left"))
     console.print(Panel(Text(answer.refined), title="refined answer", title_align="left"))
     if reply.iteration == 0:
         why = "Iteration 0: the initial policy; no constitution yet."
+    elif not answer.principle:
+        why = f"Iteration {reply.iteration}: this method has no principles."
     elif reply.entry is None:
         why = f"Iteration {reply.iteration}: nothing in its constitution is like this principle."
     else:
@@ -247,8 +266,10 @@ def _awaits_review(name: str, iteration: int) -> None:
 def _next_steps(settings: ExperimentSettings) -> None:
     name = settings.experiment
     console.print("\nNext:")
+    discovered = settings.guided and settings.iterations
+    learned = (f"staple constitution show {name}", "the principles it learned")
     _commands(
-        (f"staple constitution show {name}", "the principles it learned"),
+        *([learned] if discovered else []),
         (f'staple ask {name} "…"', "its answer, the principle, the refined answer"),
         (f"staple status {name}", "every stage of every iteration"),
         ("staple up", "Prefect's and MLflow's pages: every run, iterations side by side"),

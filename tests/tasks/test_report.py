@@ -1,74 +1,129 @@
-"""The pictures hold the numbers that they were given."""
+"""The table of methods by benchmarks, and a page that shows only what there is."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
+import re
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 
-from tasks.report import constitution_figure, win_rate_figure
+from tasks.report import Recorded, Stage, best_iteration, budget, page, results, table
+from tasks.store import Attempt
 
-HISTORY = {
-    0: {"win_rate/refined_vs_initial_0": 0.4},
+WIN = "win_rate/refined_vs_initial_0"
+HISTORY: dict[int, dict[str, float]] = {
+    0: {WIN: 0.5, "seconds/evaluate": 1.0, "prompts": 10.0, "answers/tokens": 2.0},
     1: {
-        "win_rate/refined_vs_0": 0.6,
-        "win_rate/refined_vs_0_low": 0.5,
-        "win_rate/refined_vs_0_high": 0.65,
-        "win_rate/refined_vs_initial_0": 0.7,
-        "refinement_rate": 0.3,
-        "discovery_rate": 1.0,
-        "constitution_size": 21.0,
+        WIN: 0.9,
+        f"{WIN}_low": 0.85,
+        f"{WIN}_high": 0.95,
+        "mt_bench/score": 7.714,
+        "generated_tokens": 1000.0,
+        "train/trained_tokens": 40.0,
+        "train/tokens": 90.0,
+        "prompts": 30.0,
+        "answers/tokens": 3.0,
+        "seconds/evaluate": 2.0,
     },
-    2: {
-        "win_rate/refined_vs_0": 0.8,
-        "win_rate/refined_vs_0_low": 0.7,
-        "win_rate/refined_vs_0_high": 0.9,
-        "refinement_rate": 0.5,
-        "discovery_rate": 0.2,
-        "constitution_size": 17.0,
-    },
+    2: {WIN: 0.8, "generated_tokens": 500.0, "seconds/evaluate": 3.0},
 }
 
 
-def curves(figure: Figure) -> dict[str, list[float]]:
-    """Label → the y values of every curve of the figure's first panel."""
-    drawn: Any = figure.axes[0].get_legend_handles_labels()
-    handles, labels = drawn
-    return {
-        label: [float(y) for y in handle.lines[0].get_ydata()]
-        for label, handle in zip(labels, handles, strict=True)
+def attempt(stage: str, t: int) -> Attempt:
+    return Attempt(stage, t, f"run-{t}", "f" * 64, "d" * 64, {}, {}, 1.0, True, None)  # type: ignore[arg-type]
+
+
+def recorded(history: dict[int, dict[str, float]], **changes: Any) -> Recorded:
+    attempts = {t: {"evaluate": attempt("evaluate", t)} for t in history}
+    values: dict[str, Any] = {
+        "name": "small",
+        "method": "STaPLe, constrained",
+        "headline": WIN,
+        "settings": "seed: 7\n",
+        "seed": 7,
+        "iterations": 2,
+        "stages": [],
+        "attempts": attempts,
+        "history": history,
+        "changes": {},
     }
+    return Recorded(**{**values, **changes})
 
 
-def test_win_rates_are_drawn_with_their_intervals_and_only_where_known() -> None:
-    figure = win_rate_figure(HISTORY)
-    assert curves(figure) == {
-        "refined, against iteration 0 refined": [0.6, 0.8],
-        "refined, against iteration 0 plain": [0.4, 0.7],
-    }
-    containers: list[Any] = figure.axes[0].containers
-    (bars,) = (c for c in containers if "0 refined" in c.get_label())
-    spans = [[float(y) for _, y in segment] for segment in bars.lines[2][0].get_segments()]
-    assert spans == [pytest.approx([0.5, 0.65]), pytest.approx([0.7, 0.9])]
-    assert list(figure.axes[0].get_xticks()) == [0, 1, 2]
+def test_initial_best_and_last_have_a_line_each() -> None:
+    rows = results([recorded(HISTORY)])
+    assert [(row.iteration, row.marks) for row in rows] == [
+        (0, ("initial",)),
+        (1, ("best",)),
+        (2, ("last",)),
+    ]
+    assert rows[1].cells == (("90.0\u00a0%", "[85.0, 95.0]"), ("7.71", ""))
+    assert rows[2].cells == (("80.0\u00a0%", ""), ("–", ""))
 
 
-def test_the_constitution_is_drawn_from_the_first_iteration_on() -> None:
-    figure = constitution_figure(HISTORY)
-    assert curves(figure) == {"refinement rate": [0.3, 0.5], "discovery rate": [1.0, 0.2]}
-    bars: list[Any] = list(figure.axes[1].patches)
-    assert [bar.get_height() for bar in bars] == [21, 17]
-    assert [text.get_text() for text in figure.axes[1].texts] == ["21", "17"]
+def test_the_best_may_be_the_last_and_the_first_of_equals() -> None:
+    rising = {0: {WIN: 0.99}, 1: {WIN: 0.6}, 2: {WIN: 0.7}}
+    assert [row.marks for row in results([recorded(rising)])] == [("initial",), ("best", "last")]
+    assert best_iteration(recorded({1: {WIN: 0.6}, 2: {WIN: 0.6}})) == 1
+    assert best_iteration(recorded({0: {WIN: 0.6}})) is None
 
 
-@pytest.mark.parametrize("history", [{}, {0: {}}, {1: HISTORY[1]}])
-@pytest.mark.parametrize("draw", [win_rate_figure, constitution_figure])
-def test_little_or_nothing_can_be_drawn_too(
-    draw: Callable[..., Figure], history: dict[int, dict[str, float]]
-) -> None:
-    image = io.BytesIO()
-    draw(history).savefig(image, format="png")
-    assert image.getvalue().startswith(b"\x89PNG")
+def test_a_column_appears_where_any_experiment_has_it() -> None:
+    other = recorded(
+        {0: {}, 1: {"win_rate/initial_vs_0": 0.7, "win_rate/planted-held/initial_vs_0": 0.25}},
+        name="golds",
+        method="SFT on gold",
+        headline="win_rate/initial_vs_0",
+    )
+    rows = table([recorded(HISTORY), other])
+    assert rows[1]["MT-Bench"] == "7.71" and rows[-1]["MT-Bench"] == "–"
+    assert rows[-1]["Held-out win rate"] == "70.0\u00a0%", "of an SFT, its first answer"
+    assert rows[-1]["… combinations never mined"] == "25.0\u00a0%"
+    assert rows[1]["… combinations never mined"] == "–"
+    assert "AlpacaEval win rate" not in rows[0]
+    assert (rows[-1]["method"], rows[-1]["iteration"]) == ("SFT on gold", "1 (best, last)")
+
+
+def test_budgets_are_sums_of_what_was_recorded() -> None:
+    spent = budget(recorded(HISTORY))
+    assert (spent.prompts, spent.generated, spent.trained, spent.read) == (30, 1500, 40, 90)
+    assert (spent.answered, spent.seconds) == (50, 6)
+
+
+@pytest.fixture
+def missing() -> str:
+    stages = [
+        Stage("prompts", 1, "finished", "", None),
+        Stage("mine", 1, "failed", "OSError: <b>no & space</b>", None),
+        Stage("cluster", 1, "missing", "", None),
+    ]
+    return page([recorded({}, stages=stages, attempts={})], {"Python": "3.11"})
+
+
+def test_what_is_missing_is_named_with_its_reason(missing: str) -> None:
+    assert "There is no map. Stage “cluster” of iteration 1 is missing." in missing
+    assert "The method, STaPLe, constrained, has no stage “evaluate”." in missing
+    assert "2 of 3 stages are stale, running, failed or missing" in missing
+    assert "mine of iteration 1 is failed: OSError: &lt;b&gt;no &amp; space&lt;/b&gt;" in missing
+    assert "No policy was evaluated yet." in missing
+    nothing = recorded({}, iterations=0, stages=[])
+    assert "has no iteration (iterations = 0)" in page([nothing], {})
+
+
+def test_the_page_names_nothing_outside_of_itself(missing: str) -> None:
+    links = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", missing)
+    assert links and all(link.startswith(("#", "data:image/svg+xml;base64,")) for link in links)
+    assert not re.search(r"url\(|@import", missing)
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)', missing)
+    assert policy and policy[1].startswith("default-src &#39;none&#39;; img-src data:;")
+    assert "unsafe" not in policy[1]
+
+
+def test_a_setting_of_one_iteration_is_among_the_commands() -> None:
+    changed = recorded(HISTORY, attempts={}, changes={1: {"cluster.representative": "it's"}})
+    text = page([changed], {}).replace("&#34;", '"').replace("&#39;", "'")
+    assert (
+        "staple stage cluster --experiment small --iteration 1 --set 'cluster.representative="
+        in text
+    )
+    assert "staple run small --resume" in text

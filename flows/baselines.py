@@ -1,0 +1,145 @@
+"""The methods that an experiment is compared with, on the same stages, record and budget.
+
+Each is the experiment with other settings, in an MLflow experiment of its own: E.star beside E.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from prefect import flow
+from prefect.artifacts import create_table_artifact
+
+from constitutions.errors import UserError
+from flows.em import em_experiment
+from flows.experiment import note_settings
+from flows.publish import Attempts, iteration_metrics
+from flows.settings import ExperimentSettings, parse_override, with_changes
+from flows.states import unchanged
+from tasks.work import Metrics
+
+BASELINES: Mapping[str, Mapping[str, Any]] = {
+    "self-refine": {"method": "star", "iterations": 0},
+    "star": {"method": "star"},
+    "sft": {"method": "sft"},
+    "unconstrained": {"method": "staple", "cluster.representative": "none"},
+}
+"""Name → what differs from the experiment's settings: no training and no principle; no principle;
+golds in place of the policy's own refinements; every principle as it was sampled."""
+
+Changes = Mapping[str, Mapping[str, Any]]
+"""Baseline → further settings of it alone."""
+
+
+class Run(NamedTuple):
+    """A method that was run: its settings, the attempts of each iteration."""
+
+    settings: ExperimentSettings
+    done: list[Attempts]
+
+
+@flow(name="baselines", flow_run_name="{settings.experiment} baselines")
+def run_baselines(
+    settings: ExperimentSettings,
+    names: Sequence[str] = tuple(BASELINES),
+    changes: Changes | None = None,
+) -> list[Run]:
+    """The experiment, then its baselines.
+
+    Every method trains on as many tokens an iteration: on `train.tokens`, or else on as many as
+    the experiment itself did on average. Generated tokens follow from `mine.samples`; the table
+    shows what each method spent.
+
+    Raises:
+        UserError: a baseline that there is not; changes of one that is not run.
+    """
+    check_names(names, changes or {})
+    runs = [Run(settings, _run(settings))]
+    tokens = settings.train.tokens or _trained_tokens(runs[0].done)
+    for name in names:
+        other = baseline_settings(settings, name, tokens, (changes or {}).get(name, {}))
+        runs.append(Run(other, _run(other)))
+    create_table_artifact(
+        table=[row(run) for run in runs],
+        key="baselines",
+        description=f"**{settings.experiment}** and its baselines, held-out prompts",
+    )
+    return runs
+
+
+def baseline_settings(
+    settings: ExperimentSettings, name: str, tokens: int, changes: Mapping[str, Any]
+) -> ExperimentSettings:
+    """The settings of one baseline: the experiment's, its own, and the changes, the last wins."""
+    own = {"experiment": f"{settings.experiment}.{name}", "train.tokens": tokens}
+    return with_changes(settings, {**own, **BASELINES[name], **changes})
+
+
+def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """ "seed=1", "star:mine.samples=8" as ["seed=1"], {"star": {"mine.samples": 8}}."""
+    own: list[str] = []
+    changes: dict[str, dict[str, Any]] = {}
+    for override in overrides:
+        name, colon, rest = override.partition(":")
+        if colon and "=" not in name:
+            changes.setdefault(name, {}).update([parse_override(rest)])
+        else:
+            own.append(override)
+    return own, changes
+
+
+def check_names(names: Sequence[str], changes: Changes) -> None:
+    """Refuse a baseline that there is not, and changes that nothing would read.
+
+    Raises:
+        UserError: the first mistake.
+    """
+    for name in (*names, *changes):
+        if name not in BASELINES:
+            raise UserError(
+                "no such baseline", where=name, expected=f"one of {', '.join(BASELINES)}"
+            )
+    for name in changes:
+        if name not in names:
+            raise UserError("this baseline is not among those to run", where=f"--set {name}:…")
+
+
+def row(run: Run) -> dict[str, str]:
+    """A line of the table: win rates against the initial policy's plain answers, and the costs."""
+    history = [iteration_metrics(attempts) for attempts in run.done]
+    headline = run.settings.headline
+    best = max(range(len(history)), key=lambda t: history[t].get(headline, 0.0))
+    return {
+        "method": run.settings.method_name,
+        "experiment": run.settings.experiment,
+        "best iteration": f"{best}: {_rate(history[best], headline)}",
+        "last iteration": f"{len(history) - 1}: {_rate(history[-1], headline)}",
+        "generated tokens": _total(history, "generated_tokens"),
+        "processed in training": _total(history, "train/tokens"),
+        "trained tokens": _total(history, "train/trained_tokens"),
+    }
+
+
+def _run(settings: ExperimentSettings) -> list[Attempts]:
+    note_settings(settings)
+    found = unchanged(settings)
+    return em_experiment(settings) if found is None else found
+
+
+def _trained_tokens(done: Sequence[Attempts]) -> int:
+    trained = [
+        attempts["train"].metrics["train/tokens"] for attempts in done if "train" in attempts
+    ]
+    return round(fmean(trained)) if trained else 1
+
+
+def _rate(metrics: Metrics, name: str) -> str:
+    if name not in metrics:
+        return "–"
+    return f"{metrics[name]:.2f} [{metrics[f'{name}_low']:.2f}, {metrics[f'{name}_high']:.2f}]"
+
+
+def _total(history: Sequence[Metrics], name: str) -> str:
+    return f"{sum(metrics.get(name, 0.0) for metrics in history):,.0f}"

@@ -1,0 +1,258 @@
+"""Pictures of an experiment, drawn from the figures that its stages recorded for each iteration.
+
+`flows.publish` keeps them in MLflow, `tasks.report` puts them on its page.
+
+Drawn with matplotlib's own objects, without `pyplot`'s global state, so that worker threads may
+draw at the same time. The colours are Okabe and Ito's, which any colour vision tells apart; the
+markers differ too.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+History = Mapping[int, Mapping[str, float]]
+"""Iteration → its metrics, under the names that the stages give them, and `seconds/<stage>`."""
+
+
+class _Curve(NamedTuple):
+    metric: str
+    label: str
+    colour: str
+    marker: str
+    line: str = "-"
+
+
+_BLUE, _ORANGE, _GREEN, _INK, _FAINT = "#0072B2", "#D55E00", "#009E73", "#333333", "#e3e3e3"
+
+_STAGES = {
+    "prompts": ("#999999", "||"),
+    "mine": (_BLUE, ""),
+    "score": ("#56B4E9", "//"),
+    "filter": ("#E69F00", "--"),
+    "cluster": (_GREEN, "\\\\"),
+    "review": ("#F0E442", "++"),
+    "train": (_ORANGE, ""),
+    "evaluate": ("#CC79A7", "xx"),
+}
+"""Colour and hatch of a stage: colour is not the only sign."""
+
+_WIN_RATES = (
+    _Curve("win_rate/refined_vs_0", "refined, against iteration 0 refined", _BLUE, "o"),
+    _Curve("win_rate/refined_vs_initial_0", "refined, against iteration 0 plain", _ORANGE, "s"),
+    _Curve("win_rate/initial_vs_0", "plain, against iteration 0 plain", _GREEN, "^", "--"),
+)
+_AGAINST_PREVIOUS = (
+    _Curve("win_rate/refined_vs_previous", "refined, against previous refined", _BLUE, "o"),
+    _Curve("win_rate/initial_vs_previous", "plain, against previous plain", _GREEN, "^", "--"),
+)
+_SHARES = (
+    _Curve("refinement_rate", "refinement rate", _BLUE, "o"),
+    _Curve("discovery_rate", "discovery rate", _ORANGE, "s"),
+)
+
+
+def figures(history: History) -> dict[str, Figure]:
+    """Every picture of an experiment by its name; each draws what `history` has.
+
+    Iteration 0 has costs; its answers are what the others are compared with.
+    """
+    measured = {t: metrics for t, metrics in history.items() if t > 0}
+    return {
+        "win_rate": win_rate_figure(measured),
+        "previous": previous_figure(measured),
+        "constitution": constitution_figure(measured),
+        "costs": cost_figure(history),
+    }
+
+
+def win_rate_figure(history: History, title: str = "Win rate on held-out prompts") -> Figure:
+    """Win rates against iteration 0 by iteration, with 95 % intervals and the line of parity.
+
+    A curve is drawn where `history` has its metric; intervals from `<metric>_low` and `_high`.
+    """
+    return _rates(history, _WIN_RATES, title)
+
+
+def previous_figure(history: History, title: str = "Win rate against the one before") -> Figure:
+    """Win rates against the previous iteration's policy, as `win_rate_figure` draws them."""
+    return _rates(history, _AGAINST_PREVIOUS, title)
+
+
+def constitution_figure(history: History, title: str = "What was mined") -> Figure:
+    """Refinement and discovery rates beside the constitution's size, by iteration.
+
+    Without any constitution (a method that names no principle), the rates alone.
+    """
+    size = {i: m["constitution_size"] for i, m in history.items() if "constitution_size" in m}
+    drawn = _known(history, _SHARES)
+    mined = {i for i, m in history.items() for curve in drawn if curve.metric in m} | {*size}
+    figure = _figure(width=9 if size else 6.4)
+    rates, *sizes = figure.subplots(1, 2 if size else 1, squeeze=False)[0]
+    for curve in drawn:
+        _curve(rates, history, curve)
+    _share_axis(rates)
+    _dress(rates, mined, title, "share")
+    _legend(rates)
+    for axes in sizes:
+        bars = axes.bar(list(size), list(size.values()), width=0.55, color=_BLUE, zorder=2)
+        axes.bar_label(bars, fmt="%d", padding=2, color=_INK)
+        axes.set_ylim(0, 1.15 * max(size.values()))
+        _dress(axes, size, "The constitution", "principles")
+    return figure
+
+
+def cost_figure(history: History) -> Figure:
+    """Seconds and tokens by iteration, a part of the bar for each stage."""
+    from matplotlib.ticker import EngFormatter
+
+    figure = _figure(width=9)
+    seconds, tokens = figure.subplots(1, 2)
+    _stacks(seconds, stage_seconds(history))
+    _stacks(tokens, stage_tokens(history))
+    _dress(seconds, history, "Time", "seconds")
+    _dress(tokens, history, "Tokens", "tokens")
+    tokens.yaxis.set_major_formatter(EngFormatter(sep=""))
+    _legend(seconds)
+    _legend(tokens)
+    return figure
+
+
+def stage_seconds(history: History) -> dict[int, dict[str, float]]:
+    """Iteration → stage → the seconds that it took when it was computed."""
+    prefix = "seconds/"
+    return {
+        t: {k.removeprefix(prefix): v for k, v in m.items() if k.startswith(prefix)}
+        for t, m in history.items()
+    }
+
+
+def stage_tokens(history: History) -> dict[int, dict[str, float]]:
+    """Iteration → stage → tokens: generated (mine, evaluate), or read in training (train).
+
+    What was generated for the held-out prompts was recorded as tokens a prompt. A judge's tokens
+    were not recorded.
+    """
+    held_out = history.get(0, {}).get("prompts", 0)
+    found: dict[int, dict[str, float]] = {}
+    for t, m in history.items():
+        answered = round(held_out * m.get("answers/tokens", 0))
+        counts = {"mine": m.get("generated_tokens"), "train": m.get("train/tokens")}
+        found[t] = {k: v for k, v in counts.items() if v is not None}
+        if answered:
+            found[t]["evaluate"] = answered
+    return found
+
+
+def svg(figure: Figure) -> bytes:
+    """The figure on a transparent ground; the same bytes for the same figure."""
+    import matplotlib
+
+    image = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "staple"}):
+        figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
+    return image.getvalue()
+
+
+def _rates(history: History, curves: Sequence[_Curve], title: str) -> Figure:
+    figure = _figure(width=6.4)
+    axes = figure.subplots()
+    axes.axhline(0.5, color=_INK, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
+    axes.text(1.01, 0.5, "parity", transform=axes.get_yaxis_transform(), va="center", color=_INK)
+    drawn = _known(history, curves)
+    for number, curve in enumerate(drawn):
+        _curve(axes, history, curve, nudge=0.05 * (number - (len(drawn) - 1) / 2))
+    _share_axis(axes)
+    _dress(axes, history, title, "win rate")
+    _legend(axes)
+    return figure
+
+
+def _known(history: History, curves: Sequence[_Curve]) -> list[_Curve]:
+    """The curves that have a point."""
+    return [curve for curve in curves if any(curve.metric in m for m in history.values())]
+
+
+def _stacks(axes: Axes, costs: Mapping[int, Mapping[str, float]]) -> None:
+    """A bar an iteration; stages that took a share too small to see stay out of the legend."""
+    total = max((sum(parts.values()) for parts in costs.values()), default=0)
+    seen = {s for parts in costs.values() for s, cost in parts.items() if cost > total / 100}
+    iterations, floor = list(costs), [0.0] * len(costs)
+    for stage, (colour, hatch) in _STAGES.items():
+        heights = [costs[t].get(stage, 0.0) for t in iterations]
+        axes.bar(
+            iterations,
+            heights,
+            0.55,
+            bottom=floor,
+            label=stage if stage in seen else None,
+            color=colour,
+            hatch=hatch,
+            edgecolor="white",
+            linewidth=0.8,
+            zorder=2,
+        )
+        floor = [a + b for a, b in zip(floor, heights, strict=True)]
+
+
+def _figure(width: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _curve(axes: Axes, history: History, curve: _Curve, nudge: float = 0.0) -> None:
+    """One metric over the iterations; `nudge` moves it sideways, so that intervals stay apart."""
+    points = [(i, m[curve.metric], m) for i, m in sorted(history.items()) if curve.metric in m]
+    style: dict[str, Any] = {"color": curve.colour, "marker": curve.marker, "linestyle": curve.line}
+    low, high = f"{curve.metric}_low", f"{curve.metric}_high"
+    known = any(low in m for _, _, m in points)
+    below = [max(0.0, y - m.get(low, y)) for _, y, m in points]
+    above = [max(0.0, m.get(high, y) - y) for _, y, m in points]
+    axes.errorbar(
+        [i + nudge for i, _, _ in points],
+        [y for _, y, _ in points],
+        yerr=[below, above] if known else None,
+        label=curve.label,
+        linewidth=1.8,
+        elinewidth=1.2,
+        capsize=2.5,
+        markersize=5.5,
+        zorder=3,
+        **style,
+    )
+
+
+def _share_axis(axes: Axes) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+
+
+def _dress(axes: Axes, iterations: Iterable[int], title: str, measure: str) -> None:
+    axes.set_title(title, loc="left", fontweight="bold", color=_INK, pad=10)
+    axes.set_xlabel("iteration")
+    axes.set_ylabel(measure)
+    ticks = sorted(iterations)
+    axes.set_xticks(ticks)
+    axes.set_xlim(min(ticks, default=0) - 0.5, max(ticks, default=0) + 0.5)
+    axes.grid(axis="y", color=_FAINT, linewidth=0.8, zorder=0)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(length=0, colors=_INK)
+
+
+def _legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2, frameon=False)

@@ -1,0 +1,129 @@
+"""The pictures hold the numbers that they were given."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from tasks.figures import (
+    constitution_figure,
+    cost_figure,
+    previous_figure,
+    stage_tokens,
+    svg,
+    win_rate_figure,
+)
+
+HISTORY = {
+    0: {"win_rate/refined_vs_initial_0": 0.4},
+    1: {
+        "win_rate/refined_vs_0": 0.6,
+        "win_rate/refined_vs_0_low": 0.5,
+        "win_rate/refined_vs_0_high": 0.65,
+        "win_rate/refined_vs_initial_0": 0.7,
+        "refinement_rate": 0.3,
+        "discovery_rate": 1.0,
+        "constitution_size": 21.0,
+    },
+    2: {
+        "win_rate/refined_vs_0": 0.8,
+        "win_rate/refined_vs_0_low": 0.7,
+        "win_rate/refined_vs_0_high": 0.9,
+        "refinement_rate": 0.5,
+        "discovery_rate": 0.2,
+        "constitution_size": 17.0,
+    },
+}
+
+
+def curves(figure: Figure) -> dict[str, list[float]]:
+    """Label → the y values of every curve of the figure's first panel."""
+    drawn: Any = figure.axes[0].get_legend_handles_labels()
+    handles, labels = drawn
+    return {
+        label: [float(y) for y in handle.lines[0].get_ydata()]
+        for label, handle in zip(labels, handles, strict=True)
+    }
+
+
+def test_win_rates_are_drawn_with_their_intervals_and_only_where_known() -> None:
+    figure = win_rate_figure(HISTORY)
+    assert curves(figure) == {
+        "refined, against iteration 0 refined": [0.6, 0.8],
+        "refined, against iteration 0 plain": [0.4, 0.7],
+    }
+    containers: list[Any] = figure.axes[0].containers
+    (bars,) = (c for c in containers if "0 refined" in c.get_label())
+    spans = [[float(y) for _, y in segment] for segment in bars.lines[2][0].get_segments()]
+    assert spans == [pytest.approx([0.5, 0.65]), pytest.approx([0.7, 0.9])]
+    assert list(figure.axes[0].get_xticks()) == [0, 1, 2]
+
+
+def test_the_constitution_is_drawn_from_the_first_iteration_on() -> None:
+    figure = constitution_figure(HISTORY)
+    assert curves(figure) == {"refinement rate": [0.3, 0.5], "discovery rate": [1.0, 0.2]}
+    bars: list[Any] = list(figure.axes[1].patches)
+    assert [bar.get_height() for bar in bars] == [21, 17]
+    assert [text.get_text() for text in figure.axes[1].texts] == ["21", "17"]
+
+
+@pytest.mark.parametrize("history", [{}, {0: {}}, {1: HISTORY[1]}])
+@pytest.mark.parametrize("draw", [win_rate_figure, constitution_figure])
+def test_little_or_nothing_can_be_drawn_too(
+    draw: Callable[..., Figure], history: dict[int, dict[str, float]]
+) -> None:
+    image = io.BytesIO()
+    draw(history).savefig(image, format="png")
+    assert image.getvalue().startswith(b"\x89PNG")
+
+
+def test_a_method_without_principles_has_its_rates_alone() -> None:
+    figure = constitution_figure({1: {"refinement_rate": 0.3}, 2: {"refinement_rate": 0.5}})
+    assert curves(figure) == {"refinement rate": [0.3, 0.5]}
+    assert len(figure.axes) == 1
+    assert list(figure.axes[0].get_xticks()) == [1, 2]
+
+
+def test_the_previous_policy_is_met_too() -> None:
+    history = {t: {"win_rate/refined_vs_previous": t / 4} for t in (1, 2)}
+    assert curves(previous_figure(history)) == {"refined, against previous refined": [0.25, 0.5]}
+
+
+COSTS = {
+    0: {"seconds/evaluate": 2.0, "prompts": 50.0, "answers/tokens": 20.5},
+    1: {
+        "seconds/mine": 6.0,
+        "seconds/train": 7.0,
+        "seconds/filter": 0.01,
+        "generated_tokens": 9000.0,
+        "train/tokens": 4000.0,
+        "prompts": 400.0,  # mined ones: the answers are to the 50 that are held out
+        "answers/tokens": 30.0,
+    },
+}
+
+
+def test_costs_are_stacked_by_stage() -> None:
+    assert stage_tokens(COSTS) == {
+        0: {"evaluate": 1025},
+        1: {"mine": 9000, "train": 4000, "evaluate": 1500},
+    }
+    seconds, tokens = cost_figure(COSTS).axes
+    top = {round(float(bar.get_x() + 0.275)): 0.0 for bar in seconds.patches}  # type: ignore[attr-defined]
+    for bar in seconds.patches:
+        at = round(float(bar.get_x() + 0.275))  # type: ignore[attr-defined]
+        top[at] = max(top[at], float(bar.get_y() + bar.get_height()))  # type: ignore[attr-defined]
+    assert top == {0: 2.0, 1: pytest.approx(13.01)}
+    named = {text.get_text() for text in seconds.get_legend().get_texts()}  # type: ignore[union-attr]
+    assert named == {"mine", "train", "evaluate"}, "what cannot be seen is not named"
+    assert {t.get_text() for t in tokens.get_legend().get_texts()} == named  # type: ignore[union-attr]
+
+
+def test_the_same_figure_has_the_same_bytes() -> None:
+    image = svg(win_rate_figure(HISTORY))
+    assert image == svg(win_rate_figure(HISTORY))
+    assert b"<svg" in image and b"background" not in image
