@@ -324,7 +324,7 @@ class JudgeSettings(Settings):
     policy: PolicySettings | None = None
     """The judge's own model, for "pairwise", "absolute" and "reward". It has no adapter, and does
     not use `templates`."""
-    endpoint: str | None = Field(default=None, pattern=r"^https?://")
+    endpoint: str | None = Field(default=None, pattern=r"^https?://[^@?#]+$")
     """An OpenAI-compatible server that answers for `policy.model`. Unset: in process."""
     key_variable: str | None = Field(default=None, pattern=r"^[A-Za-z_]\w*$")
     """Name of the environment variable with the endpoint's key. (Settings are recorded, so the key

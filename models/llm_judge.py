@@ -215,6 +215,8 @@ class Reply:
         self.feedback, self.failure = completion.text, None
         if completion.finish == "overflow":
             self.failure, self.final = "the answers are too long for the judge's context", True
+        elif completion.finish == "refused":
+            self.failure, self.final = "the judge's server refuses to answer this", True
         elif completion.finish == "length":
             self.failure = f"the judgement was cut at {completion.tokens} tokens"
         else:

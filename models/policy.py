@@ -42,13 +42,15 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """A sampled response: `logprob` is the sum over its `tokens` (natural log, temperature 1)."""
+    """A sampled response: `logprob` is the sum over its `tokens` (natural log, temperature 1); NaN
+    where the engine does not tell it."""
 
     text: str
     tokens: int
     logprob: float
     finish: str
-    """"stop", "length" (cut at max_tokens) or "overflow" (the prompt left no room: no text)."""
+    """"stop", "length" (cut at max_tokens), "overflow" (the prompt left no room: no text) or
+    "refused" (a server would not answer this request: no text)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -131,6 +131,8 @@ def _fault(
     row: Scored, candidate: ScoredCandidate, settings: FilterSettings, guided: bool
 ) -> tuple[str, str] | None:
     """Why a candidate cannot be kept, as (reason, detail); None when it improves on y1."""
+    if candidate.finish == "refused":
+        return "refused", "the server would not answer"
     if candidate.finish == "overflow":
         return "prompt too long", "no room was left for the answer"
     if candidate.finish == "length" and not settings.keep_truncated:

@@ -220,7 +220,7 @@ def _candidate(draft: _Draft, critique: Completion, refined: Completion) -> Cand
         principle=draft.principle.text,
         critique=critique.text,
         refined=refined.text,
-        finish=next((f for f in ("overflow", "length") if f in finishes), "stop"),
+        finish=next((f for f in ("refused", "overflow", "length") if f in finishes), "stop"),
         tokens=sum(part.tokens for part in parts),
     )
 

@@ -47,7 +47,7 @@ def mlflow_server(folder: Path, port: int | None = None) -> Iterator[Server]:
         "--backend-store-uri", f"sqlite:///{folder / 'server.db'}",
         "--artifacts-destination", str(folder / "artifacts"),
     ]  # fmt: skip
-    with _serving(arguments, folder, f"http://127.0.0.1:{port}", "/health") as server:
+    with run_server(arguments, folder, f"http://127.0.0.1:{port}", "/health") as server:
         yield server
 
 
@@ -56,12 +56,12 @@ def prefect_api(folder: Path, port: int | None = None) -> Iterator[Server]:
     """A Prefect server; `url` is its API's."""
     port = port or free_port()
     arguments = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with _serving(arguments, folder, f"http://127.0.0.1:{port}/api", "/health") as server:
+    with run_server(arguments, folder, f"http://127.0.0.1:{port}/api", "/health") as server:
         yield server
 
 
 @contextmanager
-def _serving(arguments: Sequence[str], folder: Path, url: str, health: str) -> Iterator[Server]:
+def run_server(arguments: Sequence[str], folder: Path, url: str, health: str) -> Iterator[Server]:
     program, *rest = arguments
     environment = {**os.environ, "PREFECT_HOME": str(folder / "prefect")}
     environment.pop("PREFECT_API_URL", None)
