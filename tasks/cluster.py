@@ -197,9 +197,16 @@ def cluster_stage(
 def discovery_rate(labelled: Sequence[Labelled], earlier: Sequence[Constitution]) -> float:
     """Share of the trajectories, in [0, 1], whose label no earlier constitution holds.
 
-    The paper's principle discovery rate; 0.0 where there is no trajectory.
+    The paper's principle discovery rate; 0.0 where there is no trajectory. A label is known under
+    any wording that an earlier principle took in: which of them is the medoid changes from
+    iteration to iteration, and is no discovery.
     """
-    known = {principle_key(text) for constitution in earlier for text in constitution.texts}
+    known = {
+        principle_key(text)
+        for constitution in earlier
+        for principle in constitution.principles
+        for text in (principle.text, *principle.members)
+    }
     unseen = sum(principle_key(row.label) not in known for row in labelled)
     return unseen / len(labelled) if labelled else 0.0
 

@@ -330,6 +330,8 @@ def test_discovery_rate_counts_labels_that_were_never_seen() -> None:
     assert discovery_rate(labelled, []) == 1
     assert discovery_rate(labelled, [earlier]) == 0.5
     assert discovery_rate([], [earlier]) == 0
+    merged = Constitution(principles=(Principle(text="beware", members=("beware", "Warn a")),))
+    assert discovery_rate(labelled, [merged]) == 0.75
 
 
 def test_the_map_has_a_place_for_every_row_that_has_a_vector(tmp_path: Path) -> None:
