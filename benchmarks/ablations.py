@@ -8,12 +8,11 @@ The first line of a table is the preset. Writes `benchmarks/ablations.json`, pri
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.planted_runs import History, Runs, mean_cell, run_all, table
+from benchmarks.planted_runs import History, Runs, keep, mean_cell, run_all, table
 
 HERE = Path(__file__).parent
 PRESET: tuple[str, ...] = ()
@@ -90,7 +89,7 @@ def main() -> None:
     options.add_argument("--folder", type=Path, default=Path(".staple/baselines"))
     chosen = options.parse_args()
     runs = run_all(variants(), chosen.seeds, chosen.folder, chosen.jobs)
-    (HERE / "ablations.json").write_text(json.dumps(runs, indent=1, sort_keys=True) + "\n")
+    keep(runs, HERE / "ablations.json")
     print(*tables(runs), sep="\n")
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.planted_runs import History, Runs, mean_cell, run_all, table
+from benchmarks.planted_runs import History, Runs, keep, mean_cell, run_all, table
 
 HERE = Path(__file__).parent
 TUNED, REPORTED = HERE / "baselines-tuning.json", HERE / "baselines.json"
@@ -59,12 +59,12 @@ def main() -> None:
     chosen = options.parse_args()
     if chosen.what == "tune":
         runs = run_all(tuning(), chosen.seeds, chosen.folder, chosen.jobs)
-        TUNED.write_text(json.dumps(runs, indent=1, sort_keys=True) + "\n")
+        keep(runs, TUNED)
         print(*tuning_table(runs), sep="\n")
         return
     rates = chosen_rates(json.loads(TUNED.read_text()))
     runs = run_all(reporting(rates), chosen.seeds, chosen.folder, chosen.jobs)
-    REPORTED.write_text(json.dumps(runs, indent=1, sort_keys=True) + "\n")
+    keep(runs, REPORTED)
     print(*tables(runs), sep="\n")
 
 
@@ -97,8 +97,12 @@ def chosen_rates(runs: Runs) -> dict[str, str]:
 
 def tuning_table(runs: Runs) -> list[str]:
     """Mean win rate of the last iteration, by method and learning rate."""
-    rows = [[name, *(f"{_tuned(runs, name, rate):.3f}" for rate in RATES)] for name in METHODS]
+    rows = [[name, *(_shown(_tuned(runs, name, rate)) for rate in RATES)] for name in METHODS]
     return table(["learning rate", *RATES], rows)
+
+
+def _shown(rate: float) -> str:
+    return f"{rate:.3f}" if rate else "–"
 
 
 def tables(runs: Runs) -> list[str]:

@@ -7,6 +7,7 @@ first iteration's mining, is computed once.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,14 @@ History = list[dict[str, float]]
 """The metrics of each iteration, from 0."""
 Runs = dict[str, dict[str, History]]
 """Variant → seed → metrics by iteration."""
+KEPT = ("win_rate/", "planted/", "faithfulness/", "train/", "generated_tokens", "constitution_size",
+        "discovery_rate", "refinement_rate", "prompts_kept")  # fmt: skip
+"""What the files beside this one hold of an iteration's metrics."""
+
+
+def keep(runs: Runs, file: Path) -> None:
+    """Write what was measured."""
+    file.write_text(json.dumps(runs, indent=1, sort_keys=True) + "\n")
 
 
 def run_all(
@@ -83,7 +92,13 @@ def _run(overrides: Overrides) -> History:
     settings = load_settings("planted", ["cluster.picture=none", *overrides])
     experiment = open_experiment(settings)
     iterations = range(settings.iterations + 1)
-    return [iteration_metrics({a.stage: a for a in steps(experiment, t)}) for t in iterations]
+    return [
+        _told(iteration_metrics({a.stage: a for a in steps(experiment, t)})) for t in iterations
+    ]
+
+
+def _told(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in metrics.items() if name.startswith(KEPT)}
 
 
 def mean_cell(values: Sequence[float | None], digits: int = 2) -> str:
