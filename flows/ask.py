@@ -10,7 +10,7 @@ from constitutions.errors import UserError
 from flows.experiment import newest, open_experiment
 from flows.settings import ExperimentSettings
 from models.policy import Message
-from tasks.evaluate import answer
+from tasks.answers import answer
 from tasks.records import Answer, Prompt, prompt_id
 
 

@@ -1,4 +1,4 @@
-"""What is checked before any compute is spent: settings, model directory, data, disk.
+"""What is checked before any compute is spent: settings, models, data, benchmarks, disk.
 
 All mistakes are reported together.
 """
@@ -13,6 +13,8 @@ from flows.experiment import home
 from flows.settings import ExperimentSettings
 from tasks.basemodels import check_model
 from tasks.corpus import CorpusSettings, load_corpus
+from tasks.evaluate import check_judges
+from tasks.judging import check_judge
 from tasks.prompts import prompt_sets
 
 LEAST_FREE_BYTES = 512 << 20
@@ -37,6 +39,7 @@ def check(settings: ExperimentSettings) -> dict[str, str]:
     found = {
         "model": attempt(lambda: check_model(settings.policy)),
         "prompts": attempt(lambda: _prompts(settings)),
+        "evaluate": attempt(lambda: _judges(settings)) + attempt(lambda: _benchmarks(settings)),
         "disk": attempt(_disk),
     }
     if problems:
@@ -60,6 +63,20 @@ def _prompts(settings: ExperimentSettings) -> str:
     rejected = f"; {len(last.rejected):,} rows rejected" if last.rejected else ""
     counts = " + ".join(f"{size:,}" for size in mined)
     return f"{counts} to mine, {settings.prompts.held_out:,} held out{rejected}"
+
+
+def _judges(settings: ExperimentSettings) -> str:
+    evaluate = settings.evaluate
+    check_judges(evaluate, settings.score, planted=settings.prompts.sources == "planted")
+    models = [check_judge(judge) for judge in evaluate.all_judges if judge.policy]
+    kinds = ", ".join(judge.kind for judge in evaluate.judges)
+    return f"judge {kinds}" + (f" ({'; '.join(dict.fromkeys(models))})" if models else "")
+
+
+def _benchmarks(settings: ExperimentSettings) -> str:
+    chosen = settings.evaluate.benchmarks
+    chosen.load(settings.evaluate.judge, guided=settings.guided)
+    return f"; also {', '.join(chosen.chosen)}" if chosen.chosen else ""
 
 
 def _disk() -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -18,11 +18,9 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from constitutions.errors import UserError, UserErrors
-from tasks.corpus_files import Record, RowError, file_records, wrong_type
-
-REPORTED = 20
-"""So many bad rows of a file are named; the rest are counted."""
+from constitutions.errors import UserError
+from tasks.benchmark import Source, read_records
+from tasks.corpus_files import Record, RowError, wrong_type
 
 # Files
 
@@ -65,7 +63,7 @@ class Annotation:
         return len(self.output_1) - len(self.output_2)
 
 
-def read_outputs(path: Path, generator: str = "") -> list[Output]:
+def read_outputs(path: Source, generator: str = "") -> list[Output]:
     """The answers of one model, as `model_outputs.json` has them; fields of no use are dropped.
 
     Args:
@@ -83,17 +81,18 @@ def read_outputs(path: Path, generator: str = "") -> list[Output]:
             dataset=_text(row, "dataset") if row.get("dataset") else "",
         )
 
-    return _one_each(_rows(path, parse), path, "generator")
+    rows = read_records(path, parse, lambda row: row.instruction)
+    return _one_each(rows, path, "generator")
 
 
-def read_annotations(path: Path) -> list[Annotation]:
+def read_annotations(path: Source) -> list[Annotation]:
     """One model's answers against one baseline's, as `annotations.json` has them.
 
     Raises:
         UserErrors: rows that cannot be read, each with its field.
         UserError: the file mixes several models, baselines or annotators.
     """
-    rows = _rows(path, _annotation)
+    rows = read_records(path, _annotation)
     return _one_each(rows, path, "generator_1", "generator_2", "annotator")
 
 
@@ -184,28 +183,7 @@ def _number(row: Record, field: str) -> float:
 Row = TypeVar("Row")
 
 
-def _rows(path: Path, parse: Callable[[Record], Row]) -> list[Row]:
-    """Every row of a file, parsed; row 1 is the first (in CSV, the first below the header)."""
-    if not path.expanduser().is_file():
-        raise UserError("there is no such file", where=str(path))
-    rows, errors, number = list[Row](), list[UserError](), 0
-    for number, record in file_records(path):
-        try:
-            if isinstance(record, RowError):
-                raise record
-            rows.append(parse(record))
-        except RowError as problem:
-            field = f", field {problem.field!r}" if problem.field else ""
-            where = f"{path}, row {number}{field}"
-            errors.append(UserError(str(problem), where=where, expected=problem.expected))
-    if errors:
-        raise UserErrors(errors[:REPORTED], more=max(len(errors) - REPORTED, 0))
-    if not number:
-        raise UserError("there are no rows", where=str(path))
-    return rows
-
-
-def _one_each(rows: list[Row], path: Path, *fields: str) -> list[Row]:
+def _one_each(rows: list[Row], path: Source, *fields: str) -> list[Row]:
     """The rows, which must all have the same value in each field."""
     for field in fields:
         values = [getattr(row, field) for row in rows]
@@ -319,7 +297,7 @@ class LengthControlled:
     weights: Weights
 
 
-def read_difficulties(path: Path) -> dict[int, float]:
+def read_difficulties(path: Source) -> dict[int, float]:
     """Instruction difficulties by the instruction's place in AlpacaEval's set, from 0.
 
     Reads `instruction_difficulty.csv` and `df_gamed.csv` (where the first row of an index counts).
@@ -333,12 +311,12 @@ def read_difficulties(path: Path) -> dict[int, float]:
         return int(_number(row, place)), _number(row, "instruction_difficulty")
 
     difficulties: dict[int, float] = {}
-    for place, difficulty in _rows(path, parse):
+    for place, difficulty in read_records(path, parse):
         difficulties.setdefault(place, difficulty)
     return difficulties
 
 
-def read_gamed(path: Path) -> list[GamedRow]:
+def read_gamed(path: Source) -> list[GamedRow]:
     """The gamed baselines' rows, as `df_gamed.csv` has them; rows without preference are left out.
 
     Raises:
@@ -359,10 +337,10 @@ def read_gamed(path: Path) -> list[GamedRow]:
             difficulty=_number(row, "instruction_difficulty"),
         )
 
-    return [row for row in _rows(path, parse) if row is not None]
+    return [row for row in read_records(path, parse) if row is not None]
 
 
-def read_weights(path: Path) -> dict[str, Weights]:
+def read_weights(path: Source) -> dict[str, Weights]:
     """The GLM's published weights by model, as AlpacaEval's `baseline_….csv` has them.
 
     Raises:
@@ -377,7 +355,7 @@ def read_weights(path: Path) -> dict[str, Weights]:
         )
         return _name(row, ""), Weights(*(_number(row, column) for column in columns))
 
-    return dict(_rows(path, parse))
+    return dict(read_records(path, parse))
 
 
 def difficulties_by_place(
@@ -396,7 +374,9 @@ def difficulties_by_place(
 
 
 def difficulties_by_instruction(
-    difficulties: dict[int, float], instructions: Sequence[str], annotations: Sequence[Annotation]
+    difficulties: dict[int, float],
+    instructions: Sequence[str],
+    rows: Sequence[Annotation] | Sequence[Output],
 ) -> list[float]:
     """Each row's difficulty by its instruction: rows may be missing or in any order.
 
@@ -407,7 +387,7 @@ def difficulties_by_instruction(
         UserError: an instruction that is not in the set, or has no difficulty.
     """
     places = {instruction: place for place, instruction in enumerate(instructions)}
-    found = [places.get(annotation.instruction) for annotation in annotations]
+    found = [places.get(row.instruction) for row in rows]
     return [_difficulty(difficulties, place, row) for row, place in enumerate(found)]
 
 
@@ -416,7 +396,7 @@ def _difficulty(difficulties: dict[int, float], place: int | None, row: int) -> 
         missing = "its instruction is not in AlpacaEval's set" if place is None else "it has none"
         raise UserError(
             f"no difficulty is known for this instruction: {missing}",
-            where=f"annotations, row {row + 1}",
+            where=f"AlpacaEval, row {row + 1}",
             expected="instructions of AlpacaEval's set, each with a difficulty",
             fix="give a complete table, or fit without difficulties",
         )

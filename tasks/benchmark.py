@@ -1,23 +1,30 @@
 """What the benchmarks share: reading their published files, and a mean with its uncertainty.
 
-`tasks.ifeval` and `tasks.mt_bench` describe their rows as pydantic models; this module reads them.
+`tasks.ifeval` and `tasks.mt_bench` describe their rows as pydantic models, `tasks.alpaca_eval` by
+functions of its own; this module reads them all.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from constitutions.errors import UserError, UserErrors
-from tasks.corpus_files import Record, RowError, file_records
+from models.policy import Message
+from tasks.corpus_files import Record, Records, RowError, file_records, hub_data
+from tasks.records import Prompt, prompt_id
 from tasks.winrate import CONFIDENCE
 
-Row = TypeVar("Row", bound=BaseModel)
+Row = TypeVar("Row")
+Model = TypeVar("Model", bound=BaseModel)
+Source = Path | str
+"""Where a benchmark's rows are: see `records`."""
+HUB = "hub:"
 
 REPORTED = 20
 """Bad rows that an error names; the rest are counted."""
@@ -53,12 +60,46 @@ def clustered_mean(groups: Sequence[tuple[float, int]], *, seed: int, resamples:
     return Mean(float(times @ sums) / float(times @ counts), float(low), float(high))
 
 
-def read_rows(path: Path, row_type: type[Row], identity: Callable[[Row], Hashable]) -> list[Row]:
-    """Every row of a benchmark's file, in its order.
+def records(source: Source) -> Records:
+    """The rows of a file, or of a data set on the hub.
 
     Args:
-        path: a file of any kind that `tasks.corpus_files` reads; JSON Lines as published.
-        row_type: what a row holds; columns that it does not name are ignored.
+        source: the path of a file of any kind that `tasks.corpus_files` reads, or
+            "hub:NAME[:SUBSET]:SPLIT[@REVISION]", as `datasets` knows it; the split may be left
+            out where it is "train".
+
+    Raises:
+        UserError: there is no such file or data set, or it cannot be read.
+    """
+    if str(source).startswith(HUB):
+        return enumerate(_hub(str(source)), start=1)
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise UserError("there is no such file", where=str(source), expected="a benchmark's file")
+    return file_records(path)
+
+
+def _hub(source: str) -> Any:
+    name, _, revision = source.removeprefix(HUB).partition("@")
+    name, *rest = name.split(":")
+    if not name or len(rest) > 2:
+        raise UserError(
+            "this names no data set", where=source, expected="hub:NAME[:SUBSET]:SPLIT[@REVISION]"
+        )
+    subset, split = rest[0] if len(rest) == 2 else None, rest[-1] if rest else "train"
+    return hub_data(name, subset, split, revision or None)
+
+
+def read_records(
+    source: Source,
+    parse: Callable[[Record], Row],
+    identity: Callable[[Row], Hashable] | None = None,
+) -> list[Row]:
+    """Every row of a benchmark's file, parsed, in its order; row 1 is the first (below a header).
+
+    Args:
+        source: see `records`.
+        parse: a record's row; it may raise RowError or pydantic's ValidationError.
         identity: what no two rows share, so that answers can be joined by it.
 
     Raises:
@@ -66,35 +107,76 @@ def read_rows(path: Path, row_type: type[Row], identity: Callable[[Row], Hashabl
         UserErrors: some rows are not what they should be. A benchmark with rows left out would
             give a number that compares with nobody's, so one bad row is enough.
     """
-    if not path.expanduser().is_file():
-        raise UserError("there is no such file", where=str(path), expected="a benchmark's file")
-    rows = dict[Hashable, Row]()
-    errors = list[UserError]()
-    for number, record in file_records(path):
-        where = f"{path}, row {number}"
+    rows, seen, errors = list[Row](), set[Hashable](), list[UserError]()
+    for number, record in records(source):
+        where = f"{source}, row {number}"
         try:
-            row = _row(record, row_type, where)
-            if identity(row) in rows:
-                raise UserError(f"{identity(row)} occurs a second time", where=where)
-            rows[identity(row)] = row
+            row = _parsed(record, parse, where)
+            if identity and identity(row) in seen:
+                raise UserError(f"{str(identity(row))[:80]} occurs a second time", where=where)
+            if identity:
+                seen.add(identity(row))
+            rows.append(row)
         except UserError as error:
             errors.append(error)
     if errors:
         raise UserErrors(errors[:REPORTED], more=max(len(errors) - REPORTED, 0))
     if not rows:
-        raise UserError("the file has no row", where=str(path), expected="a benchmark's file")
-    return list(rows.values())
+        raise UserError("there are no rows", where=str(source), expected="a benchmark's file")
+    return rows
 
 
-def _row(record: Record | RowError, row_type: type[Row], where: str) -> Row:
+def _parsed(record: Record | RowError, parse: Callable[[Record], Row], where: str) -> Row:
     """The record as a row; raises UserError with all that is wrong with it."""
-    if isinstance(record, RowError):
-        raise UserError(str(record), where=where, expected=record.expected)
     try:
-        return row_type.model_validate(record)
+        if isinstance(record, RowError):
+            raise record
+        return parse(record)
+    except RowError as problem:
+        place = f"{where}, field {problem.field!r}" if problem.field else where
+        raise UserError(str(problem), where=place, expected=problem.expected) from None
     except ValidationError as error:
         found = [
             f"field '{'.'.join(map(str, e['loc']))}': {e['msg'].removeprefix('Value error, ')}"
             for e in error.errors(include_url=False)
         ]
         raise UserError("; ".join(found), where=where) from None
+
+
+def read_rows(
+    source: Source, row_type: type[Model], identity: Callable[[Model], Hashable]
+) -> list[Model]:
+    """Every row of a file whose rows pydantic describes; columns that it does not name are ignored.
+
+    Raises:
+        UserError: see `read_records`.
+    """
+    return read_records(source, row_type.model_validate, identity)
+
+
+def spread(rows: Sequence[Row], limit: int | None) -> list[Row]:
+    """At most `limit` rows, evenly spaced: a benchmark's first rows are all of one kind."""
+    if limit is None or limit >= len(rows):
+        return list(rows)
+    return [rows[i * len(rows) // limit] for i in range(limit)]
+
+
+def single_turns(texts: Iterable[str], source: str) -> list[Prompt]:
+    """Requests of one turn as prompts without gold; the same text twice is one prompt."""
+    prompts = dict[str, Prompt]()
+    for number, text in enumerate(texts, start=1):
+        row = single_turn(text, f"{source}:{number}")
+        prompts.setdefault(row.prompt_id, row)
+    return list(prompts.values())
+
+
+def single_turn(text: str, source: str) -> Prompt:
+    """A request of one turn as a prompt without gold."""
+    turns = (Message(role="user", content=text),)
+    return Prompt(prompt_id=prompt_id(turns), prompt=turns, gold="", source=source)
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write JSON Lines into a benchmark's folder among a stage's outputs."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

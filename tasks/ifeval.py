@@ -40,7 +40,7 @@ from pydantic import (
 )
 
 from constitutions.errors import UserError
-from tasks.benchmark import clustered_mean, read_rows
+from tasks.benchmark import Source, clustered_mean, read_rows
 
 Relation = Literal["less than", "at least"]
 Amount = Annotated[int, Field(ge=0)]
@@ -122,7 +122,7 @@ class Accuracy:
     n: int
 
 
-def read_examples(path: Path) -> list[Example]:
+def read_examples(path: Source) -> list[Example]:
     """The prompts of IFEval's `input_data.jsonl`, or of the hub's copy of it.
 
     Raises:
@@ -173,7 +173,7 @@ def variants(response: str) -> tuple[str, ...]:
 def accuracies(
     verdicts: Sequence[Verdict], *, seed: int, resamples: int = 10_000
 ) -> dict[str, Accuracy]:
-    """The benchmark's four figures: "strict_prompt", "strict_instruction" and the same loose.
+    """The benchmark's four figures: "prompt_strict", "instruction_strict" and the same loose.
 
     A prompt counts when every instruction in it is followed. The intervals are percentiles of a
     bootstrap over prompts, also for instructions: those of one prompt share its response.
@@ -188,8 +188,8 @@ def accuracies(
         flags = [v.strict if mode == "strict" else v.loose for v in verdicts]
         whole = [(int(all(f)), 1) for f in flags]
         single = [(sum(f), len(f)) for f in flags]
-        figures[f"{mode}_prompt"] = _accuracy(whole, seed, resamples)
-        figures[f"{mode}_instruction"] = _accuracy(single, seed, resamples)
+        figures[f"prompt_{mode}"] = _accuracy(whole, seed, resamples)
+        figures[f"instruction_{mode}"] = _accuracy(single, seed, resamples)
     return figures
 
 

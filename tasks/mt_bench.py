@@ -11,7 +11,8 @@ is a tie. What differs from FastChat:
 - Of several ratings in a judge's text the last counts (FastChat: the first). The judge is told to
   explain first: what stands earlier may be quoted. Of several choices also the last (FastChat: an
   [[A]] anywhere, then a [[B]]). Where there is only one, as there should be, it is the same.
-- A rating outside 1 to 10, or one in a text that was cut off, is a failed judgement.
+- A rating outside 1 to 10, or one in a text that was cut off, is a failed judgement; the judge is
+  asked again, as often as its settings say (FastChat: never).
 - An answer that contains the prompt's own markers, a chat template's or a verdict gets a space
   into each of them (`disarmed`); any other answer is shown as it is.
 """
@@ -21,16 +22,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from string import Formatter
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
 
 from constitutions.errors import UserError
 from models.judges import disarm
-from models.policy import Completion, Message, Policy, Progress, Request
-from tasks.benchmark import clustered_mean, read_rows
+from models.llm_judge import Asker, Reply
+from models.policy import Message, Progress
+from tasks.benchmark import Source, clustered_mean, read_rows
 from tasks.winrate import BothOrders, NoOutcomeError, WinRate, settle, win_rate
 
 REFERENCED = frozenset({"math", "reasoning", "coding"})
@@ -50,11 +51,14 @@ class _Row(BaseModel):
 
 
 class Question(_Row):
-    """A row of `question.jsonl`."""
+    """A row of `question.jsonl`, or of the hub's copy of it."""
 
-    question_id: int
-    category: str
-    turns: Turns
+    question_id: int = Field(validation_alias=AliasChoices("question_id", "prompt_id"))
+    category: str = Field(pattern=r"^[\w. -]+$")
+    """Part of a figure's name."""
+    turns: Turns = Field(validation_alias=AliasChoices("turns", "prompt"))
+    reference: tuple[str, ...] | None = None
+    """Reference answers to both turns, in files that have them here."""
 
 
 class JudgePrompt(_Row):
@@ -96,6 +100,8 @@ class Rating(_Row):
     judgment: str
     score: float
     turn: Turn
+    failure: str | None = None
+    """Why it failed, where we know."""
 
     @field_validator("score")
     @classmethod
@@ -117,6 +123,8 @@ class Game(_Row):
     g1_judgment: str = ""
     g2_judgment: str = ""
     turn: Turn
+    failure: str | None = None
+    """Why a game failed, where we know."""
 
     @property
     def both_orders(self) -> BothOrders:
@@ -138,28 +146,28 @@ Prompts = Mapping[str, JudgePrompt]
 """Judge prompts by name."""
 
 
-def read_questions(path: Path) -> list[Question]:
+def read_questions(path: Source) -> list[Question]:
     """The dialogues of `question.jsonl`; raises UserError, naming each bad row (as all here)."""
     return read_rows(path, Question, lambda row: row.question_id)
 
 
-def read_judge_prompts(path: Path) -> dict[str, JudgePrompt]:
+def read_judge_prompts(path: Source) -> dict[str, JudgePrompt]:
     """The prompts of `judge_prompts.jsonl`, by name."""
     return {row.name: row for row in read_rows(path, JudgePrompt, lambda row: row.name)}
 
 
-def read_answers(path: Path) -> dict[int, Turns]:
+def read_answers(path: Source) -> dict[int, Turns]:
     """A model's answers, or the reference's, by question."""
     rows = read_rows(path, ModelAnswer, lambda row: row.question_id)
     return {row.question_id: row.choices[0].turns for row in rows}
 
 
-def read_ratings(path: Path) -> list[Rating]:
+def read_ratings(path: Source) -> list[Rating]:
     """The judgements of `…_single.jsonl`, of one or more models."""
     return read_rows(path, Rating, lambda row: (row.question_id, row.model, row.judge, row.turn))
 
 
-def read_games(path: Path) -> list[Game]:
+def read_games(path: Source) -> list[Game]:
     """The judgements of `…_pair.jsonl`, of one or more pairs of models."""
     return read_rows(
         path, Game, lambda row: (row.question_id, row.model_1, row.model_2, row.judge, row.turn)
@@ -173,7 +181,7 @@ def mt_bench_metrics(
     seed: int,
     resamples: int = 10_000,
 ) -> dict[str, float]:
-    """One model's scores from 1 to 10: overall, per turn and per category, with intervals.
+    """One model's scores from 1 to 10, with intervals: `mt_bench/score`, per turn, per category.
 
     A score is the mean over judgements that did not fail, and is left out when all did. Its
     interval comes from a bootstrap over questions. `mt_bench/failed` counts the turns of the
@@ -186,11 +194,11 @@ def mt_bench_metrics(
         raise ValueError("the ratings are of several models: choose one")
     categories = _categories((r.question_id for r in ratings), questions)
     judged = [r for r in ratings if r.score != FAILED]
-    groups = {"overall": judged}
+    groups = {"score": judged}
     for turn in TURNS:
         groups[f"turn_{turn}"] = [r for r in judged if r.turn == turn]
     for name in dict.fromkeys(categories.values()):
-        groups[f"category/{name}"] = [r for r in judged if categories[r.question_id] == name]
+        groups[name] = [r for r in judged if categories[r.question_id] == name]
     figures = {"mt_bench/failed": float(len(TURNS) * len(questions) - len(judged))}
     for name, rows in groups.items():
         if rows:
@@ -208,7 +216,7 @@ def win_rates(
     seed: int,
     resamples: int = 10_000,
 ) -> dict[str, WinRate]:
-    """model_1's win rate: "overall", "turn_1", "turn_2" and "category/…", where any game counts.
+    """model_1's win rate: "overall", "turn_1", "turn_2" and the categories, where any game counts.
 
     Raises:
         ValueError: the games are of several pairs of models, or of unknown questions.
@@ -219,7 +227,7 @@ def win_rates(
     groups: dict[str, list[float | None]] = {}
     for game in games:
         category = categories[game.question_id]
-        for name in ("overall", f"turn_{game.turn}", f"category/{category}"):
+        for name in ("overall", f"turn_{game.turn}", category):
             groups.setdefault(name, []).append(game.outcome)
     rates = {}
     for name, outcomes in groups.items():
@@ -250,12 +258,11 @@ def rate(
     questions: Sequence[Question],
     answers: Mapping[int, Turns],
     prompts: Prompts,
-    judge: Policy,
+    judge: Asker,
     *,
     model: str,
     judge_name: str,
     references: Mapping[int, Turns],
-    max_tokens: int = 2048,
     control: Collection[str] = (),
     advance: Progress | None = None,
 ) -> list[Rating]:
@@ -274,16 +281,17 @@ def rate(
         for q in questions
         for turn in TURNS
     ]
-    told = _judged(judge, [m for *_, m in asked], "rate", max_tokens, advance)
+    told = judge.ask([m for *_, m in asked], _rating, advance)
     return [
         Rating(
             question_id=q.question_id,
             model=model,
             judge=(judge_name, name),
             user_prompt=messages[-1]["content"],
-            judgment=said.text,
-            score=(read_rating(said.text) if said.finish == "stop" else None) or FAILED,
+            judgment=said.feedback,
+            score=float(said.result or FAILED),
             turn=turn,
+            failure=said.failure,
         )
         for (q, turn, name, messages), said in zip(asked, told, strict=True)
     ]
@@ -294,12 +302,11 @@ def play(
     ours: Mapping[int, Turns],
     theirs: Mapping[int, Turns],
     prompts: Prompts,
-    judge: Policy,
+    judge: Asker,
     *,
     models: tuple[str, str],
     judge_name: str,
     references: Mapping[int, Turns],
-    max_tokens: int = 2048,
     control: Collection[str] = (),
     advance: Progress | None = None,
 ) -> list[Game]:
@@ -317,7 +324,7 @@ def play(
         for q, turn in rounds
         for first, second in ((ours, theirs), (theirs, ours))
     ]
-    told = _judged(judge, [m for _, m in asked], "play", max_tokens, advance)
+    told = judge.ask([m for _, m in asked], read_choice, advance)
     return [
         Game(
             question_id=q.question_id,
@@ -326,9 +333,10 @@ def play(
             g1_winner=_winner(g1, ("model_1", "model_2")),
             g2_winner=_winner(g2, ("model_2", "model_1")),
             judge=(judge_name, name),
-            g1_judgment=g1.text,
-            g2_judgment=g2.text,
+            g1_judgment=g1.feedback,
+            g2_judgment=g2.feedback,
             turn=turn,
+            failure=g1.failure or g2.failure,
         )
         for (q, turn), (name, _), g1, g2 in zip(
             rounds, asked[::2], told[::2], told[1::2], strict=True
@@ -342,24 +350,14 @@ def _complete(questions: Sequence[Question], answers: Mapping[int, Turns]) -> No
         raise UserError(f"questions without an answer: {missing[:10]}", where="MT-Bench")
 
 
-def _judged(
-    judge: Policy,
-    prompts: Sequence[tuple[Message, ...]],
-    role: str,
-    max_tokens: int,
-    advance: Progress | None,
-) -> list[Completion]:
-    requests = [
-        Request(messages=m, key=f"mt_bench/{role}/{i}", temperature=0.0, max_tokens=max_tokens)
-        for i, m in enumerate(prompts)
-    ]
-    return [completions[0] for completions in judge.generate(requests, advance)]
+def _rating(judgment: str) -> str | None:
+    rating = read_rating(judgment)
+    return None if rating is None else str(rating)
 
 
-def _winner(said: Completion, places: tuple[Winner, Winner]) -> Winner:
-    choice = read_choice(said.text) if said.finish == "stop" else None
+def _winner(said: Reply, places: tuple[Winner, Winner]) -> Winner:
     winners: dict[str | None, Winner] = {"A": places[0], "B": places[1], "C": "tie"}
-    return winners.get(choice, "error")
+    return winners.get(said.result, "error")
 
 
 def read_rating(judgment: str) -> float | None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
+from models.judges import Verdict
 from models.policy import Message
 
 Row = TypeVar("Row")
@@ -122,17 +123,26 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DialogueAnswer(Answer):
+    """+ its place in a benchmark's dialogue: `turn` is 1 or 2."""
+
+    question_id: int
+    turn: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """One judged pair on one held-out prompt. `outcome` is 1, ½ or 0; None: it failed."""
+    """One judged pair of answers to one prompt. `outcome` is 1, ½ or 0; None: it failed."""
 
     prompt_id: str
     iteration: int
     answer: str
     """Which answer of this iteration's policy is compared: "refined" or "initial"."""
     against: int
-    """The iteration of the reference policy."""
+    """The iteration of the reference policy; -1: a model outside the experiment."""
     reference: str
-    """Which answer of the reference policy it meets: "refined" or "initial"."""
+    """Which answer of the reference policy it meets, "refined" or "initial"; or that model's name.
+    """
     judge: str
     ours: str
     theirs: str
@@ -140,6 +150,10 @@ class Comparison:
     their_score: float | None
     outcome: float | None
     failure: str | None
+    asked: bool = True
+    """Whether the judge was asked: what is missing, empty or the same text twice needs none."""
+    verdicts: tuple[Verdict, ...] = ()
+    """What the judge said in each order, where the order may matter."""
 
 
 def prompt_id(prompt: Sequence[Message]) -> str:

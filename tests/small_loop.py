@@ -35,7 +35,12 @@ SETTINGS: dict[str, Any] = {
     },
     "filter": {"keep_truncated": True, "selection": "soft"},
     "cluster": {"picture": "none"},
-    "evaluate": {"max_response_tokens": 12, "max_principle_tokens": 6, "resamples": 200},
+    "evaluate": {
+        "max_response_tokens": 12,
+        "max_principle_tokens": 6,
+        "max_failed": 1.0,  # random letters are often no words
+        "resamples": 200,
+    },
 }
 
 

@@ -87,7 +87,7 @@ def test_too_few_rows(run: Callable[..., Ran]) -> None:
 
 
 def test_every_configuration_error_at_once(run: Callable[..., Ran]) -> None:
-    ran = run(mine={"sampels": 3, "temperature": "hot"}, iterations=0, evaluate={"judge": "me"})
+    ran = run(mine={"sampels": 3, "temperature": "hot"}, iterations=-1, evaluate={"judge": "me"})
     assert ran.code == 2
     for named in ("mine.sampels", "samples", "mine.temperature", "iterations", "evaluate.judge"):
         assert named in ran.err

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from prefect.utilities.callables import parameter_schema
@@ -44,6 +44,31 @@ def test_only_what_was_filled_in_is_a_change() -> None:
     }
     settings = with_changes(load_settings("planted"), found)
     assert settings.cluster.distance_threshold == 0.6 and settings.mine.samples == 5
+
+
+def test_what_is_optional_is_there_once_something_in_it_is_filled_in() -> None:
+    judge = {"kind": "pairwise", "policy": {"model": "judge"}}
+    filled = form_of(ExperimentSettings).model_validate(
+        {"evaluate": {"judge": judge, "also": [judge], "benchmarks": {"ifeval": {"prompts": "f"}}}}
+    )
+    found = changes(filled)
+    assert found == {
+        "evaluate.judge.kind": "pairwise",
+        "evaluate.judge.policy.model": "judge",
+        "evaluate.also": [judge],
+        "evaluate.benchmarks.ifeval.prompts": "f",
+    }
+    settings = with_changes(load_settings("planted"), found).evaluate
+    assert settings.judge == settings.also[0]
+    assert settings.benchmarks.ifeval and settings.benchmarks.ifeval.prompts == "f"
+    assert settings.benchmarks.mt_bench is None
+
+
+def test_a_judge_without_a_model_is_given_by_one_word() -> None:
+    for override in ("evaluate.judge=oracle", "evaluate.judge.kind=oracle"):
+        assert load_settings("planted", [override]).evaluate.judge.kind == "oracle"
+    also = load_settings("planted", ["evaluate.also=[similarity, {kind: oracle}]"]).evaluate.also
+    assert [judge.kind for judge in also] == ["similarity", "oracle"]
 
 
 def test_a_stages_form_names_its_settings_in_full() -> None:
@@ -95,7 +120,9 @@ def test_every_setting_has_its_field() -> None:
     def names(model: type[BaseModel], prefix: str = "") -> set[str]:
         found = set()
         for name, field in model.model_fields.items():
-            kind = field.annotation
+            kind: Any = field.annotation
+            if type(None) in get_args(kind):  # X | None
+                kind = get_args(kind)[0]
             inner = isinstance(kind, type) and issubclass(kind, BaseModel)
             found |= names(kind, f"{prefix}{name}.") if inner else {prefix + name}
         return found

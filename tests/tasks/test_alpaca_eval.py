@@ -359,11 +359,11 @@ def test_a_missing_difficulty_is_an_error_that_names_the_row() -> None:
     rows, known = world(n=10), dict(enumerate(hardness(10)))
     del known[7]
     names = [row.instruction for row in rows]
-    with pytest.raises(UserError, match="annotations, row 8"):
+    with pytest.raises(UserError, match="row 8: no difficulty"):
         ae.difficulties_by_place(known, rows)
-    with pytest.raises(UserError, match=r"annotations, row 8.*it has none"):
+    with pytest.raises(UserError, match=r"row 8.*it has none"):
         ae.difficulties_by_instruction(known, names, rows)
-    with pytest.raises(UserError, match=r"annotations, row 3.*not in AlpacaEval's set"):
+    with pytest.raises(UserError, match=r"row 3.*not in AlpacaEval's set"):
         ae.difficulties_by_instruction(known, names[:2], rows)
     with pytest.raises(ValueError, match="9 difficulties, 10 annotations"):
         ae.length_controlled(rows, hardness(10)[:9])

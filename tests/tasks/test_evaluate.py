@@ -14,17 +14,10 @@ from models.judges import GoldSimilarity, Grade, Judgement, Pair, PlantedOracle
 from models.planted.world import BEHAVIOURS, Example, arrange, sample_examples
 from models.policy import Completion, Message, Progress, Request, Scoring
 from models.prompts import CHAT
-from tasks.evaluate import (
-    EvaluateSettings,
-    answer,
-    answer_metrics,
-    compare,
-    faithfulness_metrics,
-    planted_metrics,
-    source_metrics,
-    win_rate_metrics,
-    win_rates,
-)
+from tasks.answers import answer, answer_metrics
+from tasks.comparisons import compare, source_metrics, win_rate_metrics, win_rates
+from tasks.evaluate import EvaluateSettings
+from tasks.planted_truth import faithfulness_metrics, planted_metrics
 from tasks.records import (
     Answer,
     Comparison,

@@ -79,7 +79,7 @@ def test_the_official_accuracies(ifeval: Path, judged: list[tuple[Example, Verdi
         rows = lines(ifeval / f"results_{mode}_first200.jsonl")
         flags = [row["follow_instruction_list"] for row in rows]
         extra = sum(case[2] == mode for case in UNREPEATABLE)
-        whole, single = figures[f"{mode}_prompt"], figures[f"{mode}_instruction"]
+        whole, single = figures[f"prompt_{mode}"], figures[f"instruction_{mode}"]
         assert (whole.followed, whole.n) == (sum(map(all, flags)) + extra, 200)
         assert (single.followed, single.n) == (sum(map(sum, flags)) + extra, 318)
     for figure in figures.values():
@@ -302,12 +302,12 @@ def test_accuracies_of_hand_made_verdicts() -> None:
     flags = [(True, True, True), (True, False), (False,), (True,)]
     made = [Verdict(key=i, strict=f, loose=(True,) * len(f)) for i, f in enumerate(flags)]
     figures = accuracies(made, seed=0)
-    assert figures["strict_prompt"].rate == 2 / 4
-    assert figures["strict_instruction"].rate == 5 / 7
-    assert figures["loose_prompt"].rate == figures["loose_instruction"].rate == 1
+    assert figures["prompt_strict"].rate == 2 / 4
+    assert figures["instruction_strict"].rate == 5 / 7
+    assert figures["prompt_loose"].rate == figures["instruction_loose"].rate == 1
     metrics = ifeval_metrics(made, seed=0)
     assert len(metrics) == 12
-    assert metrics["ifeval/strict_prompt_low"] == figures["strict_prompt"].low
+    assert metrics["ifeval/prompt_strict_low"] == figures["prompt_strict"].low
     with pytest.raises(ValueError, match="no verdict"):
         accuracies([], seed=0)
 
@@ -324,6 +324,6 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
             Verdict(key=i, strict=(bool(h),) * int(n), loose=(bool(h),) * int(n))
             for i, (n, h) in enumerate(zip(sizes, hits, strict=True))
         ]
-        found = accuracies(made, seed=trial, resamples=500)["strict_instruction"]
+        found = accuracies(made, seed=trial, resamples=500)["instruction_strict"]
         covered.append(found.low <= 0.7 <= found.high)
     assert 0.93 <= np.mean(covered) <= 0.97

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from constitutions.errors import UserError
-from models.policy import Completion, Message, Progress, Request, Scoring
+from models.judges import JudgeSettings
+from models.llm_judge import Asker
+from models.policy import Completion, Message, PolicySettings, Progress, Request, Scoring
 from tasks import mt_bench as mt
 from tasks.mt_bench import Game, JudgePrompt, Question, Rating, Turns, Winner
 
@@ -38,6 +40,14 @@ class Reader:
 
     def hidden_states(self, texts: Sequence[str]) -> np.ndarray:
         raise AssertionError("a judge is only asked to generate")
+
+
+def asker(reader: Reader) -> Asker:
+    """The reader as a judge that is asked once."""
+    settings = JudgeSettings(
+        kind="absolute", policy=PolicySettings(model="the-reader"), max_tokens=2048, retries=0
+    )
+    return Asker(policy=reader, settings=settings, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -96,16 +106,12 @@ def test_the_published_figures(ratings: list[Rating], questions: list[Question])
     figures = mt.mt_bench_metrics(ratings, questions, seed=0)
     assert figures["mt_bench/turn_1"] == 3.1375
     assert figures["mt_bench/turn_2"] == 2.2625
-    assert figures["mt_bench/overall"] == 2.7
+    assert figures["mt_bench/score"] == 2.7
     assert figures["mt_bench/failed"] == 0
-    categories = [
-        v
-        for n, v in figures.items()
-        if n.startswith("mt_bench/category/") and not n.endswith(("_low", "_high"))
-    ]
+    categories = [figures[f"mt_bench/{name}"] for name in {q.category for q in questions}]
     assert len(categories) == 8
     assert fmean(categories) == pytest.approx(2.7)  # of equal sizes
-    for name in ("overall", "turn_1", "category/math"):
+    for name in ("score", "turn_1", "math"):
         low, score, high = (figures[f"mt_bench/{name}{end}"] for end in ("_low", "", "_high"))
         assert low < score < high
 
@@ -125,7 +131,13 @@ def test_a_judge_that_says_the_same_gives_the_same_scores(
     recorded = {r.user_prompt: r.judgment for r in ratings}
     judge = Reader(recorded.__getitem__)
     rated = mt.rate(
-        questions, answers, prompts, judge, model=OTHERS, judge_name="gpt-4", references=references
+        questions,
+        answers,
+        prompts,
+        asker(judge),
+        model=OTHERS,
+        judge_name="gpt-4",
+        references=references,
     )
     by_turn = {(r.question_id, r.turn): r for r in ratings}
     assert rated == [by_turn[r.question_id, r.turn] for r in rated]
@@ -140,7 +152,7 @@ def test_failed_and_absent_judgements_are_counted_and_left_out(
     failed = [r.model_copy(update={"score": -1.0}) if r.score == 1 else r for r in ratings[:-1]]
     figures = mt.mt_bench_metrics(failed, questions, seed=0)
     kept = [r.score for r in ratings[:-1] if r.score != 1]
-    assert figures["mt_bench/overall"] == pytest.approx(fmean(kept))
+    assert figures["mt_bench/score"] == pytest.approx(fmean(kept))
     assert figures["mt_bench/failed"] == 160 - len(kept)
     nothing = [r.model_copy(update={"score": -1.0}) for r in ratings]
     assert mt.mt_bench_metrics(nothing, questions, seed=0) == {"mt_bench/failed": 160.0}
@@ -220,7 +232,7 @@ def test_win_rates_per_turn_and_category(questions: list[Question]) -> None:
     ]
     rates = mt.win_rates(played, questions, seed=0)
     assert {name: r.rate for name, r in rates.items()} == {
-        "overall": 0.5, "turn_1": 0.5, "turn_2": 0.5, "category/writing": 0.75, "category/math": 0.0,
+        "overall": 0.5, "turn_1": 0.5, "turn_2": 0.5, "writing": 0.75, "math": 0.0,
     }  # fmt: skip
     assert (rates["overall"].failed, rates["overall"].n) == (2, 3)
 
@@ -247,7 +259,7 @@ def test_pairs_are_played_in_both_orders(
 
     def played(say: Callable[[str], str]) -> list[Game]:
         return mt.play(
-            questions, answers, theirs, prompts, Reader(say),
+            questions, answers, theirs, prompts, asker(Reader(say)),
             models=("us", "them"), judge_name="j", references=references,
         )  # fmt: skip
 
@@ -355,11 +367,13 @@ def test_a_judgement_that_was_cut_off_failed(
     questions: list[Question], prompts: dict[str, JudgePrompt], answers: dict[int, Turns]
 ) -> None:
     cut = Reader(lambda _: "It claims [[10]] and", finish="length")
-    rated = mt.rate(questions, answers, prompts, cut, model="m", judge_name="j", references={})
+    rated = mt.rate(
+        questions, answers, prompts, asker(cut), model="m", judge_name="j", references={}
+    )
     assert {r.score for r in rated} == {mt.FAILED}
     cut = Reader(lambda _: "It claims [[A]] and", finish="length")
     played = mt.play(
-        questions, answers, answers, prompts, cut,
+        questions, answers, answers, prompts, asker(cut),
         models=("us", "them"), judge_name="j", references={},
     )  # fmt: skip
     assert {g.outcome for g in played} == {None}
@@ -369,7 +383,9 @@ def test_a_missing_answer_or_prompt_is_the_users_error(
     questions: list[Question], prompts: dict[str, JudgePrompt], answers: dict[int, Turns]
 ) -> None:
     def rate(told: dict[int, Turns], known: dict[str, JudgePrompt]) -> None:
-        mt.rate(questions, told, known, Reader(str), model="m", judge_name="j", references={})
+        mt.rate(
+            questions, told, known, asker(Reader(str)), model="m", judge_name="j", references={}
+        )
 
     with pytest.raises(UserError, match="93"):
         rate({number: turns for number, turns in answers.items() if number != 93}, prompts)

@@ -20,7 +20,6 @@ from flows.em import em_experiment
 from flows.experiment import note_settings, open_experiment, record_of
 from flows.report import write_report
 from flows.settings import ExperimentSettings, load_settings, with_changes
-from models.planted import pretrain
 from models.settings import Settings
 from tasks.cluster import ClusterRow
 from tasks.exhibits import best_examples
@@ -32,8 +31,6 @@ CHROMIUM = shutil.which("chromium") or ""
 SCREENSHOTS = Path(__file__).parent / "screenshots"
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium: apt install chromium")
 
-RECIPE = pretrain.Recipe(words=2_000, clean=4_500, noisy=2_000)
-"""A planted model with a third of the usual pretraining: what it says is still readable."""
 SETTINGS = """
 extends: planted
 experiment: small
@@ -63,7 +60,10 @@ class Nothing(Settings):
 
 @pytest.fixture(scope="module")
 def home(
-    tmp_path_factory: pytest.TempPathFactory, migrated_database: Path, prefect_server: None
+    tmp_path_factory: pytest.TempPathFactory,
+    migrated_database: Path,
+    readable_model: Path,
+    prefect_server: None,
 ) -> Iterator[Path]:
     """A folder with the report of two experiments: one that is real, one whose texts are hostile."""
     folder = tmp_path_factory.mktemp("report")
@@ -71,9 +71,7 @@ def home(
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("STAPLE_HOME", str(folder / ".staple"))
-        patch.setattr(pretrain, "Recipe", lambda: RECIPE)
-        model = pretrain.planted_model(folder / "model", 0, lambda *_: None)
-        (folder / "small.yaml").write_text(SETTINGS.format(model=model))
+        (folder / "small.yaml").write_text(SETTINGS.format(model=readable_model))
         settings = load_settings("small.yaml")
         note_settings(settings)
         em_experiment(settings)

@@ -27,7 +27,6 @@ from flows.em import em_experiment
 from flows.experiment import note_settings
 from flows.services import MARK
 from flows.settings import load_settings
-from models.planted import pretrain
 from tasks.records import Rejected
 from tasks.store import Record
 
@@ -38,8 +37,6 @@ CHROMIUM = shutil.which("chromium") or ""
 SCREENSHOTS = Path(__file__).parent / "screenshots"
 browser_test = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium: apt install chromium")
 
-RECIPE = pretrain.Recipe(words=2_000, clean=4_500, noisy=2_000)
-"""A planted model with a third of the usual pretraining: what it says is still readable."""
 SETTINGS = """
 extends: planted
 experiment: small
@@ -100,7 +97,10 @@ def staple(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def recorded(
-    tmp_path_factory: pytest.TempPathFactory, migrated_database: Path, prefect_server: None
+    tmp_path_factory: pytest.TempPathFactory,
+    migrated_database: Path,
+    readable_model: Path,
+    prefect_server: None,
 ) -> Path:
     """A folder with a finished experiment of two iterations, made without any service."""
     folder = tmp_path_factory.mktemp("ui")
@@ -108,9 +108,7 @@ def recorded(
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("STAPLE_HOME", str(folder / ".staple"))
-        patch.setattr(pretrain, "Recipe", lambda: RECIPE)
-        model = pretrain.planted_model(folder / "model", 0, lambda *_: None)
-        (folder / "small.yaml").write_text(SETTINGS.format(model=model))
+        (folder / "small.yaml").write_text(SETTINGS.format(model=readable_model))
         settings = load_settings("small.yaml")
         note_settings(settings)
         em_experiment(settings)

@@ -1,0 +1,62 @@
+"""What evaluation needs is checked before any compute is spent, and all of it at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from constitutions.errors import UserErrors
+from flows.preflight import check
+from flows.settings import load_settings
+
+EXAMPLE = {
+    "key": 1,
+    "prompt": "No commas please.",
+    "instruction_id_list": ["punctuation:no_comma"],
+    "kwargs": [{}],
+}
+
+
+def test_benchmarks_and_judges_are_named(workplace: Path) -> None:
+    Path("ifeval.jsonl").write_text(json.dumps(EXAMPLE))
+    found = check(load_settings("planted", ["evaluate.benchmarks.ifeval.prompts=ifeval.jsonl"]))
+    assert found["evaluate"] == "judge auto; also ifeval"
+
+
+def test_a_missing_file_and_a_missing_judge_are_told_together(workplace: Path) -> None:
+    judge = "{kind: pairwise, policy: {model: ./nowhere}}"
+    settings = load_settings(
+        "planted",
+        [
+            "evaluate.benchmarks.ifeval.prompts=absent.jsonl",
+            f"evaluate.principle_judge={judge}",
+        ],
+    )
+    with pytest.raises(UserErrors) as told:
+        check(settings)
+    said = [str(error) for error in told.value.errors]
+    assert len(said) == 2
+    assert "nowhere" in said[0] and "there is no such directory" in said[0]
+    assert said[1].startswith("absent.jsonl: there is no such file")
+
+
+def test_the_oracle_elsewhere_and_a_similarity_that_is_no_judge_are_refused(
+    workplace: Path,
+) -> None:
+    rows = [{"prompt": f"What is {i}?", "gold": f"It is {i}."} for i in range(9)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    real = [
+        "prompts.sources=[{path: rows.jsonl}]",
+        "prompts.first=2",
+        "prompts.later=1",
+        "prompts.held_out=2",
+    ]
+    with pytest.raises(UserErrors, match="the oracle knows only the planted world"):
+        check(load_settings("planted", [*real, "evaluate.judge=oracle"]))
+    grades = "{kind: absolute, policy: {model: m}, endpoint: 'http://localhost:1/v1'}"
+    scoring = ["score.similarity=judge", f"score.judge={grades}"]
+    with pytest.raises(UserErrors, match=r"evaluate\.judge"):
+        check(load_settings("planted", [*real, *scoring]))
+    check(load_settings("planted", [*real, *scoring, f"evaluate.judge={grades}"]))

@@ -1,0 +1,148 @@
+"""Policies that are programs, and a place to evaluate them: no download, no waiting.
+
+What they say follows from what they read, and they write down what they were asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.judges import JudgeSettings
+from models.policy import (
+    Completion,
+    Message,
+    Policy,
+    PolicySettings,
+    Progress,
+    Request,
+    Scoring,
+)
+from models.prompts import CHAT
+from tasks.evaluate import EvaluateSettings, evaluate
+from tasks.policies import PolicySource
+from tasks.score import ScoreSettings
+from tasks.store import Attempt, Slot
+
+ENGINE: dict[str, Any] = {"dtype": "float32", "device": "cpu", "threads": 1, "quantization": "none"}
+HELD_OUT = 7
+
+
+class Script:
+    """A policy that says what `say` makes of the messages."""
+
+    def __init__(self, say: Callable[[Sequence[Message]], str]) -> None:
+        self.say = say
+        self.asked: list[Request] = []
+
+    def generate(
+        self, requests: Sequence[Request], progress: Progress | None = None
+    ) -> list[list[Completion]]:
+        self.asked += requests
+        if progress:
+            progress(len(requests))
+        texts = [self.say(r.messages) for r in requests]
+        return [[Completion(text=t, tokens=3, logprob=-1.0, finish="stop")] for t in texts]
+
+    def logprobs(self, pairs: Sequence[tuple[tuple[Message, ...], str]]) -> list[Scoring]:
+        raise AssertionError("evaluation only generates")
+
+    def hidden_states(self, texts: Sequence[str]) -> np.ndarray:
+        raise AssertionError("evaluation only generates")
+
+
+def talker(
+    initial: Callable[[str], str] = lambda asked: f"A plain answer to {asked}",
+    refined: Callable[[str], str] = lambda first: f"{first} And here is why.",
+    principle: str = "Give reasons.",
+) -> Script:
+    """y1 follows from the last thing that was asked, y2 from y1; z is always the same."""
+
+    def say(messages: Sequence[Message]) -> str:
+        told, last = messages[:-1], messages[-1]["content"]
+        if last == CHAT.propose:
+            return principle
+        if last == CHAT.improve:
+            return refined(told[-1]["content"])
+        if last == CHAT.refine:
+            return refined(told[-3]["content"])
+        return initial(last)
+
+    return Script(say)
+
+
+@dataclass(frozen=True)
+class ScriptedSource(PolicySource):
+    """A policy source whose policy is a script."""
+
+    script: Policy = field(default_factory=talker)
+
+    def load(self) -> Policy:  # type: ignore[override]
+        """The script."""
+        return self.script
+
+
+def responses(question: str) -> tuple[str, str]:
+    """The two responses that a pairwise judge is shown, A's first, as they are quoted."""
+    after = question.split("###Response A:\n")[1]
+    first, _, rest = after.partition("\n\n###Response B:\n")
+    return first, rest.partition("\n\n###")[0]
+
+
+def pairwise(prefers: Callable[[str, str], str]) -> Script:
+    """A judge that is shown two quoted responses and prefers "A" or "B"."""
+
+    def say(messages: Sequence[Message]) -> str:
+        return f"I have read both. [RESULT] {prefers(*responses(messages[-1]['content']))}"
+
+    return Script(say)
+
+
+def longer(a: str, b: str) -> str:
+    """The longer response; of equally long ones the one whose letters come first."""
+    return "A" if (-len(a), a) <= (-len(b), b) else "B"
+
+
+def shorter(a: str, b: str) -> str:
+    """The other one."""
+    return "B" if longer(a, b) == "A" else "A"
+
+
+@dataclass
+class Place:
+    """A record with held-out prompts, and what is needed to evaluate a policy on them."""
+
+    model: Path
+    at: Slot
+    held_out: Attempt
+
+    def judge(self, **how: Any) -> JudgeSettings:
+        policy = PolicySettings(model=str(self.model), **ENGINE)
+        return JudgeSettings(kind="pairwise", policy=policy, max_tokens=16, retries=1, **how)
+
+    def settings(self, **how: Any) -> EvaluateSettings:
+        given = {"judge": self.judge(), "resamples": 200, "shard_size": 3} | how
+        return EvaluateSettings(max_response_tokens=10, max_principle_tokens=5, **given)
+
+    def source(self, script: Policy | None = None, **how: Any) -> PolicySource:
+        policy = PolicySettings(model=str(self.model), **ENGINE)
+        return ScriptedSource(policy, str(self.model), "digest", script=script or talker(), **how)
+
+    def run(self, judge: Policy, script: Policy | None = None, **how: Any) -> Attempt:
+        guided = how.pop("guided", True)
+        return self.evaluate(self.settings(**how), lambda _: judge, script, guided=guided)
+
+    def evaluate(
+        self,
+        settings: EvaluateSettings,
+        open_policy: Callable[[JudgeSettings], Policy],
+        script: Policy | None = None,
+        **how: Any,
+    ) -> Attempt:
+        source = self.source(script, **how)
+        inputs = {"held_out": self.held_out}
+        return evaluate(self.at, settings, ScoreSettings(), source, inputs, open_policy)
