@@ -39,6 +39,9 @@ SCARCE_METHODS: Mapping[str, tuple[str, ...]] = {
 }
 """Few prompts and few samples of each: where a policy seldom stumbles on a better answer, seeing
 the gold while naming the principle should matter most."""
+UNSURE = (BUDGET, "policy.model={unsure}")
+"""A seed model that is as able to name what the gold does better, and to follow what it named, but
+seldom finds the right principle, or the right edit, by itself: what is left to the hint?"""
 UNTRAINED: Mapping[str, tuple[str, ...]] = {
     "initial, self-guided": ("iterations=0",),
     "Self-Refine": ("method=star", "iterations=0"),
@@ -46,6 +49,7 @@ UNTRAINED: Mapping[str, tuple[str, ...]] = {
     "unguided, temperature 1": ("method=star", "iterations=0", "evaluate.temperature=1.0"),
 }
 ALL, HELD = "", "planted-held/"
+REGIMES = ("", ", scarce", ", unsure")
 Reading = Callable[[str, History], float | None]
 
 
@@ -87,7 +91,11 @@ def reporting(rates: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
         f"{name}, scarce": (*settings, *SCARCE, f"train.learning_rate={rates[name]}")
         for name, settings in SCARCE_METHODS.items()
     }
-    return {**trained, **UNTRAINED, **scarce}
+    unsure = {
+        f"{name}, unsure": (*METHODS[name], *UNSURE, f"train.learning_rate={rates[name]}")
+        for name in SCARCE_METHODS
+    }
+    return {**trained, **UNTRAINED, **scarce, **unsure}
 
 
 def chosen_rates(runs: Runs) -> dict[str, str]:
@@ -107,24 +115,21 @@ def _shown(rate: float) -> str:
 
 def tables(runs: Runs) -> list[str]:
     """Win rates against the initial policy, what they cost, and paired differences."""
-    columns = ["method", "last", "best", "never mined, last", "never mined, best",
-               "generated", "processed in training", "with loss"]  # fmt: skip
-    readings = [last(ALL), best(ALL), last(HELD), best(HELD)]
+    columns = ["method", "it. 1", "last", "best", "never mined, last", "never mined, best",
+               "improved in mining, it. 1", "generated", "in training", "with loss"]  # fmt: skip
+    readings = [first(ALL), last(ALL), best(ALL), last(HELD), best(HELD)]
     costs = [total("generated_tokens"), total("train/tokens"), total("train/trained_tokens")]
     rows = [
-        [name, *(mean_cell(_each(runs, name, r)) for r in readings)]
+        [name, *(mean_cell(_each(runs, name, r)) for r in (*readings, improved))]
         + [f"{fmean(_each(runs, name, c)):,.0f}" for c in costs]
         for name in runs
     ]
     pairs = [
-        ("constrained", "unconstrained"),
-        ("constrained", "STaR"),
-        ("unconstrained", "STaR"),
+        *((f"constrained{where}", f"unconstrained{where}") for where in REGIMES),
+        *((f"constrained{where}", f"STaR{where}") for where in REGIMES),
+        *((f"unconstrained{where}", f"STaR{where}") for where in REGIMES),
         ("STaR", "Self-Refine"),
         ("SFT on gold", "constrained"),
-        ("constrained, scarce", "unconstrained, scarce"),
-        ("constrained, scarce", "STaR, scarce"),
-        ("unconstrained, scarce", "STaR, scarce"),
     ]
     differences = [
         [f"{a} − {b}", *(mean_cell(_paired(runs, a, b, r), 3) for r in readings)] for a, b in pairs
@@ -132,8 +137,18 @@ def tables(runs: Runs) -> list[str]:
     return [
         *table(columns, rows),
         "",
-        *table(["difference, paired by seed", *columns[1:5]], differences),
+        *table(["difference, paired by seed", *columns[1:6]], differences),
     ]
+
+
+def first(part: str) -> Reading:
+    """The win rate after one iteration."""
+    return lambda name, history: _rate(name, history[1], part) if len(history) > 1 else None
+
+
+def improved(_: str, history: History) -> float | None:
+    """The share of the first iteration's prompts on which at least one candidate beat y1."""
+    return history[1].get("refinement_rate") if len(history) > 1 else None
 
 
 def last(part: str) -> Reading:

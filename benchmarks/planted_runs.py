@@ -51,8 +51,9 @@ def run_all(
 def run_seed(seed: int, variants: Mapping[str, Overrides], folder: Path) -> dict[str, History]:
     """Every variant on one seed, one after the other.
 
-    In an override "{model}" is the seed model's folder, and "{critic}" that of a seed model which
-    was also taught to write critiques.
+    In an override "{model}" is the seed model's folder, "{critic}" that of a seed model which was
+    also taught to write critiques, "{unsure}" of one that without gold names the right principle a
+    third as often.
     """
     from flows.cli import _environment
 
@@ -72,9 +73,13 @@ def run_seed(seed: int, variants: Mapping[str, Overrides], folder: Path) -> dict
 
 def _filled(override: str, seed: int) -> str:
     """An override with the folders of the models that it names."""
-    from models.planted.pretrain import Recipe, planted_model
+    from models.planted.pretrain import Recipe, Skill, planted_model
 
-    recipes = {"{model}": Recipe(), "{critic}": Recipe(critiques=0.5)}
+    recipes = {
+        "{model}": Recipe(),
+        "{critic}": Recipe(critiques=0.5),
+        "{unsure}": Recipe(final=Skill(names=0.5, follows=0.6, prior=0.1)),
+    }
     for name, recipe in recipes.items():
         if name in override:
             override = override.replace(

@@ -16,7 +16,7 @@ from prefect.context import FlowRunContext
 
 from constitutions.constitution import load, markdown
 from flows.experiment import Experiment
-from tasks.figures import History, figures
+from tasks.report.figures import History, figures
 from tasks.store import SUMMARY, Attempt, Record
 from tasks.work import Metrics
 

@@ -22,7 +22,7 @@ from flows.experiment import record_of, recorded_settings, stages_of
 from flows.publish import Attempts, iteration_metrics, log_figures
 from flows.settings import ExperimentSettings, dump_settings
 from flows.states import stage_states
-from tasks.report import Recorded, Stage, page, table
+from tasks.report.document import Recorded, Stage, page, table
 from tasks.store import Attempt
 from tasks.work import write_text
 

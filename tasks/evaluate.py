@@ -23,8 +23,8 @@ from constitutions.errors import UserError
 from models.judges import JudgeSettings, PlantedOracle, open_policy
 from models.policy import Policy
 from tasks.answers import AnswerSettings, Respondent, answer_metrics
-from tasks.benchmark_run import LLM
-from tasks.benchmark_settings import BenchmarkSettings, about_principles
+from tasks.benchmarks.run import LLM
+from tasks.benchmarks.settings import BenchmarkSettings, about_principles
 from tasks.comparisons import (
     Meeting,
     agreement_metrics,

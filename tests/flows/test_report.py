@@ -21,7 +21,7 @@ from flows.report import gather, packages
 from flows.settings import ExperimentSettings, with_changes
 from tasks.cluster import ClusterRow
 from tasks.records import Answer
-from tasks.report import page, results
+from tasks.report.document import page, results
 from tasks.store import SUMMARY
 from tasks.work import JOURNAL
 

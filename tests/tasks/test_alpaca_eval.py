@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from constitutions.errors import UserError, UserErrors
-from tasks import alpaca_eval as ae
+from tasks.benchmarks import alpaca_eval as ae
 from tasks.winrate import win_rate
 
 FIGURES = {

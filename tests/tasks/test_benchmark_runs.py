@@ -13,12 +13,12 @@ from scripted import Place, Script, longer, pairwise, talker
 from constitutions.errors import UserError
 from models.judges import JudgeSettings
 from models.policy import Message, Policy
-from tasks.alpaca_eval import read_annotations, read_outputs
-from tasks.benchmark import read_records, spread
-from tasks.benchmark_settings import BenchmarkSettings
-from tasks.ifeval import read_examples
-from tasks.mt_bench import read_answers, read_games, read_ratings
-from tasks.mt_bench_run import TEMPERATURES
+from tasks.benchmarks.alpaca_eval import read_annotations, read_outputs
+from tasks.benchmarks.ifeval import read_examples
+from tasks.benchmarks.mt_bench import read_answers, read_games, read_ratings
+from tasks.benchmarks.mt_bench_run import TEMPERATURES
+from tasks.benchmarks.rows import read_records, spread
+from tasks.benchmarks.settings import BenchmarkSettings
 from tasks.records import Answer, DialogueAnswer
 from tasks.store import Attempt
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from tasks.figures import (
+from tasks.report.figures import (
     constitution_figure,
     cost_figure,
     previous_figure,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from constitutions.constitution import Constitution, Principle, diff
-from tasks.movement import Event, movement
+from tasks.report.movement import Event, movement
 
 FIRST = Constitution(
     iteration=1,

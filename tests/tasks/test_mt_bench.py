@@ -15,8 +15,8 @@ from constitutions.errors import UserError
 from models.judges import JudgeSettings
 from models.llm_judge import Asker
 from models.policy import Completion, Message, PolicySettings, Progress, Request, Scoring
-from tasks import mt_bench as mt
-from tasks.mt_bench import Game, JudgePrompt, Question, Rating, Turns, Winner
+from tasks.benchmarks import mt_bench as mt
+from tasks.benchmarks.mt_bench import Game, JudgePrompt, Question, Rating, Turns, Winner
 
 OTHERS = "Meta-Llama-3-8B-Instruct-Griffin"
 """The model of the published judgements."""

@@ -22,8 +22,8 @@ from flows.report import write_report
 from flows.settings import ExperimentSettings, load_settings, with_changes
 from models.settings import Settings
 from tasks.cluster import ClusterRow
-from tasks.exhibits import best_examples
 from tasks.records import Answer, Comparison, Labelled, Prompt
+from tasks.report.exhibits import best_examples
 from tasks.store import Attempt, Record
 from tasks.work import Metrics, Workspace
 

@@ -13,10 +13,10 @@ from pydantic import Field
 
 from models.judges import JudgeSettings
 from tasks.answers import Respondent, Which, given
-from tasks.benchmark import single_turn, single_turns, spread, write_lines
-from tasks.benchmark_run import RunSettings
+from tasks.benchmarks.ifeval import Example, ifeval_metrics, read_examples, verdicts
+from tasks.benchmarks.rows import single_turn, single_turns, spread, write_lines
+from tasks.benchmarks.run import RunSettings
 from tasks.comparisons import principle_meetings, rate_metrics
-from tasks.ifeval import Example, ifeval_metrics, read_examples, verdicts
 from tasks.panel import Panel
 from tasks.records import Answer, Prompt
 from tasks.work import Metrics

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from models.judges import JudgeSettings
 from models.settings import Settings
-from tasks.alpaca_eval_run import AlpacaEvalSettings, load_alpaca_eval
-from tasks.benchmark_run import LLM, Benchmark, RunSettings, source_digest
-from tasks.ifeval_run import IFEvalSettings, load_ifeval
-from tasks.mt_bench_run import MTBenchSettings, load_mt_bench
+from tasks.benchmarks.alpaca_eval_run import AlpacaEvalSettings, load_alpaca_eval
+from tasks.benchmarks.ifeval_run import IFEvalSettings, load_ifeval
+from tasks.benchmarks.mt_bench_run import MTBenchSettings, load_mt_bench
+from tasks.benchmarks.run import LLM, Benchmark, RunSettings, source_digest
 
 
 class BenchmarkSettings(Settings):

@@ -14,7 +14,7 @@ from pydantic import Field
 from models.judges import JudgeSettings
 from models.settings import Settings
 from tasks.answers import Respondent, Which
-from tasks.benchmark import HUB
+from tasks.benchmarks.rows import HUB
 from tasks.panel import Panel
 from tasks.work import Metrics, file_sha256
 

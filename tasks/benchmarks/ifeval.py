@@ -40,7 +40,7 @@ from pydantic import (
 )
 
 from constitutions.errors import UserError
-from tasks.benchmark import Source, clustered_mean, read_rows
+from tasks.benchmarks.rows import Source, clustered_mean, read_rows
 
 Relation = Literal["less than", "at least"]
 Amount = Annotated[int, Field(ge=0)]

@@ -12,7 +12,8 @@ from pydantic import Field
 
 from constitutions.errors import UserError
 from models.judges import JudgeSettings
-from tasks.alpaca_eval import (
+from tasks.answers import Given, Respondent, Which, given
+from tasks.benchmarks.alpaca_eval import (
     Annotation,
     GamedRow,
     Output,
@@ -25,9 +26,8 @@ from tasks.alpaca_eval import (
     write_annotations,
     write_outputs,
 )
-from tasks.answers import Given, Respondent, Which, given
-from tasks.benchmark import single_turn, spread
-from tasks.benchmark_run import RunSettings
+from tasks.benchmarks.rows import single_turn, spread
+from tasks.benchmarks.run import RunSettings
 from tasks.comparisons import OUTSIDE, Meeting, order_metrics, rate_metrics
 from tasks.panel import Panel
 from tasks.progress import say

@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from constitutions.errors import UserError
-from tasks.benchmark import Source, read_records
+from tasks.benchmarks.rows import Source, read_records
 from tasks.corpus_files import Record, RowError, wrong_type
 
 # Files

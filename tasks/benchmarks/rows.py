@@ -1,7 +1,7 @@
 """What the benchmarks share: reading their published files, and a mean with its uncertainty.
 
-`tasks.ifeval` and `tasks.mt_bench` describe their rows as pydantic models, `tasks.alpaca_eval` by
-functions of its own; this module reads them all.
+`ifeval` and `mt_bench` describe their rows as pydantic models, `alpaca_eval` by functions of its
+own; this module reads them all.
 """
 
 from __future__ import annotations

@@ -18,10 +18,10 @@ from typing import Any, Literal, NamedTuple
 
 from constitutions.constitution import Constitution, load
 from tasks.cluster import ClusterRow
-from tasks.exhibits import MAP_HEIGHT, MAP_WIDTH, Example, Map, examples, principle_map
-from tasks.figures import History, figures, stage_seconds, stage_tokens, svg
-from tasks.movement import movement
 from tasks.records import Answer, Comparison, Labelled, Prompt
+from tasks.report.exhibits import MAP_HEIGHT, MAP_WIDTH, Example, Map, examples, principle_map
+from tasks.report.figures import History, figures, stage_seconds, stage_tokens, svg
+from tasks.report.movement import movement
 from tasks.store import Attempt
 
 PAGE = Path(__file__).parent / "page"

@@ -31,7 +31,7 @@ from constitutions.errors import UserError
 from models.judges import disarm
 from models.llm_judge import Asker, Reply
 from models.policy import Message, Progress
-from tasks.benchmark import Source, clustered_mean, read_rows
+from tasks.benchmarks.rows import Source, clustered_mean, read_rows
 from tasks.winrate import BothOrders, NoOutcomeError, WinRate, settle, win_rate
 
 REFERENCED = frozenset({"math", "reasoning", "coding"})

@@ -1,6 +1,6 @@
 """Pictures of an experiment, drawn from the figures that its stages recorded for each iteration.
 
-`flows.publish` keeps them in MLflow, `tasks.report` puts them on its page.
+`flows.publish` keeps them in MLflow, `tasks.report.document` puts them on its page.
 
 Drawn with matplotlib's own objects, without `pyplot`'s global state, so that worker threads may
 draw at the same time. The colours are Okabe and Ito's, which any colour vision tells apart; the

@@ -20,10 +20,7 @@ from models.judges import JudgeSettings, control_strings
 from models.llm_judge import Asker
 from models.policy import Message, Progress
 from tasks.answers import Respondent, Which, given
-from tasks.benchmark import single_turn, spread, write_lines
-from tasks.benchmark_run import RunSettings
-from tasks.comparisons import order_figures, rate_metrics, too_many_failed
-from tasks.mt_bench import (
+from tasks.benchmarks.mt_bench import (
     FAILED,
     TURNS,
     Game,
@@ -41,6 +38,9 @@ from tasks.mt_bench import (
     single_prompt,
     win_rates,
 )
+from tasks.benchmarks.rows import single_turn, spread, write_lines
+from tasks.benchmarks.run import RunSettings
+from tasks.comparisons import order_figures, rate_metrics, too_many_failed
 from tasks.panel import Panel
 from tasks.records import Answer, DialogueAnswer, Prompt, fields, prompt_id
 from tasks.work import Metrics, shards

@@ -1,0 +1,1 @@
+"""The report of one or several experiments: `document` gathers, `page/` shows."""
