@@ -15,7 +15,7 @@ from prefect.artifacts import create_table_artifact
 from constitutions.errors import UserError
 from flows.em import em_experiment
 from flows.experiment import note_settings
-from flows.publish import Attempts, iteration_metrics
+from flows.publish import Attempts, iteration_metrics, rate_text
 from flows.settings import ExperimentSettings, parse_override, with_changes
 from flows.states import unchanged
 from tasks.work import Metrics
@@ -114,8 +114,8 @@ def row(run: Run) -> dict[str, str]:
     return {
         "method": run.settings.method_name,
         "experiment": run.settings.experiment,
-        "best iteration": f"{best}: {_rate(history[best], headline)}",
-        "last iteration": f"{len(history) - 1}: {_rate(history[-1], headline)}",
+        "best iteration": f"{best}: {rate_text(history[best], headline)}",
+        "last iteration": f"{len(history) - 1}: {rate_text(history[-1], headline)}",
         "generated tokens": _total(history, "generated_tokens"),
         "processed in training": _total(history, "train/tokens"),
         "trained tokens": _total(history, "train/trained_tokens"),
@@ -133,12 +133,6 @@ def _trained_tokens(done: Sequence[Attempts]) -> int:
         attempts["train"].metrics["train/tokens"] for attempts in done if "train" in attempts
     ]
     return round(fmean(trained)) if trained else 1
-
-
-def _rate(metrics: Metrics, name: str) -> str:
-    if name not in metrics:
-        return "–"
-    return f"{metrics[name]:.2f} [{metrics[f'{name}_low']:.2f}, {metrics[f'{name}_high']:.2f}]"
 
 
 def _total(history: Sequence[Metrics], name: str) -> str:

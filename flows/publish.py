@@ -83,6 +83,13 @@ def iteration_metrics(attempts: Mapping[str, Attempt]) -> Metrics:
     return metrics
 
 
+def rate_text(metrics: Mapping[str, float], name: str) -> str:
+    """A rate with its interval, as tables show it: "0.95 [0.92, 0.97]"; a dash where it is not."""
+    if name not in metrics:
+        return "–"
+    return f"{metrics[name]:.2f} [{metrics[f'{name}_low']:.2f}, {metrics[f'{name}_high']:.2f}]"
+
+
 def register_adapter(
     record: Record, iteration: int, trained: Attempt, metrics: Mapping[str, float]
 ) -> None:

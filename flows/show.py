@@ -19,7 +19,7 @@ from flows.ask import Asked
 from flows.baselines import Run, row
 from flows.compare import Compared
 from flows.experiment import STAGES, record_of
-from flows.publish import iteration_metrics
+from flows.publish import iteration_metrics, rate_text
 from flows.settings import ExperimentSettings
 from flows.states import State, stage_states
 from tasks.store import Attempt
@@ -192,8 +192,8 @@ def _results(settings: ExperimentSettings, history: Sequence[Metrics]) -> Table:
             str(iteration),
             _accepted(metrics),
             _number(metrics, "constitution_size", ".0f"),
-            _rate(metrics, "win_rate/refined_vs_0"),
-            _rate(metrics, "win_rate/initial_vs_0"),
+            rate_text(metrics, "win_rate/refined_vs_0"),
+            rate_text(metrics, "win_rate/initial_vs_0"),
         )
     return table
 
@@ -234,12 +234,6 @@ def _accepted(metrics: Metrics) -> str:
 
 def _number(metrics: Metrics, name: str, style: str) -> str:
     return f"{metrics[name]:{style}}" if name in metrics else "–"
-
-
-def _rate(metrics: Metrics, name: str) -> str:
-    if name not in metrics:
-        return "–"
-    return f"{metrics[name]:.2f} [{metrics[name + '_low']:.2f}, {metrics[name + '_high']:.2f}]"
 
 
 def _state_cell(state: State | None) -> str:
