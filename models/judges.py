@@ -4,21 +4,20 @@
 one pair: what it cannot judge comes back as a failure with its reason.
 
 The judges that need no model are here; `models.llm_judge` and `models.reward` hold the others, and
-`load_judge` opens any of them by its settings.
+`models.load_judge` opens any of them by its settings.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import Field, model_validator
 
 from constitutions.errors import UserError
-from models.policy import Message, Policy, PolicySettings, Progress
+from models.policy import Message, PolicySettings, Progress
 from models.settings import Settings
 
 TIE = 1e-9
@@ -213,63 +212,6 @@ def per_pair(advance: Progress | None, pairs: int, steps: int) -> Progress | Non
     return tick if advance else None
 
 
-# Foreign text ------------------------------------------------------------------------------
-
-_NAMES = (
-    "s|bos|eos|pad|unk|mask|cls|sep|sop|eop|think|tool_calls?|tool_response|start_of_turn"
-    "|end_of_turn|start_of_image|end_of_image|unused[0-9]+|begin_of_box|end_of_box"
-)
-_BRACKETED = (
-    "INST|IMG|THINK|g?MASK|CLS|SEP|PAD|UNK|BOS|EOS|ARGS|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS"
-    "|TOOL_RESULTS|TOOL_CONTENT|MODEL_SETTINGS"
-)
-_CONTROL = re.compile(
-    r"(?=(?:"
-    r"<[|\uff5c][^\s<>]{1,64}?[|\uff5c]>"  # <|eot_id|>, <|im_end|>, DeepSeek's full-width bars
-    rf"|</?(?:{_NAMES})>"
-    r"|<</?SYS>>"
-    rf"|\[/?(?:{_BRACKETED})\]"
-    r"|\[\s*RESULT\s*\]"  # where a judge's own result stands
-    r")).",
-    re.IGNORECASE | re.DOTALL,
-)
-"""The first character of what the chat templates in use write between turns, and of a result."""
-
-
-def disarm(text: str, control: Iterable[str] = ()) -> str:
-    """The text with a space inside whatever could act as more than words: "<|eot_id|>" → "< |eot…".
-
-    A tokenizer turns control tokens in a message's text into the real ones (`apply_chat_template`
-    renders text, and the text is then tokenised): an answer could end its own turn and speak for
-    the judge. Nothing is removed, and other text stays as it is, mark-up and code included.
-
-    Args:
-        control: further strings to break, such as `control_strings` of the judge's tokenizer. A
-            judge behind an endpoint has none to give: there the usual ones must do.
-    """
-    text = _CONTROL.sub(r"\g<0> ", text)
-    exact = sorted({c for c in control if len(c) > 1}, key=len, reverse=True)
-    if exact:
-        # a look-ahead: of occurrences that overlap, each is broken
-        text = re.sub(rf"(?s)(?=(?:{'|'.join(map(re.escape, exact))})).", r"\g<0> ", text)
-    return text
-
-
-def control_strings(tokenizer: Any) -> frozenset[str]:
-    """What a `transformers` tokenizer reads as one token wherever it stands in a text.
-
-    Added tokens that are no special ones count where they look like mark-up ("<tool_call>"): an
-    added word is a word.
-    """
-    added = tokenizer.added_tokens_decoder.values()
-    return frozenset(
-        t.content for t in added if t.special or re.fullmatch(r"[<\[{|].*[>\]}|]", t.content)
-    ) | frozenset(tokenizer.all_special_tokens)
-
-
-# Choosing one ------------------------------------------------------------------------------
-
-
 class Rubric(Settings):
     """What an LLM judge is to look at, in Prometheus-2's shape."""
 
@@ -356,69 +298,3 @@ class JudgeSettings(Settings):
     def chosen_rubric(self) -> Rubric:
         """The rubric itself."""
         return RUBRICS[self.rubric] if isinstance(self.rubric, str) else self.rubric
-
-
-def open_policy(settings: JudgeSettings) -> Policy:
-    """An LLM judge's model: at its endpoint where it has one, else in this process.
-
-    Raises:
-        UserError: it cannot be loaded, or the endpoint cannot be used.
-    """
-    assert settings.policy is not None, "JudgeSettings sees to it"
-    if settings.endpoint:
-        from models.server import open_server
-
-        return open_server(settings)
-    from models.local import load_policy
-
-    return load_policy(settings.policy, settings.policy.model, None)
-
-
-def load_judge(
-    settings: JudgeSettings,
-    *,
-    planted: bool,
-    similarity: GoldSimilarity,
-    seed: int = 0,
-    open_policy: Callable[[JudgeSettings], Policy] = open_policy,
-) -> Judge:
-    """The judge that the settings ask for, with its model in memory.
-
-    Args:
-        planted: whether the prompts are the planted world's.
-        similarity: the judge "similarity".
-        seed: of a sampled LLM judge.
-        open_policy: opens an LLM judge's model.
-
-    Raises:
-        UserError: the oracle outside the planted world, or a model that cannot be loaded.
-    """
-    if settings.kind in ("auto", "similarity", "oracle"):
-        return choose_judge(settings.kind, planted=planted, similarity=similarity)
-    if settings.kind == "reward":
-        from models.reward import load_reward_model
-
-        assert settings.policy is not None
-        return load_reward_model(settings.policy, tie=settings.reward_tie)
-    from models.llm_judge import AbsoluteJudge, PairwiseJudge
-
-    policy = open_policy(settings)
-    kind = PairwiseJudge if settings.kind == "pairwise" else AbsoluteJudge
-    return kind(policy, settings, seed=seed)
-
-
-def choose_judge(
-    choice: Literal["auto", "similarity", "oracle"], *, planted: bool, similarity: GoldSimilarity
-) -> Judge:
-    """The judge that the settings ask for; "auto" is the oracle where there is one.
-
-    Raises:
-        UserError: when the oracle is asked for and the prompts are not of the planted world.
-    """
-    if choice == "oracle" and not planted:
-        raise UserError(
-            "the oracle knows only the planted world's prompts",
-            where="evaluate.judge",
-            expected='"similarity" or "auto"',
-        )
-    return PlantedOracle() if planted and choice != "similarity" else similarity

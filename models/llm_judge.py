@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from models.foreign_text import control_strings, disarm
 from models.judges import (
     Grade,
     Judgement,
@@ -27,9 +28,7 @@ from models.judges import (
     Rubric,
     Verdict,
     combine,
-    control_strings,
     decide,
-    disarm,
     per_pair,
 )
 from models.policy import Completion, Message, Policy, Progress, Request

@@ -14,15 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from constitutions.errors import UserError
-from models.judges import (
-    Grade,
-    Judgement,
-    Pair,
-    control_strings,
-    decide,
-    disarm,
-    per_pair,
-)
+from models.foreign_text import control_strings, disarm
+from models.judges import Grade, Judgement, Pair, decide, per_pair
 from models.policy import Message, PolicySettings, Progress
 from models.qlora import find_base
 

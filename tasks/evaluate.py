@@ -20,7 +20,8 @@ from pydantic import Field, field_validator, model_validator
 
 from constitutions.constitution import load
 from constitutions.errors import UserError
-from models.judges import JudgeSettings, PlantedOracle, open_policy
+from models.judges import JudgeSettings, PlantedOracle
+from models.load_judge import open_policy
 from models.policy import Policy
 from tasks.answers import AnswerSettings, Respondent, answer_metrics
 from tasks.benchmarks.run import LLM

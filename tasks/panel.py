@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
-from models.judges import GoldSimilarity, Judge, JudgeSettings, load_judge
+from models.judges import GoldSimilarity, Judge, JudgeSettings
+from models.load_judge import load_judge
 from models.policy import Policy, Progress
 from tasks.comparisons import Meeting, decide_all, rate_of
 from tasks.progress import progress

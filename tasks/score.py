@@ -22,8 +22,9 @@ from pydantic import Field, field_validator, model_validator
 from rapidfuzz.distance import LCSseq
 
 from constitutions.errors import UserError
-from models.judges import Grade, JudgeSettings, open_policy
+from models.judges import Grade, JudgeSettings
 from models.llm_judge import AbsoluteJudge, Graded
+from models.load_judge import open_policy
 from models.policy import Progress
 from models.settings import Settings
 from tasks import porter

@@ -28,7 +28,7 @@ from typing import Annotated, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
 
 from constitutions.errors import UserError
-from models.judges import disarm
+from models.foreign_text import disarm
 from models.llm_judge import Asker, Reply
 from models.policy import Message, Progress
 from tasks.benchmarks.rows import Source, clustered_mean, read_rows

@@ -16,7 +16,8 @@ from typing import TypeVar
 from pydantic import BaseModel, Field
 
 from constitutions.errors import UserError
-from models.judges import JudgeSettings, control_strings
+from models.foreign_text import control_strings
+from models.judges import JudgeSettings
 from models.llm_judge import Asker
 from models.policy import Message, Progress
 from tasks.answers import Respondent, Which, given

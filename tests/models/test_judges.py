@@ -13,6 +13,7 @@ import pytest
 from chat_model import build_chat_model
 
 from constitutions.errors import UserError
+from models.foreign_text import disarm
 from models.judges import (
     RUBRICS,
     GoldSimilarity,
@@ -24,14 +25,11 @@ from models.judges import (
     PrincipleJudge,
     Rubric,
     Verdict,
-    choose_judge,
     combine,
     decide,
-    disarm,
-    load_judge,
-    open_policy,
     per_pair,
 )
+from models.load_judge import choose_judge, load_judge, open_policy
 from models.planted.world import sample_examples
 from models.policy import Policy, PolicySettings, Request
 from tasks.score import ScoreSettings, similarity_of

@@ -11,7 +11,8 @@ import torch
 from chat_model import Architecture, build_chat_model
 
 from constitutions.errors import UserError
-from models.judges import JudgeSettings, Pair, load_judge
+from models.judges import JudgeSettings, Pair
+from models.load_judge import load_judge
 from models.policy import Message, PolicySettings
 from models.reward import RewardModel, load_reward_model
 

@@ -1,0 +1,61 @@
+"""Text that somebody else wrote, made harmless before a judge reads it.
+
+A tokenizer turns control tokens in a text into the real ones; `disarm` breaks them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+_NAMES = (
+    "s|bos|eos|pad|unk|mask|cls|sep|sop|eop|think|tool_calls?|tool_response|start_of_turn"
+    "|end_of_turn|start_of_image|end_of_image|unused[0-9]+|begin_of_box|end_of_box"
+)
+_BRACKETED = (
+    "INST|IMG|THINK|g?MASK|CLS|SEP|PAD|UNK|BOS|EOS|ARGS|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS"
+    "|TOOL_RESULTS|TOOL_CONTENT|MODEL_SETTINGS"
+)
+_CONTROL = re.compile(
+    r"(?=(?:"
+    r"<[|\uff5c][^\s<>]{1,64}?[|\uff5c]>"  # <|eot_id|>, <|im_end|>, DeepSeek's full-width bars
+    rf"|</?(?:{_NAMES})>"
+    r"|<</?SYS>>"
+    rf"|\[/?(?:{_BRACKETED})\]"
+    r"|\[\s*RESULT\s*\]"  # where a judge's own result stands
+    r")).",
+    re.IGNORECASE | re.DOTALL,
+)
+"""The first character of what the chat templates in use write between turns, and of a result."""
+
+
+def disarm(text: str, control: Iterable[str] = ()) -> str:
+    """The text with a space inside whatever could act as more than words: "<|eot_id|>" → "< |eot…".
+
+    A tokenizer turns control tokens in a message's text into the real ones (`apply_chat_template`
+    renders text, and the text is then tokenised): an answer could end its own turn and speak for
+    the judge. Nothing is removed, and other text stays as it is, mark-up and code included.
+
+    Args:
+        control: further strings to break, such as `control_strings` of the judge's tokenizer. A
+            judge behind an endpoint has none to give: there the usual ones must do.
+    """
+    text = _CONTROL.sub(r"\g<0> ", text)
+    exact = sorted({c for c in control if len(c) > 1}, key=len, reverse=True)
+    if exact:
+        # a look-ahead: of occurrences that overlap, each is broken
+        text = re.sub(rf"(?s)(?=(?:{'|'.join(map(re.escape, exact))})).", r"\g<0> ", text)
+    return text
+
+
+def control_strings(tokenizer: Any) -> frozenset[str]:
+    """What a `transformers` tokenizer reads as one token wherever it stands in a text.
+
+    Added tokens that are no special ones count where they look like mark-up ("<tool_call>"): an
+    added word is a word.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    return frozenset(
+        t.content for t in added if t.special or re.fullmatch(r"[<\[{|].*[>\]}|]", t.content)
+    ) | frozenset(tokenizer.all_special_tokens)

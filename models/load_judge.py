@@ -1,0 +1,76 @@
+"""Opens the judge that the settings ask for, with its model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from constitutions.errors import UserError
+from models.judges import GoldSimilarity, Judge, JudgeSettings, PlantedOracle
+from models.policy import Policy
+
+
+def open_policy(settings: JudgeSettings) -> Policy:
+    """An LLM judge's model: at its endpoint where it has one, else in this process.
+
+    Raises:
+        UserError: it cannot be loaded, or the endpoint cannot be used.
+    """
+    assert settings.policy is not None, "JudgeSettings sees to it"
+    if settings.endpoint:
+        from models.server import open_server
+
+        return open_server(settings)
+    from models.local import load_policy
+
+    return load_policy(settings.policy, settings.policy.model, None)
+
+
+def load_judge(
+    settings: JudgeSettings,
+    *,
+    planted: bool,
+    similarity: GoldSimilarity,
+    seed: int = 0,
+    open_policy: Callable[[JudgeSettings], Policy] = open_policy,
+) -> Judge:
+    """The judge that the settings ask for, with its model in memory.
+
+    Args:
+        planted: whether the prompts are the planted world's.
+        similarity: the judge "similarity".
+        seed: of a sampled LLM judge.
+        open_policy: opens an LLM judge's model.
+
+    Raises:
+        UserError: the oracle outside the planted world, or a model that cannot be loaded.
+    """
+    if settings.kind in ("auto", "similarity", "oracle"):
+        return choose_judge(settings.kind, planted=planted, similarity=similarity)
+    if settings.kind == "reward":
+        from models.reward import load_reward_model
+
+        assert settings.policy is not None
+        return load_reward_model(settings.policy, tie=settings.reward_tie)
+    from models.llm_judge import AbsoluteJudge, PairwiseJudge
+
+    policy = open_policy(settings)
+    kind = PairwiseJudge if settings.kind == "pairwise" else AbsoluteJudge
+    return kind(policy, settings, seed=seed)
+
+
+def choose_judge(
+    choice: Literal["auto", "similarity", "oracle"], *, planted: bool, similarity: GoldSimilarity
+) -> Judge:
+    """The judge that the settings ask for; "auto" is the oracle where there is one.
+
+    Raises:
+        UserError: when the oracle is asked for and the prompts are not of the planted world.
+    """
+    if choice == "oracle" and not planted:
+        raise UserError(
+            "the oracle knows only the planted world's prompts",
+            where="evaluate.judge",
+            expected='"similarity" or "auto"',
+        )
+    return PlantedOracle() if planted and choice != "similarity" else similarity
