@@ -210,10 +210,9 @@ def validate(
     """Check settings, data and model before anything is computed; report every mistake."""
     from flows import show
     from flows.preflight import check, check_data
+    from flows.settings import load_settings, presets
 
-    if Path(file).suffix in (".yaml", ".yml") or not Path(file).suffix:
-        from flows.settings import load_settings
-
+    if file in presets() or Path(file).suffix in ("", ".yaml", ".yml"):
         show.checked(file, check(load_settings(file, set_ or [])))
     else:
         show.checked(file, check_data(file))

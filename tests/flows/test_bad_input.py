@@ -12,6 +12,8 @@ import yaml
 from chat_model import build_chat_model
 from command import Ran, staple
 
+from flows.settings import presets
+
 GOOD = [{"prompt": f"What is {i}?", "gold": f"It is {i}."} for i in range(8)]
 
 
@@ -172,3 +174,13 @@ def test_good_input_passes(run: Callable[..., Ran], capsys: pytest.CaptureFixtur
     for file in ("e.yaml", "rows.jsonl", "planted"):
         ran = staple(capsys, "validate", file)
         assert (ran.code, "can be run" in ran.out) == (0, True)
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_a_presets_name_is_no_data_file(
+    workplace: Path, capsys: pytest.CaptureFixture[str], preset: str
+) -> None:
+    """Some have a dot in their name. Offline the large ones end at the hub."""
+    ran = staple(capsys, "validate", preset)
+    assert ran.code == 0 or "hub" in ran.err.lower()
+    assert "no such file" not in ran.err
