@@ -39,6 +39,7 @@ def check(settings: ExperimentSettings) -> dict[str, str]:
     found = {
         "model": attempt(lambda: check_model(settings.policy)),
         "prompts": attempt(lambda: _prompts(settings)),
+        "score": attempt(lambda: _similarity(settings)),
         "evaluate": attempt(lambda: _judges(settings)) + attempt(lambda: _benchmarks(settings)),
         "disk": attempt(_disk),
     }
@@ -61,8 +62,14 @@ def _prompts(settings: ExperimentSettings) -> str:
     last = prompt_sets(settings.prompts, settings.seed, settings.iterations)
     mined = [settings.prompts.first] + [settings.prompts.later] * (settings.iterations - 1)
     rejected = f"; {len(last.rejected):,} rows rejected" if last.rejected else ""
-    counts = " + ".join(f"{size:,}" for size in mined)
+    counts = " + ".join(f"{size:,}" for size in mined if settings.iterations) or "none"
     return f"{counts} to mine, {settings.prompts.held_out:,} held out{rejected}"
+
+
+def _similarity(settings: ExperimentSettings) -> str:
+    judge = settings.score.judge
+    graded = f" ({check_judge(judge)})" if judge else ""
+    return f"similarity {settings.score.similarity}{graded}"
 
 
 def _judges(settings: ExperimentSettings) -> str:

@@ -27,19 +27,23 @@ def test_benchmarks_and_judges_are_named(workplace: Path) -> None:
 
 def test_a_missing_file_and_a_missing_judge_are_told_together(workplace: Path) -> None:
     judge = "{kind: pairwise, policy: {model: ./nowhere}}"
+    grades = "{kind: absolute, policy: {model: ./elsewhere}}"
     settings = load_settings(
         "planted",
         [
             "evaluate.benchmarks.ifeval.prompts=absent.jsonl",
             f"evaluate.principle_judge={judge}",
+            "score.similarity=judge",
+            f"score.judge={grades}",
         ],
     )
     with pytest.raises(UserErrors) as told:
         check(settings)
     said = [str(error) for error in told.value.errors]
-    assert len(said) == 2
-    assert "nowhere" in said[0] and "there is no such directory" in said[0]
-    assert said[1].startswith("absent.jsonl: there is no such file")
+    assert len(said) == 3
+    assert "elsewhere" in said[0] and "there is no such directory" in said[0]
+    assert "nowhere" in said[1] and "there is no such directory" in said[1]
+    assert said[2].startswith("absent.jsonl: there is no such file")
 
 
 def test_the_oracle_elsewhere_and_a_similarity_that_is_no_judge_are_refused(
