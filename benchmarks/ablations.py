@@ -1,6 +1,6 @@
 """What each choice of the method is worth on the planted world: one table for each choice.
 
-    python -m benchmarks.ablations --seeds 21 22 23 24 25
+    python -m benchmarks.ablations --seeds 21 22 23 24
 
 The first line of a table is the preset. Writes `benchmarks/ablations.json`, prints the tables.
 """
@@ -58,6 +58,7 @@ ABLATIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "best of N (hard)": PRESET,
         "rejection": ("filter.selection=rejection",),
         "soft, τ = 1": ("filter.selection=soft",),
+        "soft, τ = 1, as many tokens in training": ("filter.selection=soft", "train.tokens=81000"),
         "soft, τ = 0.25": ("filter.selection=soft", "filter.temperature=0.25"),
     },
     "Adapter of the iteration before": {

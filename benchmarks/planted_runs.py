@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,14 +24,18 @@ History = list[dict[str, float]]
 """The metrics of each iteration, from 0."""
 Runs = dict[str, dict[str, History]]
 """Variant → seed → metrics by iteration."""
-KEPT = ("win_rate/", "planted/", "faithfulness/", "train/", "generated_tokens", "constitution_size",
-        "discovery_rate", "refinement_rate", "prompts_kept")  # fmt: skip
+KEPT = re.compile(
+    r"win_rate/(planted-held/)?(refined_vs_initial_0|initial_vs_0)|train/(tokens|trained_tokens)"
+    r"|planted/(recall|precision|nmi|ari|invented_right|kept_right)|faithfulness/(label|answers)"
+    r"|generated_tokens|constitution_size|discovery_rate|refinement_rate|prompts_kept"
+)
 """What the files beside this one hold of an iteration's metrics."""
 
 
 def keep(runs: Runs, file: Path) -> None:
-    """Write what was measured."""
-    file.write_text(json.dumps(runs, indent=1, sort_keys=True) + "\n")
+    """Write what was measured, a line for each variant."""
+    lines = [f"{json.dumps(name)}: {json.dumps(seeds)}" for name, seeds in sorted(runs.items())]
+    file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def run_all(
@@ -103,7 +108,7 @@ def _run(overrides: Overrides) -> History:
 
 
 def _told(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name: round(value, 4) for name, value in metrics.items() if name.startswith(KEPT)}
+    return {name: round(value, 4) for name, value in metrics.items() if KEPT.fullmatch(name)}
 
 
 def mean_cell(values: Sequence[float | None], digits: int = 2) -> str:
