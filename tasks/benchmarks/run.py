@@ -5,6 +5,7 @@ All benchmarks are answered before any is judged: then the policy's memory is th
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,9 +37,9 @@ class RunSettings(Settings):
     """Its own judge; when empty it is evaluate's, where that is an LLM."""
 
     @property
+    @abstractmethod
     def sources(self) -> tuple[str, ...]:
         """The files that it reads."""
-        raise NotImplementedError
 
 
 class Benchmark(Protocol):
