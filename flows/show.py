@@ -53,13 +53,19 @@ def ending(settings: ExperimentSettings, done: Sequence[Mapping[str, Attempt]]) 
 
 def baselines(runs: Sequence[Run]) -> None:
     """Methods side by side, and what each of them spent."""
-    rows = [row(run) for run in runs]
-    title = "win rates against the initial policy's own answers, 95 % intervals"
-    table = _table(title, tuple(rows[0]))
-    for name in ("method", "experiment"):
-        table.columns[list(rows[0]).index(name)].justify = "left"
-    for cells in rows:
-        table.add_row(*cells.values())
+    shown = {
+        "experiment": "experiment",
+        "best iteration": "best",
+        "last iteration": "last",
+        "generated tokens": "generated",
+        "processed in training": "training",
+    }  # what fits on 80 columns
+    title = "win rates against the initial policy's own answers; tokens"
+    table = _table(title, tuple(shown.values()))
+    table.padding = (0, 1, 0, 0)
+    table.columns[0].justify, table.columns[0].no_wrap = "left", True
+    for cells in map(row, runs):
+        table.add_row(*(cells[name] for name in shown))
     console.print(table)
     names = " ".join(run.settings.experiment for run in runs)
     console.print("\nNext:")

@@ -89,7 +89,7 @@ def test_the_command_runs_them_at_equal_budgets(
         "--set", f"train.tokens={tokens}", "--set", "star:mine.samples=4",
     )  # fmt: skip
     assert ran.code == 0, ran.err
-    assert "STaR" in ran.out and "Self-Refine" in ran.out
+    assert "lineage.star" in ran.out and "lineage.self-refine" in ran.out
     assert "staple report lineage lineage.star lineage.self-refine" in ran.out
     star = recorded_settings("lineage.star")
     assert (star.method, star.mine.samples, star.train.tokens) == ("star", 4, tokens)
