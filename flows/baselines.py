@@ -70,7 +70,7 @@ def run_baselines(
 
 
 def baseline_settings(
-    settings: ExperimentSettings, name: str, tokens: int, changes: Mapping[str, Any]
+    settings: ExperimentSettings, name: str, tokens: int | None, changes: Mapping[str, Any]
 ) -> ExperimentSettings:
     """The settings of one baseline: the experiment's, its own, and the changes, the last wins."""
     own = {"experiment": f"{settings.experiment}.{name}", "train.tokens": tokens}
@@ -128,11 +128,12 @@ def _run(settings: ExperimentSettings) -> list[Attempts]:
     return em_experiment(settings) if found is None else found
 
 
-def _trained_tokens(done: Sequence[Attempts]) -> int:
+def _trained_tokens(done: Sequence[Attempts]) -> int | None:
+    """Tokens of one training, on average; None where nothing was trained."""
     trained = [
         attempts["train"].metrics["train/tokens"] for attempts in done if "train" in attempts
     ]
-    return round(fmean(trained)) if trained else 1
+    return round(fmean(trained)) if trained else None
 
 
 def _total(history: Sequence[Metrics], name: str) -> str:
