@@ -31,7 +31,7 @@ from models.judges import (
     decide,
     per_pair,
 )
-from models.policy import Completion, Message, Policy, Progress, Request
+from models.policy import SILENT, Completion, Message, Policy, Progress, Request
 
 WORDING = "prometheus-2/quoted-1"
 """The version of everything below that a judge reads: part of what makes a judgement repeatable."""
@@ -214,8 +214,8 @@ class Reply:
         self.feedback, self.failure = completion.text, None
         if completion.finish == "overflow":
             self.failure, self.final = "the answers are too long for the judge's context", True
-        elif completion.finish == "refused":
-            self.failure, self.final = "the judge's server refuses to answer this", True
+        elif completion.finish in SILENT:
+            self.failure, self.final = f"no judgement: {SILENT[completion.finish]}", True
         elif completion.finish == "length":
             self.failure = f"the judgement was cut at {completion.tokens} tokens"
         else:

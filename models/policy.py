@@ -6,7 +6,7 @@ A stage builds `Request`s and reads `Completion`s; which engine answers is `load
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypedDict
 
@@ -23,6 +23,10 @@ class Message(TypedDict):
     content: str
 
 
+Messages = tuple[Message, ...]
+"""A conversation, oldest turn first."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One prompt and how to sample from it.
@@ -31,13 +35,16 @@ class Request:
     settings, key, i) and on nothing else: not on the batch, the shard or what ran before.
     """
 
-    messages: tuple[Message, ...]
+    messages: Messages | str
+    """Chat turns, or a text that is continued as it stands, without a chat template."""
     key: str
     n: int = 1
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
     max_tokens: int = 512
+    stop: tuple[str, ...] = ()
+    """Texts that end the completion: it is cut before the first of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +56,22 @@ class Completion:
     tokens: int
     logprob: float
     finish: str
-    """"stop", "length" (cut at max_tokens), "overflow" (the prompt left no room: no text) or
-    "refused" (a server would not answer this request: no text)."""
+    """"stop", "length" (cut at max_tokens), or why there is no text: "overflow" (the prompt left no
+    room), "invalid" (the model's logits were not finite) or "refused" (by a server)."""
+
+
+SILENT = {
+    "overflow": "the prompt left no room for it",
+    "invalid": "the model's logits were not finite",
+    "refused": "the server would not answer",
+}
+"""Why there is no text, by how its generation finished."""
+
+
+def finish_of(parts: Iterable[Completion]) -> str:
+    """How an answer in several parts finished: by the gravest finish among them."""
+    found = {part.finish for part in parts}
+    return next((f for f in ("refused", "invalid", "overflow", "length") if f in found), "stop")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +95,7 @@ class Policy(Protocol):
         """`n` completions for each request."""
         ...
 
-    def logprobs(self, pairs: Sequence[tuple[tuple[Message, ...], str]]) -> list[Scoring]:
+    def logprobs(self, pairs: Sequence[tuple[Messages, str]]) -> list[Scoring]:
         """Log-probability of each given response as the next assistant turn."""
         ...
 

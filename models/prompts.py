@@ -18,9 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from models.policy import Message
-
-Messages = tuple[Message, ...]
+from models.policy import Message, Messages
 
 
 @dataclass(frozen=True, slots=True)

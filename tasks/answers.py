@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field
 
 from models import prompts as ask
-from models.policy import Completion, Policy, Progress, Request
+from models.policy import SILENT, Completion, Messages, Policy, Progress, Request, finish_of
 from models.prompts import Templates
 from models.settings import Settings
 from tasks.progress import progress
@@ -44,13 +44,6 @@ class Given:
     missing: str | None = None
 
 
-SILENCED = {
-    "overflow": "the prompt left no room for it",
-    "refused": "the server would not answer",
-}
-"""Why there is no text, by how its generation finished."""
-
-
 def given(row: Answer | None, which: Which) -> Given:
     """One of a row's two answers. A prompt that left no room for one silenced the policy, and so
     did a server that refused.
@@ -58,7 +51,7 @@ def given(row: Answer | None, which: Which) -> Given:
     if row is None:
         return Given(text="", missing="there is none")
     text = row.refined if which == "refined" else row.initial
-    return Given(text=text, missing=None if text.strip() else SILENCED.get(row.finish))
+    return Given(text=text, missing=None if text.strip() else SILENT.get(row.finish))
 
 
 def requests_each(templates: Templates) -> int:
@@ -85,7 +78,7 @@ def answer(
     that were answered, `requests_each` a prompt.
     """
 
-    def sample(role: str, messages: Iterable[ask.Messages], max_tokens: int) -> list[Completion]:
+    def sample(role: str, messages: Iterable[Messages], max_tokens: int) -> list[Completion]:
         requests = [
             Request(
                 messages=m,
@@ -112,14 +105,13 @@ def answer(
 
 def _answer(prompt: Prompt, iteration: int, parts: Sequence[Completion]) -> Answer:
     initial, principle, refined = (part.text for part in parts)
-    finishes = {part.finish for part in parts}
     return Answer(
         prompt_id=prompt.prompt_id,
         iteration=iteration,
         initial=initial,
         principle=principle,
         refined=refined,
-        finish=next((f for f in (*SILENCED, "length") if f in finishes), "stop"),
+        finish=finish_of(parts),
         tokens=sum(part.tokens for part in parts),
     )
 

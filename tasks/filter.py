@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
+from models.policy import SILENT
 from models.settings import Settings
 from tasks.records import Prompt, Rejected, Scored, ScoredCandidate, Trajectory
 from tasks.stage import stage
@@ -131,10 +132,9 @@ def _fault(
     row: Scored, candidate: ScoredCandidate, settings: FilterSettings, guided: bool
 ) -> tuple[str, str] | None:
     """Why a candidate cannot be kept, as (reason, detail); None when it improves on y1."""
-    if candidate.finish == "refused":
-        return "refused", "the server would not answer"
-    if candidate.finish == "overflow":
-        return "prompt too long", "no room was left for the answer"
+    if candidate.finish in SILENT:
+        reason = "prompt too long" if candidate.finish == "overflow" else candidate.finish
+        return reason, SILENT[candidate.finish]
     if candidate.finish == "length" and not settings.keep_truncated:
         return "truncated", "cut at its token limit"
     if guided and (malformed := _malformed(candidate.principle, settings)):

@@ -14,7 +14,7 @@ from itertools import islice
 from pydantic import Field
 
 from models import prompts as ask
-from models.policy import Completion, Policy, Progress, Request
+from models.policy import Completion, Messages, Policy, Progress, Request, finish_of
 from models.prompts import Templates
 from models.settings import Settings
 from tasks.policies import PolicySource
@@ -144,7 +144,7 @@ class _Sampler:
         }
 
     def __call__(
-        self, role: str, contexts: Sequence[tuple[str, ask.Messages]]
+        self, role: str, contexts: Sequence[tuple[str, Messages]]
     ) -> list[list[Completion]]:
         requests = [
             Request(
@@ -159,7 +159,7 @@ class _Sampler:
         ]
         return self.policy.generate(requests, self.advance)
 
-    def one(self, role: str, contexts: Sequence[tuple[str, ask.Messages]]) -> list[Completion]:
+    def one(self, role: str, contexts: Sequence[tuple[str, Messages]]) -> list[Completion]:
         return [completions[0] for completions in self(role, contexts)]
 
 
@@ -214,13 +214,12 @@ def _critiques(
 
 def _candidate(draft: _Draft, critique: Completion, refined: Completion) -> Candidate:
     parts = (draft.principle, critique, refined)
-    finishes = {part.finish for part in parts}
     return Candidate(
         sample=draft.sample,
         principle=draft.principle.text,
         critique=critique.text,
         refined=refined.text,
-        finish=next((f for f in ("refused", "overflow", "length") if f in finishes), "stop"),
+        finish=finish_of(parts),
         tokens=sum(part.tokens for part in parts),
     )
 
