@@ -225,6 +225,8 @@ def training(base: Any, work: dict[str, int], card: dict[str, Any], folder: Path
     )
     step = (ends[-1] - ends[0]) / (len(ends) - 1)  # the first one loads kernels
     model.unload()
+    base.gradient_checkpointing_disable()
+    base.eval()
     tokens = settings.batch_size * work["tokens"]
     # forward, forward again, backward through frozen weights: 2 FLOP a parameter and token each
     computed = 6 * tokens * parameters(base)
