@@ -46,8 +46,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 WORK = {  # prompts, their tokens, new tokens; trajectories and their tokens
-    "8b": {"prompts": 64, "length": 512, "new": 256, "rows": 64, "tokens": 1024},
-    "tiny": {"prompts": 4, "length": 32, "new": 8, "rows": 32, "tokens": 64},
+    "8b": {"prompts": 32, "length": 512, "new": 256, "trajectories": 64, "tokens": 1024},
+    "tiny": {"prompts": 4, "length": 32, "new": 8, "trajectories": 32, "tokens": 64},
 }
 SAMPLES = 16
 TRAINED = 0.5
@@ -59,7 +59,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--rows", type=int, nargs="*", default=[], help="batch sizes to try too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "gpu.json")
     chosen = parser.parse_args()
     found: dict[str, Any] = {}
@@ -69,16 +68,44 @@ def main() -> None:
         print(name, json.dumps(value), flush=True)
         chosen.out.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
 
-    card = limits(chosen.device)
+    note("recorded_steps", recorded_steps(chosen.device))
+    card, work = limits(chosen.device), WORK[chosen.shape]
     note("card", card)
     with tempfile.TemporaryDirectory() as folder:
         base, loading = timed_base(Path(folder), chosen.shape, chosen.device)
         note("loading", loading)
-        work = WORK[chosen.shape]
-        for rows in [None, *chosen.rows]:
-            note(f"sampling_nf4_{rows or 'auto'}", sampling(base, work, card, rows))
+        note("sampling_nf4", sampling(base, work, card))
         note("training_nf4", training(base, work, card, Path(folder)))
-        note("sampling_dequantised", sampling(base.dequantize(), work, card, None))
+        whole = base.dequantize()
+        note("sampling", sampling(whole, work, card))
+        note("sampling_launched", sampling(whole, work, card, recorded=False))
+        adapted = qlora.new_adapter(whole, AdapterSettings(), seed=0).eval()
+        note("sampling_adapter", sampling(adapted, work, card))
+
+
+def recorded_steps(device: str) -> dict[str, Any]:
+    """The same samples whether steps are recorded or launched: a tiny float32 model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {**SHAPES["tiny"], "initializer_range": 0.1}
+    model = LlamaForCausalLM(LlamaConfig(**shape)).to(device).eval()  # type: ignore[arg-type]
+    prompts = [list(range(3, 3 + length)) for length in (4, 9, 30, 31, 60)]
+    said = []
+    for recorded in (True, False):
+        done: list[Sample] = []
+        decoder = Decoder(model, (5, 6), 24, str)
+        decoder.recorded.possible &= recorded
+        requests = [
+            Request(messages="", key=str(i), n=SAMPLES, max_tokens=150) for i in range(len(prompts))
+        ]
+        decoder.sample(prompts, requests, done.append)
+        said.append({(s.request, s.number): s.tokens for s in done})
+        if recorded and device == "cuda" and not decoder.recorded.possible:
+            raise AssertionError("no step could be recorded")
+    if said[0] != said[1]:
+        raise AssertionError("recorded steps give other samples")
+    return {"samples": len(said[0]), "equal": True}
 
 
 def limits(device: str) -> dict[str, Any]:
@@ -156,13 +183,14 @@ def held(model: Any) -> int:
 
 
 def sampling(
-    base: Any, work: dict[str, int], card: dict[str, Any], rows: int | None
+    base: Any, work: dict[str, int], card: dict[str, Any], *, recorded: bool = True
 ) -> dict[str, Any]:
     """N = 16 samples of every prompt; none of them ends by itself."""
     draw = random.Random(0)
     vocabulary = base.config.vocab_size
     prompts = [draw.choices(range(vocabulary), k=work["length"]) for _ in range(work["prompts"])]
-    decoder = Decoder(base, (), rows, str)
+    decoder = Decoder(base, (), None, str)
+    decoder.recorded.possible &= recorded
     _sample(decoder, prompts[:2], 4)  # kernels are loaded
     forget(base)
     wait(base.device.type)
@@ -180,6 +208,7 @@ def sampling(
         "samples_per_second": samples / seconds,
         "new_tokens_per_second": samples * work["new"] / seconds,
         "rows": decoder.fitted,
+        "played": decoder.recorded.played,
         "steps": steps,
         "seconds": seconds,
         "seconds_per_step": seconds / steps,
@@ -210,7 +239,7 @@ def training(base: Any, work: dict[str, int], card: dict[str, Any], folder: Path
     trained = tuple(i > work["tokens"] * (1 - TRAINED) for i in range(work["tokens"]))
     examples = [
         Example(tuple(draw.choices(range(base.config.vocab_size), k=work["tokens"])), trained)
-        for _ in range(work["rows"])
+        for _ in range(work["trajectories"])
     ]
     model = qlora.new_adapter(base, settings, seed=0)
     forget(base)

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from constitutions.errors import UserError
+from models.graphs import Steps
 from models.policy import Request
 from models.sampling import choose, seed_of
 from models.shared_prefix import PrefixCache, unsupported, use_shared_prefixes
@@ -204,6 +205,7 @@ class Decoder:
         self.fitted = 0
         """Rows at once in the last call."""
         use_shared_prefixes(model)
+        self.recorded = Steps(self._one_more, model.device)
 
     @torch.inference_mode()
     def sample(
@@ -232,6 +234,8 @@ class Decoder:
                 if not is_out_of_memory(error):
                     raise
                 self.rows = self._fewer(rows)
+            finally:
+                self.recorded.forget()
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[list[float]]:
         """log p of each token of a response after its prompt, prompts that begin alike shared.
@@ -327,7 +331,7 @@ class Decoder:
         if batch.going.count(False) > COMPACT * len(batch.going):
             chosen = chosen[[row for row, going in enumerate(batch.going) if going]]
             batch = self._compacted(batch)
-        batch.logits = self._forward(batch.cache, chosen[:, None], torch.ones_like(chosen))
+        batch.logits = self.recorded.step(batch.cache, chosen)
         return batch
 
     def _append(self, sample: Sample, request: Request, token: int, logprob: float) -> None:
@@ -401,6 +405,9 @@ class Decoder:
     ) -> Tensor:
         logits = self._call(cache, tokens, cache.begin(tokens.shape[1], new))
         return (logits[:, -1] if last else logits[0]).float()
+
+    def _one_more(self, cache: PrefixCache, tokens: Tensor) -> Tensor:
+        return self._forward(cache, tokens[:, None], torch.ones_like(tokens))
 
     def _call(self, cache: PrefixCache, tokens: Tensor, positions: Tensor) -> Tensor:
         return self.model(

@@ -2,14 +2,14 @@
 
 A *family* is a prefix (a prompt, or what several prompts begin with); a *row* is a sample that
 continues it. A row's query meets the family's keys together with the queries of its sisters, and
-its own private keys alone; the two partial softmaxes are joined by their normalisers, which is
-exact. `models/decoding.py` fills the cache and takes rows out; any transformers model whose
-attention goes through the library's attention interface can use it.
+its own private keys alone; one softmax is over both. `models/decoding.py` fills the cache and takes
+rows out; any transformers model whose attention goes through the library's interface can use it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, cast
 
@@ -73,11 +73,40 @@ class PrefixCache:
         """An upper bound of `lengths`, known without asking the device."""
         self.call: _Call | None = None
         """The forward pass over rows at work; None: over the prefixes."""
+        self._changes = 0
+        self._whole = False
 
     @property
     def rows(self) -> int:
         """How many rows there are."""
         return len(self.family)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The same as long as all tensors are: (changes of the rows, room for private tokens)."""
+        return self._changes, self._capacity
+
+    @property
+    def room(self) -> int:
+        """Tokens that every row can still take before its place has to grow."""
+        return self._capacity - self.longest
+
+    @property
+    def _capacity(self) -> int:
+        return self.private[0][0].shape[2] if self.private else 0
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """A pass in here is only written down: its shapes must hold until there is no room."""
+        longest, self._whole = self.longest, True
+        try:
+            yield
+        finally:
+            self.longest, self._whole = longest, False
+
+    def moved(self) -> None:
+        """A recorded pass was played: every row has one more token."""
+        self.longest += 1
 
     def seat(self, family: Tensor) -> None:
         """Take in a row without private tokens for each given family (ascending)."""
@@ -87,6 +116,7 @@ class PrefixCache:
 
     def _arranged(self) -> None:
         self.call, self.seats = None, _Seats(self.family, len(self.prefix_lengths))
+        self._changes += 1
 
     def begin(self, width: int, new: Tensor) -> Tensor:
         """Start a pass over `width` tokens of every row, of which `new` (rows,) count.
@@ -94,8 +124,10 @@ class PrefixCache:
         Returns:
             Their positions in the whole texts (rows, width).
         """
-        self.call = _Call(self, self.seats, width)
-        self.lengths, self.longest = self.lengths + new, self.longest + width
+        extent = self._capacity if self._whole else self.longest + width
+        self.call = _Call(self, self.seats, width, extent)
+        self.lengths += new  # in place: a recording knows tensors by their address
+        self.longest += width
         return self.prefix_lengths[self.family][:, None] + self.call.index
 
     def select(self, rows: Tensor) -> None:
@@ -184,13 +216,12 @@ class _Seats:
 class _Call:
     """What all layers need in one pass over the rows: where new keys go, and who sees what."""
 
-    def __init__(self, cache: PrefixCache, seats: _Seats, width: int) -> None:
-        self.cache, self.seats, self.width = cache, seats, width
+    def __init__(self, cache: PrefixCache, seats: _Seats, width: int, extent: int) -> None:
+        self.cache, self.seats, self.width, self.extent = cache, seats, width, extent
         self.index = cache.lengths[:, None] + torch.arange(width, device=cache.lengths.device)
         """Place of each new token among its row's private ones, (rows, width)."""
-        self.extent = cache.longest + width
         self.row = torch.arange(cache.rows, device=self.index.device)
-        self._biases: dict[int | None, tuple[Tensor, Tensor]] = {}
+        self._biases: dict[int | None, Tensor] = {}
 
     def write(self, held: KeyValue, new: KeyValue) -> KeyValue:
         """The private keys and values with the new ones in their places."""
@@ -213,53 +244,43 @@ class _Call:
         cache, (rows, heads, width, size) = self.cache, query.shape
         keys, values = cache.prefix[layer]
         own_keys, own_values = (part[:, :, : self.extent] for part in cache.private[layer])
-        groups = keys.shape[1]
+        groups, longest = keys.shape[1:3]
         queries = heads // groups * width
-        own = query.reshape(rows, groups, queries, size)
-        seen, mine = self._bias(window, heads // groups)
-        gathered = self.seats.gather(own)
-        shared, above = _attend(gathered, keys, values, seen, scaling, softcap)
-        private, below = _attend(own, own_keys, own_values, mine, scaling, softcap)
-        weight = (self.seats.spread(above, queries) - below).sigmoid()
-        out = torch.lerp(private, self.seats.spread(shared, queries), weight).to(query.dtype)
+        own = (query * scaling).reshape(rows, groups, queries, size)
+        above = torch.matmul(self.seats.gather(own), keys.transpose(-1, -2))
+        below = torch.matmul(own, own_keys.transpose(-1, -2))
+        scores = torch.cat([self.seats.spread(above, queries), below], -1)
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores + self._bias(window, heads // groups).to(scores.dtype)
+        weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
+        seen, mine = weights.split([longest, self.extent], -1)
+        shared = torch.matmul(self.seats.gather(seen), values)
+        out = self.seats.spread(shared, queries) + torch.matmul(mine, own_values)
         return out.reshape(rows, heads, width, -1).transpose(1, 2)
 
-    def _bias(self, window: int | None, repeats: int) -> tuple[Tensor, Tensor]:
-        """What is added to the scores of prefix and private positions, broadcastable to them."""
+    def _bias(self, window: int | None, repeats: int) -> Tensor:
+        """What is added to the scores: (rows, 1, queries of a group or 1, longest + extent)."""
         if window not in self._biases:
-            self._biases[window] = self._make_bias(window, repeats)
+            seen = self._seen(window)
+            if self.width > 1:  # one token is the same for all heads of its group
+                seen = seen.repeat(1, repeats, 1)
+            self._biases[window] = _as_bias(seen[:, None])
         return self._biases[window]
 
-    def _make_bias(self, window: int | None, repeats: int) -> tuple[Tensor, Tensor]:
-        cache, index = self.cache, self.index
-        lengths = cache.prefix_lengths
-        longest = cache.prefix[0][0].shape[2]
-        prefix = torch.arange(longest, device=index.device)
-        there = (prefix < lengths[:, None])[:, None, None]
+    def _seen(self, window: int | None) -> Tensor:
+        """What of its prefix, and of its own, each new token of a row sees: (rows, width, …)."""
+        cache, index = self.cache, self.index[..., None]
+        lengths = cache.prefix_lengths[cache.family][:, None, None]
+        prefix = torch.arange(cache.prefix[0][0].shape[2], device=index.device)
         own = torch.arange(self.extent, device=index.device)
-        seen = own <= index[..., None]
+        above, below = (prefix < lengths).expand(-1, self.width, -1), own <= index
         if window is not None:
-            seen = seen & (own > index[..., None] - window)
-            position = (lengths[cache.family][:, None] + index)[:, None]  # (rows, 1, width)
-            near = prefix > position[..., None] - window
-            there = there & self.seats.gather(near.repeat(1, 1, repeats, 1))
-        if self.width > 1:  # one token is the same for all heads of its group
-            seen = seen.repeat(1, repeats, 1)
-        return _as_bias(there), _as_bias(seen[:, None])
-
-
-def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """softmax(query · keys) · values in float32, and the log of the softmax's normaliser."""
-    scores = torch.matmul(query, keys.transpose(-1, -2)).float() * scaling
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores += bias
-    highest = scores.amax(-1, keepdim=True)
-    weights = (scores - highest).exp_()
-    total = weights.sum(-1, keepdim=True)
-    return torch.matmul(weights.to(values.dtype), values) / total, highest + total.log()
+            above, below = (
+                above & (prefix > lengths + index - window),
+                below & (own > index - window),
+            )
+        return torch.cat([above, below], -1)
 
 
 def attention(
@@ -305,8 +326,9 @@ def _softcapped(
     if mask is None:  # causal, as the library leaves it to the kernel
         mask = torch.ones(new, all_, dtype=torch.bool, device=query.device).tril(all_ - new)
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    out = _attend(query, key, value, _as_bias(mask), scaling, softcap)[0]
-    return out.to(query.dtype).transpose(1, 2)
+    scores = torch.matmul(query * scaling, key.transpose(-1, -2)).float()
+    weights = (torch.tanh(scores / softcap) * softcap + _as_bias(mask)).softmax(-1)
+    return torch.matmul(weights.to(value.dtype), value).transpose(1, 2)
 
 
 def _as_bias(seen: Tensor) -> Tensor:
