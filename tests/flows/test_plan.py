@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -15,7 +16,7 @@ from command import staple
 
 from flows.experiment import record_of
 from flows.plan import like, plan
-from flows.settings import ExperimentSettings, load_settings, presets
+from flows.settings import PRESETS, ExperimentSettings, load_settings, presets
 from flows.workload import CHARACTERS, MARKS, Assumed, Lengths, Turn, Workload, lengths
 from models.policy import Completion, Message, Request
 from models.prompts import TEMPLATES
@@ -35,6 +36,22 @@ def test_every_preset_is_planned(
     words = ("hours", "prefill", "at most", "weights", "KV cache", "disk", "estimate", "assumed")
     assert all(word in ran.out for word in words)
     assert "too much" not in ran.out
+
+
+@pytest.mark.parametrize("name", [name for name in presets() if name != "planted"])
+def test_a_preset_says_what_it_takes(name: str) -> None:
+    text = (PRESETS / f"{name}.yaml").read_text("utf-8")
+    said = re.search(r"# About (\d+) hours on one H100, an estimate; a GPU with 24 GiB is", text)
+    assert said is not None and f"# staple plan {name}\n" in text
+    settings = unset_rows(load_settings(name))
+    assert plan(settings).total("hours") == pytest.approx(int(said[1]), rel=0.05)
+    assert not any(memory.remedy for memory in plan(settings, "rtx-4090").memory)
+
+
+def unset_rows(settings: ExperimentSettings) -> ExperimentSettings:
+    """As many rows as fit."""
+    policy = settings.policy.model_copy(update={"batch_rows": None})
+    return settings.model_copy(update={"policy": policy})
 
 
 def test_nothing_heavy_is_imported_and_nothing_is_made(workplace: Path) -> None:
@@ -250,9 +267,7 @@ def test_a_gpu_that_is_too_small_is_named_and_another_with_it(
 
 def test_unset_rows_are_those_that_fit() -> None:
     settings = load_settings("llama-3.1-8b")
-    free = settings.model_copy(
-        update={"policy": settings.policy.model_copy(update={"batch_rows": None})}
-    )
+    free = unset_rows(settings)
     sampling = plan(free).memory[0]
     assert 0.9 * plan(free).gpu.room < sampling.bytes <= plan(free).gpu.room
     assert plan(free).total("hours") < plan(settings).total("hours")
