@@ -203,7 +203,7 @@ def test_a_judge_behind_an_endpoint_takes_tokens_but_no_hours_here() -> None:
 
 
 def test_the_bound_bounds_and_what_was_recorded_is_planned_again(
-    at_home: ExperimentSettings,
+    at_home: ExperimentSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = record_of(at_home.experiment)
     mined, kept, trained = (record.needs(s, 1).metrics for s in ("mine", "filter", "train"))
@@ -218,7 +218,9 @@ def test_the_bound_bounds_and_what_was_recorded_is_planned_again(
     assert again["mine"].at_most == done["mine"].at_most
     assert again["train"].prompts == pytest.approx(kept["trajectories"])
     assert again["train"].trained == pytest.approx(trained["train/tokens"], rel=0.01)
-    assert "as in lineage" in known.notes[0]
+
+    shown = staple(capsys, "plan", "lineage.yaml", "--like", at_home.experiment)
+    assert shown.code == 0 and "as in lineage" in shown.out
 
 
 def test_an_experiment_that_never_ran_tells_nothing(
