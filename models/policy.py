@@ -57,13 +57,14 @@ class Completion:
     logprob: float
     finish: str
     """"stop", "length" (cut at max_tokens), or why there is no text: "overflow" (the prompt left no
-    room), "invalid" (the model's logits were not finite) or "refused" (by a server)."""
+    room), "invalid" (the model's logits were not finite) or "refused" (the prompt, by the chat
+    template or by a server)."""
 
 
 SILENT = {
     "overflow": "the prompt left no room for it",
     "invalid": "the model's logits were not finite",
-    "refused": "the server would not answer",
+    "refused": "its prompt was refused, by the chat template or by the server",
 }
 """Why there is no text, by how its generation finished."""
 
@@ -119,7 +120,7 @@ class PolicySettings(Settings):
     """Compute type. float32 on a CPU without bfloat16 units."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes the GPU when there is one."""
-    batch_rows: int = Field(64, ge=1, le=4096)
-    """Samples that are decoded together: more is faster until memory is full."""
+    batch_rows: int | None = Field(None, ge=1, le=4096)
+    """Samples that are decoded together. Unset: as many as the free memory holds."""
     threads: int | None = Field(None, ge=1, le=512)
     """CPU threads. Unset: torch's choice. For very small models 1 is as fast, and steadier."""
