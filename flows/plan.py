@@ -168,18 +168,6 @@ class _Estimate:
         rank = self.settings.train.lora_rank if self.settings.iterations else 0
         return self._held(self.settings.policy, rank)
 
-    @cached_property
-    def longest(self) -> float:
-        """Tokens of the longest sample."""
-        return min(self.workload.longest(), float(self.policy.shape.context))
-
-    @cached_property
-    def rows(self) -> int:
-        """Samples of the longest kind that are decoded together: as set, or as many as fit."""
-        mine = self.settings.mine
-        fit = min(self.policy.rows_that_fit(self.longest), mine.shard_size * mine.samples)
-        return self.settings.policy.batch_rows or max(1, fit)
-
     @property
     def micro(self) -> int:
         """Conversations that are trained on together."""
@@ -238,7 +226,7 @@ class _Estimate:
             samples=prompts * sum(turn.samples for turn in turns),
             generated=self.workload.assumed.filled * at_most,
             at_most=at_most,
-            prefilled=prompts * sum(turn.shared + turn.samples * turn.own for turn in turns),
+            prefilled=prompts * sum(turn.prefilled for turn in turns),
             hours=hours,
         )
 
@@ -250,14 +238,16 @@ class _Estimate:
         """
         seconds = 0.0
         for turn in turns:
-            samples, before = prompts * turn.samples, turn.shared + turn.own
-            fit = rows or max(1, held.rows_that_fit(before + turn.limit))
-            together = min(fit, shard * turn.samples)
+            together = min(self._rows(held, rows, turn), shard * turn.samples)
             new = self.workload.assumed.filled * turn.limit
-            steps = samples * new / together
-            seconds += steps * held.step_seconds(together, before + new / 2)
-            seconds += held.prefill_seconds(prompts * turn.shared + samples * turn.own, before)
+            steps = prompts * turn.samples * new / together
+            read = turn.cached(new / 2)
+            seconds += steps * held.step_seconds(together, turn.context + new / 2, read)
+            seconds += held.prefill_seconds(prompts * turn.prefilled, turn.context)
         return seconds / 3600
+
+    def _rows(self, held: Held, rows: int | None, turn: Turn) -> int:
+        return rows or max(1, held.rows_that_fit(turn.cached(turn.limit)))
 
     def _training(self, lessons: float) -> Work:
         s = self.settings.train
@@ -280,26 +270,43 @@ class _Estimate:
         if self.settings.iterations:
             kinds.append((self.training(), self._smaller_steps))
         for memory, remedy in kinds:
-            yield memory if memory.bytes <= self.gpu.room else replace(memory, remedy=remedy())
+            fits = memory.bytes <= self.gpu.room
+            yield memory if fits else replace(memory, remedy=remedy())
 
     def sampling(self) -> Memory:
-        """At the longest samples that the limits allow, in every row."""
-        parts = self.policy.sampling_memory(self.rows, self.longest)
-        return Memory(title=f"sampling {self.rows:,} × {self.longest:,.0f}", parts=parts)
+        """Of the turn that takes most, with every turn at its limit."""
+        found = [self._sampling_of(turn, shard) for turn, shard in self._longest_turns()]
+        return max(found, key=lambda memory: memory.bytes)
+
+    def _sampling_of(self, turn: Turn, shard: int) -> Memory:
+        rows = self._rows(self.policy, self.settings.policy.batch_rows, turn)
+        rows = min(rows, shard * turn.samples)
+        tokens = turn.cached(turn.limit)
+        parts = self.policy.sampling_memory(rows, tokens)
+        return Memory(title=f"sampling {rows:,} × {tokens:,.0f}", parts=parts)
+
+    def _longest_turns(self) -> Iterator[tuple[Turn, int]]:
+        """Every turn of the policy at its limits, and the prompts of its shards."""
+        s, work = self.settings, self.workload.at_limits()
+        if s.iterations and s.method != "sft":
+            yield from ((turn, s.mine.shard_size) for turn in work.mined())
+        yield from ((turn, s.evaluate.shard_size) for turn in work.answered())
 
     def _fewer_rows(self) -> str:
+        """As many rows as fit; with NF4 weights, where not one does without."""
+        tokens = max(turn.cached(turn.limit) for turn, _ in self._longest_turns())
+        smaller = replace(self.policy, quantization="nf4")
         for held, change in (
             (self.policy, {}),
-            (replace(self.policy, quantization="nf4"), {"policy.quantization": "nf4"}),
+            (smaller, {"policy.quantization": "nf4"}),
         ):
-            if rows := held.rows_that_fit(self.longest):
+            if rows := held.rows_that_fit(tokens):
                 return _flags({**change, "policy.batch_rows": rows})
-        least = replace(self.policy, quantization="nf4").sampling_memory(1, self.longest)
-        return _larger(sum(least.values()))
+        return _larger(sum(smaller.sampling_memory(1, tokens).values()))
 
     def training(self) -> Memory:
         """At a micro-batch of the longest conversations."""
-        length, loss = self.workload.learned(longest=True)
+        length, loss = self.workload.at_limits().learned()
         checkpointing = self.settings.train.gradient_checkpointing
         parts = self.policy.training_memory(self.micro, length, loss, checkpointing=checkpointing)
         return Memory(title=f"training {self.micro} × {length:,.0f}", parts=parts)

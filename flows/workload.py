@@ -7,7 +7,7 @@ bound what is generated, and a share of them, `Assumed.filled`, is expected.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from flows.settings import ExperimentSettings
@@ -75,6 +75,27 @@ class Turn:
     """Tokens before it that its samples have in common: prefilled once."""
     own: float = 0.0
     """Tokens before it that each sample has for itself."""
+
+    @property
+    def context(self) -> float:
+        """Tokens before it."""
+        return self.shared + self.own
+
+    @property
+    def alike(self) -> bool:
+        """Whether its samples share a prefix: the engine does so from half of the prompt on."""
+        return self.shared >= self.own
+
+    @property
+    def prefilled(self) -> float:
+        """Tokens of prompts that are computed for all samples together."""
+        if self.alike:
+            return self.shared + self.samples * self.own
+        return self.samples * self.context
+
+    def cached(self, new: float) -> float:
+        """Tokens in the cache for each sample when it has `new` ones."""
+        return new + (self.shared / self.samples + self.own if self.alike else self.context)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,37 +211,21 @@ class Workload:
             Turn(samples=1, limit=s.max_response_tokens, shared=told),
         ]
 
-    def learned(self, *, longest: bool = False) -> tuple[float, float]:
-        """Tokens of a conversation that is trained on, and how many of them have loss.
-
-        Args:
-            longest: with the longest prompt and every turn at its limit.
-        """
-        prompt = self.lengths.longest if longest else self.prompt
+    def learned(self) -> tuple[float, float]:
+        """Tokens of a conversation that is trained on, and how many of them have loss."""
         if self.settings.method == "sft":
-            gold = self.lengths.gold * (LONG if longest else 1)
-            return self._cut(prompt + gold, gold)
+            return self._cut(self.prompt + self.lengths.gold, self.lengths.gold)
         s, words = self.settings.mine, self._words
-        limits = (s.max_response_tokens, s.max_principle_tokens)
-        y, z = map(float, limits) if longest else self._expected(*limits)
-        turns = {"initial": y, "refined": y}
-        asking = words["refine"]
+        y, z = self._expected(s.max_response_tokens, s.max_principle_tokens)
+        turns, asking = {"initial": y, "refined": y}, words["refine"]
         if self.settings.guided:
             turns["principle"], asking = z, asking + words["propose"]
         loss = sum(turns.get(turn, 0.0) for turn in self.settings.train.loss_on)
-        return self._cut(prompt + sum(turns.values()) + asking, loss)
+        return self._cut(self.prompt + sum(turns.values()) + asking, loss)
 
-    def longest(self) -> float:
-        """Tokens of the longest sample: the refinement, every turn before it at its limit."""
-        words, mine, answers = self._words, self.settings.mine, self.settings.evaluate
-        response = max(mine.max_response_tokens, answers.max_response_tokens)
-        tokens = self.lengths.longest + 2 * response + words["refine"]
-        if self.settings.guided:
-            principle = max(mine.max_principle_tokens, answers.max_principle_tokens)
-            tokens += words["propose"] + principle
-            if mine.critique:
-                tokens += words["critique"] + mine.max_critique_tokens
-        return tokens
+    def at_limits(self) -> Workload:
+        """The same with the longest prompts and every turn at its limit."""
+        return replace(self, assumed=replace(self.assumed, filled=1.0, prompt=self.lengths.longest))
 
     def graded(self, prompts: int) -> Iterator[Asked]:
         """What the judge of the E-step, where there is one, is asked: to grade y1 and every y2."""

@@ -15,11 +15,14 @@ RESERVED = 1.0
 """GiB that CUDA, its libraries and the driver take."""
 FRAGMENTED = 0.05
 """Share of the memory that the allocator cannot use."""
-PREFILL_TOKENS = 8192
-"""Tokens of prompts that go through the layers together."""
-LOGIT_BYTES = 40
-"""For each row and word of the vocabulary while a token is chosen: logits and their scaled copy
-(float32), the random bits and their mixing (three int64), the noise and its sum (float32)."""
+PASS_TOKENS = 8192
+"""As `models.decoding` has it: tokens of prompts that go through the layers together."""
+MEMORY_SHARE = 0.8
+"""The same: of what the weights leave, the share that rows may fill."""
+MOST_ROWS = 512
+"""The same, on a GPU."""
+LOGIT_BYTES = 32
+"""The same: for each row and word of the vocabulary, while a token is chosen."""
 LOSS_BYTES = 12
 """For each trained token and word of the vocabulary: logits, float32 log-probabilities, both
 gradients."""
@@ -108,9 +111,9 @@ class Held:
     # Sampling
 
     def sampling_memory(self, rows: int, tokens: float) -> dict[str, float]:
-        """Bytes while `rows` samples, each of `tokens` with its prompt, are decoded together."""
+        """Bytes while `rows` samples are decoded together, each with `tokens` in the cache."""
         shape, width = self.shape, WIDTH[self.dtype]
-        prefill = PREFILL_TOKENS * (4 * shape.hidden + 3 * shape.intermediate) * width
+        prefill = PASS_TOKENS * (4 * shape.hidden + 3 * shape.intermediate) * width
         return {
             **self.weights,
             "adapter": 4.0 * shape.adapter(self.rank),
@@ -120,14 +123,24 @@ class Held:
         }
 
     def rows_that_fit(self, tokens: float) -> int:
-        """So many samples of `tokens` can be decoded together; 0: not one."""
-        none, one = (sum(self.sampling_memory(rows, tokens).values()) for rows in (0, 1))
-        return max(0, int((self.gpu.room - none) // (one - none)))
+        """So many samples are decoded together where no setting says, as `models.decoding` reckons,
+        and fit; 0: not one.
+        """
+        parts = self.sampling_memory(1, tokens)
+        each = parts["KV cache"] + parts["logits"]
+        free = (self.gpu.memory - RESERVED) * GIB - parts["weights"] - parts["adapter"]
+        left = self.gpu.room - (sum(parts.values()) - each)
+        return max(0, min(MOST_ROWS, int(MEMORY_SHARE * free / each), int(left / each)))
 
-    def step_seconds(self, rows: float, tokens: float) -> float:
-        """Seconds in which each of `rows` samples, `tokens` long on average, gets one more.
+    def step_seconds(self, rows: float, context: float, read: float) -> float:
+        """Seconds in which each of `rows` samples gets one more token.
 
         NF4 weights are unpacked in every step: read, written in `dtype`, and read again.
+
+        Args:
+            rows: samples.
+            context: tokens that each attends to, on average.
+            read: of these, how many are read for each row: what rows share is read once.
         """
         shape, width = self.shape, WIDTH[self.dtype]
         each = NF4_BYTES + 2 * width if self.quantization == "nf4" else width
@@ -135,11 +148,11 @@ class Held:
             shape.matrices * each
             + shape.output * width
             + shape.adapter(self.rank) * 4
-            + rows * tokens * shape.cache_bytes(self.dtype)
+            + rows * read * shape.cache_bytes(self.dtype)
             + rows * shape.vocabulary * LOGIT_BYTES
         )
         weights = shape.matrices + shape.output + shape.adapter(self.rank)
-        operations = rows * (2 * weights + tokens * self._attention)
+        operations = rows * (2 * weights + context * self._attention)
         least = max(moved / (self.gpu.bandwidth * 1e9), operations / self.gpu.rate(self.dtype))
         return least / self.efficiency.decode + shape.layers * self.efficiency.layer_seconds
 
