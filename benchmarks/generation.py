@@ -93,9 +93,7 @@ def _prompts() -> list[list[int]]:
 
 
 def _requests() -> list[Request]:
-    return [
-        Request(messages="", key=str(i), n=SAMPLES, max_tokens=NEW) for i in range(PROMPTS)
-    ]
+    return [Request(messages="", key=str(i), n=SAMPLES, max_tokens=NEW) for i in range(PROMPTS)]
 
 
 @torch.inference_mode()
