@@ -99,14 +99,11 @@ class Held:
     efficiency: Efficiency = MEASURED
 
     @property
-    def weights(self) -> dict[str, float]:
-        """Bytes that are there whatever it does, by what they are for."""
-        shape = self.shape
-        parts = {"weights": shape.weight_bytes(self.quantization, self.dtype)}
-        if self.quantization == "nf4":
-            widest = max(a * b for a, b in shape.linears)
-            parts["weights"] += widest * WIDTH[self.dtype]  # one at a time is unpacked
-        return parts
+    def weights(self) -> float:
+        """Bytes of the base, with one matrix at a time unpacked where it is in NF4."""
+        unpacked = max(a * b for a, b in self.shape.linears) * WIDTH[self.dtype]
+        held = self.shape.weight_bytes(self.quantization, self.dtype)
+        return held + unpacked * (self.quantization == "nf4")
 
     # Sampling
 
@@ -115,7 +112,7 @@ class Held:
         shape, width = self.shape, WIDTH[self.dtype]
         prefill = PASS_TOKENS * (4 * shape.hidden + 3 * shape.intermediate) * width
         return {
-            **self.weights,
+            "weights": self.weights,
             "adapter": 4.0 * shape.adapter(self.rank),
             "activations": float(prefill),
             "logits": float(rows * shape.vocabulary * LOGIT_BYTES),
@@ -173,7 +170,7 @@ class Held:
     ) -> dict[str, float]:
         """Bytes while `rows` conversations of `tokens` are learned, `trained` of each with loss."""
         return {
-            **self.weights,
+            "weights": self.weights,
             "adapter": float(OPTIMISER_BYTES * self.shape.adapter(self.rank)),
             "activations": rows * tokens * self._saved(checkpointing),
             "logits": rows * trained * self.shape.vocabulary * LOSS_BYTES,

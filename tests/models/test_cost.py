@@ -136,7 +136,7 @@ def test_rows_are_those_that_the_engine_takes(
     decoder = load_policy(settings, directory, None).decoder
     gpu = Gpu("small", RESERVED + 0.5, 1, 1, 1)
     held = Held(shape=shape_of(settings), quantization="none", dtype="float32", rank=0, gpu=gpu)
-    monkeypatch.setattr(decoding, "free_bytes", lambda _: int(GIB / 2 - held.weights["weights"]))
+    monkeypatch.setattr(decoding, "free_bytes", lambda _: int(GIB / 2 - held.weights))
     request = Request(messages="", key="k", n=300, max_tokens=5000)
     waiting = decoding.families([[1] * 601], [range(300)])
     assert decoder._fitting(waiting, [request]) == held.rows_that_fit(5001 + 600 / 300) < 256
