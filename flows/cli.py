@@ -219,6 +219,38 @@ def validate(
 
 
 @app.command()
+def plan(
+    source: Annotated[str, typer.Argument(help="A preset's name or a YAML file.")] = "planted",
+    gpu: Annotated[
+        str, typer.Option(help="rtx-4090, l4, l40s, a100-40, a100-80, h100, h200 or b200.")
+    ] = "h100",
+    like: Annotated[
+        str, typer.Option(help="Lengths and acceptance as this recorded experiment had them.")
+    ] = "",
+    filled: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=1, help="Share of its token limit that a turn takes."),
+    ] = None,
+    accepted: Annotated[
+        float | None, typer.Option(min=0.001, help="Trajectories kept for each mined prompt.")
+    ] = None,
+    set_: Set = None,
+) -> None:
+    """Tokens, GPU memory, disk and hours, before anyone spends them; loads and fetches nothing."""
+    from dataclasses import replace
+
+    from flows import plan as planning
+    from flows import show
+    from flows.settings import load_settings
+    from flows.workload import Assumed
+
+    settings = load_settings(source, set_ or [])
+    known = planning.like(like) if like else Assumed()
+    assumed = replace(known, filled=filled or known.filled, accepted=accepted or known.accepted)
+    show.planned(planning.plan(settings, gpu, assumed))
+
+
+@app.command()
 def up(
     port: Annotated[
         int | None, typer.Option(help="Prefect's. Default: 4200 or a free one.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -19,9 +20,11 @@ from flows.ask import Asked
 from flows.baselines import Run, row
 from flows.compare import Compared
 from flows.experiment import STAGES, record_of
+from flows.plan import Iterations, Plan
 from flows.publish import iteration_metrics, rate_text
 from flows.settings import ExperimentSettings
 from flows.states import State, stage_states
+from models.cost import GIB
 from tasks.store import Attempt
 from tasks.work import Metrics
 
@@ -188,6 +191,48 @@ def checked(source: str, found: Mapping[str, str]) -> None:
         console.print(f"  {name:<9} {what}")
 
 
+def planned(found: Plan) -> None:
+    """Tokens and hours of every stage, memory and disk, and what all of it rests on."""
+    what = f"{found.settings.policy.model}, {_count(found.parameters)} parameters"
+    titles = ("stage", "it.", "prompts", "samples", "generate", "at most", "prefill", "train")
+    figures = ("prompts", "samples", "generated", "at_most", "prefilled", "trained")
+    console.print(Text(f"An estimate: {what}, on one {found.gpu.name}. Nothing was loaded."))
+    table = _table("tokens and hours, each iteration", (*titles, "hours"))
+    table.padding = (0, 1, 0, 0)
+    table.columns[0].justify, table.columns[0].no_wrap = "left", True
+    for part in found.iterations:
+        for work in part.work:
+            counts = [_count(getattr(work, figure)) for figure in figures]
+            table.add_row(work.stage, _which(part), *counts, _hours(work.hours))
+    table.add_section()
+    totals = [_count(found.total(figure)) for figure in figures[1:]]
+    table.add_row("all", "", "", *totals, _hours(found.total("hours")))
+    console.print(table)
+    console.print(_memory(found))
+    for memory in found.memory:
+        if memory.remedy:
+            told = f"{memory.title}: too much for one {found.gpu.name}; {memory.remedy}"
+            console.print(Text(told, "yellow"))
+    disk = ", ".join(f"{name} {_size(size)}" for name, size in found.disk.items() if size)
+    console.print(Text(f"disk: {disk}"))
+    for note in found.notes:
+        console.print(Text(f"- {note}", "dim"))
+
+
+def _memory(found: Plan) -> Table:
+    """Rows are kinds of work; the parts of the first, which samples, are all there are."""
+    parts = list(found.memory[0].parts)
+    table = _table(
+        f"GPU memory at most, of {found.gpu.memory:g} GiB", ("rows × tokens", *parts, "all")
+    )
+    table.padding = (0, 1, 0, 0)
+    table.columns[0].justify = "left"
+    for memory in found.memory:
+        cells = [_size(memory.parts[part]) if part in memory.parts else "–" for part in parts]
+        table.add_row(memory.title, *cells, _size(memory.bytes))
+    return table
+
+
 def _results(settings: ExperimentSettings, history: Sequence[Metrics]) -> Table:
     table = _table(
         f"experiment {settings.experiment}: win rates against iteration 0, 95 % intervals",
@@ -230,6 +275,31 @@ def _table(title: str, columns: Sequence[str], left: int | None = None) -> Table
     for column in columns:
         table.add_column(column, justify="left" if column in texts else "right")
     return table
+
+
+def _which(part: Iterations) -> str:
+    return str(part.first) if part.first == part.last else f"{part.first}–{part.last}"
+
+
+def _count(number: float) -> str:
+    """Three digits and k, M, G; a dash for nothing."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            digits = 2 - int(math.log10(number / size))
+            return f"{number / size:.{digits}f}{letter}"
+    return f"{number:.0f}" if number else "–"
+
+
+def _size(number: float) -> str:
+    return f"{number / GIB:.1f}G" if number >= GIB / 10 else f"{number / 2**20:.1f}M"
+
+
+def _hours(hours: float | None) -> str:
+    if hours is None:
+        return "–"
+    if hours < 0.01:
+        return "<.01"
+    return f"{hours:,.{0 if hours >= 10 else 1 if hours >= 1 else 2}f}"
 
 
 def _accepted(metrics: Metrics) -> str:

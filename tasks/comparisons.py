@@ -85,7 +85,7 @@ def meetings(
             ours=given(ours.get(p.prompt_id), arm.answer),
             theirs=given(theirs.get(p.prompt_id), arm.reference),
         )
-        for arm in _arms(iteration, against)
+        for arm in arms(iteration, against)
         for p in prompts
     ]
 
@@ -119,7 +119,7 @@ def _by_prompt(answers: Sequence[Answer]) -> tuple[int, dict[str, Answer]]:
     return iterations.pop(), rows
 
 
-def _arms(iteration: int, against: int) -> tuple[Arm, ...]:
+def arms(iteration: int, against: int) -> tuple[Arm, ...]:
     if iteration == against:
         return (IMPROVED,)
     return (REFINED, INITIAL, IMPROVED) if against == 0 else (REFINED, INITIAL)

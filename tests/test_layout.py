@@ -41,5 +41,5 @@ def test_help_says_what_there_is() -> None:
         [sys.executable, "-m", "flows.cli", "--help"], cwd=ROOT, check=True, capture_output=True
     ).stdout.decode()
     print(f"--help took {time.monotonic() - started:.2f} s")
-    for command in ("run", "stage", "status", "constitution", "ask", "validate"):
+    for command in ("run", "plan", "stage", "status", "constitution", "ask", "validate"):
         assert command in shown

@@ -1,0 +1,399 @@
+"""`staple plan`: tokens, memory, disk and hours of an experiment, before anyone spends them.
+
+Arithmetic alone: no model is loaded and nothing is fetched. `flows.workload` says what is asked of
+the models, `models.cost` what that takes on a GPU; here it is added up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from constitutions.errors import UserError
+from flows.experiment import record_of, recorded_settings
+from flows.settings import ExperimentSettings, with_changes
+from flows.workload import CHARACTERS, Asked, Assumed, Turn, Workload, lengths
+from models.cost import GIB, GPUS, Gpu, Held
+from models.policy import PolicySettings
+from models.shapes import WIDTH, shape_of
+from tasks.work import Metrics
+
+COPIES = 3
+"""Of each text: in mine's rows, in score's, and in the parts of the stage that is at work."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Of one stage in one iteration. Tokens are expected ones, but for `at_most`."""
+
+    stage: str
+    prompts: float
+    samples: float = 0.0
+    generated: float = 0.0
+    at_most: float = 0.0
+    """Tokens to generate if every turn took its whole limit."""
+    prefilled: float = 0.0
+    trained: float = 0.0
+    """Tokens that training processes, context included."""
+    hours: float | None = 0.0
+    """On the GPU; None: elsewhere, behind an endpoint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Iterations:
+    """`first` … `last`, which are alike: the work of each."""
+
+    first: int
+    last: int
+    work: tuple[Work, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes by what they are for, and what to change where the GPU has not so many."""
+
+    title: str
+    parts: dict[str, float]
+    remedy: str = ""
+
+    @property
+    def bytes(self) -> float:
+        """In all."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What an experiment takes on one GPU."""
+
+    settings: ExperimentSettings
+    gpu: Gpu
+    parameters: int
+    iterations: tuple[Iterations, ...]
+    memory: tuple[Memory, ...]
+    disk: dict[str, float]
+    """Bytes by what they are for; records uncompressed."""
+    notes: tuple[str, ...]
+    """What was assumed, and what is left out."""
+
+    def total(self, figure: str) -> float:
+        """A figure of `Work` over all stages and iterations."""
+        return sum(
+            (part.last - part.first + 1) * (getattr(work, figure) or 0.0)
+            for part in self.iterations
+            for work in part.work
+        )
+
+
+def plan(settings: ExperimentSettings, gpu: str = "h100", assumed: Assumed | None = None) -> Plan:
+    """Estimate an experiment on one GPU of the table `models.cost.GPUS`.
+
+    Raises:
+        UserError: no such GPU; a model whose sizes are unknown; a data file that is wrong.
+    """
+    if gpu not in GPUS:
+        raise UserError("no such GPU", where=f"--gpu {gpu}", expected=f"one of {', '.join(GPUS)}")
+    known = lengths(settings.prompts, settings.seed)
+    estimate = _Estimate(settings, GPUS[gpu], Workload(settings, known, assumed or Assumed()))
+    return Plan(
+        settings=settings,
+        gpu=GPUS[gpu],
+        parameters=estimate.policy.shape.parameters,
+        iterations=tuple(estimate.iterations()),
+        memory=tuple(estimate.memory()),
+        disk=estimate.disk(),
+        notes=tuple(estimate.notes()),
+    )
+
+
+def like(experiment: str) -> Assumed:
+    """What the newest finished iteration of a recorded experiment tells about others.
+
+    Raises:
+        UserError: no iteration of this name mined and trained.
+    """
+    settings, record = recorded_settings(experiment), record_of(experiment)
+    done = [t for t in range(settings.iterations, 0, -1) if record.current("train", t)]
+    if settings.method == "sft" or not done:
+        raise UserError(
+            "no iteration of it mined and trained",
+            where=f"experiment {experiment}",
+            fix="run a small one first: staple run PRESET --set iterations=1 "
+            "--set prompts.first=100 --set experiment=pilot",
+        )
+    stages = ("mine", "filter", "train")
+    mined, kept, trained = (record.needs(stage, done[0]).metrics for stage in stages)
+    known = lengths(settings.prompts, settings.seed)
+    limits = sum(t.samples * t.limit for t in Workload(settings, known, Assumed()).mined())
+    found = Assumed(
+        filled=mined["generated_tokens"] / (mined["mined_prompts"] * limits),
+        accepted=kept["trajectories"] / kept["prompts_in"],
+        like=experiment,
+    )
+    return replace(found, prompt=_prompt_tokens(Workload(settings, known, found), trained))
+
+
+def _prompt_tokens(work: Workload, trained: Metrics) -> float | None:
+    """What is left of the recorded conversations beside their other turns; None: not told."""
+    train = work.settings.train
+    if train.tokens:  # a budget cuts epochs short
+        return None
+    others = replace(work, assumed=replace(work.assumed, prompt=0.0)).learned()[0]
+    each = trained["train/tokens"] / (trained["train/examples"] * train.epochs)
+    return max(1.0, each - others)
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    settings: ExperimentSettings
+    gpu: Gpu
+    workload: Workload
+
+    def _held(self, model: PolicySettings, rank: int = 0) -> Held:
+        return Held(
+            shape=shape_of(model),
+            quantization=model.quantization,
+            dtype=model.dtype,
+            rank=rank,
+            gpu=self.gpu,
+        )
+
+    @cached_property
+    def policy(self) -> Held:
+        """The model that improves itself, on the GPU."""
+        rank = self.settings.train.lora_rank if self.settings.iterations else 0
+        return self._held(self.settings.policy, rank)
+
+    @property
+    def micro(self) -> int:
+        """Conversations that are trained on together."""
+        return min(self.settings.train.batch_size, self.settings.train.micro_batch_size)
+
+    # Work
+
+    def iterations(self) -> Iterator[Iterations]:
+        """Iteration 0, the first, and the later ones."""
+        last = self.settings.iterations
+        yield Iterations(first=0, last=0, work=tuple(self._evaluated(0)))
+        for first, end in ((1, 1), (2, last)):
+            if first <= min(end, last):
+                work = (*self._improved(first), *self._evaluated(first))
+                yield Iterations(first=first, last=end, work=work)
+
+    def _improved(self, iteration: int) -> Iterator[Work]:
+        s = self.settings
+        prompts = s.prompts.first if iteration == 1 else s.prompts.later
+        if s.method == "sft":
+            yield self._training(prompts)
+            return
+        yield self._answers("mine", prompts, self.workload.mined(), s.mine.shard_size)
+        yield from map(self._judgements, self.workload.graded(prompts))
+        yield self._training(prompts * self.workload.accepted)
+
+    def _evaluated(self, iteration: int) -> Iterator[Work]:
+        s, benchmarks = self.settings, self.workload.benchmarks
+        prompts = s.prompts.held_out + sum(benchmarks.values())
+        yield self._answers("evaluate", prompts, self.workload.answered(), s.evaluate.shard_size)
+        yield from map(self._judgements, self.workload.judged(iteration))
+
+    def _answers(self, stage: str, prompts: int, turns: Sequence[Turn], shard: int) -> Work:
+        rows = self.settings.policy.batch_rows
+        return self._sampled(
+            stage, prompts, turns, self._hours(self.policy, rows, prompts, turns, shard)
+        )
+
+    def _judgements(self, asked: Asked) -> Work:
+        """In process a judge has the GPU for itself."""
+        judge, turns = asked.judge, [asked.turn]
+        assert judge.policy is not None, "JudgeSettings sees to it"
+        hours = None
+        if not judge.endpoint:
+            rows, shard = judge.policy.batch_rows, self.settings.evaluate.shard_size
+            hours = self._hours(self._held(judge.policy), rows, asked.prompts, turns, shard)
+        return self._sampled(asked.stage, asked.prompts, turns, hours)
+
+    def _sampled(
+        self, stage: str, prompts: int, turns: Sequence[Turn], hours: float | None
+    ) -> Work:
+        at_most = prompts * sum(turn.samples * turn.limit for turn in turns)
+        return Work(
+            stage=stage,
+            prompts=prompts,
+            samples=prompts * sum(turn.samples for turn in turns),
+            generated=self.workload.assumed.filled * at_most,
+            at_most=at_most,
+            prefilled=prompts * sum(turn.prefilled for turn in turns),
+            hours=hours,
+        )
+
+    def _hours(
+        self, held: Held, rows: int | None, prompts: int, turns: Sequence[Turn], shard: int
+    ) -> float:
+        """Prompts are prefilled, then decoded `rows` at a time (None: as many as fit), or as many
+        as a shard has.
+        """
+        seconds = 0.0
+        for turn in turns:
+            together = min(self._rows(held, rows, turn), shard * turn.samples)
+            new = self.workload.assumed.filled * turn.limit
+            steps = prompts * turn.samples * new / together
+            read = turn.cached(new / 2)
+            seconds += steps * held.step_seconds(together, turn.context + new / 2, read)
+            seconds += held.prefill_seconds(prompts * turn.prefilled, turn.context)
+        return seconds / 3600
+
+    def _rows(self, held: Held, rows: int | None, turn: Turn) -> int:
+        return rows or max(1, held.rows_that_fit(turn.cached(turn.limit)))
+
+    def _training(self, lessons: float) -> Work:
+        s = self.settings.train
+        length, loss = self.workload.learned()
+        tokens = s.tokens or lessons * s.epochs * length
+        seconds = self.policy.training_seconds(
+            tokens,
+            tokens * loss / length,
+            rows=self.micro,
+            length=length,
+            checkpointing=s.gradient_checkpointing,
+        )
+        return Work(stage="train", prompts=lessons, trained=tokens, hours=seconds / 3600)
+
+    # Memory
+
+    def memory(self) -> Iterator[Memory]:
+        """Of sampling and of training, with what to change where it is too much."""
+        kinds = [(self.sampling(), self._fewer_rows)]
+        if self.settings.iterations:
+            kinds.append((self.training(), self._smaller_steps))
+        for memory, remedy in kinds:
+            fits = memory.bytes <= self.gpu.room
+            yield memory if fits else replace(memory, remedy=remedy())
+
+    def sampling(self) -> Memory:
+        """Of the turn that takes most, with every turn at its limit."""
+        found = [self._sampling_of(turn, shard) for turn, shard in self._longest_turns()]
+        return max(found, key=lambda memory: memory.bytes)
+
+    def _sampling_of(self, turn: Turn, shard: int) -> Memory:
+        rows = self._rows(self.policy, self.settings.policy.batch_rows, turn)
+        rows = min(rows, shard * turn.samples)
+        tokens = turn.cached(turn.limit)
+        parts = self.policy.sampling_memory(rows, tokens)
+        return Memory(title=f"sampling {rows:,} × {tokens:,.0f}", parts=parts)
+
+    def _longest_turns(self) -> Iterator[tuple[Turn, int]]:
+        """Every turn of the policy at its limits, and the prompts of its shards."""
+        s, work = self.settings, self.workload.at_limits()
+        if s.iterations and s.method != "sft":
+            yield from ((turn, s.mine.shard_size) for turn in work.mined())
+        yield from ((turn, s.evaluate.shard_size) for turn in work.answered())
+
+    def _fewer_rows(self) -> str:
+        """As many rows as fit; with NF4 weights, where not one does without."""
+        tokens = max(turn.cached(turn.limit) for turn, _ in self._longest_turns())
+        smaller = replace(self.policy, quantization="nf4")
+        for held, change in (
+            (self.policy, {}),
+            (smaller, {"policy.quantization": "nf4"}),
+        ):
+            if rows := held.rows_that_fit(tokens):
+                return _flags({**change, "policy.batch_rows": rows})
+        return _larger(sum(smaller.sampling_memory(1, tokens).values()))
+
+    def training(self) -> Memory:
+        """At a micro-batch of the longest conversations."""
+        length, loss = self.workload.at_limits().learned()
+        checkpointing = self.settings.train.gradient_checkpointing
+        parts = self.policy.training_memory(self.micro, length, loss, checkpointing=checkpointing)
+        return Memory(title=f"training {self.micro} × {length:,.0f}", parts=parts)
+
+    def _smaller_steps(self) -> str:
+        """The first of these changes, each with those before it, that makes training fit."""
+        changes: dict[str, Any] = {}
+        needed = math.inf
+        for name, value in (
+            ("train.gradient_checkpointing", True),
+            ("train.micro_batch_size", 1),
+            ("policy.quantization", "nf4"),  # last: it alone changes what is learned
+        ):
+            changes[name] = value
+            settings = with_changes(self.settings, changes)
+            other = _Estimate(settings, self.gpu, replace(self.workload, settings=settings))
+            needed = other.training().bytes
+            if needed <= self.gpu.room:
+                now = self.settings.model_dump()
+                return _flags({n: v for n, v in changes.items() if _value(now, n) != v})
+        return _larger(needed)
+
+    # Disk
+
+    def disk(self) -> dict[str, float]:
+        """Bytes; without the corpora, which are the hub's to tell."""
+        s, shape = self.settings, self.policy.shape
+        files = Path(s.policy.model).expanduser().glob("*.safetensors")
+        published = "float32" if s.policy.model == "planted" else "bfloat16"
+        weights = sum(f.stat().st_size for f in files) or shape.parameters * WIDTH[published]
+        found = {"model": float(weights)}
+        if s.iterations:
+            adapter = float(shape.adapter(s.train.lora_rank) * WIDTH["float32"])
+            found["adapters, one an iteration"] = adapter * s.iterations
+            found["training checkpoint"] = 1.5 * adapter
+        if s.iterations and s.method != "sft":
+            row = self._row_bytes()
+            prompts = s.prompts.first + s.prompts.later * (s.iterations - 1)
+            found["records"] = COPIES * row * prompts
+            found[f"a part of mine ({s.mine.shard_size} prompts)"] = row * s.mine.shard_size
+        return found
+
+    def _row_bytes(self) -> float:
+        """Of what one mined prompt adds to the record, uncompressed."""
+        known, turns = self.workload.lengths, self.workload.mined()
+        new = self.workload.assumed.filled * sum(turn.samples * turn.limit for turn in turns)
+        return CHARACTERS * (known.prompt + known.gold + new)
+
+    # Notes
+
+    def notes(self) -> Iterator[str]:
+        """What the figures rest on."""
+        s, assumed, known = self.settings, self.workload.assumed, self.workload.lengths
+        how = f"as in {assumed.like}" if assumed.like else "assumed (--filled, --accepted, --like)"
+        yield (
+            f"turns fill {assumed.filled:.0%} of their limits ('at most': all of them), and "
+            f"{self.workload.accepted:.2f} trajectories are kept a mined prompt: {how}"
+        )
+        yield (
+            f"prompts of {self.workload.prompt:,.0f} tokens, up to {known.longest:,.0f}, golds of "
+            f"{known.gold:,.0f}, at {CHARACTERS} characters a token; what samples share is "
+            "prefilled once"
+        )
+        gpu, reached = self.gpu, self.policy.efficiency
+        yield (
+            f"{gpu.name}: {gpu.bandwidth:,.0f} GB/s and {gpu.bfloat16:,.0f} TFLOP/s, of which "
+            f"decoding reaches {reached.decode:.0%}, prefill {reached.prefill:.0%}, training "
+            f"{reached.training:.0%}; each layer of a step takes "
+            f"{reached.layer_seconds * 1e3:g} ms besides"
+        )
+        if s.policy.device == "cpu":
+            yield "policy.device is cpu: the hours are the GPU's all the same"
+        yield "left out: scores by words, filter, cluster, loading, endpoints, corpora"
+
+
+def _flags(changes: dict[str, Any]) -> str:
+    texts = {name: str(value).lower() for name, value in changes.items()}
+    return " ".join(f"--set {name}={text}" for name, text in texts.items())
+
+
+def _value(values: dict[str, Any], name: str) -> Any:
+    part, _, field = name.partition(".")
+    return values[part][field]
+
+
+def _larger(needed: float) -> str:
+    """The smallest GPU that has so much, where no setting helps."""
+    enough = [g for g in sorted(GPUS.values(), key=lambda g: g.memory) if g.room >= needed]
+    name = f"--gpu {enough[0].name}" if enough else "several GPUs"
+    return f"no setting helps: at least {needed / GIB:,.0f} GiB, so {name}"

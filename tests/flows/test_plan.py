@@ -1,0 +1,332 @@
+"""`staple plan`: its tokens against what the stages really ask, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+from chat_model import build_chat_model
+from command import staple
+
+from flows.experiment import record_of
+from flows.plan import like, plan
+from flows.settings import PRESETS, ExperimentSettings, load_settings, presets
+from flows.workload import CHARACTERS, MARKS, Assumed, Lengths, Turn, Workload, lengths
+from models.local import load_policy
+from models.policy import Completion, Message, PolicySettings, Request
+from models.prompts import TEMPLATES, ask_refinement
+from tasks.answers import answer
+from tasks.comparisons import meetings
+from tasks.mine import mine
+from tasks.records import Answer, Prompt, Trajectory, fields
+from tasks.train import lesson
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_is_planned(
+    name: str, capsys: pytest.CaptureFixture[str], workplace: Path
+) -> None:
+    ran = staple(capsys, "plan", name)
+    assert ran.code == 0, ran.err
+    words = ("hours", "prefill", "at most", "weights", "KV cache", "disk", "estimate", "assumed")
+    assert all(word in ran.out for word in words)
+    assert "too much" not in ran.out
+
+
+@pytest.mark.parametrize("name", [name for name in presets() if name != "planted"])
+def test_a_preset_says_what_it_takes(name: str) -> None:
+    text = (PRESETS / f"{name}.yaml").read_text("utf-8")
+    said = re.search(r"# About (\d+) hours on one H100, an estimate; a GPU with 24 GiB is", text)
+    assert said is not None and f"# staple plan {name}\n" in text
+    settings = load_settings(name)
+    assert plan(settings).total("hours") == pytest.approx(int(said[1]), rel=0.05)
+    assert not any(memory.remedy for memory in plan(settings, "rtx-4090").memory)
+
+
+def test_nothing_heavy_is_imported_and_nothing_is_made(workplace: Path) -> None:
+    before = sorted(workplace.rglob("*"))
+    code = (
+        "import sys; sys.argv = ['staple', 'plan', 'qwen2.5-7b']\n"
+        "import flows.cli\n"
+        "flows.cli.main()\n"
+        "assert not {'torch', 'transformers', 'mlflow', 'datasets'} & set(sys.modules)"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(root), "PATH": ""}, check=False
+    )
+    assert done.returncode == 0
+    assert sorted(workplace.rglob("*")) == before
+
+
+# Tokens -------------------------------------------------------------------------------------
+
+
+class Verbose:
+    """Takes every turn to its limit, at `CHARACTERS` a token; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Request] = []
+
+    def generate(self, requests: Sequence[Request], progress: Any = None) -> list[list[Completion]]:
+        self.asked += requests
+        return [
+            [
+                Completion(
+                    text="x" * CHARACTERS * r.max_tokens,
+                    tokens=r.max_tokens,
+                    logprob=0.0,
+                    finish="stop",
+                )
+            ]
+            * r.n
+            for r in requests
+        ]
+
+    def turns(self) -> dict[str, list[Request]]:
+        found = defaultdict(list)
+        for request in self.asked:
+            found[request.key.rsplit("/", 1)[-1]].append(request)
+        return found
+
+
+def tokens(messages: Sequence[Message] | str) -> float:
+    assert not isinstance(messages, str)
+    return sum(MARKS + len(m["content"]) / CHARACTERS for m in messages)
+
+
+PROMPT = Prompt(
+    prompt_id="p",
+    prompt=(Message(role="user", content="q" * 80),),
+    gold="g" * 60,
+    source="s:1",
+)
+KNOWN = Lengths(prompt=tokens(PROMPT.prompt), gold=15, longest=tokens(PROMPT.prompt))
+
+
+LIMITS = ["max_response_tokens=20", "max_principle_tokens=6"]
+SMALL = ["mine.samples=3", "mine.max_critique_tokens=9"]
+SMALL += [f"{stage}.{limit}" for stage in ("mine", "evaluate") for limit in LIMITS]
+
+
+def workload(*changes: str) -> Workload:
+    settings = load_settings("llama-3.1-8b", [*SMALL, *changes])
+    return Workload(settings, KNOWN, Assumed(filled=1.0, accepted=1.0))
+
+
+def check(turns: list[Turn], asked: dict[str, list[Request]]) -> None:
+    """A turn's samples, limits and prompts are those of the requests, role by role."""
+    assert len(turns) == len(asked)
+    for turn, requests in zip(turns, asked.values(), strict=True):
+        assert turn.samples == sum(r.n for r in requests)
+        assert {turn.limit} == {r.max_tokens for r in requests}
+        for request in requests:  # the hint's length counts its "{gold}"
+            assert turn.shared + turn.own == pytest.approx(tokens(request.messages), abs=2)
+
+
+@pytest.mark.parametrize("changes", [[], ["mine.critique=false"], ["method=star"]])
+def test_the_turns_of_mine_are_what_it_asks(changes: list[str]) -> None:
+    work, policy = workload(*changes), Verbose()
+    templates = TEMPLATES["chat"] if work.settings.guided else TEMPLATES["chat"].unguided()
+    mine([PROMPT], policy, work.settings.mine, templates, "0/1")  # type: ignore[arg-type]
+    check(work.mined(), policy.turns())
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_what_samples_share_is_prefilled_once(tmp_path: Path, alike: bool) -> None:
+    """The real engine's count of prompt tokens; it shares what is half of the prompts, or more."""
+    policy = load_policy(
+        PolicySettings(dtype="float32", device="cpu", threads=1),
+        build_chat_model(tmp_path, "llama"),
+        None,
+    )
+    critique = "It lacks a source. " * (1 if alike else 80)
+    asked = [
+        ask_refinement(TEMPLATES["chat"], PROMPT.prompt, "An answer.", f"Be {how}.", critique)
+        for how in ("brief", "honest", "kind")
+    ]
+    texts = [policy.chat.prompt(messages) for messages in asked]
+    shared = next(i for i, some in enumerate(zip(*texts, strict=False)) if len({*some}) > 1)
+    own = fmean(len(text) - shared for text in texts)
+    requests = [Request(messages=m, key=str(i), max_tokens=2) for i, m in enumerate(asked)]
+    policy.generate(requests)
+    turn = Turn(samples=3, limit=2, shared=shared, own=own)
+    assert turn.alike == alike
+    assert policy.decoder.prompt_tokens == turn.prefilled
+
+
+@pytest.mark.parametrize("changes", [[], ["method=star"]])
+def test_the_turns_of_evaluate_are_what_it_asks(changes: list[str]) -> None:
+    work, policy = workload(*changes), Verbose()
+    templates = TEMPLATES["chat"] if work.settings.guided else TEMPLATES["chat"].unguided()
+    settings = work.settings.evaluate
+    answer([PROMPT], policy, settings, templates, seed=0, iteration=0)  # type: ignore[arg-type]
+    check(work.answered(), policy.turns())
+
+
+@pytest.mark.parametrize("changes", [[], ["method=star"], ["train.loss_on=[refined]"]])
+def test_a_conversation_to_learn_is_as_long_as_it_is(changes: list[str]) -> None:
+    work = workload(*changes)
+    templates = TEMPLATES["chat"] if work.settings.guided else TEMPLATES["chat"].unguided()
+    row = Trajectory(
+        **fields(PROMPT),
+        sample=0,
+        initial="x" * CHARACTERS * 20,
+        principle="x" * CHARACTERS * 6,
+        refined="x" * CHARACTERS * 20,
+        initial_score=0.0,
+        score=1.0,
+        weight=1.0,
+    )
+    learned = lesson(row, row.principle, templates, work.settings.train)
+    trained = tuple(learned.messages[i] for i in learned.turns)
+    whole, loss = work.learned()
+    assert whole == pytest.approx(tokens(learned.messages))
+    assert loss == tokens(trained)
+
+
+@pytest.mark.parametrize("iteration", [0, 1, 2])
+def test_judges_are_asked_about_every_meeting(iteration: int) -> None:
+    judge = "{kind: pairwise, policy: {model: prometheus-eval/prometheus-7b-v2.0}}"
+    work = workload(f"evaluate.judge={judge}", "prompts.held_out=40")
+    answers = {
+        t: [Answer(prompt_id="p", iteration=t, initial="a", principle="b", refined="c",
+                   finish="stop", tokens=3)]
+        for t in {0, max(iteration - 1, 0), iteration}
+    }  # fmt: skip
+    met = [m for theirs in answers.values() for m in meetings(answers[iteration], theirs, [PROMPT])]
+    (asked,) = work.judged(iteration)
+    assert (asked.prompts, asked.turn.samples) == (40, 2 * len(met))  # in both orders
+
+
+def test_a_judge_behind_an_endpoint_takes_tokens_but_no_hours_here() -> None:
+    grades = "{kind: absolute, policy: {model: gpt-5}, endpoint: 'http://127.0.0.1:1/v1'}"
+    changes = ["score.similarity=judge", f"score.judge={grades}", "iterations=1"]
+    found = plan(load_settings("llama-3.1-8b", changes))
+    (score,) = [w for part in found.iterations for w in part.work if w.stage == "score"]
+    assert score.hours is None and score.samples == 50_000 * 17
+    assert score.at_most == 50_000 * 17 * 1024
+
+
+# A real run ---------------------------------------------------------------------------------
+
+
+def test_the_bound_bounds_and_what_was_recorded_is_planned_again(
+    at_home: ExperimentSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = record_of(at_home.experiment)
+    mined, kept, trained = (record.needs(s, 1).metrics for s in ("mine", "filter", "train"))
+    done = {w.stage: w for part in plan(at_home).iterations for w in part.work if part.first == 1}
+    assert done["mine"].prompts == mined["mined_prompts"]
+    assert done["mine"].samples == 6 * (1 + 3 * 3)
+    assert mined["generated_tokens"] <= done["mine"].at_most
+
+    known = plan(at_home, "h100", like(at_home.experiment))
+    again = {w.stage: w for part in known.iterations for w in part.work if part.first == 1}
+    assert again["mine"].generated == pytest.approx(mined["generated_tokens"])
+    assert again["mine"].at_most == done["mine"].at_most
+    assert again["train"].prompts == pytest.approx(kept["trajectories"])
+    assert again["train"].trained == pytest.approx(trained["train/tokens"], rel=0.01)
+
+    shown = staple(capsys, "plan", "lineage.yaml", "--like", at_home.experiment)
+    assert shown.code == 0 and "as in lineage" in shown.out
+
+
+def test_an_experiment_that_never_ran_tells_nothing(
+    capsys: pytest.CaptureFixture[str], workplace: Path
+) -> None:
+    ran = staple(capsys, "plan", "planted", "--like", "nobody")
+    assert ran.code == 2 and "nothing was ever recorded" in ran.err
+
+
+# One GPU or another -------------------------------------------------------------------------
+
+
+def flags(remedy: str) -> list[str]:
+    return [word for word in remedy.split() if "=" in word]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "changes"),
+    [
+        ("rtx-4090", ["policy.quantization=none"]),
+        ("l4", ["train.micro_batch_size=16", "policy.batch_rows=512"]),
+        ("a100-40", ["train.gradient_checkpointing=false", "policy.batch_rows=512"]),
+    ],
+)
+def test_what_is_advised_fits(gpu: str, changes: list[str]) -> None:
+    first = plan(load_settings("llama-3.1-8b", changes), gpu)
+    assert any(m.remedy for m in first.memory)
+    advised = [flag for m in first.memory for flag in flags(m.remedy)]
+    then = plan(load_settings("llama-3.1-8b", [*changes, *advised]), gpu)
+    assert not any(m.remedy for m in then.memory)
+    assert all(m.bytes <= then.gpu.room for m in then.memory)
+
+
+def test_a_gpu_that_is_too_small_is_named_and_another_with_it(
+    capsys: pytest.CaptureFixture[str], workplace: Path
+) -> None:
+    model = "policy.model=meta-llama/Llama-3.1-70B-Instruct"
+    ran = staple(capsys, "plan", "llama-3.1-8b", "--gpu", "rtx-4090", "--set", model)
+    assert ran.code == 0
+    assert ran.out.count("too much for one rtx-4090; no setting helps") == 2
+    larger = ran.out.split("so --gpu ")[-1].split()[0]
+    least = ["policy.batch_rows=1", "train.micro_batch_size=1"]
+    then = plan(load_settings("llama-3.1-8b", [model, *least]), larger)
+    assert not any(m.remedy for m in then.memory)
+
+
+def test_unset_rows_are_those_that_fit() -> None:
+    free = plan(load_settings("llama-3.1-8b"))
+    few = plan(load_settings("llama-3.1-8b", ["policy.batch_rows=16"]))
+    assert few.memory[0].bytes < 0.8 * free.gpu.room < free.memory[0].bytes <= free.gpu.room
+    assert free.total("hours") < few.total("hours")
+
+
+def test_a_faster_gpu_takes_fewer_hours() -> None:
+    settings = load_settings("qwen2.5-7b")
+    hours = [plan(settings, gpu).total("hours") for gpu in ("l4", "a100-80", "h100", "b200")]
+    assert hours == sorted(hours, reverse=True)
+    assert plan(settings).total("generated") < plan(settings).total("at_most")
+
+
+@pytest.mark.parametrize("changes", [["method=sft"], ["method=star"], ["iterations=0"]])
+def test_baselines_are_planned_too(changes: list[str]) -> None:
+    found, whole = plan(load_settings("qwen2.5-7b", changes)), plan(load_settings("qwen2.5-7b"))
+    assert 0 < found.total("hours") < whole.total("hours")
+    assert len(found.memory) == (1 if "iterations=0" in changes else 2)
+
+
+def test_mistakes_are_told(capsys: pytest.CaptureFixture[str], workplace: Path) -> None:
+    gpu = staple(capsys, "plan", "planted", "--gpu", "h800")
+    assert gpu.code == 2 and "one of rtx-4090" in gpu.err
+    model = staple(capsys, "plan", "planted", "--set", "policy.model=owner/unheard-of")
+    assert model.code == 2 and "nothing is downloaded to plan" in model.err
+    for option in ("--filled", "--accepted"):
+        assert staple(capsys, "plan", "planted", option, "-1").code == 2
+
+
+def test_what_one_knows_takes_the_place_of_what_is_assumed(
+    capsys: pytest.CaptureFixture[str], workplace: Path
+) -> None:
+    given = ("--filled", "0.5", "--accepted", "0.25", "--set", "iterations=1")
+    ran = staple(capsys, "plan", "llama-3.1-8b", *given)
+    assert "turns fill 50%" in ran.out and "0.25 trajectories" in ran.out
+    (train,) = [line.split() for line in ran.out.splitlines() if line.split()[:1] == ["train"]]
+    assert train[2] == "12.5k"
+
+
+def test_local_rows_are_measured(workplace: Path) -> None:
+    rows = [{"prompt": f"{i:04} " + "q" * 395, "gold": "g" * 120} for i in range(30)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    changes = ["prompts.sources=[{path: rows.jsonl}]", "prompts.first=10", "prompts.later=5"]
+    found = lengths(load_settings("llama-3.1-8b", changes).prompts, 0)
+    assert (found.prompt, found.gold, found.longest) == (100 + 2 * MARKS, 30, 100 + 2 * MARKS)
