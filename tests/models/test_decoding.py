@@ -1,0 +1,72 @@
+"""The engine's parts that a test of whole answers cannot tell apart."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from models.decoding import Ask, Decoder, Family, Sample
+from models.policy import Request
+from models.shared_prefix import PrefixCache
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {**gpu.SHAPES["tiny"], "initializer_range": 0.1}
+    return Decoder(LlamaForCausalLM(LlamaConfig(**shape)).eval(), (), None, str)
+
+
+def begun(decoder: Decoder) -> PrefixCache:
+    """Five rows of two prompts, with three, three, three, five and five private tokens."""
+    long, short = (Family(tuple(range(3, 3 + n)), (Ask(0, (7, 8, 9)[:t], (0,)),))
+                   for n, t in ((9, 3), (4, 1)))  # fmt: skip
+    cache = decoder._prefixes([long.prefix, short.prefix])
+    cache.seat(torch.tensor([0, 1]))
+    decoder._extend(cache, [long.asks[0].tail, short.asks[0].tail], [2, 0])
+    cache.select(torch.tensor([0, 0, 0, 1, 1]))
+    return cache
+
+
+@torch.inference_mode()
+def test_a_recorded_step_gives_the_logits_of_a_launched_one(decoder: Decoder) -> None:
+    """What a CUDA graph would play: fixed shapes, all places of the rows, lengths moved on."""
+    launched, tokens = begun(decoder), torch.tensor([11, 12, 13, 14, 15])
+    decoder._one_more(launched, tokens)
+    recorded, before = copy.deepcopy(launched), launched.shape
+    expected = decoder._one_more(launched, tokens)
+    with recorded.recording():
+        found = decoder._one_more(recorded, tokens)
+    assert recorded.shape == before and recorded.room == launched.room + 1
+    recorded.moved()
+    assert recorded.room == launched.room
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert torch.equal(recorded.lengths, launched.lengths)
+
+
+def test_a_family_that_does_not_fit_is_split() -> None:
+    family = Family((1, 2), (Ask(0, (3,), (0, 1, 2)), Ask(1, (4,), (0, 1))))
+    first, second = family.split(4)
+    assert [(a.request, a.samples) for a in first.asks] == [(0, (0, 1, 2)), (1, (0,))]
+    assert [(a.request, a.samples) for a in second.asks] == [(1, (1,))]
+    assert (first.rows, second.rows) == (4, 1)
+
+
+def test_rows_that_end_make_room_for_the_next_families(decoder: Decoder) -> None:
+    decoder.rows, decoder.steps = 8, 0
+    prompts = [[3 + i, 4, 5] for i in range(8)]
+    requests = [
+        Request(messages="", key=str(i), n=4, max_tokens=4 + 12 * (i % 2)) for i in range(8)
+    ]
+    done: list[Sample] = []
+    decoder.sample(prompts, requests, done.append)
+    assert sorted((s.request, s.number) for s in done) == [
+        (i, n) for i in range(8) for n in range(4)
+    ]
+    assert decoder.steps < 4 * 16  # in four batches of two prompts, one after the other
+    decoder.rows = None
