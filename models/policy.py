@@ -123,3 +123,21 @@ class PolicySettings(Settings):
     """Samples that are decoded together: more is faster until memory is full."""
     threads: int | None = Field(None, ge=1, le=512)
     """CPU threads. Unset: torch's choice. For very small models 1 is as fast, and steadier."""
+    endpoint: str | None = Field(None, pattern=r"^https?://[^@?#]+$")
+    """An OpenAI-compatible server that answers for the model; it is still trained in process, and
+    the server loads each iteration's adapter (vLLM does). Unset: answers in process, too."""
+    key_variable: str | None = Field(None, pattern=r"^[A-Za-z_]\w*$")
+    """Name of the environment variable with the endpoint's key. (Settings are recorded, so the key
+    itself is none.)"""
+    served_model: str | None = Field(None, min_length=1)
+    """What the server calls the model. Unset: `model`."""
+
+    @property
+    def served_name(self) -> str:
+        """The model by the name that an endpoint knows."""
+        return self.served_model or self.model
+
+    @property
+    def answers_on(self) -> str:
+        """The device that answering takes here: none, behind an endpoint."""
+        return "cpu" if self.endpoint else self.device

@@ -45,8 +45,7 @@ def noted(at: Slot, settings: JudgeSettings | None) -> Slot:
     if settings is None:
         return at
     notes = {**at.notes, **judge_notes(settings, at.record.home)}
-    here = settings.policy is not None and not settings.endpoint
-    device = settings.policy.device if settings.policy and here else "cpu"
+    device = settings.policy.answers_on if settings.policy else "cpu"
     return replace(at, notes=notes, device=device if at.device == "cpu" else at.device)
 
 
@@ -58,8 +57,8 @@ def check_judge(settings: JudgeSettings) -> str:
     """
     if settings.policy is None or settings.kind in ("auto", "similarity", "oracle"):
         return f"none: {settings.kind}"
-    if settings.endpoint:
-        return f"{settings.policy.model} at {settings.endpoint}"
+    if settings.policy.endpoint:
+        return f"{settings.policy.served_name} at {settings.policy.endpoint}"
     try:
         return check_model(settings.policy)
     except UserError as error:
@@ -71,8 +70,8 @@ def check_judge(settings: JudgeSettings) -> str:
 def _model(settings: JudgeSettings, home: Path | None) -> str:
     assert settings.policy is not None, "JudgeSettings sees to it"
     model = settings.policy.model
-    if settings.endpoint:
-        return model
+    if settings.policy.endpoint:
+        return settings.policy.served_name
     check_judge(settings)
     directory = Path(model).expanduser()
     if not directory.is_dir():

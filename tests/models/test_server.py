@@ -29,22 +29,24 @@ from openai_server import (
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, StreamingResponse
 
 from constitutions.errors import UserError
+from models.endpoint import Endpoint, Limits
 from models.judges import JudgeSettings, Pair
 from models.llm_judge import PairwiseJudge
 from models.local import LocalPolicy, load_policy
 from models.policy import Completion, PolicySettings, Request
-from models.server import PROBE, Endpoint, Limits, ServerPolicy, open_server
+from models.server import PROBE, ServerPolicy, open_server
 
 KEY = "sk-secret/0123456789"
 QUICK = Limits(timeout=20, patience=20, start=2, backoff=0.02, longest_backoff=0.5)
 
 
-def engine(model: Path | str) -> PolicySettings:
-    return PolicySettings(model=str(model), dtype="float32", device="cpu", quantization="none")
+def engine(model: Path | str, **more: Any) -> PolicySettings:
+    here = {"dtype": "float32", "device": "cpu", "quantization": "none"}
+    return PolicySettings(model=str(model), **here, **more)
 
 
-def settings(address: str, model: Path | str = "ours", **more: Any) -> JudgeSettings:
-    return JudgeSettings(kind="pairwise", endpoint=address, policy=engine(model), **more)
+def settings(address: str, model: Path | str = "ours", **more: Any) -> PolicySettings:
+    return engine(model, endpoint=address, **more)
 
 
 def asking(text: str, **more: Any) -> Request:
@@ -103,7 +105,7 @@ def behind(ours: str, plan: Plan, limits: Limits = QUICK) -> Iterator[tuple[Serv
     """A policy on our server, opened without trouble; then what is no probe goes as planned."""
     proxy = Proxy(ours, lambda i, body: None)
     with serving(proxy) as address:
-        policy = open_server(settings(address), QUICK)
+        policy = open_server(settings(address), limits=QUICK)
         policy.endpoint.limits = limits
         proxy.bodies.clear()
         proxy.plan = plan
@@ -117,7 +119,7 @@ def test_a_real_server_answers_as_the_same_model_does_here(
     transformers: TransformersServer, model: Path, local: LocalPolicy, tmp_path: Path
 ) -> None:
     requests = [asking(f"What about {i}?", max_tokens=4 + i) for i in range(12)]
-    policy = open_server(settings(transformers.url, model), QUICK)
+    policy = open_server(settings(transformers.url, model), limits=QUICK)
     answers = policy.generate(requests)
     expected = local.generate(requests)
     assert [told(c) for (c,) in answers] == [told(c) for (c,) in expected]
@@ -127,7 +129,7 @@ def test_a_real_server_answers_as_the_same_model_does_here(
     assert (support.n, support.seed, support.varies) == (False, False, False)
 
     sampling = open_server(
-        settings(transformers.url, sampling_copy(model, tmp_path / "sampling")), QUICK
+        settings(transformers.url, sampling_copy(model, tmp_path / "sampling")), limits=QUICK
     )
     support = sampling.support
     assert (support.n, support.seed, support.varies) == (False, True, True), "n is ignored"
@@ -166,7 +168,7 @@ def test_nothing_is_lost_when_everything_goes_wrong(
     proxy = Proxy(transformers.url, lambda i, body: None)
     with serving(proxy) as address:
         limits = Limits(timeout=5, patience=120, backoff=0.02, longest_backoff=0.5)
-        policy = open_server(settings(address, model), limits)
+        policy = open_server(settings(address, model), limits=limits)
         proxy.bodies.clear()
         proxy.plan = plan
         answers = policy.generate(requests, progress)
@@ -175,7 +177,7 @@ def test_nothing_is_lost_when_everything_goes_wrong(
     assert done == 60
     asked = [body["messages"][0]["content"] for body in proxy.bodies]
     assert len(asked) > 60 + 60 * 5 // 13, "requests that failed were asked again"
-    answered = {body["seed"] for body in proxy.answered if not is_probe(body)}
+    answered = {body["seed"] for body, _ in proxy.answered if not is_probe(body)}
     assert len(answered) == 60
 
 
@@ -184,8 +186,11 @@ def test_a_pairwise_judge_on_a_real_server(
 ) -> None:
     """A model that was taught to prefer the first answer: every pair is a tie, for that reason."""
     directory = first_is_better(tmp_path / "judge")
-    judged = settings(transformers.url, directory, max_tokens=20)
-    judge = PairwiseJudge(open_server(judged, QUICK), judged)
+    judged = JudgeSettings(
+        kind="pairwise", endpoint=transformers.url, policy=engine(directory), max_tokens=20
+    )
+    assert judged.policy
+    judge = PairwiseJudge(open_server(judged.policy, limits=QUICK), judged)
     pairs = [
         Pair(
             prompt=({"role": "user", "content": f"How do I fix number {i}?"},),
@@ -278,7 +283,7 @@ def test_a_server_that_knows_only_the_new_name_of_the_limit() -> None:
         return says(f"{body['seed']}")
 
     with serving(Proxy("", plan)) as address:
-        policy = open_server(settings(address), QUICK)
+        policy = open_server(settings(address), limits=QUICK)
         assert policy.support.limit == "max_completion_tokens" and not policy.support.n
         (answer,) = policy.generate([asking("Hello", n=2, temperature=1.0)])
         assert len({c.text for c in answer}) == 2
@@ -305,13 +310,13 @@ QUICK_SINGLE = Limits(in_flight=1, timeout=20, patience=20, start=2, backoff=0.0
 
 def test_a_loop_may_run_already(ours: str) -> None:
     async def notebook() -> list[list[Completion]]:
-        return open_server(settings(ours), QUICK).generate([asking("Hello")])
+        return open_server(settings(ours), limits=QUICK).generate([asking("Hello")])
 
     assert len(asyncio.run(notebook())) == 1
 
 
 def test_what_an_endpoint_cannot_do(ours: str) -> None:
-    policy = open_server(settings(ours), QUICK)
+    policy = open_server(settings(ours), limits=QUICK)
     with pytest.raises(UserError, match="log-probabilities"):
         policy.logprobs([])
     with pytest.raises(UserError, match="hidden states"):
@@ -345,7 +350,7 @@ def test_many_are_in_flight_and_no_more(ours: str) -> None:
     proxy = Gate(ours, lambda i, body: None)
     with serving(proxy) as address:
         policy = open_server(
-            settings(address), Limits(in_flight=8, timeout=20, patience=1, start=2)
+            settings(address), limits=Limits(in_flight=8, timeout=20, patience=1, start=2)
         )
         proxy.plan = held
         assert texts(policy.generate([asking(str(i)) for i in range(40)])) == [["there"]] * 40
@@ -376,8 +381,8 @@ def test_a_wait_beyond_patience_is_an_error_at_once(ours: str, after: str) -> No
         (fails(503, "overloaded"), "HTTP 503: overloaded"),
         ("cut", "RemoteProtocolError"),
         ("hang", "no whole reply within 0.5 s"),
-        (PlainTextResponse("<html>"), "no chat completion with its usage: <html>"),
-        (says(), "no chat completion"),
+        (PlainTextResponse("<html>"), "no completion with its usage: <html>"),
+        (says(), "no completion"),
         (JSONResponse({"error": {"code": 503, "message": "upstream"}}), "HTTP 503: upstream"),
     ],
 )
@@ -410,7 +415,7 @@ def test_a_trickle_is_not_waited_for(ours: str) -> None:
 
 
 def test_a_flood_is_not_read(ours: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.server.LARGEST_REPLY", 100_000)
+    monkeypatch.setattr("models.endpoint.LARGEST_REPLY", 100_000)
     flood: Plan = lambda i, body: None if is_probe(body) else says("x" * 200_000)  # noqa: E731
     with behind(ours, flood) as (policy, _), pytest.raises(UserError, match="100,000 bytes"):
         policy.generate([asking("Hello")])
@@ -471,15 +476,15 @@ def test_servers_say_too_long_in_their_own_words(
 
 def test_nobody_there() -> None:
     with pytest.raises(UserError, match="ConnectError") as raised:
-        open_server(settings("http://127.0.0.1:9"), Limits(start=0.3, backoff=0.02))
+        open_server(settings("http://127.0.0.1:9"), limits=Limits(start=0.3, backoff=0.02))
     assert "127.0.0.1:9" in str(raised.value) and raised.value.fix
 
 
 def test_an_unknown_model_is_told() -> None:
     unknown = Proxy("", lambda i, body: fails(404, "The model `ours` does not exist."))
     with serving(unknown) as url, pytest.raises(UserError, match="does not exist") as raised:
-        open_server(settings(url), QUICK)
-    assert "policy.model" in raised.value.fix
+        open_server(settings(url), limits=QUICK)
+    assert "policy.served_model" in raised.value.fix
 
 
 # Address and key ---------------------------------------------------------------------------
@@ -522,13 +527,13 @@ def test_redirects_are_not_followed(ours: str) -> None:
         moved = RedirectResponse(f"{target}/v1/chat/completions", 307)
         redirects = Proxy("", lambda i, body: moved)
         with serving(redirects) as address, pytest.raises(UserError, match="redirects"):
-            open_server(settings(address), QUICK)
+            open_server(settings(address), limits=QUICK)
     assert elsewhere.bodies == []
 
 
 def test_a_certificate_that_nobody_signed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="CERTIFICATE_VERIFY_FAILED"), self_signed(tmp_path) as url:
-        open_server(settings(url), Limits(start=0.3, backoff=0.02))
+        open_server(settings(url), limits=Limits(start=0.3, backoff=0.02))
 
 
 @contextmanager
@@ -569,13 +574,13 @@ def test_the_key_is_sent_and_a_missing_one_is_named(
     proxy = Proxy(ours, lambda i, body: None)
     with serving(proxy) as address:
         with pytest.raises(UserError, match="JUDGE_KEY is not set"):
-            open_server(settings(address, key_variable="JUDGE_KEY"), QUICK)
+            open_server(settings(address, key_variable="JUDGE_KEY"), limits=QUICK)
         monkeypatch.setenv("JUDGE_KEY", f"{KEY}\n")
-        open_server(settings(address, key_variable="JUDGE_KEY"), QUICK)
+        open_server(settings(address, key_variable="JUDGE_KEY"), limits=QUICK)
         assert {headers["authorization"] for headers in proxy.headers} == {f"Bearer {KEY}"}
         monkeypatch.setenv("JUDGE_KEY", f"{KEY}\nX-Other: {KEY}")
         with pytest.raises(UserError, match="JUDGE_KEY holds no key") as raised:
-            open_server(settings(address, key_variable="JUDGE_KEY"), QUICK)
+            open_server(settings(address, key_variable="JUDGE_KEY"), limits=QUICK)
     assert KEY not in "".join(traceback.format_exception(raised.value))
 
 
@@ -589,7 +594,7 @@ def test_a_server_that_echoes_the_key_does_not_spread_it(
     limits = Limits(start=0.3, backoff=0.02)
     echoes = Proxy("", lambda i, body: error)
     with serving(echoes) as address, pytest.raises(UserError) as raised:
-        open_server(settings(address, key_variable="JUDGE_KEY"), limits)
+        open_server(settings(address, key_variable="JUDGE_KEY"), limits=limits)
     message = str(raised.value)
     assert f"HTTP {status}" in message and "[key]" in message
     assert ("$JUDGE_KEY" in message) == (status in (401, 403))
@@ -609,7 +614,7 @@ def test_the_key_is_in_no_repr_and_no_record(
     proxy = Proxy("", lambda i, body: says(KEY))
     with serving(proxy) as address:
         given = settings(address, key_variable="JUDGE_KEY")
-        policy = open_server(given, QUICK)
+        policy = open_server(given, limits=QUICK)
         proxy.plan = lambda i, body: says(KEY) if is_probe(body) or i % 2 else fails(400, KEY)
         answers = policy.generate([asking(str(i)) for i in range(10)])
     assert {c.finish for (c,) in answers} == {"stop", "refused"}
