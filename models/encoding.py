@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
+from models.chat import Chat, ChatError
 from models.policy import Message
 
 if TYPE_CHECKING:
@@ -38,9 +39,8 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
-        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.chat, self.max_tokens = Chat(tokenizer), max_tokens
         self.added = set(tokenizer.get_added_vocab().values())
-        self.control = {t for t in tokenizer.all_special_tokens if t != tokenizer.unk_token}
 
     def encode(
         self, messages: Sequence[Message], trained: Sequence[int], weight: float = 1.0
@@ -52,50 +52,32 @@ class Encoder:
         example per trained turn, each as the policy saw it; otherwise there is one example.
 
         Raises:
-            EncodingError: too long, a control token in a message's text, a conversation that the
-                template refuses, or a turn without an end token.
+            EncodingError: too long, a conversation that the template refuses, or a turn without
+                an end token.
         """
-        for message in messages:
-            for token in self.control:
-                if token in message["content"]:
-                    raise EncodingError(f"the {message['role']} turn contains {token}")
-        text = self._render(messages)
-        spans = [self._span(messages, turn) for turn in trained]
+        try:
+            text = self.chat.render(messages)
+            spans = [self._span(messages, turn) for turn in trained]
+        except ChatError as error:
+            raise EncodingError(str(error)) from error
         if all(text.startswith(before + turn) for before, turn in spans):
             return [self._example(text, spans, weight)]
         return [self._example(before + turn, [(before, turn)], weight) for before, turn in spans]
 
     def _span(self, messages: Sequence[Message], turn: int) -> tuple[str, str]:
         """The text before a turn's first token, and the turn."""
-        before = self._render(messages[:turn], ask=True)
-        through = self._render(messages[: turn + 1])
+        before = self.chat.render(messages[:turn], ask=True)
+        through = self.chat.render(messages[: turn + 1])
         if not through.startswith(before):
             raise EncodingError(
                 "the chat template renders a prompt differently once it is answered"
             )
         return before, through[len(before) :]
 
-    def _render(self, messages: Sequence[Message], *, ask: bool = False) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    cast("list[dict[str, str]]", list(messages)),
-                    tokenize=False,
-                    add_generation_prompt=ask,
-                )
-            )
-        except TemplateError as error:
-            raise EncodingError(f"the chat template refuses it: {error}") from error
-
     def _example(self, text: str, spans: Sequence[tuple[str, str]], weight: float) -> Example:
-        # The template writes every special token itself, the first one included.
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = cast("list[int]", encoded["input_ids"])
+        ids, starts = self.chat.tokens(text)
         if len(ids) > self.max_tokens:
             raise EncodingError(f"{len(ids):,} tokens, more than max_tokens = {self.max_tokens:,}")
-        starts = [start for start, _ in cast("list[tuple[int, int]]", encoded["offset_mapping"])]
         trained: set[int] = set()
         for before, turn in spans:
             trained |= self._trained(ids, starts, len(before), len(before) + len(turn))

@@ -119,8 +119,8 @@ class PolicySettings(Settings):
     """Compute type. float32 on a CPU without bfloat16 units."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes the GPU when there is one."""
-    batch_rows: int = Field(64, ge=1, le=4096)
-    """Samples that are decoded together: more is faster until memory is full."""
+    batch_rows: int | None = Field(None, ge=1, le=4096)
+    """Samples that are decoded together. Unset: as many as the free memory holds."""
     threads: int | None = Field(None, ge=1, le=512)
     """CPU threads. Unset: torch's choice. For very small models 1 is as fast, and steadier."""
     endpoint: str | None = Field(None, pattern=r"^https?://[^@?#]+$")

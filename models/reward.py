@@ -38,7 +38,7 @@ def load_reward_model(settings: PolicySettings, *, tie: float = 1e-4) -> RewardM
     if settings.threads:
         torch.set_num_threads(settings.threads)
     name = settings.model.rstrip("/").rsplit("/", 1)[-1]
-    return RewardModel(model, tokenizer, name=name, tie=tie, batch_rows=settings.batch_rows)
+    return RewardModel(model, tokenizer, name=name, tie=tie, batch_rows=settings.batch_rows or 64)
 
 
 def _load(

@@ -9,7 +9,8 @@ import pytest
 import torch
 from chat_model import build_chat_model
 
-from models.local import LocalPolicy, gumbel, load_policy
+from models.decoding import Sample
+from models.local import LocalPolicy, load_policy
 from models.policy import Message, PolicySettings, Request
 
 SETTINGS = PolicySettings(dtype="float32", device="cpu", quantization="none")
@@ -70,32 +71,20 @@ def test_the_key_decides(policy: LocalPolicy) -> None:
 
 def steps(policy: LocalPolicy, messages: tuple[Message, ...], ids: list[int]) -> list[float]:
     """The log-probability of each token after a prompt: one plain forward pass."""
-    prompt = policy._encode(messages)
+    prompt = policy.chat.prompt(messages)
     logits = policy.model(torch.tensor([prompt + ids])).logits[0].float().log_softmax(-1)
     return [logits[len(prompt) + i - 1, token].item() for i, token in enumerate(ids)]
 
 
-def test_the_log_probability_of_what_was_sampled(
-    policy: LocalPolicy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sampled: list[list[int]] = []
-    finish = LocalPolicy._completions
-
-    def listen(self: LocalPolicy, requests: Any, rows: Any) -> Any:
-        sampled.extend(rows.texts)
-        return finish(self, requests, rows)
-
-    monkeypatch.setattr(LocalPolicy, "_completions", listen)
+def test_the_log_probability_of_what_was_sampled(policy: LocalPolicy) -> None:
+    samples: list[Sample] = []
     request = Request(messages=user("Why?"), key="k", n=12, max_tokens=3)
-    cut = [
-        (completion, ids)
-        for completion, ids in zip(policy.generate([request])[0], sampled, strict=True)
-        if completion.finish == "length"  # the others also count the token that ended them
-    ]
-    assert len(cut) > 6
-    for completion, ids in cut:
-        expected = sum(steps(policy, request.messages, ids))
-        assert completion.logprob == pytest.approx(expected, abs=1e-3)
+    policy.decoder.sample([policy.chat.prompt(request.messages)], [request], samples.append)
+    cut = [s for s in samples if s.finish == "length"]  # the others also count what ended them
+    assert len(samples) == 12 and len(cut) > 6
+    for sample in cut:
+        expected = sum(steps(policy, request.messages, sample.tokens))
+        assert sample.logprob == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_log_probability_of_a_given_response(policy: LocalPolicy) -> None:
@@ -119,22 +108,6 @@ def test_hidden_states_do_not_see_the_padding(policy: LocalPolicy) -> None:
     alone = policy.hidden_states(TEXTS[:1])
     assert together.shape == (3, policy.model.config.hidden_size)
     assert together[0] == pytest.approx(alone[0], abs=1e-4)
-
-
-def test_the_noise_is_gumbel_and_sampling_follows_the_distribution() -> None:
-    noise = gumbel(torch.arange(20_000), step=3, vocabulary=4)
-    assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)
-    assert noise.var().item() == pytest.approx(1.6449, abs=0.05)
-    probability = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    chosen = (probability.log() + noise).argmax(-1).bincount(minlength=4) / len(noise)
-    assert chosen.tolist() == pytest.approx(probability.tolist(), abs=0.012)
-
-
-def test_the_noise_repeats_by_key_step_and_token() -> None:
-    keys = torch.tensor([5, -9, 1 << 62])
-    assert torch.equal(gumbel(keys, 2, 7)[1], gumbel(keys[1:2], 2, 7)[0])
-    assert torch.equal(gumbel(keys, 2, 7), gumbel(keys, 2, 9)[:, :7])
-    assert not torch.equal(gumbel(keys, 2, 7), gumbel(keys, 3, 7))
 
 
 def test_top_p_keeps_the_nucleus(policy: LocalPolicy) -> None:

@@ -1,0 +1,111 @@
+"""How a token is chosen: a pure function of its logits and of (request key, sample, step).
+
+Noise comes from a hash, not from a generator with a state, so that a sample does not depend on what
+else is sampled beside or before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+Tensor = torch.Tensor
+
+
+class Choice(NamedTuple):
+    """The next token of each row, and its log-probability at temperature 1.
+
+    NaN where the logits are not finite: no token was chosen there.
+    """
+
+    token: Tensor
+    logprob: Tensor
+
+
+def choose(
+    logits: Tensor,
+    keys: Tensor,
+    steps: Tensor,
+    temperature: Tensor | None = None,
+    top_p: Tensor | None = None,
+) -> Choice:
+    """argmax of logits / T + Gumbel noise within top-p: a sample of the softmax (Gumbel-max).
+
+    Args:
+        logits: (rows, vocabulary), float32.
+        keys, steps: (rows,), int64: `seed_of` the row, and how many tokens it has.
+        temperature: (rows,); 0 is greedy, and so are all rows without it.
+        top_p: (rows,), in (0, 1]; 1 for all rows without it.
+    """
+    token = (
+        logits.argmax(-1)
+        if temperature is None
+        else _sample(logits, gumbel(keys, steps, logits.shape[-1]), temperature, top_p)
+    )
+    normaliser = logits.logsumexp(-1)
+    logprob = logits.gather(-1, token[:, None]).squeeze(-1) - normaliser
+    return Choice(token, logprob.masked_fill(~normaliser.isfinite(), torch.nan))
+
+
+def _sample(logits: Tensor, noise: Tensor, temperature: Tensor, top_p: Tensor | None) -> Tensor:
+    sampled = temperature > 0
+    scaled = logits / torch.where(sampled, temperature, 1.0)[:, None]
+    if top_p is not None:
+        scaled = _nucleus(scaled, top_p)
+    return noise.mul_(sampled[:, None]).add_(scaled).argmax(-1)
+
+
+def seed_of(key: str, sample: int) -> int:
+    """64 bits for a request's i-th sample."""
+    digest = hashlib.blake2b(f"{key}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def gumbel(keys: Tensor, steps: Tensor, vocabulary: int) -> Tensor:
+    """Gumbel noise of shape (rows, vocabulary), a pure function of (key, step, token).
+
+    A counter-based generator (the SplitMix64 finaliser) in wrapping int64 arithmetic: the same
+    numbers on every device, whatever the batch.
+    """
+    bits = _mix(keys + (steps + 1) * _GOLDEN)[:, None] + _counters(vocabulary, keys.device)
+    # 23 bits and a half: exact in float32, never 0 and never 1
+    uniform = _shift(_mix(bits), 41).float().add_(0.5).mul_(2.0**-23)
+    return uniform.log_().neg_().log_().neg_()
+
+
+@lru_cache(maxsize=4)
+def _counters(vocabulary: int, device: torch.device) -> Tensor:
+    return torch.arange(vocabulary, dtype=torch.int64, device=device) * _GOLDEN
+
+
+def _signed(x: int) -> int:
+    """An integer modulo 2^64, as int64 holds it."""
+    return (x + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def _shift(x: Tensor, by: int) -> Tensor:
+    """Logical right shift (torch's is arithmetic)."""
+    return (x >> by).bitwise_and_((1 << (64 - by)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)).mul_(_MIX_1)
+    x = x.bitwise_xor_(_shift(x, 27)).mul_(_MIX_2)
+    return x.bitwise_xor_(_shift(x, 31))
+
+
+def _nucleus(logits: Tensor, top_p: Tensor) -> Tensor:
+    """-inf outside the smallest set of tokens whose probability reaches top_p."""
+    ordered, order = logits.sort(dim=-1, descending=True)
+    probability = ordered.softmax(-1)
+    before = probability.cumsum(-1) - probability
+    outside = (before >= top_p[:, None]).scatter(-1, order, before >= top_p[:, None])
+    return logits.masked_fill(outside, float("-inf"))
