@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 from constitutions.errors import UserError
 from models import llm_judge
+from models.endpoint import open_endpoint
 from models.judges import JudgeSettings
 from tasks.basemodels import check_model, folder_digest
 from tasks.store import Slot
@@ -50,14 +51,16 @@ def noted(at: Slot, settings: JudgeSettings | None) -> Slot:
 
 
 def check_judge(settings: JudgeSettings) -> str:
-    """What the judge's model is, in words; makes and loads nothing.
+    """What the judge's model is, in words; makes and loads nothing, and asks nobody.
 
     Raises:
-        UserError: there is no such directory, or it lacks what transformers needs.
+        UserError: there is no such directory, or it lacks what transformers needs; an endpoint
+            without an address or key.
     """
     if settings.policy is None or settings.kind in ("auto", "similarity", "oracle"):
         return f"none: {settings.kind}"
     if settings.policy.endpoint:
+        open_endpoint(settings.policy)  # its address and key, nobody is asked
         return f"{settings.policy.served_name} at {settings.policy.endpoint}"
     try:
         return check_model(settings.policy)

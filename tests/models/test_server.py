@@ -7,11 +7,13 @@ import importlib.util
 import logging
 import math
 import pickle
+import shutil
 import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from models.judges import JudgeSettings, Pair
 from models.llm_judge import PairwiseJudge
 from models.local import LocalPolicy, load_policy
 from models.policy import Completion, PolicySettings, Request
-from models.server import PROBE, ServerPolicy, open_server
+from models.server import PROBE, ServerPolicy, check_server, open_server
 
 KEY = "sk-secret/0123456789"
 QUICK = Limits(timeout=20, patience=20, start=2, backoff=0.02, longest_backoff=0.5)
@@ -62,8 +64,12 @@ def texts(answers: list[list[Completion]]) -> list[list[str]]:
     return [[c.text for c in completions] for completions in answers]
 
 
+def prompt_of(body: dict[str, Any]) -> str:
+    return str(body["messages"][-1]["content"])
+
+
 def is_probe(body: dict[str, Any]) -> bool:
-    return body["messages"] == [PROBE]
+    return body.get("messages") == [PROBE]
 
 
 def says(*choices: str, tokens: int = 6, finish: str = "stop") -> JSONResponse:
@@ -137,22 +143,22 @@ def test_a_real_server_answers_as_the_same_model_does_here(
     assert len(several) == 3 and len({c.text for c in several}) > 1
 
 
-def test_nothing_is_lost_when_everything_goes_wrong(
+def test_five_hundred_requests_survive_faults_and_a_restart(
     transformers: TransformersServer, model: Path, local: LocalPolicy
 ) -> None:
     """429, 503, broken connections, hangs, and the server killed and started in the middle."""
-    requests = [asking(f"Number {i}") for i in range(60)]
+    requests = [asking(f"Number {i} {TEXT[i % 4][i % 29 :]}", max_tokens=4) for i in range(500)]
     expected = local.generate(requests)
 
     def plan(i: int, body: dict[str, Any]) -> Answer:
         troubles: dict[int, Answer] = {
-            1: fails(429, "slow down", **{"retry-after": "1"}),
+            1: fails(429, "slow down"),
             3: fails(503, "overloaded"),
             5: "cut",
             7: PlainTextResponse("<html>Bad gateway</html>", 502),
             9: PlainTextResponse("<html>Please log in</html>"),
         }
-        return "hang" if i == 2 else troubles.get(i % 13)
+        return "hang" if i in (2, 12, 22, 32) else troubles.get(i % 13)
 
     restarts: list[threading.Thread] = []
     done = 0
@@ -160,25 +166,45 @@ def test_nothing_is_lost_when_everything_goes_wrong(
     def progress(count: int) -> None:
         nonlocal done
         done += count
-        if done == 20:
+        if done == 200:
             transformers.kill()
             restarts.append(threading.Thread(target=transformers.start))
             restarts[0].start()
 
     proxy = Proxy(transformers.url, lambda i, body: None)
     with serving(proxy) as address:
-        limits = Limits(timeout=5, patience=120, backoff=0.02, longest_backoff=0.5)
+        limits = Limits(timeout=12, patience=240, backoff=0.02, longest_backoff=0.5)
         policy = open_server(settings(address, model), limits=limits)
         proxy.bodies.clear()
+        proxy.answered.clear()
         proxy.plan = plan
         answers = policy.generate(requests, progress)
     restarts[0].join()
     assert [told(c) for (c,) in answers] == [told(c) for (c,) in expected]
-    assert done == 60
-    asked = [body["messages"][0]["content"] for body in proxy.bodies]
-    assert len(asked) > 60 + 60 * 5 // 13, "requests that failed were asked again"
-    answered = {body["seed"] for body, _ in proxy.answered if not is_probe(body)}
-    assert len(answered) == 60
+    assert len({c.text for (c,) in answers}) > 40, "answers that differ show whose they are"
+    assert done == 500
+    assert len(proxy.bodies) > 500 + 500 * 5 // 13, "requests that failed were asked again"
+    replies = {prompt_of(body): reply for body, reply in proxy.answered if not is_probe(body)}
+    assert len(proxy.answered) == len(replies) == 500, "each was answered once"
+    for request, (completion,) in zip(requests, answers, strict=True):
+        reply = replies[request.messages[0]["content"]]  # type: ignore[index, typeddict-item]
+        assert reply["choices"][0]["message"]["content"].strip() == completion.text
+
+
+def test_a_real_server_continues_raw_text_and_stops(
+    transformers: TransformersServer, model: Path, local: LocalPolicy
+) -> None:
+    policy = open_server(settings(transformers.url, model), limits=QUICK)
+    assert policy.support.stop and not policy.support.logprobs, "logprobs are ignored"
+    raw = [Request(messages=t, key=t, temperature=0.0, max_tokens=12) for t in TEXT[:4]]
+    plain = local.generate(raw)
+    assert texts(policy.generate(raw)) == texts(plain)
+    marks = [c.text[len(c.text) // 2 :][:2] for (c,) in plain]
+    assert all(mark.strip() for mark in marks)
+    stopped = [replace(r, stop=("never said", mark)) for r, mark in zip(raw, marks, strict=True)]
+    for (whole,), (part,), mark in zip(plain, policy.generate(stopped), marks, strict=True):
+        assert part.text == whole.text.partition(mark)[0].strip()
+        assert part.finish == "stop"
 
 
 def test_a_pairwise_judge_on_a_real_server(
@@ -306,6 +332,67 @@ def test_ends_and_tokens_are_read(ours: str) -> None:
 
 
 QUICK_SINGLE = Limits(in_flight=1, timeout=20, patience=20, start=2, backoff=0.02)
+
+
+def test_log_probabilities_and_stops_where_the_server_has_them(
+    ours: str, local: LocalPolicy
+) -> None:
+    requests = [asking("Say something", n=3, temperature=1.0), asking("Hello", max_tokens=20)]
+    raw = Request(messages="Please restart the", key="raw", max_tokens=20)
+    with behind(ours, lambda i, body: None) as (policy, proxy):
+        assert policy.support.logprobs and policy.support.stop
+        answers = policy.generate([*requests, raw])
+        sent = proxy.bodies
+        seeds = [next(b["seed"] for b in sent if b.get("n") == 3), 0]
+        seeds += [next(b["seed"] for b in sent if "prompt" in b)]
+        expected = local.generate(
+            [replace(r, key=str(seed)) for r, seed in zip([*requests, raw], seeds, strict=True)]
+        )
+        assert texts(answers) == texts(expected)
+        for one, other in zip(answers, expected, strict=True):
+            assert [c.logprob for c in one] == pytest.approx([c.logprob for c in other])
+        proxy.bodies.clear()
+        whole = answers[1][0].text
+        mark = whole[len(whole) // 2 :][:2]
+        stop = ("z" * 9, mark, "y" * 9, "x" * 9, "w" * 9)
+        ((part,),) = policy.generate([replace(requests[1], stop=stop)])
+        assert proxy.bodies[0]["stop"] == list(stop[:4]), "OpenAI takes four"
+    assert part.text == whole.partition(mark)[0].strip() and part.finish == "stop"
+
+
+def test_what_a_server_ignores_is_done_here() -> None:
+    deaf = Proxy("", lambda i, body: says("one two three four", finish="length"))
+    with serving(deaf) as address:
+        policy = open_server(settings(address), limits=QUICK)
+        assert not policy.support.stop and not policy.support.logprobs
+        deaf.bodies.clear()
+        ((part,), (whole,)) = policy.generate(
+            [asking("a", stop=("four", "three")), asking("b", stop=("five",))]
+        )
+    assert told(part) == ("one two", 6, "stop") and told(whole)[2] == "length"
+    assert all("stop" not in body and "logprobs" not in body for body in deaf.bodies)
+
+
+def test_half_an_answer_has_no_log_probability(ours: str) -> None:
+    """A server that stops one token late: the number would be another text's."""
+    content = [{"token": "", "logprob": -1.0}] * 4
+    message = {"message": {"content": "one two three"}, "logprobs": {"content": content}}
+    reply = JSONResponse({"choices": [message], "usage": {"completion_tokens": 4}})
+    with behind(ours, lambda i, body: reply) as (policy, _):
+        ((whole,), (half,)) = policy.generate([asking("a"), asking("b", stop=("three",))])
+    assert whole.logprob == -4.0 and math.isnan(half.logprob)
+
+
+@pytest.mark.parametrize("status", [400, 422, 500])
+def test_refusing_what_is_extra_is_no_fault(status: int) -> None:
+    def plan(i: int, body: dict[str, Any]) -> Answer:
+        extra = {"stop", "logprobs"} & body.keys()
+        return fails(status, f"no {extra} here") if extra else says("one two three four")
+
+    with serving(Proxy("", plan)) as address:
+        policy = open_server(settings(address), limits=Limits(start=0.2, backoff=0.02))
+        ((part,),) = policy.generate([asking("a", stop=("three",))])
+    assert part.text == "one two"
 
 
 def test_a_loop_may_run_already(ours: str) -> None:
@@ -485,6 +572,184 @@ def test_an_unknown_model_is_told() -> None:
     with serving(unknown) as url, pytest.raises(UserError, match="does not exist") as raised:
         open_server(settings(url), limits=QUICK)
     assert "policy.served_model" in raised.value.fix
+
+
+# Adapters ----------------------------------------------------------------------------------
+
+
+def make_adapter(model: Path, directory: Path, *, seed: int = 0, trained: bool = True) -> Path:
+    """An adapter of the model with random updates; an untrained one changes nothing."""
+    import torch
+
+    from models import qlora
+    from models.adapter import AdapterSettings
+
+    base, _ = qlora.load_base(model, quantization="none", dtype="float32", device="cpu")
+    adapted = qlora.new_adapter(base, AdapterSettings(lora_rank=4), seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in adapted.named_parameters():
+        if trained and "lora_B" in name:
+            weight.data.normal_(0, 0.1, generator=generator)
+    qlora.save_adapter(adapted, directory, data_digest="random")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return make_adapter(model, folder / "a"), make_adapter(model, folder / "b", seed=1)
+
+
+@pytest.fixture
+def lora(model: Path, local: LocalPolicy) -> Iterator[tuple[Proxy, str, Any]]:
+    """A proxy before our server, which loads adapters; its address; the server's engine."""
+    app = app_over(local, lambda path: load_policy(engine(model), model, path))
+    with serving(app) as upstream:
+        proxy = Proxy(upstream, lambda i, body: None)
+        with serving(proxy) as address:
+            yield proxy, address, app.state.engine
+
+
+def test_the_adapter_answers_under_a_name_of_its_own(
+    lora: tuple[Proxy, str, Any], adapters: tuple[Path, Path], model: Path, tmp_path: Path
+) -> None:
+    proxy, address, served = lora
+    requests = [asking(f"What about {i}?") for i in range(6)]
+    policies = [open_server(settings(address), path, QUICK) for path in adapters]
+    names = [policy.model for policy in policies]
+    assert len(set(names)) == 2 and list(served.adapters) == names
+    for policy, path in zip(policies, adapters, strict=True):
+        proxy.bodies.clear()
+        expected = load_policy(engine(model), model, path).generate(requests)
+        assert texts(policy.generate(requests)) == texts(expected)
+        assert {body["model"] for body in proxy.bodies} == {policy.model}
+    assert texts(open_server(settings(address), None, QUICK).generate(requests)) != texts(expected)
+
+    copied = shutil.copytree(adapters[0], tmp_path / "copy")
+    loads = proxy.paths.count("/v1/load_lora_adapter")
+    assert open_server(settings(address), copied, QUICK).model == names[0]
+    assert proxy.paths.count("/v1/load_lora_adapter") == loads == 2, "it is there already"
+
+
+def test_a_server_that_was_started_again_loads_the_adapter_anew(
+    lora: tuple[Proxy, str, Any], adapters: tuple[Path, Path]
+) -> None:
+    proxy, address, served = lora
+    policy = open_server(settings(address), adapters[0], QUICK)
+    requests = [asking(f"What about {i}?") for i in range(24)]
+    expected = policy.generate(requests)
+    proxy.bodies.clear()
+
+    def plan(i: int, body: dict[str, Any]) -> Answer:
+        if i == 12:
+            served.adapters.clear()
+        return "cut" if 9 < i <= 12 else None
+
+    proxy.plan = plan
+    assert texts(policy.generate(requests)) == texts(expected)
+    assert list(served.adapters) == [policy.model]
+
+
+def test_an_untrained_adapter_is_worth_a_warning(
+    lora: tuple[Proxy, str, Any],
+    model: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    untrained = make_adapter(model, tmp_path / "untrained", trained=False)
+    open_server(settings(lora[1]), untrained, QUICK)
+    assert "changes nothing" in caplog.text
+
+
+def test_an_adapter_that_is_listed_and_not_used_is_found(
+    local: LocalPolicy, adapters: tuple[Path, Path]
+) -> None:
+    with (
+        serving(app_over(local, lambda path: local)) as address,
+        pytest.raises(UserError, match="exactly what it answers as ours"),
+    ):
+        open_server(settings(address), adapters[0], QUICK)
+
+
+def test_another_model_s_answer_is_refused(
+    lora: tuple[Proxy, str, Any], adapters: tuple[Path, Path]
+) -> None:
+    proxy, address, _ = lora
+    policy = open_server(settings(address), adapters[0], QUICK)
+    proxy.plan = lambda i, body: says("I am the base")
+    with pytest.raises(UserError, match="a model without a name answers") as raised:
+        policy.generate([asking("Hello")])
+    assert policy.model in str(raised.value)
+
+
+LOAD = "/v1/load_lora_adapter"
+
+
+def listing(*cards: dict[str, str]) -> JSONResponse:
+    return JSONResponse({"object": "list", "data": list(cards)})
+
+
+@pytest.mark.parametrize(
+    ("path", "answer", "said"),
+    [
+        (LOAD, JSONResponse({"detail": "Not Found"}, 404), "loads no adapters while it runs"),
+        (LOAD, fails(400, "LoRA rank 64 is greater than max_lora_rank 16"), "max-lora-rank"),
+        (LOAD, fails(500, "the engine's own words"), r"cannot load .*\(HTTP 500: the engine's own"),
+        (LOAD, fails(401, "who are you?"), "refuses a request without a key"),
+        (LOAD, PlainTextResponse("Success, or so I say"), "does not list the adapter"),
+        ("/v1/models", JSONResponse({"detail": "Not Found"}, 404), "HTTP 404"),
+        ("/v1/models", PlainTextResponse("<html>"), "no list of models"),
+    ],
+)
+def test_an_adapter_that_cannot_be_used_is_told(
+    lora: tuple[Proxy, str, Any],
+    adapters: tuple[Path, Path],
+    path: str,
+    answer: Any,
+    said: str,
+) -> None:
+    proxy, address, _ = lora
+    proxy.elsewhere[path] = answer
+    limits = Limits(start=0.3, backoff=0.02)
+    with pytest.raises(UserError, match=said):
+        open_server(settings(address), adapters[0], limits)
+    assert path != LOAD or proxy.paths.count(LOAD) == 1, "what is final is not asked again"
+
+
+def test_a_path_that_the_server_does_not_see(
+    lora: tuple[Proxy, str, Any], adapters: tuple[Path, Path]
+) -> None:
+    _, address, served = lora
+    served.blind = True
+    with pytest.raises(UserError, match="No adapter found for") as raised:
+        open_server(settings(address), adapters[0], QUICK)
+    assert str(adapters[0]) in raised.value.expected and "share the folder" in raised.value.fix
+
+
+def test_an_adapter_of_another_base_is_refused(
+    lora: tuple[Proxy, str, Any], adapters: tuple[Path, Path]
+) -> None:
+    proxy, address, _ = lora
+    name = open_server(settings(address), adapters[0], QUICK).model
+    base, other = {"id": "ours", "root": "/a"}, {"id": "other", "root": "/b"}
+    proxy.elsewhere["/v1/models"] = listing(base, other, {"id": name, "parent": "other"})
+    with pytest.raises(UserError, match="onto other"):
+        open_server(settings(address), adapters[0], QUICK)
+    alias = {"id": "other", "root": "/a"}
+    proxy.elsewhere["/v1/models"] = listing(base, alias, {"id": name, "parent": "other"})
+    open_server(settings(address), adapters[0], QUICK)
+
+
+def test_a_server_is_looked_at_before_anything_is_computed(
+    ours: str, lora: tuple[Proxy, str, Any]
+) -> None:
+    check_server(settings(ours), adapters=False, limits=QUICK)
+    check_server(settings(lora[1]), adapters=True, limits=QUICK)
+    with pytest.raises(UserError, match="loads no adapters") as raised:
+        check_server(settings(ours), adapters=True, limits=QUICK)
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in raised.value.fix
+    with pytest.raises(UserError, match="`another` does not exist"):
+        check_server(settings(ours, served_model="another"), adapters=False, limits=QUICK)
 
 
 # Address and key ---------------------------------------------------------------------------
