@@ -355,7 +355,8 @@ async def _check_adapter(
     try:
         tuned = await policy.reply(client, body(adapter.name))
         if told:
-            base, again = [await endpoint.ask(client, body(adapter.base)) for _ in range(2)]
+            alone, start = body(adapter.base), endpoint.limits.start
+            base, again = [await endpoint.ask(client, alone, start) for _ in range(2)]
             adapter.check_acts(endpoint, base.choices[0], again.choices[0], tuned.choices[0])
     except Fault as fault:
         raise endpoint.explain(fault) from None
