@@ -54,7 +54,7 @@ Told = TypeVar("Told", bound=BaseModel)
 class Limits:
     """How hard a server is asked. Times are in seconds."""
 
-    in_flight: int = 16
+    in_flight: int = 32
     timeout: float = 600.0
     """Of one attempt, to the last byte of the reply: answers are not streamed."""
     patience: float = 1200.0
@@ -412,6 +412,8 @@ def open_endpoint(settings: PolicySettings, limits: Limits | None = None) -> End
     assert settings.endpoint, "the caller sees to it"
     variable = settings.key_variable
     key = _key(variable) if variable else None
+    if limits is None and settings.batch_rows:
+        limits = Limits(in_flight=settings.batch_rows)
     return Endpoint(settings.endpoint, key=key, key_variable=variable, limits=limits)
 
 

@@ -120,7 +120,8 @@ class PolicySettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes the GPU when there is one."""
     batch_rows: int | None = Field(None, ge=1, le=4096)
-    """Samples that are decoded together. Unset: as many as the free memory holds."""
+    """Samples that are decoded together. Unset: as many as the free memory holds. Behind an
+    endpoint, requests in flight; unset: 32."""
     threads: int | None = Field(None, ge=1, le=512)
     """CPU threads. Unset: torch's choice. For very small models 1 is as fast, and steadier."""
     endpoint: str | None = Field(None, pattern=r"^https?://[^@?#]+$")

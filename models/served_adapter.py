@@ -95,7 +95,7 @@ class ServedAdapter:
         same = parent is base or (parent and base and parent.root and parent.root == base.root)
         if card.parent and not same:
             raise UserError(
-                f"the server has loaded the adapter onto {card.parent}",
+                f"the server has loaded the adapter onto {endpoint.clean(card.parent)}",
                 where=endpoint.base,
                 expected=f"its base {self.base}",
                 fix="set policy.served_model to what the server calls the base",

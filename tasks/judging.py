@@ -59,10 +59,10 @@ def check_judge(settings: JudgeSettings) -> str:
     """
     if settings.policy is None or settings.kind in ("auto", "similarity", "oracle"):
         return f"none: {settings.kind}"
-    if settings.policy.endpoint:
-        open_endpoint(settings.policy)  # its address and key, nobody is asked
-        return f"{settings.policy.served_name} at {settings.policy.endpoint}"
     try:
+        if settings.policy.endpoint:
+            open_endpoint(settings.policy)  # its address and key
+            return f"{settings.policy.served_name} at {settings.policy.endpoint}"
         return check_model(settings.policy)
     except UserError as error:
         raise UserError(

@@ -31,7 +31,7 @@ from openai_server import (
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, StreamingResponse
 
 from constitutions.errors import UserError
-from models.endpoint import Endpoint, Limits
+from models.endpoint import Endpoint, Limits, open_endpoint
 from models.judges import JudgeSettings, Pair
 from models.llm_judge import PairwiseJudge
 from models.local import LocalPolicy, load_policy
@@ -442,6 +442,13 @@ def test_many_are_in_flight_and_no_more(ours: str) -> None:
         proxy.plan = held
         assert texts(policy.generate([asking(str(i)) for i in range(40)])) == [["there"]] * 40
     assert most == 8
+
+
+def test_the_settings_say_how_many_are_in_flight() -> None:
+    given = settings("http://localhost:8000", batch_rows=3)
+    assert open_endpoint(given).limits.in_flight == 3
+    assert open_endpoint(given, QUICK).limits is QUICK
+    assert open_endpoint(settings("http://localhost:8000")).limits == Limits()
 
 
 def test_retry_after_is_kept(ours: str) -> None:
