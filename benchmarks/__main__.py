@@ -15,12 +15,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.generation import generation_vs_batched, generation_vs_sequential
 from benchmarks.measure import Result
 from benchmarks.rouge import rouge_l_plain, rouge_l_stem
 
 RESULTS = Path(__file__).parent / "results.json"
 
 BENCHMARKS: dict[str, Callable[[], Result]] = {
+    "generation_vs_sequential": generation_vs_sequential,
+    "generation_vs_batched": generation_vs_batched,
     "rouge_l": rouge_l_plain,
     "rouge_l_stem": rouge_l_stem,
 }

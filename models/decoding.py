@@ -199,6 +199,10 @@ class Decoder:
         self.model, self.stop, self.rows, self.spell = model, frozenset(stop), rows, spell
         self.prompt_tokens = 0
         """Prompt tokens computed so far, each shared one once."""
+        self.steps = 0
+        """Forward passes so far that made a token for each of their rows."""
+        self.fitted = 0
+        """Rows at once in the last call."""
         use_shared_prefixes(model)
 
     @torch.inference_mode()
@@ -221,7 +225,7 @@ class Decoder:
 
         while any(wanted):
             left = families(prompts, wanted)
-            rows = self.rows or self._fitting(left, requests)
+            rows = self.fitted = self.rows or self._fitting(left, requests)
             try:
                 self._serve(deque(left), requests, rows, end)
             except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -310,6 +314,7 @@ class Decoder:
         self, batch: _Batch, requests: Sequence[Request], end: Callable[[Sample], None]
     ) -> _Batch | None:
         """One more token for every row; None when the last one ended."""
+        self.steps += 1
         chosen, tokens, logprobs = batch.choose()
         for row, sample in enumerate(batch.samples):
             if batch.going[row]:

@@ -56,37 +56,39 @@ class Encoder:
                 an end token.
         """
         try:
-            text = self.chat.render(messages)
+            whole = self.chat.conversation(messages)
             spans = [self._span(messages, turn) for turn in trained]
         except ChatError as error:
             raise EncodingError(str(error)) from error
-        if all(text.startswith(before + turn) for before, turn in spans):
-            return [self._example(text, spans, weight)]
-        return [self._example(before + turn, [(before, turn)], weight) for before, turn in spans]
+        if all(_begins(whole, through) for _, through in spans):
+            return [self._example(whole, spans, weight)]
+        return [self._example(through, [(start, through)], weight) for start, through in spans]
 
-    def _span(self, messages: Sequence[Message], turn: int) -> tuple[str, str]:
-        """The text before a turn's first token, and the turn."""
-        before = self.chat.render(messages[:turn], ask=True)
-        through = self.chat.render(messages[: turn + 1])
-        if not through.startswith(before):
+    def _span(self, messages: Sequence[Message], turn: int) -> tuple[int, list[int]]:
+        """Where a turn's first token stands, and the conversation up to the turn's end."""
+        before = self.chat.conversation(messages[:turn], ask=True)
+        through = self.chat.conversation(messages[: turn + 1])
+        if not _begins(through, before):
             raise EncodingError(
                 "the chat template renders a prompt differently once it is answered"
             )
-        return before, through[len(before) :]
+        return len(before), through
 
-    def _example(self, text: str, spans: Sequence[tuple[str, str]], weight: float) -> Example:
-        ids, starts = self.chat.tokens(text)
+    def _example(
+        self, ids: list[int], spans: Sequence[tuple[int, list[int]]], weight: float
+    ) -> Example:
         if len(ids) > self.max_tokens:
             raise EncodingError(f"{len(ids):,} tokens, more than max_tokens = {self.max_tokens:,}")
-        trained: set[int] = set()
-        for before, turn in spans:
-            trained |= self._trained(ids, starts, len(before), len(before) + len(turn))
+        trained = {i for start, through in spans for i in range(start, self._end(through, start))}
         return Example(tuple(ids), tuple(i in trained for i in range(len(ids))), weight)
 
-    def _trained(self, ids: list[int], starts: list[int], first: int, end: int) -> set[int]:
-        """Tokens from character `first` to the turn's end token (a line break may follow it)."""
-        turn = [i for i, start in enumerate(starts) if first <= start < end]
-        ends = [i for i in turn if ids[i] in self.added]
+    def _end(self, through: list[int], start: int) -> int:
+        """After the turn's end token (a line break may follow it)."""
+        ends = [i for i, token in enumerate(through) if i >= start and token in self.added]
         if not ends:
             raise EncodingError("the chat template ends no assistant turn with a token of its own")
-        return set(range(turn[0], ends[-1] + 1))
+        return ends[-1] + 1
+
+
+def _begins(ids: list[int], start: list[int]) -> bool:
+    return ids[: len(start)] == start

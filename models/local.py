@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from constitutions.errors import UserError
-from models.chat import Chat
+from models.chat import Chat, ChatError
 from models.decoding import Decoder, Sample
 from models.policy import (
     SILENT,
@@ -78,16 +78,18 @@ class LocalPolicy:
     def generate(
         self, requests: Sequence[Request], progress: Progress | None = None
     ) -> list[list[Completion]]:
-        """See `Policy.generate`. A prompt that leaves no room for `max_tokens` is "overflow".
+        """See `Policy.generate`. A prompt that leaves no room for `max_tokens` is "overflow", one
+        that the chat template will not take (two user turns in a row, say) "refused".
 
         Raises:
             UserError: the model's logits are finite for none of the requests.
         """
-        prompts = [self.chat.prompt(request.messages) for request in requests]
-        answers: list[list[Completion | None]] = [[None] * request.n for request in requests]
-        fitting = [i for i, r in enumerate(requests) if self._fits(r, prompts[i])]
-        for i in {*range(len(requests))} - {*fitting}:
-            answers[i] = [_silent("overflow")] * requests[i].n
+        prompts = [self._prompt(request) for request in requests]
+        fitting = [i for i, prompt in enumerate(prompts) if isinstance(prompt, list)]
+        answers: list[list[Completion | None]] = [
+            [None if isinstance(prompt, list) else prompt] * request.n
+            for request, prompt in zip(requests, prompts, strict=True)
+        ]
 
         def ended(sample: Sample) -> None:
             owner = fitting[sample.request]
@@ -97,7 +99,8 @@ class LocalPolicy:
 
         if progress and len(fitting) < len(requests):
             progress(len(requests) - len(fitting))
-        self.decoder.sample([prompts[i] for i in fitting], [requests[i] for i in fitting], ended)
+        asked = [cast("list[int]", prompts[i]) for i in fitting]
+        self.decoder.sample(asked, [requests[i] for i in fitting], ended)
         done = [[c for c in some if c is not None] for some in answers]
         self._check_finite([c for i in fitting for c in done[i]])
         return done
@@ -124,8 +127,14 @@ class LocalPolicy:
         ids = self.chat.words(text)
         return [*ids, *sorted(self.stop)[:1]]
 
-    def _fits(self, request: Request, prompt: list[int]) -> bool:
-        return 0 < len(prompt) <= self.context - request.max_tokens
+    def _prompt(self, request: Request) -> list[int] | Completion:
+        """The prompt's tokens, or why there will be no text."""
+        try:
+            prompt = self.chat.prompt(request.messages)
+        except ChatError:
+            return _silent("refused")
+        fits = 0 < len(prompt) <= self.context - request.max_tokens
+        return prompt if fits else _silent("overflow")
 
     def _spell(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))

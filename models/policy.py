@@ -57,13 +57,14 @@ class Completion:
     logprob: float
     finish: str
     """"stop", "length" (cut at max_tokens), or why there is no text: "overflow" (the prompt left no
-    room), "invalid" (the model's logits were not finite) or "refused" (by a server)."""
+    room), "invalid" (the model's logits were not finite) or "refused" (the prompt, by the chat
+    template or by a server)."""
 
 
 SILENT = {
     "overflow": "the prompt left no room for it",
     "invalid": "the model's logits were not finite",
-    "refused": "the server would not answer",
+    "refused": "its prompt was refused, by the chat template or by the server",
 }
 """Why there is no text, by how its generation finished."""
 

@@ -36,8 +36,9 @@ def use_shared_prefixes(model: PreTrainedModel) -> None:
     Raises:
         UserError: its attention does not go through the library's interface.
     """
-    if not model._can_set_attn_implementation():
-        raise unsupported(model, "does not let its attention be replaced")
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
+    if heads is None or not model._can_set_attn_implementation():
+        raise unsupported(model, "has no attention that could be replaced")
     model.set_attn_implementation(NAME)
 
 

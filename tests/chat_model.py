@@ -6,25 +6,51 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-Architecture = Literal["llama", "qwen2", "planted"]
+Architecture = Literal["llama", "qwen2", "granite", "gemma2", "mistral", "planted"]
 
 LLAMA_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
+    "{{ bos_token }}{% set date = strftime_now('%d %b %Y') %}"
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set system, messages = messages[0]['content'] | trim, messages[1:] %}"
+    "{% else %}{% set system = '' %}{% endif %}"
+    "{{ '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+    "Today Date: ' + date + '\n\n' + system + '<|eot_id|>' }}{% for message in messages %}"
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
     "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-"""Llama-3's turns, header by header."""
+"""As Llama 3.1 and 3.2 write turns: header by header, after one that names the date."""
 
 QWEN2_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+    "<|im_end|>\n' }}{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""Qwen2's: a default system turn, and a line break after each end of turn."""
+"""As Qwen2.5: a default system turn, and a line break after each end of turn."""
+
+GRANITE_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|start_of_role|>system<|end_of_role|>Knowledge Cutoff Date: April 2024.\n"
+    "Today\\'s Date: ' + strftime_now('%B %d, %Y') + '.\nYou are Granite, developed by IBM. "
+    "You are a helpful AI assistant.<|end_of_text|>\n' }}{% endif %}{% for message in messages %}"
+    "{{ '<|start_of_role|>' + message['role'] + '<|end_of_role|>' + message['content'] }}"
+    "{{ '<|end_of_text|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
+)
+"""As Granite 3.1: a default system turn that names the date."""
+
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+"""As Gemma 2: without a system role."""
 
 PLANTED_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
@@ -39,6 +65,9 @@ TEMPLATES: dict[str, tuple[str, str, list[str]]] = {
         "<|eot_id|>",
         ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"],
     ),
+    "granite": (GRANITE_TEMPLATE, "<|end_of_text|>", ["<|start_of_role|>", "<|end_of_role|>"]),
+    "gemma2": (GEMMA_TEMPLATE, "<end_of_turn>", ["<bos>", "<start_of_turn>"]),
+    "mistral": (QWEN2_TEMPLATE, "<|im_end|>", ["<|im_start|>"]),
     "qwen2": (QWEN2_TEMPLATE, "<|im_end|>", ["<|im_start|>", "<|endoftext|>"]),
     "planted": (PLANTED_TEMPLATE, "<|end|>", ["<|system|>", "<|user|>", "<|assistant|>"]),
 }
@@ -68,7 +97,8 @@ def build_chat_model(
 
     Args:
         directory: created when missing.
-        architecture: "planted" is a Llama with the terse template.
+        architecture: "planted" is a Llama with the terse template; "mistral" has a window of 16
+            tokens in every layer, "gemma2" in every second one, and caps its scores.
         text: trains the tokenizer.
         hidden: model width, a multiple of 64 (NF4 quantises blocks of 64 weights).
         layers: number of decoder layers.
@@ -98,7 +128,7 @@ def _tokenizer(architecture: str, text: Iterable[str], vocabulary: int) -> Any:
     core.train_from_iterator(text, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
-        bos_token="<|begin_of_text|>" if architecture == "llama" else None,
+        bos_token={"llama": "<|begin_of_text|>", "gemma2": "<bos>"}.get(architecture),
         eos_token=end,
         pad_token="<|pad|>",
         additional_special_tokens=control,
@@ -109,7 +139,7 @@ def _tokenizer(architecture: str, text: Iterable[str], vocabulary: int) -> Any:
 
 def _model(architecture: str, tokenizer: Any, hidden: int, layers: int, seed: int) -> Any:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     shape: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -125,8 +155,13 @@ def _model(architecture: str, tokenizer: Any, hidden: int, layers: int, seed: in
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
     }
+    special: dict[str, dict[str, Any]] = {
+        "granite": {"attention_multiplier": 0.1, "logits_scaling": 2.0, "residual_multiplier": 0.7},
+        "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16},
+        "mistral": {"sliding_window": 16},
+    }
+    kind = "llama" if architecture == "planted" else architecture
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if architecture == "qwen2":
-            return Qwen2ForCausalLM(Qwen2Config(**shape))
-        return LlamaForCausalLM(LlamaConfig(**shape))
+        config = AutoConfig.for_model(kind, **shape, **special.get(architecture, {}))
+        return AutoModelForCausalLM.from_config(config)
