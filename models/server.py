@@ -402,7 +402,7 @@ async def _probe_extras(ask: Callable[..., Awaitable[Reply]], found: Support) ->
     values = told.choices[0].token_logprobs if told else []
     whole = told or await greedy(found)
     text = whole.texts[0] if whole else ""
-    mark = re.search(r"[!-~]{1,4}", text[len(text) // 2 :])
+    mark = re.search(r"[^\s\ufffd]{1,4}", text[len(text) // 2 :])
     cut = await greedy(stopping, [mark[0]]) if mark else None
     return replace(
         found,

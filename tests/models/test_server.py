@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -83,7 +84,8 @@ def fails(status: int, message: str, **headers: str) -> JSONResponse:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_chat_model(tmp_path_factory.mktemp("model") / "chat", "llama")
+    """Its template names no date (a server would name today's), and its answers differ a lot."""
+    return build_chat_model(tmp_path_factory.mktemp("model") / "chat", "planted", seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +183,7 @@ def test_five_hundred_requests_survive_faults_and_a_restart(
         answers = policy.generate(requests, progress)
     restarts[0].join()
     assert [told(c) for (c,) in answers] == [told(c) for (c,) in expected]
-    assert len({c.text for (c,) in answers}) > 40, "answers that differ show whose they are"
+    assert len({c.text for (c,) in answers}) > 200, "answers that differ show whose they are"
     assert done == 500
     assert len(proxy.bodies) > 500 + 500 * 5 // 13, "requests that failed were asked again"
     replies = {prompt_of(body): reply for body, reply in proxy.answered if not is_probe(body)}
@@ -481,7 +483,8 @@ def test_a_wait_beyond_patience_is_an_error_at_once(ours: str, after: str) -> No
     ],
 )
 def test_a_server_that_stays_away(ours: str, answer: Answer, reason: str) -> None:
-    limits = Limits(timeout=0.5, patience=1, start=0.5, backoff=0.02)
+    timeout = 0.5 if answer == "hang" else 20
+    limits = Limits(timeout=timeout, patience=2, start=0.5, backoff=0.02)
     requests = [asking(str(i)) for i in range(20)]
     with (
         behind(ours, lambda i, body: answer, limits) as (policy, proxy),
@@ -489,8 +492,7 @@ def test_a_server_that_stays_away(ours: str, answer: Answer, reason: str) -> Non
     ):
         policy.generate(requests)
     assert reason in str(raised.value) and policy.endpoint.url in str(raised.value)
-    asked = [body["messages"][0]["content"] for body in proxy.bodies]
-    assert asked.count("0") > 1
+    assert max(Counter(map(prompt_of, proxy.bodies)).values()) > 1, "asked again"
 
 
 def test_a_trickle_is_not_waited_for(ours: str) -> None:
