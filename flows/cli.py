@@ -57,13 +57,16 @@ def run(
     place = parse_place(start, settings.iterations) if start else None
     from flows import show
     from flows.em import em_experiment
-    from flows.preflight import check
+    from flows.preflight import ask_server, check
     from flows.states import unchanged
 
     show.beginning(settings, check(settings))
     note_settings(settings, list(parse_overrides(set_ or [])) if recorded else None)
     done = None if force or place else unchanged(settings)
-    show.ending(settings, em_experiment(settings, force, place) if done is None else done)
+    if done is None:
+        ask_server(settings)
+        done = em_experiment(settings, force, place)
+    show.ending(settings, done)
 
 
 @app.command()
@@ -84,7 +87,7 @@ def baselines(
     """
     from flows import show
     from flows.baselines import BASELINES, check_names, run_baselines, split_overrides
-    from flows.preflight import check
+    from flows.preflight import ask_server, check
     from flows.settings import load_settings
 
     own, changes = split_overrides(set_ or [])
@@ -92,6 +95,7 @@ def baselines(
     check_names(names, changes)
     settings = load_settings(source, own)
     show.beginning(settings, check(settings))
+    ask_server(settings)
     show.baselines(run_baselines(settings, names, changes))
 
 
@@ -209,11 +213,14 @@ def validate(
 ) -> None:
     """Check settings, data and model before anything is computed; report every mistake."""
     from flows import show
-    from flows.preflight import check, check_data
+    from flows.preflight import ask_server, check, check_data
     from flows.settings import load_settings, presets
 
     if file in presets() or Path(file).suffix in ("", ".yaml", ".yml"):
-        show.checked(file, check(load_settings(file, set_ or [])))
+        settings = load_settings(file, set_ or [])
+        found = check(settings)
+        ask_server(settings)
+        show.checked(file, found)
     else:
         show.checked(file, check_data(file))
 

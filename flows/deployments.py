@@ -16,7 +16,7 @@ from pydantic import Field
 from flows.em import em_experiment
 from flows.experiment import note_settings, record_of, recorded_settings
 from flows.forms import Form, changes, form_of
-from flows.preflight import check
+from flows.preflight import ask_server, check
 from flows.settings import ExperimentSettings, load_settings, with_changes
 from flows.stages import run_stage
 from flows.states import stage_states, unchanged
@@ -69,6 +69,7 @@ def experiment(
     if not force and (done := unchanged(chosen)):
         stages = sum(map(len, done))
         return _unchanged(f"all {stages} stages of {chosen.experiment} are as recorded")
+    ask_server(chosen)
     em_experiment.fn(chosen, force)  # in this very run, which the review can suspend
     return Completed(message=f"{chosen.experiment}: {chosen.iterations} iterations")
 

@@ -6,11 +6,13 @@ All mistakes are reported together.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from constitutions.errors import UserError, UserErrors
 from flows.experiment import home
 from flows.settings import ExperimentSettings
+from models.endpoint import Limits, open_endpoint
+from models.server import check_server
 from tasks.basemodels import check_model
 from tasks.corpus import CorpusSettings, load_corpus
 from tasks.evaluate import check_judges
@@ -37,15 +39,54 @@ def check(settings: ExperimentSettings) -> dict[str, str]:
         return ""
 
     found = {
-        "model": attempt(lambda: check_model(settings.policy)),
+        "model": attempt(lambda: _model(settings)),
         "prompts": attempt(lambda: _prompts(settings)),
         "score": attempt(lambda: _similarity(settings)),
         "evaluate": attempt(lambda: _judges(settings)) + attempt(lambda: _benchmarks(settings)),
         "disk": attempt(_disk),
     }
+    problems += _beyond_endpoints(settings)
     if problems:
         raise UserErrors(problems)
     return found
+
+
+def ask_server(settings: ExperimentSettings) -> None:
+    """See that the policy's endpoint answers, and loads adapters where any are trained.
+
+    Apart from `check`, because a run that finds everything in the record needs no server.
+
+    Raises:
+        UserError: it does not.
+    """
+    if settings.policy.endpoint:
+        check_server(settings.policy, adapters=settings.iterations > 0, limits=Limits(start=10))
+
+
+def _model(settings: ExperimentSettings) -> str:
+    policy = settings.policy
+    found = check_model(policy)
+    if not policy.endpoint:
+        return found
+    open_endpoint(policy)  # its address and key
+    return f"{found}; answers come from {policy.served_name} at {policy.endpoint}"
+
+
+def _beyond_endpoints(settings: ExperimentSettings) -> Iterator[UserError]:
+    """The settings that need more of the policy than its endpoint gives."""
+    clusters = settings.policy.endpoint and settings.guided and settings.iterations
+    if clusters and "hidden" in settings.cluster.features:
+        yield _beyond("features", "hidden states", 'leave "hidden" out')
+    if clusters and settings.cluster.logprob_tolerance is not None:
+        yield _beyond("logprob_tolerance", "log-probabilities of given responses", "leave it unset")
+
+
+def _beyond(setting: str, needed: str, instead: str) -> UserError:
+    return UserError(
+        f"an endpoint gives no {needed}",
+        where=f"setting 'cluster.{setting}'",
+        fix=f"{instead}, or unset policy.endpoint to run the policy in process",
+    )
 
 
 def check_data(path: str) -> dict[str, str]:

@@ -130,6 +130,7 @@ def differences(old: Derivation, new: Derivation) -> Iterator[str]:
 
 NOTES = {
     "base": "the base model",
+    "served_model": "the model at the endpoint",
     "templates": "the prompt templates",
     "scoring": "a setting of score",
     "decisions": "the review's decisions",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import Field, model_validator
 
@@ -253,6 +253,8 @@ PRINCIPLE = Rubric(
 """For the principle-following win rate: does the refinement follow the principle it names?"""
 RUBRICS = {rubric.name: rubric for rubric in (HELPFULNESS, PRINCIPLE)}
 
+BESIDE = ("endpoint", "key_variable")
+"""Settings of a judge's model that may stand beside it."""
 Kind = Literal["auto", "similarity", "oracle", "pairwise", "absolute", "reward"]
 
 
@@ -265,12 +267,7 @@ class JudgeSettings(Settings):
     model. "auto" is the oracle on the planted world and similarity elsewhere."""
     policy: PolicySettings | None = None
     """The judge's own model, for "pairwise", "absolute" and "reward". It has no adapter, and does
-    not use `templates`."""
-    endpoint: str | None = Field(default=None, pattern=r"^https?://[^@?#]+$")
-    """An OpenAI-compatible server that answers for `policy.model`. Unset: in process."""
-    key_variable: str | None = Field(default=None, pattern=r"^[A-Za-z_]\w*$")
-    """Name of the environment variable with the endpoint's key. (Settings are recorded, so the key
-    itself is none.)"""
+    not use `templates`. Its `endpoint` and `key_variable` may stand beside it as well as in it."""
     rubric: Literal["helpfulness", "principle"] | Rubric = "helpfulness"
     """What an LLM judge looks at: a rubric by name, or one of your own."""
     show_gold: bool = False
@@ -285,12 +282,25 @@ class JudgeSettings(Settings):
     reward_tie: float = Field(default=1e-4, ge=0)
     """Rewards nearer than this are equal."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _moved_in(cls, values: Any) -> Any:
+        """What stands beside the model about its endpoint belongs to it."""
+        policy = values.get("policy") if isinstance(values, dict) else None
+        inside = policy.model_dump() if isinstance(policy, PolicySettings) else policy or {}
+        if not isinstance(values, dict) or not isinstance(inside, dict):
+            return values
+        own = {k: v for k, v in values.items() if k not in BESIDE}
+        beside = {k: v for k, v in values.items() if k in BESIDE}
+        needed = policy is not None or any(beside.values())
+        return own | {"policy": inside | beside} if beside and needed else own
+
     @model_validator(mode="after")
     def _has_a_model(self) -> JudgeSettings:
         needs = self.kind in ("pairwise", "absolute", "reward")
         if needs and (self.policy is None or self.policy.model == "planted"):
             raise ValueError(f"a {self.kind} judge needs a model of its own: set policy.model")
-        if self.endpoint and self.kind not in ("pairwise", "absolute"):
+        if self.policy and self.policy.endpoint and self.kind not in ("pairwise", "absolute"):
             raise ValueError(f"a {self.kind} judge runs in process: leave endpoint unset")
         return self
 

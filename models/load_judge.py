@@ -17,10 +17,10 @@ def open_policy(settings: JudgeSettings) -> Policy:
         UserError: it cannot be loaded, or the endpoint cannot be used.
     """
     assert settings.policy is not None, "JudgeSettings sees to it"
-    if settings.endpoint:
+    if settings.policy.endpoint:
         from models.server import open_server
 
-        return open_server(settings)
+        return open_server(settings.policy)
     from models.local import load_policy
 
     return load_policy(settings.policy, settings.policy.model, None)

@@ -121,6 +121,25 @@ class PolicySettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes the GPU when there is one."""
     batch_rows: int | None = Field(None, ge=1, le=4096)
-    """Samples that are decoded together. Unset: as many as the free memory holds."""
+    """Samples that are decoded together. Unset: as many as the free memory holds. Behind an
+    endpoint, requests in flight; unset: 32."""
     threads: int | None = Field(None, ge=1, le=512)
     """CPU threads. Unset: torch's choice. For very small models 1 is as fast, and steadier."""
+    endpoint: str | None = Field(None, pattern=r"^https?://[^@?#]+$")
+    """An OpenAI-compatible server that answers for the model; it is still trained in process, and
+    the server loads each iteration's adapter (vLLM does). Unset: answers in process, too."""
+    key_variable: str | None = Field(None, pattern=r"^[A-Za-z_]\w*$")
+    """Name of the environment variable with the endpoint's key. (Settings are recorded, so the key
+    itself is none.)"""
+    served_model: str | None = Field(None, min_length=1)
+    """What the server calls the model. Unset: `model`."""
+
+    @property
+    def served_name(self) -> str:
+        """The model by the name that an endpoint knows."""
+        return self.served_model or self.model
+
+    @property
+    def answers_on(self) -> str:
+        """The device that answering takes here: none, behind an endpoint."""
+        return "cpu" if self.endpoint else self.device

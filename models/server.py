@@ -1,86 +1,53 @@
 """A policy behind an OpenAI-compatible endpoint: vLLM, SGLang, llama.cpp, TGI or a hosted one.
 
-`models.judges.open_policy` opens it for a judge. What a server ignores in silence (n, seed,
-temperature) is found by asking it at the start, not trusted.
+`tasks.policies` opens it for the policy that is trained, `models.load_judge` for a judge. What a
+server ignores in silence (n, seed, temperature, stop strings, log-probabilities) is found by asking
+it at the start, not trusted. The adapter of an iteration is loaded by the server itself
+(`models.served_adapter`), and its name must be on every reply.
 
-Servers fail in three ways, told apart for every request:
+`models.endpoint` says how long a request is asked again. When it gives up:
 
-- busy or away (408, 425, 429, 5xx, timeouts, broken connections, nonsense): asked again, with
-  exponential back-off and jitter, for `Limits.patience`;
 - the request is too long: its completions are "overflow", as a local policy's;
-- anything else, and patience at its end: the server is asked for one token. Does it still answer,
-  then the trouble is the request's own: its completions are "refused", and the other requests keep
-  theirs. Does it not, the whole call fails with a `UserError`, and the finished answers of this
-  call are lost: stages keep theirs shard by shard.
+- anything else: the server is asked for one token. Does it still answer, then the trouble is the
+  request's own: its completions are "refused", and the other requests keep theirs. Does it not, the
+  whole call fails with a `UserError`, and the finished answers of this call are lost: stages keep
+  theirs shard by shard.
 """
 
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import hashlib
 import itertools
-import json
 import logging
 import math
-import os
-import random
 import re
-import time
-from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any, Literal, NoReturn, TypeVar, cast, get_args
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NoReturn, cast, get_args
 
 import httpx
 import numpy as np
-from pydantic import BaseModel, Field, SecretStr, ValidationError
 
 from constitutions.errors import UserError
-from models.judges import JudgeSettings
-from models.policy import Completion, Message, Progress, Request, Scoring
+from models.endpoint import Choice, Endpoint, Fault, Limits, Reply, open_endpoint, run_async
+from models.policy import Completion, Message, Messages, PolicySettings, Progress, Request, Scoring
+from models.served_adapter import MISSING, ServedAdapter, no_adapters
 
 PROBE: Message = {"role": "user", "content": "Write a random number between one and a million."}
 PROBE_TOKENS = 16
-LARGEST_REPLY = 16 * 2**20
-"""Bytes. 64 completions of 16,000 tokens are about 4 MiB."""
-SECRET_LENGTH = 12
-"""A shorter key ("EMPTY") is no secret, and its letters may well stand in a completion."""
+MOST_STOPS = 4
+"""Stop strings that OpenAI takes; we cut at the others ourselves."""
 
 Limit = Literal["max_tokens", "max_completion_tokens"]
 """What a server calls the longest answer: OpenAI's later models take the second only."""
 LIMITS: tuple[Limit, ...] = get_args(Limit)
 STOPPED = frozenset({"stop", "eos_token", "stop_sequence"})
 """Finish reasons of a whole answer."""
-BUSY = frozenset({408, 425, 429})
-TOO_LONG = re.compile(
-    r"context.?(length|window|size)|maximum (model|sequence|input) length|max_new_tokens` must"
-    r"|`inputs` must have less|(prompt|input|request)\b.{0,20} too (long|large)|reduce the length",
-    re.IGNORECASE,
-)
-"""How vLLM, SGLang, TGI, llama.cpp and hosted servers say so; there is no common error code."""
 
 _log = logging.getLogger(__name__)
-for _name in ("httpx", "httpcore"):  # they log what a server sends: an echoed key, too
-    logging.getLogger(_name).setLevel(logging.WARNING)
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """How hard a server is asked. Times are in seconds."""
-
-    in_flight: int = 16
-    timeout: float = 600.0
-    """Of one attempt, to the last byte of the reply: answers are not streamed."""
-    patience: float = 1200.0
-    """A request is asked again for so long, as when the server restarts."""
-    start: float = 90.0
-    """As `patience`, for the first requests, and when in doubt whether the server still answers."""
-    backoff: float = 1.0
-    """The first pause; each is up to twice the one before."""
-    longest_backoff: float = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,244 +60,34 @@ class Support:
     """Same seed, same completion; another seed, another one."""
     varies: bool
     """Whether completions at temperature 1 ever differ: some servers ignore the temperature."""
+    stop: bool
+    """Ends at a stop string; else none is sent, and the answer is cut here."""
+    logprobs: bool
+    """Tells the log-probabilities of what it says."""
     limit: Limit
 
-
-# The wire ----------------------------------------------------------------------------------
-
-
-class _Message(BaseModel):
-    content: str | None = None
-
-
-class _Choice(BaseModel):
-    message: _Message
-    finish_reason: str | None = None
-
-
-class _Usage(BaseModel):
-    completion_tokens: int = Field(ge=0)
-
-
-class Reply(BaseModel):
-    """What is read of a chat completion; a reply without it counts as a fault."""
-
-    choices: list[_Choice] = Field(min_length=1)
-    usage: _Usage
-
-    @property
-    def texts(self) -> list[str]:
-        """What the choices say, without white space around it."""
-        return [(choice.message.content or "").strip() for choice in self.choices]
-
-
-class Fault(Exception):
-    """Why there is no reply. `again`: it may pass; `after`: not before so many seconds."""
-
-    def __init__(
-        self, reason: str, *, status: int | None = None, again: bool = False, after: float = 0.0
-    ) -> None:
-        self.reason, self.status, self.again, self.after = reason, status, again, after
-        super().__init__(reason)
-
-    @property
-    def too_long(self) -> bool:
-        """Whether the request does not fit the model's context (429 counts tokens per minute)."""
-        return self.status not in (None, 429) and TOO_LONG.search(self.reason) is not None
-
-
-class Endpoint:
-    """Chat completions over HTTP(S), certificates verified, no redirects. It never shows its key.
-
-    Raises:
-        UserError: the endpoint is no plain http(s) address.
-    """
-
-    def __init__(
+    def body(
         self,
-        address: str,
+        model: str,
+        asked: Messages | str,
+        max_tokens: int,
         *,
-        key: SecretStr | None = None,
-        key_variable: str | None = None,
-        limits: Limits | None = None,
-    ) -> None:
-        self.url, self.key_variable = _chat_url(address), key_variable
-        self.limits = limits or Limits()
-        self._key = key
-        self._certificates = httpx.create_ssl_context()
-
-    def __repr__(self) -> str:
-        return f"Endpoint({self.url})"
-
-    def client(self) -> httpx.AsyncClient:
-        """Connections for one event loop."""
-        headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key.get_secret_value()}"
-        return httpx.AsyncClient(
-            headers=headers,
-            verify=self._certificates,
-            follow_redirects=False,
-            timeout=httpx.Timeout(self.limits.timeout, connect=30.0),
-            limits=httpx.Limits(max_connections=self.limits.in_flight),
-        )
-
-    async def ask(
-        self, client: httpx.AsyncClient, body: Mapping[str, Any], patience: float | None = None
-    ) -> Reply:
-        """The reply, asked for again while the server is busy or away.
-
-        Raises:
-            Fault: one that does not pass, or not within `patience` seconds.
-        """
-        ends = time.monotonic() + (self.limits.patience if patience is None else patience)
-        for attempt in itertools.count():
-            try:
-                return await self._attempt(client, body)
-            except Fault as fault:
-                pause = fault.after + self._backoff(attempt)
-                if not fault.again or fault.too_long or time.monotonic() + pause > ends:
-                    raise
-                level = logging.WARNING if pause >= 10 else logging.INFO
-                _log.log(level, "%s: %s; again in %.1f s", self.url, fault.reason, pause)
-            await asyncio.sleep(pause)
-        raise AssertionError("count() does not end")
-
-    def _backoff(self, attempt: int) -> float:
-        """Up to twice as long each time; the jitter keeps requests from coming back together."""
-        longest = min(self.limits.longest_backoff, self.limits.backoff * 2.0 ** min(attempt, 30))
-        return longest * random.uniform(0.5, 1.0)
-
-    async def _attempt(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> Reply:
-        content = json.dumps(body).encode()
-        try:
-            # httpx's own timeout starts anew with each byte
-            async with (
-                asyncio.timeout(self.limits.timeout),
-                client.stream("POST", self.url, content=content) as response,
-            ):
-                return self._parse(response, await _read(response))
-        except TimeoutError:
-            reason = f"no whole reply within {self.limits.timeout:g} s"
-            raise Fault(reason, again=True) from None
-        except httpx.RequestError as error:
-            reason = self.clean(f"no connection, or a broken one: {type(error).__name__} {error}")
-            raise Fault(reason, again=True) from None
-
-    def _parse(self, response: httpx.Response, raw: bytes) -> Reply:
-        status, message = _error(response.status_code, raw)
-        if status == 200:
-            try:
-                return Reply.model_validate_json(raw)
-            except ValidationError:
-                reason = f"HTTP 200, but no chat completion with its usage: {message}"
-                raise Fault(self.clean(reason), status=status, again=True) from None
-        if 300 <= status < 400:
-            message = f"it redirects to {response.headers.get('location')}, which is not followed"
-        raise Fault(
-            self.clean(f"HTTP {status}: {message}"),
-            status=status,
-            again=status in BUSY or status >= 500,
-            after=_retry_after(response.headers.get("retry-after", "")),
-        )
-
-    def clean(self, text: str) -> str:
-        """A server's words for a message: one short line of printable characters, no key."""
-        line = " ".join(self._hide(text).split())
-        line = "".join(c if c.isprintable() else "\ufffd" for c in line)
-        return line if len(line) <= 300 else f"{line[:300]}…"
-
-    def completion(self, text: str) -> str:
-        """A completion as it is, but for a key that the server echoes."""
-        secret = self._key and len(self._key.get_secret_value()) >= SECRET_LENGTH
-        return self._hide(text) if secret else text
-
-    def _hide(self, text: str) -> str:
-        return text.replace(self._key.get_secret_value(), "[key]") if self._key else text
-
-    def explain(self, fault: Fault) -> UserError:
-        """The fault for a person: which endpoint, what happened, what to do."""
-        if fault.status in (401, 403):
-            what = f"the key in ${self.key_variable}" if self._key else "a request without a key"
-            return UserError(
-                f"the server refuses {what} ({fault.reason})",
-                where=self.url,
-                fix="set key_variable to the name of an environment variable with a valid key",
-            )
-        return UserError(
-            f"the server does not answer ({fault.reason})", where=self.url, fix=_advice(fault)
-        )
-
-
-def _advice(fault: Fault) -> str:
-    if fault.status == 429:
-        return "its rate limit or quota is used up: wait or raise it, then run this again"
-    if fault.again:
-        return "see that it runs, is reachable from here and serves policy.model; its log says more"
-    if fault.status in (301, 302, 303, 307, 308, 404, 405):
-        return "check the endpoint's address, and that policy.model is a name that it serves"
-    return "check that policy.model is a name that it serves, and what its log says"
-
-
-def _chat_url(address: str) -> str:
-    """Where chat completions are asked for; `address` may end before or after its "/v1"."""
-    try:
-        url = httpx.URL(address.strip())
-    except httpx.InvalidURL:
-        url = httpx.URL("")
-    plain = not (url.userinfo or url.query or url.fragment)
-    if url.scheme not in ("http", "https") or not url.host or not plain:
-        raise UserError(  # the address is not shown: it may hold a password
-            "this is not the address of a server",
-            where="judge.endpoint",
-            expected='"http(s)://host[:port][/path]", without user, password, "?" or "#"',
-            fix="a key goes into the environment variable that key_variable names",
-        )
-    path = url.path.rstrip("/").removesuffix("/chat/completions")
-    if not re.search(r"/v\d\w*(/|\Z)", path):
-        path += "/v1"
-    return str(url.copy_with(path=f"{path}/chat/completions"))
-
-
-async def _read(response: httpx.Response) -> bytes:
-    raw = bytearray()
-    async for chunk in response.aiter_bytes():
-        raw += chunk
-        if len(raw) > LARGEST_REPLY:
-            raise Fault(f"a reply of more than {LARGEST_REPLY:,} bytes")
-    return bytes(raw)
-
-
-def _error(status: int, raw: bytes) -> tuple[int, str]:
-    """The status and what the server says of it; some send 200 with an error inside."""
-    text = raw[:10_000].decode(errors="replace")
-    try:
-        data = json.loads(raw)
-    except (ValueError, RecursionError):
-        return status, text
-    if not isinstance(data, dict):
-        return status, text
-    error = data.get("error")
-    inside = error if isinstance(error, dict) else {}
-    if status == 200 and error:
-        code = inside.get("code")
-        status = code if isinstance(code, int) and 400 <= code < 600 else 502
-    message = inside.get("message") or data.get("message") or data.get("detail") or error
-    kinds = [inside.get(name) for name in ("code", "type")]  # "context_length_exceeded"
-    kind = next((f" ({k})" for k in kinds if isinstance(k, str)), "")
-    return status, f"{message}{kind}" if message else text
-
-
-def _retry_after(value: str) -> float:
-    """Seconds from now: the header has a number or a date."""
-    if re.fullmatch(r"\d{1,9}(\.\d*)?", value.strip()):
-        return float(value)
-    try:
-        when = email.utils.parsedate_to_datetime(value)
-    except ValueError:
-        return 0.0
-    when = when if when.tzinfo else when.replace(tzinfo=UTC)
-    return max(0.0, (when - datetime.now(UTC)).total_seconds())
+        n: int = 1,
+        stop: Sequence[str] = (),
+        **more: int | float,
+    ) -> dict[str, Any]:
+        """A request, as the server takes it. What it need not say it does not: some refuse it."""
+        if isinstance(asked, str):
+            body: dict[str, Any] = {"model": model, "prompt": asked, "max_tokens": max_tokens}
+        else:
+            body = {"model": model, "messages": list(asked), self.limit: max_tokens}
+        if n > 1:
+            body["n"] = n
+        if stop and self.stop:
+            body["stop"] = list(stop[:MOST_STOPS])
+        if self.logprobs:
+            body["logprobs"] = 1 if isinstance(asked, str) else True
+        return body | more
 
 
 # The policy --------------------------------------------------------------------------------
@@ -346,14 +103,22 @@ class _Job:
 
 
 class ServerPolicy:
-    """`Policy` over an endpoint, for `generate` alone. `logprob` is NaN: it is not asked for.
+    """`Policy` over an endpoint, for `generate` alone: the base, or an adapter that it has loaded.
 
     Completion i depends on the request alone only as far as the server honours its seed
-    (`support`); the same requests may be answered otherwise when many are in flight.
+    (`support`); the same requests may be answered otherwise when many are in flight. `logprob` is
+    what the server says (vLLM: at temperature 1, the end included), NaN where it says nothing.
     """
 
-    def __init__(self, endpoint: Endpoint, model: str, support: Support) -> None:
-        self.endpoint, self.model, self.support = endpoint, model, support
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        model: str,
+        support: Support,
+        adapter: ServedAdapter | None = None,
+    ) -> None:
+        self.endpoint, self.support, self.adapter = endpoint, support, adapter
+        self.model = adapter.name if adapter else model
         self._answered, self._refusal = False, cast("Fault | None", None)
 
     def __repr__(self) -> str:
@@ -366,14 +131,15 @@ class ServerPolicy:
 
         What ended an answer otherwise than by its own end (a content filter, say) is "length": it
         is not whole. Tokens of several completions in one reply are counted by the server together,
-        and shared out by their characters.
+        and shared out by their log-probabilities, or by their characters.
 
         Raises:
-            UserError: the server is away or busy for too long, or refuses the key or all requests.
+            UserError: the server is away or busy for too long, refuses the key or all requests, or
+                answers with another model than the adapter.
         """
-        return _run(self._generate(requests, progress)) if requests else []
+        return run_async(self._generate(requests, progress)) if requests else []
 
-    def logprobs(self, pairs: Sequence[tuple[tuple[Message, ...], str]]) -> list[Scoring]:
+    def logprobs(self, pairs: Sequence[tuple[Messages, str]]) -> list[Scoring]:
         """Chat endpoints do not score given text.
 
         Raises:
@@ -440,28 +206,55 @@ class ServerPolicy:
     async def _ask(
         self, client: httpx.AsyncClient, request: Request, first: int, n: int
     ) -> list[Completion]:
-        body = _body(
+        body = self.support.body(
             self.model,
             request.messages,
+            request.max_tokens,
             n=n,
+            stop=request.stop,
             seed=_seed(request.key, first),
             temperature=request.temperature,
             top_p=request.top_p,
-            **{self.support.limit: request.max_tokens},
         )
         try:
-            reply = await self.endpoint.ask(client, body)
+            reply = await self.reply(client, body)
         except Fault as fault:
             return [await self._failed(client, fault)] * n
         self._answered = True
-        return self._completions(reply)[:n]
+        return self._completions(reply, request.stop)[:n]
+
+    async def reply(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> Reply:
+        """The reply to a body that names our model.
+
+        A server that was started again has forgotten the adapter: it loads it anew.
+
+        Raises:
+            Fault: see `Endpoint.ask`.
+            UserError: another model than the adapter answers, or it cannot be loaded again.
+        """
+        limits = self.endpoint.limits
+        try:
+            reply = await self.endpoint.ask(client, body, limits.patience)
+        except Fault as fault:
+            if self.adapter is None or fault.status != 404:
+                raise
+            await self.adapter.load(self.endpoint, client, limits.patience)
+            reply = await self.endpoint.ask(client, body, limits.patience)
+        if self.adapter and reply.model != self.adapter.name:
+            raise UserError(
+                f"{self.endpoint.clean(reply.model or 'a model without a name')} answers",
+                where=self.endpoint.url,
+                expected=f"the adapter {self.adapter.name} by its name",
+                fix="serve the base by vLLM, or run in process (no endpoint)",
+            )
+        return reply
 
     async def _failed(self, client: httpx.AsyncClient, fault: Fault) -> Completion:
         """What a request is left with; raises where the fault is the server's (see the module)."""
         if fault.too_long:
             return Completion(text="", tokens=0, logprob=0.0, finish="overflow")
         try:
-            body = _body(self.model, [PROBE], **{self.support.limit: 1})
+            body = self.support.body(self.model, (PROBE,), 1)
             await self.endpoint.ask(client, body, self.endpoint.limits.start)
         except Fault:
             raise self.endpoint.explain(fault) from None
@@ -469,25 +262,31 @@ class ServerPolicy:
         self._refusal = fault
         return Completion(text="", tokens=0, logprob=0.0, finish="refused")
 
-    def _completions(self, reply: Reply) -> list[Completion]:
-        shares = _shares(reply.usage.completion_tokens, [len(text) for text in reply.texts])
+    def _completions(self, reply: Reply, stop: Sequence[str]) -> list[Completion]:
+        told = [len(choice.token_logprobs) for choice in reply.choices]
+        sizes = told if all(told) else [len(text) for text in reply.texts]
+        shares = _shares(reply.usage.completion_tokens, sizes)
         return [
-            Completion(
-                text=self.endpoint.completion(text),
-                tokens=tokens,
-                logprob=math.nan,
-                finish="stop" if choice.finish_reason in STOPPED else "length",
-            )
-            for choice, text, tokens in zip(reply.choices, reply.texts, shares, strict=True)
+            self._completion(choice, tokens, stop)
+            for choice, tokens in zip(reply.choices, shares, strict=True)
         ]
 
+    def _completion(self, choice: Choice, tokens: int, stop: Sequence[str]) -> Completion:
+        text = _until(choice.said, stop)
+        whole = text == choice.said
+        told = choice.token_logprobs if whole else []
+        return Completion(
+            text=self.endpoint.completion(text.strip()),
+            tokens=tokens,
+            logprob=math.fsum(told) if told else math.nan,
+            finish="stop" if not whole or choice.finish_reason in STOPPED else "length",
+        )
 
-def _body(
-    model: str, messages: Sequence[Message], *, n: int = 1, **more: int | float
-) -> dict[str, Any]:
-    """`n` is named where it is more than one: some servers refuse a request that names it."""
-    several = {"n": n} if n > 1 else {}
-    return {"model": model, "messages": list(messages), **several, **more}
+
+def _until(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the stop strings: some servers ignore them, or leave one in."""
+    ends = [text.find(mark) for mark in stop if mark in text]
+    return text[: min(ends)] if ends else text
 
 
 def _seed(key: str, sample: int) -> int:
@@ -502,90 +301,176 @@ def _shares(total: int, weights: Sequence[int]) -> list[int]:
     return [end - start for start, end in itertools.pairwise([0, *ends])]
 
 
-def _run(main: Coroutine[Any, Any, T]) -> T:
-    """The coroutine's result, also where a loop runs already (a notebook, an async flow)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        pass
-    else:
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(asyncio.run, main).result()
-    return asyncio.run(main)
-
-
 # Opening one -------------------------------------------------------------------------------
 
 
-def open_server(settings: JudgeSettings, limits: Limits | None = None) -> ServerPolicy:
-    """The judge's model at its endpoint, after a few requests that show what the server can do.
+def open_server(
+    settings: PolicySettings, adapter: Path | None = None, limits: Limits | None = None
+) -> ServerPolicy:
+    """The policy at its endpoint, after a few requests that show what the server can do.
 
     A server adds what its model's generation config says and a request does not name (top-k, a
     repetition penalty): start vLLM with `--generation-config vllm`.
 
+    Args:
+        adapter: its folder, under a path that the server sees, too; None is the base alone.
+
     Raises:
-        UserError: no such address, no key where one is named, or no usable answer.
+        UserError: no such address, no key where one is named, no usable answer, or an adapter that
+            cannot be loaded or is not what answers.
     """
-    assert settings.endpoint and settings.policy, "JudgeSettings sees to it"
-    endpoint = Endpoint(
-        settings.endpoint,
-        key=_key(settings.key_variable) if settings.key_variable else None,
-        key_variable=settings.key_variable,
-        limits=limits,
+    return run_async(_open(open_endpoint(settings, limits), settings.served_name, adapter))
+
+
+async def _open(endpoint: Endpoint, base: str, adapter: Path | None) -> ServerPolicy:
+    async with endpoint.client() as client:
+        support = await _probe(endpoint, client, base)
+        if not support.varies:
+            _log.warning(
+                "%s: %s says the same at temperature 1 whatever the seed; does the server ignore "
+                "the temperature? (transformers: do_sample in generation_config.json)",
+                endpoint.url,
+                base,
+            )
+        if adapter is None:
+            return ServerPolicy(endpoint, base, support)
+        served = ServedAdapter.of(adapter, base)
+        await served.load(endpoint, client, endpoint.limits.start)
+        policy = ServerPolicy(endpoint, base, support, served)
+        await _check_adapter(policy, served, client)
+        return policy
+
+
+async def _check_adapter(
+    policy: ServerPolicy, adapter: ServedAdapter, client: httpx.AsyncClient
+) -> None:
+    """Whether it is the adapter that answers: by the reply's name, and by its log-probabilities."""
+    told, endpoint = policy.support.logprobs, policy.endpoint
+    body = partial(
+        policy.support.body,
+        asked=(PROBE,),
+        max_tokens=PROBE_TOKENS,
+        temperature=0.0 if told else 1.0,
     )
-    model = settings.policy.model
-    support = _run(_probe(endpoint, model))
-    if not support.varies:
-        _log.warning(
-            "%s: %s says the same at temperature 1 whatever the seed; does the server ignore the "
-            "temperature? (transformers: do_sample in generation_config.json)",
-            endpoint.url,
-            model,
-        )
-    return ServerPolicy(endpoint, model, support)
+    try:
+        tuned = await policy.reply(client, body(adapter.name))
+        if told:
+            alone, start = body(adapter.base), endpoint.limits.start
+            base, again = [await endpoint.ask(client, alone, start) for _ in range(2)]
+            adapter.check_acts(endpoint, base.choices[0], again.choices[0], tuned.choices[0])
+    except Fault as fault:
+        raise endpoint.explain(fault) from None
 
 
-def _key(variable: str) -> SecretStr:
-    key = SecretStr(os.environ.get(variable, "").strip())
-    where = "judge.key_variable"
-    if not key:
-        raise UserError(
-            f"the environment variable {variable} is not set",
-            where=where,
-            fix=f"export {variable}=… before the run, or unset key_variable for a server without",
-        )
-    if not re.fullmatch(r"[!-~]+", key.get_secret_value()):
-        raise UserError(  # h11 would quote the header
-            f"the environment variable {variable} holds no key",
-            where=where,
-            expected="printable ASCII characters without spaces",
-        )
-    return key
-
-
-async def _probe(endpoint: Endpoint, model: str) -> Support:
+async def _probe(endpoint: Endpoint, client: httpx.AsyncClient, model: str) -> Support:
     """Ask twice with one seed and once with another, in the first way that is not refused."""
     refused: Fault | None = None
-    async with endpoint.client() as client:
-        for n, limit in itertools.product((2, 1), LIMITS):
-
-            async def ask(seed: int, n: int = n, limit: str = limit) -> list[str]:
-                more = {"temperature": 1.0, "top_p": 1.0, "seed": seed, limit: PROBE_TOKENS}
-                body = _body(model, [PROBE], n=n, **more)
-                return (await endpoint.ask(client, body, endpoint.limits.start)).texts
-
-            try:
-                first, again, other = await ask(1), await ask(1), await ask(2)
-            except Fault as fault:
-                refused = refused or fault
-                if fault.status not in (400, 422):
-                    break
-                continue
-            return Support(
-                n=n == 2 and len(first) == 2 and len(set(first)) == 2,
-                seed=first == again != other,
-                varies=len({*first, *again, *other}) > 1,
-                limit=limit,
-            )
+    ask = partial(_sample, endpoint, client, model)
+    for several, limit in itertools.product((True, False), LIMITS):
+        plain = Support(
+            n=several, seed=False, varies=False, stop=False, logprobs=False, limit=limit
+        )
+        try:
+            first, again, other = [(await ask(plain, seed=seed)).texts for seed in (1, 1, 2)]
+        except Fault as fault:
+            refused = refused or fault
+            if fault.status not in (400, 422):
+                break
+            continue
+        found = replace(
+            plain,
+            n=several and len(first) == 2 and len(set(first)) == 2,
+            seed=first == again != other,
+            varies=len({*first, *again, *other}) > 1,
+        )
+        return await _probe_extras(ask, found)
     assert refused is not None
     raise endpoint.explain(refused)
+
+
+async def _probe_extras(ask: Callable[..., Awaitable[Reply]], found: Support) -> Support:
+    """With log-probabilities and stop strings as far as they work; refusing one is no fault."""
+
+    async def greedy(support: Support, stop: Sequence[str] = ()) -> Reply | None:
+        try:
+            return await ask(support, temperature=0.0, stop=stop)
+        except Fault:
+            return None
+
+    telling, stopping = replace(found, logprobs=True), replace(found, stop=True)
+    told = await greedy(telling)
+    values = told.choices[0].token_logprobs if told else []
+    whole = told or await greedy(found)
+    text = whole.texts[0] if whole else ""
+    mark = re.search(r"[^\s\ufffd]{1,4}", text[len(text) // 2 :])
+    cut = await greedy(stopping, [mark[0]]) if mark else None
+    return replace(
+        found,
+        logprobs=bool(values) and all(map(math.isfinite, values)),
+        stop=cut is not None and len(cut.texts[0]) < len(text),
+    )
+
+
+async def _sample(
+    endpoint: Endpoint,
+    client: httpx.AsyncClient,
+    model: str,
+    support: Support,
+    *,
+    seed: int = 1,
+    temperature: float = 1.0,
+    stop: Sequence[str] = (),
+) -> Reply:
+    body = support.body(
+        model,
+        (PROBE,),
+        PROBE_TOKENS,
+        n=2 if support.n and temperature else 1,
+        stop=stop,
+        seed=seed,
+        temperature=temperature,
+        top_p=1.0,
+    )
+    return await endpoint.ask(client, body, endpoint.limits.start)
+
+
+def check_server(settings: PolicySettings, *, adapters: bool, limits: Limits | None = None) -> None:
+    """Ask the server for one token; and, for `adapters`, whether it loads any while it runs.
+
+    Raises:
+        UserError: no such address, no key where one is named, no answer, or no adapters.
+    """
+
+    async def look() -> None:
+        endpoint = open_endpoint(settings, limits)
+        async with endpoint.client() as client:
+            try:
+                await _first_answer(endpoint, client, settings.served_name)
+                if adapters:
+                    await _takes_adapters(endpoint, client)
+            except Fault as fault:
+                raise endpoint.explain(fault) from None
+
+    run_async(look())
+
+
+async def _first_answer(endpoint: Endpoint, client: httpx.AsyncClient, model: str) -> None:
+    for limit in LIMITS:
+        body = {"model": model, "messages": [PROBE], limit: 1}
+        try:
+            await endpoint.ask(client, body, endpoint.limits.start)
+            return
+        except Fault as fault:
+            if fault.status not in (400, 422) or limit == LIMITS[-1]:
+                raise
+
+
+async def _takes_adapters(endpoint: Endpoint, client: httpx.AsyncClient) -> None:
+    """An empty request is refused as incomplete where the address exists."""
+    try:
+        await endpoint.load_adapter(client, {}, endpoint.limits.start)
+    except Fault as fault:
+        if fault.status in MISSING:
+            raise no_adapters(endpoint, fault.reason) from None
+        if fault.again or fault.status in (401, 403):
+            raise

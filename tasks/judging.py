@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 from constitutions.errors import UserError
 from models import llm_judge
+from models.endpoint import open_endpoint
 from models.judges import JudgeSettings
 from tasks.basemodels import check_model, folder_digest
 from tasks.store import Slot
@@ -45,22 +46,23 @@ def noted(at: Slot, settings: JudgeSettings | None) -> Slot:
     if settings is None:
         return at
     notes = {**at.notes, **judge_notes(settings, at.record.home)}
-    here = settings.policy is not None and not settings.endpoint
-    device = settings.policy.device if settings.policy and here else "cpu"
+    device = settings.policy.answers_on if settings.policy else "cpu"
     return replace(at, notes=notes, device=device if at.device == "cpu" else at.device)
 
 
 def check_judge(settings: JudgeSettings) -> str:
-    """What the judge's model is, in words; makes and loads nothing.
+    """What the judge's model is, in words; makes and loads nothing, and asks nobody.
 
     Raises:
-        UserError: there is no such directory, or it lacks what transformers needs.
+        UserError: there is no such directory, or it lacks what transformers needs; an endpoint
+            without an address or key.
     """
     if settings.policy is None or settings.kind in ("auto", "similarity", "oracle"):
         return f"none: {settings.kind}"
-    if settings.endpoint:
-        return f"{settings.policy.model} at {settings.endpoint}"
     try:
+        if settings.policy.endpoint:
+            open_endpoint(settings.policy)  # its address and key
+            return f"{settings.policy.served_name} at {settings.policy.endpoint}"
         return check_model(settings.policy)
     except UserError as error:
         raise UserError(
@@ -71,8 +73,8 @@ def check_judge(settings: JudgeSettings) -> str:
 def _model(settings: JudgeSettings, home: Path | None) -> str:
     assert settings.policy is not None, "JudgeSettings sees to it"
     model = settings.policy.model
-    if settings.endpoint:
-        return model
+    if settings.policy.endpoint:
+        return settings.policy.served_name
     check_judge(settings)
     directory = Path(model).expanduser()
     if not directory.is_dir():

@@ -66,11 +66,10 @@ class Judges:
 
     def model(self, settings: JudgeSettings) -> Policy:
         """The model of an LLM judge: judges that differ in their rubric alone share it."""
-        place = settings.policy, settings.endpoint, settings.key_variable
-        if self._model is None or self._model[0] != place:
+        if self._model is None or self._model[0] != settings.policy:
             self._judge = self._model = None
             gc.collect()  # the memory of the last one is needed
-            self._model = place, self.open_policy(settings)
+            self._model = settings.policy, self.open_policy(settings)
         return self._model[1]
 
 

@@ -9,14 +9,10 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from models.policy import PolicySettings
+from models.policy import Policy, PolicySettings
 from models.prompts import TEMPLATES, Templates
 from tasks.store import Attempt, Slot
-
-if TYPE_CHECKING:
-    from models.local import LocalPolicy
 
 
 @dataclass(frozen=True)
@@ -44,8 +40,21 @@ class PolicySource:
         """The adapter's local folder; None is the initial policy."""
         return self.adapter.path("adapter") if self.adapter else None
 
-    def load(self) -> LocalPolicy:
-        """The policy in memory."""
+    @property
+    def local(self) -> PolicySource:
+        """The same policy in this process, whoever answers for it: what is trained."""
+        return replace(self, settings=self.settings.model_copy(update={"endpoint": None}))
+
+    def load(self) -> Policy:
+        """The policy: at its endpoint where it has one, else in this process.
+
+        Raises:
+            UserError: it cannot be loaded, or the endpoint cannot be used.
+        """
+        if self.settings.endpoint:
+            from models.server import open_server
+
+            return open_server(self.settings, self.adapter_path)
         from models.local import load_policy
 
         return load_policy(self.settings, self.model, self.adapter_path)
@@ -59,11 +68,17 @@ class PolicySource:
         return {**others, **({"adapter": self.adapter} if self.adapter else {})}
 
     def noted(self, at: Slot) -> Slot:
-        """The slot with what else this policy's answers depend on, and the device that it takes."""
+        """The slot with what else this policy's answers depend on, and the device that they take.
+
+        Behind an endpoint it is the server's model that answers, wherever the server is.
+        """
         wording = hashlib.sha256("\0".join(astuple(self.templates)).encode()).hexdigest()
-        held = self.settings.model_dump(include={"quantization", "dtype", "revision"})
+        if self.settings.endpoint:
+            held: Mapping[str, object] = {"served_model": self.settings.served_name}
+        else:
+            held = self.settings.model_dump(include={"quantization", "dtype", "revision"})
         notes = {"base": self.base_digest, "templates": wording, **_texts(held)}
-        return replace(at, notes={**at.notes, **notes}, device=self.settings.device)
+        return replace(at, notes={**at.notes, **notes}, device=self.settings.answers_on)
 
 
 def _texts(values: Mapping[str, object]) -> dict[str, str]:

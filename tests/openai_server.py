@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import httpx
 import uvicorn
@@ -17,10 +17,10 @@ from servers import Server, free_port, run_server
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from models.policy import Policy, Request
+from models.policy import Completion, Policy, Request
 
 
 class TransformersServer:
@@ -61,39 +61,118 @@ def sampling_copy(model: Path, directory: Path) -> Path:
     return directory
 
 
-def app_over(policy: Policy) -> Starlette:
-    """Our own engine as an OpenAI-compatible server: the one here that honours n and seed."""
-    engine = threading.Lock()
+BASE = "ours"
+"""What our server calls its model."""
 
-    def complete(body: dict[str, Any]) -> Response:
+
+class _Engine:
+    """Our own engine behind vLLM's addresses, with its replies: it honours n, seed and stop, tells
+    log-probabilities, and loads PEFT adapters while it runs. (Written after vLLM's source; the real
+    one cannot be installed beside this project.)
+    """
+
+    def __init__(self, policy: Policy, load: Callable[[Path], Policy] | None) -> None:
+        self.policy, self.load = policy, load
+        self.adapters: dict[str, tuple[Path, Policy]] = {}
+        self.blind = False
+        """Whether it sees other paths than we do."""
+        self.lock = threading.Lock()
+
+    def complete(self, body: dict[str, Any]) -> Response:
+        name, raw = body["model"], "prompt" in body
+        if name != BASE and name not in self.adapters:
+            return _error(404, f"The model `{name}` does not exist.", "NotFoundError")
         request = Request(
-            messages=tuple(body["messages"]),
+            messages=body["prompt"] if raw else tuple(body["messages"]),
             key=str(body.get("seed")),
             n=body.get("n", 1),
             temperature=body.get("temperature", 1.0),
             top_p=body.get("top_p", 1.0),
             max_tokens=body["max_tokens"],
+            stop=tuple(body.get("stop", ())),
         )
-        with engine:
+        with self.lock:
+            policy = self.policy if name == BASE else self.adapters[name][1]
             (completions,) = policy.generate([request])
         if completions[0].finish == "overflow":
             message = "This model's maximum context length is 8192 tokens. Please send fewer."
-            return JSONResponse({"error": {"message": message, "code": 400}}, 400)
-        choices = [
-            {
-                "index": i,
-                "message": {"role": "assistant", "content": c.text},
-                "finish_reason": c.finish,
-            }
-            for i, c in enumerate(completions)
-        ]
+            return _error(400, message, "BadRequestError")
+        told = body.get("logprobs") not in (None, False)
+        choices = [_choice(i, c, request.stop, raw, told) for i, c in enumerate(completions)]
         usage = {"completion_tokens": sum(c.tokens for c in completions)}
-        return JSONResponse({"object": "chat.completion", "choices": choices, "usage": usage})
+        kind = "text_completion" if raw else "chat.completion"
+        return JSONResponse({"object": kind, "model": name, "choices": choices, "usage": usage})
 
-    async def chat(request: HttpRequest) -> Response:
-        return await run_in_threadpool(complete, await request.json())
+    def models(self) -> Response:
+        cards = [{"id": BASE, "object": "model", "root": "/models/ours", "parent": None}]
+        cards += [
+            {"id": name, "object": "model", "root": str(path), "parent": BASE}
+            for name, (path, _) in self.adapters.items()
+        ]
+        return JSONResponse({"object": "list", "data": cards})
 
-    return Starlette(routes=[Route("/v1/chat/completions", chat, methods=["POST"])])
+    def add(self, body: dict[str, Any]) -> Response:
+        name, path = body.get("lora_name"), body.get("lora_path")
+        if not name or not path:
+            return _error(400, "Both 'lora_name' and 'lora_path' must be provided.")
+        if name in self.adapters:
+            return _error(400, f"The lora adapter '{name}' has already been loaded.")
+        if self.blind or not Path(path, "adapter_config.json").exists():
+            return _error(404, f"Loading lora {name} failed: No adapter found for {path}")
+        assert self.load
+        with self.lock:
+            self.adapters[name] = Path(path), self.load(Path(path))
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+    def remove(self, body: dict[str, Any]) -> Response:
+        name = body.get("lora_name")
+        if self.adapters.pop(name, None) is None:
+            return _error(404, f"The lora adapter '{name}' cannot be found.", "NotFoundError")
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+def app_over(policy: Policy, load: Callable[[Path], Policy] | None = None) -> Starlette:
+    """Our own engine as an OpenAI-compatible server; `load` makes a policy of an adapter's folder.
+
+    Its state is `app.state.engine`. Without `load` it is as vLLM is without runtime adapters.
+    """
+    engine = _Engine(policy, load)
+
+    def post(answer: Callable[[dict[str, Any]], Response]) -> Any:
+        async def route(request: HttpRequest) -> Response:
+            return await run_in_threadpool(answer, await request.json())
+
+        return route
+
+    async def models(request: HttpRequest) -> Response:
+        return engine.models()
+
+    addresses = {"chat/completions": engine.complete, "completions": engine.complete}
+    if load:
+        addresses |= {"load_lora_adapter": engine.add, "unload_lora_adapter": engine.remove}
+    routes = [Route(f"/v1/{name}", post(f), methods=["POST"]) for name, f in addresses.items()]
+    app = Starlette(routes=[Route("/v1/models", models), *routes])
+    app.state.engine = engine
+    return app
+
+
+def _choice(
+    index: int, completion: Completion, stop: tuple[str, ...], raw: bool, told: bool
+) -> dict[str, Any]:
+    """The engine tells a completion's log-probability, which its tokens share here."""
+    ends = [completion.text.find(mark) for mark in stop if mark in completion.text]
+    text = completion.text[: min(ends)] if ends else completion.text
+    count = max(completion.tokens, 1)
+    each = [completion.logprob / count] * count
+    content = [{"token": "", "logprob": p, "bytes": [], "top_logprobs": []} for p in each]
+    listed = {"token_logprobs": each} if raw else {"content": content}
+    said = {"text": text} if raw else {"message": {"role": "assistant", "content": text}}
+    finish = "stop" if ends else completion.finish
+    return {"index": index, **said, "logprobs": listed if told else None, "finish_reason": finish}
+
+
+def _error(status: int, message: str, kind: str = "InvalidUserInput") -> Response:
+    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status)
 
 
 Answer = Response | Literal["hang", "cut"] | None
@@ -102,23 +181,33 @@ Plan = Callable[[int, dict[str, Any]], Answer]
 
 
 class Proxy:
-    """Stands before a server and fails as planned: a reply of its own, none, or half of one."""
+    """Stands before a server and fails as planned: a reply of its own, none, or half of one.
+
+    `bodies` and `headers` are of the completions that were asked for, `paths` of everything else.
+    """
 
     def __init__(self, upstream: str, plan: Plan) -> None:
         self.upstream, self.plan = upstream, plan
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
-        self.answered: list[dict[str, Any]] = []
-        """Bodies of the requests whose replies from the server were passed on."""
+        self.paths: list[str] = []
+        self.elsewhere: dict[str, Response] = {}
+        """What is sent instead at other addresses."""
+        self.answered: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        """Bodies and the server's replies that were passed on to somebody who still waited."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         request = HttpRequest(scope, receive)
-        raw = await request.body()
-        self.bodies.append(json.loads(raw))
-        self.headers.append(dict(request.headers))
-        answer = self.plan(len(self.bodies) - 1, self.bodies[-1])
+        raw, answer = await request.body(), cast(Answer, None)
+        if scope["path"].endswith("/completions"):
+            self.bodies.append(json.loads(raw))
+            self.headers.append(dict(request.headers))
+            answer = self.plan(len(self.bodies) - 1, self.bodies[-1])
+        else:
+            self.paths.append(scope["path"])
+            answer = self.elsewhere.get(scope["path"])
         if answer is None:
-            answer = await self._forward(scope["path"], raw)
+            answer = await self._forward(request, raw)
         if isinstance(answer, Response):
             await answer(scope, receive, send)
         elif answer == "hang":
@@ -129,15 +218,17 @@ class Proxy:
             await send({**start, "headers": [(b"content-length", b"1000")]})
             await send({"type": "http.response.body", "body": b'{"choices": [', "more_body": True})
 
-    async def _forward(self, path: str, raw: bytes) -> Response | Literal["cut"]:
+    async def _forward(self, request: HttpRequest, raw: bytes) -> Response | Literal["cut"]:
+        method, url = request.method, self.upstream + request.url.path
         try:
             async with httpx.AsyncClient(timeout=60) as client:
                 kind = {"content-type": "application/json"}
-                reply = await client.post(self.upstream + path, content=raw, headers=kind)
+                reply = await client.request(method, url, content=raw, headers=kind)
         except httpx.RequestError:
             return "cut"
-        if reply.status_code == 200:
-            self.answered.append(json.loads(raw))
+        completed = reply.status_code == 200 and url.endswith("/completions")
+        if completed and not await request.is_disconnected():
+            self.answered.append((json.loads(raw), reply.json()))
         return Response(reply.content, reply.status_code, media_type="application/json")
 
 

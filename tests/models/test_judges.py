@@ -245,10 +245,24 @@ def test_the_settings_open_the_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     assert judge(graded, open_policy=client).name == "absolute:principle:judge"
     assert opened == [remote, graded]
     server = ModuleType("models.server")
-    server.open_server = client  # type: ignore[attr-defined]
+    asked: list[PolicySettings] = []
+    server.open_server = asked.append  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "models.server", server)
     assert judge(remote).name == "pairwise:helpfulness:judge"
-    assert opened == [remote, graded, remote], "an endpoint is asked, nothing is loaded here"
+    assert asked == [remote.policy], "an endpoint is asked, nothing is loaded here"
+
+
+def test_what_stands_beside_the_model_is_its_own() -> None:
+    beside = {"endpoint": "http://host/v1", "key_variable": "KEY"}
+    inside = {"model": "owner/judge", **beside}
+    read = JudgeSettings.model_validate
+    one = read({"kind": "absolute", "policy": {"model": "owner/judge"}, **beside})
+    assert one == read({"kind": "absolute", "policy": inside})
+    again = one.model_dump() | {"endpoint": None}
+    assert read(again).policy == PolicySettings(model="owner/judge", key_variable="KEY")
+    assert read({"kind": "auto", "endpoint": None}) == JudgeSettings(), "as older records have it"
+    with pytest.raises(ValueError, match="policy"):
+        read({"policy": "a word", "endpoint": "http://host"})
 
 
 def test_a_judge_in_process_is_loaded(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_every_further_judge_has_its_agreement_and_no_rate(place: Place) -> None
     also = [place.judge(endpoint=e) for e in judges if e]
     mixed = talker(refined=lambda first: f"{first} Yes." if "2" in first or "5" in first else "No.")
     settings = place.settings(also=also)
-    done = place.evaluate(settings, lambda j: judges[j.endpoint], mixed)
+    done = place.evaluate(settings, lambda j: judges[j.policy.endpoint], mixed)
     alone = place.run(pairwise(longer), mixed)
     name = "pairwise-helpfulness-small"
     assert done.metrics[f"judge/agreement/{name}-2"] == 1.0
@@ -138,7 +138,9 @@ def test_kappa_leaves_out_what_no_judge_was_asked(place: Place) -> None:
         refined=lambda first: first if int(first.split()[-1][:-1]) % 2 else f"{first} Yes."
     )
     settings = place.settings(also=[place.judge(endpoint="http://other")])
-    done = place.evaluate(settings, lambda j: pairwise(shorter if j.endpoint else longer), half)
+    done = place.evaluate(
+        settings, lambda j: pairwise(shorter if j.policy.endpoint else longer), half
+    )
     assert done.metrics["judge/agreement/pairwise-helpfulness-small-2"] == 0.0
 
 

@@ -63,3 +63,11 @@ def test_a_model_that_is_not_there_is_reported_as_the_judge_s(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"judge: .*lacks config\.json"):
         judge_notes(at(tmp_path / "empty"))
     assert check_judge(REMOTE) == "owner/judge at http://localhost:8000/v1"
+
+
+def test_a_judge_whose_key_is_missing_is_told_before_it_is_asked() -> None:
+    locked = JudgeSettings(
+        kind="pairwise", policy=ENGINE, endpoint="http://localhost:1", key_variable="NO_SUCH_KEY"
+    )
+    with pytest.raises(UserError, match=r"judge: .*NO_SUCH_KEY is not set"):
+        check_judge(locked)
