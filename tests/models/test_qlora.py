@@ -13,7 +13,7 @@ import torch
 from chat_model import build_chat_model
 
 from constitutions.errors import UserError
-from models import qlora
+from models import training
 from models.adapter import AdapterSettings, plan_batches
 from models.encoding import Example
 from models.qlora import (
@@ -23,13 +23,10 @@ from models.qlora import (
     load_base,
     new_adapter,
     save_adapter,
-    train,
-    weighted_loss,
 )
+from models.training import train, weighted_loss
 
-SETTINGS = AdapterSettings(
-    lora_rank=8, lora_alpha=16, learning_rate=1e-2, batch_size=4, micro_batch_size=4, warmup=0.1
-)
+SETTINGS = AdapterSettings(lora_rank=8, lora_alpha=16, learning_rate=1e-2, batch_size=4, warmup=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +195,7 @@ def test_micro_batches_and_checkpointing_change_memory_not_the_result(
     llama: Path, tmp_path: Path
 ) -> None:
     outcomes = []
-    for changes in ({}, {"micro_batch_size": 1}, {"gradient_checkpointing": True}):
+    for changes in ({}, {"micro_batch_tokens": 16}, {"gradient_checkpointing": True}):
         model = new_adapter(base(llama), SETTINGS, seed=0)
         fit(model, EXAMPLES, tmp_path, epochs=2, **changes)
         outcomes.append(loss(model, *EXAMPLES))
@@ -209,7 +206,7 @@ def test_micro_batches_and_checkpointing_change_memory_not_the_result(
 def test_a_killed_training_resumes_to_the_same_adapter(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qlora, "CHECKPOINT_STEPS", 2)
+    monkeypatch.setattr(training, "CHECKPOINT_STEPS", 2)
     settings = SETTINGS.model_copy(update={"epochs": 4, "lora_dropout": 0.1})
 
     def run(name: str, progress: Callable[[int], None] | None = None) -> tuple[Any, Any]:
