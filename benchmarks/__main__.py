@@ -17,12 +17,14 @@ from rich.table import Table
 
 from benchmarks.measure import Result
 from benchmarks.rouge import rouge_l_plain, rouge_l_stem
+from benchmarks.training import training_vs_sft_trainer
 
 RESULTS = Path(__file__).parent / "results.json"
 
 BENCHMARKS: dict[str, Callable[[], Result]] = {
     "rouge_l": rouge_l_plain,
     "rouge_l_stem": rouge_l_stem,
+    "training_vs_sft_trainer": training_vs_sft_trainer,
 }
 
 
