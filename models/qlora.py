@@ -85,7 +85,7 @@ def load_base(
             trust_remote_code=False,
         )
     base.requires_grad_(False)
-    _keep_unpacked(base)
+    keep_unpacked(base)
     name = directory.resolve().name if Path(model).expanduser().is_dir() else str(model)
     commit = directory.name if directory.parent.name == "snapshots" else None
     cast(Any, base).identity = Identity(name, base_digest(directory), quantization, commit)
@@ -224,7 +224,7 @@ def _sampled_blocks(file: Path) -> Iterator[bytes]:
             yield stream.read(block)
 
 
-def _keep_unpacked(base: PreTrainedModel) -> None:
+def keep_unpacked(base: PreTrainedModel) -> None:
     """Keep bitsandbytes from repacking 4-bit weights in the first evaluation on a CPU.
 
     With AVX512-BF16 it does so for good, and the packed kernel has no backward pass: training
