@@ -166,14 +166,16 @@ def _ways(
 ) -> dict[str, Callable[[], Any]]:
     """How others load the export, in words, and the loaders."""
     if kind != "adapter":
-        return {"transformers": lambda: _load_plain(str(out), policy, None)}
+        dtype = "bfloat16" if kind == "merged" else policy.dtype
+        held = policy.model_copy(update={"dtype": dtype})
+        return {"transformers": lambda: _load_plain(str(out), held, "none")}
     directory = str(find_base(model, policy.revision))
     exact = {"transformers and peft, the base as it was trained on": policy.quantization}
     if policy.quantization == "nf4":
         exact["transformers and peft, the base not quantised"] = "none"
     return {
-        how: lambda q=held: _on_base(directory, policy, q, out)  # type: ignore[misc]
-        for how, held in exact.items()
+        how: lambda q=quantization: _on_base(directory, policy, q, out)  # type: ignore[misc]
+        for how, quantization in exact.items()
     }
 
 
@@ -184,7 +186,7 @@ def _on_base(directory: str, policy: PolicySettings, quantization: str, out: Pat
     return PeftModel.from_pretrained(base, str(out))
 
 
-def _load_plain(directory: str, policy: PolicySettings, quantization: str | None) -> Any:
+def _load_plain(directory: str, policy: PolicySettings, quantization: str) -> Any:
     """As a user would who knows nothing of this project."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -195,7 +197,7 @@ def _load_plain(directory: str, policy: PolicySettings, quantization: str | None
     model = AutoModelForCausalLM.from_pretrained(
         directory,
         quantization_config=nf4 if quantization == "nf4" else None,
-        dtype=torch.bfloat16 if quantization is None else dtype,
+        dtype=dtype,
         device_map="auto" if policy.device != "cpu" and torch.cuda.is_available() else None,
     )
     keep_unpacked(model)  # the packed kernel of some CPUs rounds far more than any GPU's
