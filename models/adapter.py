@@ -57,7 +57,7 @@ class AdapterSettings(Settings):
     """Processes that share each optimiser step, one a GPU (`accelerate launch`). The result differs
     by rounding only."""
     accelerate_config: str | None = None
-    """An accelerate configuration (YAML): FSDP, or several machines. Unset: DDP on this one."""
+    """An accelerate configuration (YAML) for more than one process. Unset: plain DDP."""
 
 
 @dataclass(frozen=True, slots=True)
