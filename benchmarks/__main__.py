@@ -18,6 +18,7 @@ from rich.table import Table
 from benchmarks.generation import generation_vs_batched, generation_vs_sequential
 from benchmarks.measure import Result
 from benchmarks.rouge import rouge_l_plain, rouge_l_stem
+from benchmarks.training import training_vs_sft_trainer
 
 RESULTS = Path(__file__).parent / "results.json"
 
@@ -26,6 +27,7 @@ BENCHMARKS: dict[str, Callable[[], Result]] = {
     "generation_vs_batched": generation_vs_batched,
     "rouge_l": rouge_l_plain,
     "rouge_l_stem": rouge_l_stem,
+    "training_vs_sft_trainer": training_vs_sft_trainer,
 }
 
 

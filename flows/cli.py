@@ -193,6 +193,24 @@ def report(
 
 
 @app.command()
+def export(
+    experiment: Name,
+    iteration: Annotated[int | None, typer.Option(min=1, help="Default: the newest.")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="A complete model in bfloat16, not a PEFT adapter.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="A new directory. Default: EXPERIMENT-ITERATION, here.")
+    ] = None,
+) -> None:
+    """Write a trained policy for transformers, peft and vLLM, with a card; checks its logits."""
+    from flows import show
+    from flows.export import export_policy
+
+    show.exported(export_policy(experiment, iteration, merge=merge, out=out))
+
+
+@app.command()
 def ask(
     experiment: Name,
     prompt: Annotated[str, typer.Argument(help="What to ask the policy.")],

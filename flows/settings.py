@@ -114,6 +114,7 @@ def load_settings(
         settings = ExperimentSettings.model_validate(values)
     except ValidationError as error:
         raise UserErrors([*problems, *_explain(error, source)]) from None
+    problems += _contradictions(settings, source)
     if problems:
         raise UserErrors(problems)
     return settings
@@ -130,10 +131,38 @@ def with_changes(settings: ExperimentSettings, changes: Mapping[str, Any]) -> Ex
     values = settings.model_dump(mode="json")
     for name, value in changes.items():
         _set(values, name, value)
+    source = f"experiment {settings.experiment}"
     try:
-        return ExperimentSettings.model_validate(values)
+        changed = ExperimentSettings.model_validate(values)
     except ValidationError as error:
-        raise UserErrors(_explain(error, f"experiment {settings.experiment}")) from None
+        raise UserErrors(_explain(error, source)) from None
+    if problems := _contradictions(changed, source):
+        raise UserErrors(problems)
+    return changed
+
+
+def _contradictions(settings: ExperimentSettings, source: str) -> list[UserError]:
+    """Settings of different parts that cannot hold together."""
+    problems = []
+    if settings.train.update == "full" and settings.policy.quantization != "none":
+        problems.append(
+            UserError(
+                f"all weights cannot be trained in {settings.policy.quantization}",
+                where=f"{source}, setting 'train.update' = full",
+                expected="policy.quantization: none",
+                fix="set it, or train.update: lora",
+            )
+        )
+    config = settings.train.accelerate_config
+    if config is not None and not Path(config).expanduser().is_file():
+        problems.append(
+            UserError(
+                "there is no such file",
+                where=f"{source}, setting 'train.accelerate_config' = {config}",
+                expected="a YAML file that `accelerate config` wrote",
+            )
+        )
+    return problems
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:

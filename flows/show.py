@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -27,6 +28,9 @@ from flows.states import State, stage_states
 from models.cost import GIB
 from tasks.store import Attempt
 from tasks.work import Metrics
+
+if TYPE_CHECKING:
+    from models.export import Exported  # torch
 
 console = Console()
 
@@ -331,6 +335,19 @@ def _awaits_review(name: str, iteration: int) -> None:
         ),
         (f"staple run {name} --resume", "train on what you approved"),
     )
+
+
+def exported(done: Exported) -> None:
+    """Where a policy was written, and how far it is the one that was evaluated."""
+    size = sum(file.stat().st_size for file in done.path.iterdir()) / 1e6
+    console.print(f"Wrote {done.path}, {size:,.1f} MB ({done.kind}).", soft_wrap=True)
+    columns = ("loaded with", "max |Δlogit|", "mean KL", "same top token")
+    tokens = done.agreements[0].tokens
+    table = _table(f"beside the policy as it was evaluated, on {tokens:,} tokens", columns)
+    table.columns[0].justify = "left"
+    for a in done.agreements:
+        table.add_row(a.loaded, f"{a.largest:.2g}", f"{a.kl:.2g}", f"{a.same_top:.1%}")
+    console.print(table)
 
 
 def _next_steps(settings: ExperimentSettings) -> None:

@@ -1,6 +1,6 @@
 """How an adapter is trained: its settings, the rows of each step, the curve. No torch.
 
-`models/qlora.py` does the training; settings and plans are read where torch is too heavy.
+`models/training.py` does the training; settings and plans are read where torch is too heavy.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ batches that differ from epoch to epoch."""
 
 
 class AdapterSettings(Settings):
-    """A LoRA adapter on all linear layers, and how it is optimised (AdamW)."""
+    """What of the model is trained, and how it is optimised (AdamW)."""
 
+    update: Literal["lora", "full"] = "lora"
+    """A LoRA adapter on all linear layers, or every weight (needs policy.quantization: none, and
+    some twelve bytes of memory a weight)."""
     lora_rank: int = Field(16, ge=1, le=1024)
     """Rank of the update of each linear layer: more can learn more, and takes more memory."""
     lora_alpha: int = Field(32, ge=1, le=4096)
@@ -43,12 +46,18 @@ class AdapterSettings(Settings):
     until they are spent. For comparisons at equal budgets."""
     batch_size: int = Field(16, ge=1, le=4096)
     """Trajectories per optimiser step."""
-    micro_batch_size: int = Field(4, ge=1, le=4096)
-    """At most this many of them in memory at once; changes speed and memory, not the result."""
+    micro_batch_tokens: int = Field(2048, ge=16, le=1_000_000)
+    """At most this many tokens, padding included, in memory at once; a longer trajectory goes
+    alone. Changes speed and memory; the result by rounding only."""
     max_gradient_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
+    processes: int = Field(1, ge=1, le=4096)
+    """Processes that share each optimiser step, one a GPU (`accelerate launch`). The result differs
+    by rounding only."""
+    accelerate_config: str | None = None
+    """An accelerate configuration (YAML) for more than one process. Unset: plain DDP."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The M-step's stage: conversations to learn from in, a LoRA adapter and its training curve out.
+"""The M-step's stage: conversations to learn from in, an adapter and its training curve out.
 
 Maximises log p_θ(y2, z | x, y1): x and y1 are context, the loss is on z and y2 (STaPLe, section 3).
 The baselines train here too: STaR on y2 without a principle, supervised fine-tuning on the golds.
@@ -87,7 +87,7 @@ def train(
     seed: int,
     progress: Progress | None = None,
 ) -> TrainResult:
-    """Train the adapter of one iteration and write it to `out`.
+    """Train the adapter of one iteration, or all weights (`update: full`), and write it to `out`.
 
     Args:
         lessons: what this iteration learns from.
@@ -99,7 +99,7 @@ def train(
 
     Raises:
         UserError: nothing to train on; a base that cannot be loaded; a previous adapter of
-            another base; a training that diverged.
+            another base; a training that diverged; a process of several that failed.
     """
     if not lessons:
         raise UserError(
@@ -108,33 +108,24 @@ def train(
             expected="at least one refinement that beat its initial response",
             fix="mine more prompts or more samples, or look at the filter's reasons",
         )
-    from models import qlora
+    from models.qlora import load_tokenizer
+    from models.training_job import Job, run
 
-    base, tokenizer = qlora.load_base(
-        model,
-        quantization=policy.quantization,
-        dtype=policy.dtype,
-        device=policy.device,
-        revision=policy.revision,
-    )
-    encoder = Encoder(tokenizer, settings.max_tokens)
+    encoder = Encoder(load_tokenizer(model, policy.revision), settings.max_tokens)
     data = training_set(lessons, encoder)
     _require_examples(data, settings)
-    adapted = (
-        qlora.continue_adapter(base, previous_adapter)
-        if previous_adapter
-        else qlora.new_adapter(base, settings, seed)
-    )
     digest = data_digest(lessons)
-    curve = qlora.train(
-        adapted,
-        data.examples,
-        settings,
+    job = Job(
+        model=str(model),
+        policy=policy,
+        previous=previous_adapter,
+        settings=settings,
         seed=seed,
+        data_digest=digest,
+        out=out,
         checkpoints=_checkpoints(out, digest, settings, seed, previous_adapter),
-        progress=progress,
     )
-    qlora.save_adapter(adapted, out, data_digest=digest)
+    curve = run(job, data.examples, progress)
     return TrainResult(
         curve=tuple(curve),
         counts=_counts(lessons, data, settings, seed),
@@ -178,8 +169,10 @@ def train_stage(
             "train/last_loss": sum(last) / len(last),
         }
 
+    # how many processes share the work changes the result by rounding, as the device does
+    same = settings.model_copy(update={"processes": 1, "accelerate_config": None})
     noted = policy.local.noted(at)  # an endpoint answers, it does not train
-    return noted.attempt("train", settings, policy.inputs(labelled=examples), compute)
+    return noted.attempt("train", same, policy.inputs(labelled=examples), compute)
 
 
 def expected_steps(labelled: int, settings: TrainSettings) -> int:
@@ -271,9 +264,11 @@ def _checkpoints(
     out: Path, data: str, settings: TrainSettings, seed: int, previous_adapter: Path | None
 ) -> Path:
     """Beside `out`, named by what is trained: another training never resumes from it."""
+    from models.qlora import base_digest
+
     digest = hashlib.sha256(f"{data} {settings.model_dump_json()} {seed}".encode())
     if previous_adapter:
-        digest.update((previous_adapter / "adapter_model.safetensors").read_bytes())
+        digest.update(base_digest(previous_adapter).encode())
     return out.with_name(f"{out.name}.checkpoints-{digest.hexdigest()[:12]}")
 
 

@@ -41,6 +41,7 @@ CHANGES: list[tuple[str, Any, list[tuple[str, int]]]] = [
     ("train.epochs", 2, AFTER_MINE[3:]),
     ("train.learning_rate", 1e-3, AFTER_MINE[3:]),
     ("train.loss_on", ["refined"], AFTER_MINE[3:]),
+    ("train.processes", 2, []),
     ("evaluate.resamples", 300, [("evaluate", 0), ("evaluate", 1)]),
     ("evaluate.temperature", 0.7, [("evaluate", 0), ("evaluate", 1)]),
     ("policy.batch_rows", 3, []),

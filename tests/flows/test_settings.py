@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from constitutions.errors import UserError, UserErrors
-from flows.settings import dump_settings, load_settings, presets
+from flows.settings import dump_settings, load_settings, presets, with_changes
 
 
 @pytest.mark.parametrize("name", presets())
@@ -53,6 +53,16 @@ def test_all_mistakes_at_once_each_with_its_place() -> None:
     for part in ("mine.samples", "did you mean 'train'", "score.stem", "cluster.features"):
         assert part in text
     assert len(caught.value.errors) == 4
+
+
+def test_settings_of_different_parts_that_contradict_each_other() -> None:
+    wrong = ["train.update=full", "train.accelerate_config=nowhere.yaml"]
+    with pytest.raises(UserErrors, match=r"cannot be trained in nf4.*quantization: none") as caught:
+        load_settings("planted", wrong)
+    assert "nowhere.yaml" in str(caught.value) and len(caught.value.errors) == 2
+    settings = load_settings("planted", ["train.update=full", "policy.quantization=none"])
+    with pytest.raises(UserErrors, match="cannot be trained in nf4"):
+        with_changes(settings, {"policy.quantization": "nf4"})
 
 
 @pytest.mark.parametrize("content", ["a: [", "- a list", "\xff"], ids=["syntax", "list", "bytes"])

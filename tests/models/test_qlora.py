@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from chat_model import build_chat_model
 
 from constitutions.errors import UserError
-from models import qlora
 from models.adapter import AdapterSettings, plan_batches
 from models.encoding import Example
 from models.qlora import (
@@ -23,13 +21,10 @@ from models.qlora import (
     load_base,
     new_adapter,
     save_adapter,
-    train,
-    weighted_loss,
 )
+from models.training import train, weighted_loss
 
-SETTINGS = AdapterSettings(
-    lora_rank=8, lora_alpha=16, learning_rate=1e-2, batch_size=4, micro_batch_size=4, warmup=0.1
-)
+SETTINGS = AdapterSettings(lora_rank=8, lora_alpha=16, learning_rate=1e-2, batch_size=4, warmup=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -198,41 +193,12 @@ def test_micro_batches_and_checkpointing_change_memory_not_the_result(
     llama: Path, tmp_path: Path
 ) -> None:
     outcomes = []
-    for changes in ({}, {"micro_batch_size": 1}, {"gradient_checkpointing": True}):
+    for changes in ({}, {"micro_batch_tokens": 16}, {"gradient_checkpointing": True}):
         model = new_adapter(base(llama), SETTINGS, seed=0)
         fit(model, EXAMPLES, tmp_path, epochs=2, **changes)
         outcomes.append(loss(model, *EXAMPLES))
     assert outcomes == pytest.approx([outcomes[0]] * 3, rel=1e-4)
     assert outcomes[0] != pytest.approx(loss(new_adapter(base(llama), SETTINGS, 0), *EXAMPLES))
-
-
-def test_a_killed_training_resumes_to_the_same_adapter(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(qlora, "CHECKPOINT_STEPS", 2)
-    settings = SETTINGS.model_copy(update={"epochs": 4, "lora_dropout": 0.1})
-
-    def run(name: str, progress: Callable[[int], None] | None = None) -> tuple[Any, Any]:
-        model = new_adapter(base(llama, "nf4"), settings, seed=0)
-        curve = train(
-            model, EXAMPLES, settings, seed=0, checkpoints=tmp_path / name, progress=progress
-        )
-        return model, curve
-
-    steps = iter(range(100))
-
-    def kill(_: int) -> None:
-        if next(steps) == 4:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run("killed", kill)
-    finished: list[int] = []
-    model, curve = run("killed", finished.append)
-    whole, whole_curve = run("whole")
-    assert len(finished) == 4  # of 8: the first four were in the checkpoint
-    assert curve == whole_curve
-    assert loss(model, *EXAMPLES) == loss(whole, *EXAMPLES)
 
 
 def test_an_adapter_is_the_same_wherever_its_base_lies(llama: Path, tmp_path: Path) -> None:

@@ -16,9 +16,7 @@ from tasks.records import Labelled, Prompt
 from tasks.train import TrainResult, TrainSettings, demonstration, expected_steps, lesson, train
 
 POLICY = PolicySettings(templates="chat", quantization="nf4", dtype="float32", device="cpu")
-SETTINGS = TrainSettings(
-    learning_rate=1e-2, epochs=4, batch_size=4, micro_batch_size=4, lora_rank=8, max_tokens=700
-)
+SETTINGS = TrainSettings(learning_rate=1e-2, epochs=4, batch_size=4, lora_rank=8, max_tokens=700)
 
 
 @pytest.fixture(scope="module")

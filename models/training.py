@@ -1,0 +1,270 @@
+"""The M-step's training loop: `transformers.Trainer`, our loss, micro-batches planned by tokens.
+
+`models/training_job.py` calls `train` for a model that `models/qlora.py` made; alone, or as one of
+several processes that share every optimiser step.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from constitutions.errors import UserError
+from models.adapter import AdapterSettings, Step, plan_batches
+from models.encoding import Example
+from models.policy import Progress
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+CHECKPOINT_STEPS = 50
+Passes = list[list[Example]]
+"""The micro-batches of one process in one optimiser step."""
+
+
+def train(
+    model: Any,
+    examples: Sequence[Example],
+    settings: AdapterSettings,
+    *,
+    seed: int,
+    checkpoints: Path,
+    progress: Progress | None = None,
+) -> list[Step]:
+    """Fit what is trainable in the model to the examples, in place; returns the training curve.
+
+    Each step follows the gradient of `weighted_loss` over its rows divided by one constant, the
+    mean weighted number of trained tokens per step: rows keep their weight in every batch.
+    The result depends on the arguments and the machine's arithmetic alone. Where several processes
+    call it (`WORLD_SIZE`), they share the rows of each step, and differ from one process by
+    rounding only.
+
+    Args:
+        model: from `qlora.trainable`.
+        examples: at least one.
+        checkpoints: a directory for unfinished work of exactly this call: a killed training
+            resumes there at its last checkpoint. Removed at the end.
+        progress: called with 1 after each optimiser step (`len(plan_batches(…))` in all).
+
+    Raises:
+        UserError: the loss is no longer finite.
+    """
+    lengths = [len(e.ids) for e in examples]
+    steps = plan_batches(lengths, settings, seed)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    budget = settings.micro_batch_tokens
+    work = [share([examples[i] for i in rows], processes, budget) for rows in steps]
+    worth = [e.weight * sum(e.trained) for e in examples]
+    total = sum(worth[i] for rows in steps for i in rows)
+    trainer = _trainer(
+        model,
+        [passes for shares in work for passes in shares],
+        scale=processes * len(steps) / total if total else 0.0,
+        arguments=_arguments(model, settings, len(steps), seed, checkpoints),
+        progress=progress,
+    )
+    trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return _curve(trainer.state.log_history, steps, lengths)
+
+
+def share(rows: Sequence[Example], processes: int, budget: int) -> list[Passes]:
+    """One optimiser step's rows dealt to the processes, each share in micro-batches.
+
+    Every process gets rows of every length and equally many micro-batches: sharded weights are
+    gathered in each of them. What is lacking is filled up with a short row of weight 0.
+
+    Args:
+        budget: tokens of a micro-batch, padding included; a longer row has one to itself.
+    """
+    ordered = sorted(rows, key=lambda e: len(e.ids))
+    idle = Example((0, 0), (False, True), 0.0)
+    shares = [_micro_batches(ordered[r::processes], budget) for r in range(processes)]
+    most = max(map(len, shares))
+    return [passes + [[idle]] * (most - len(passes)) for passes in shares]
+
+
+def _micro_batches(rows: Sequence[Example], budget: int) -> Passes:
+    """Rows of rising length in groups whose padded size keeps to the budget."""
+    passes: Passes = []
+    for row in rows:
+        if passes and (len(passes[-1]) + 1) * len(row.ids) <= budget:
+            passes[-1].append(row)
+        else:
+            passes.append([row])
+    return passes
+
+
+# The loss ----------------------------------------------------------------------------------
+
+
+def weighted_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Σ_i weight_i · -log p_θ(trained tokens of i | the tokens before them), in nats (a scalar).
+
+    Its gradient is the M-step's: the posterior expectation of -∇ log p_θ(y2, z | x, y1) when
+    the weights are the posterior's (STaPLe, section 3).
+
+    Args:
+        model: a causal language model, also in its wrapper for several processes.
+        batch: `input_ids` (rows, length) padded on the right, `trained` (rows, length) bool,
+            `weight` (rows,).
+    """
+    ids, trained, weight = batch["input_ids"], batch["trained"], batch["weight"]
+    row, position = trained[:, 1:].nonzero(as_tuple=True)
+    # A causal model does not see padding on its right: no attention mask, the faster kernel.
+    with _output_only(model, row, position):
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+    losses = functional.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)),
+        ids[row, position + 1],
+        reduction="none",
+    )
+    return (losses * weight[row]).sum()
+
+
+@contextmanager
+def _output_only(model: Any, row: torch.Tensor, position: torch.Tensor) -> Iterator[None]:
+    """Let the output layer see the states that predict trained tokens only: (1, tokens, hidden).
+
+    A hook, not a call of the layer, because some architectures scale its output afterwards, and
+    because the wrapper of several processes must be called to notice the gradients.
+    """
+
+    def select(_: Any, states: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (states[0][row, position][None],)
+
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    hook = bare.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """Pad on the right to the longest: see `weighted_loss` for the shapes."""
+    length = max(len(e.ids) for e in examples)
+    ids = torch.zeros(len(examples), length, dtype=torch.long)
+    trained = torch.zeros(len(examples), length, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.ids)] = torch.tensor(example.ids)
+        trained[row, : len(example.ids)] = torch.tensor(example.trained)
+    weight = torch.tensor([e.weight for e in examples])
+    return {"input_ids": ids, "trained": trained, "weight": weight}
+
+
+# The loop ----------------------------------------------------------------------------------
+
+
+def _trainer(
+    model: Any,
+    work: Sequence[Passes],
+    *,
+    scale: float,
+    arguments: TrainingArguments,
+    progress: Progress | None,
+) -> Trainer:
+    """A Trainer whose step goes through the micro-batches of one item of `work`."""
+    from transformers import PrinterCallback, Trainer, TrainerCallback
+
+    class WeightedTrainer(Trainer):
+        def training_step(
+            self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
+        ) -> torch.Tensor:
+            model.train()
+            batches = self._prepare_inputs(inputs)["passes"]
+            total = torch.zeros((), device=self.args.device)
+            for batch in batches:
+                last = batch is batches[-1]  # only then do several processes add their gradients
+                with nullcontext() if last else self.accelerator.no_sync(model):
+                    with self.compute_loss_context_manager():
+                        loss = weighted_loss(model, batch) * scale
+                    self.accelerator.backward(loss)
+                total += loss.detach()
+            return total
+
+        def floating_point_ops(self, inputs: Any) -> int:
+            return 0  # it would look for a batch
+
+    class Report(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if progress:
+                progress(1)
+
+    trainer = WeightedTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=cast(Any, work),
+        data_collator=lambda items: {"passes": [collate(rows) for rows in items[0]]},
+        callbacks=[Report()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _arguments(
+    model: Any, settings: AdapterSettings, steps: int, seed: int, checkpoints: Path
+) -> TrainingArguments:
+    from transformers import TrainingArguments
+
+    on_gpu = model.device.type == "cuda"
+    constant = settings.schedule == "constant"
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=1,
+        per_device_train_batch_size=1,  # an item is a process's share of a step
+        train_sampling_strategy="sequential",
+        seed=seed,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if constant else settings.schedule,
+        warmup_steps=round(settings.warmup * steps),
+        max_grad_norm=settings.max_gradient_norm,
+        activation_checkpointing=settings.gradient_checkpointing,
+        bf16=on_gpu and model.dtype == torch.bfloat16,
+        optim="paged_adamw_8bit" if on_gpu else "adamw_torch",
+        weight_decay=0.0,
+        save_steps=CHECKPOINT_STEPS,
+        save_total_limit=1,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not on_gpu,
+        remove_unused_columns=False,
+        dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process never spreads a batch over GPUs
+    return arguments
+
+
+def _last_checkpoint(checkpoints: Path) -> str | None:
+    """The newest complete checkpoint: its state file is written last."""
+    done = [file.parent for file in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    return str(max(done, key=lambda d: int(d.name.split("-")[1]))) if done else None
+
+
+def _curve(logs: list[dict[str, float]], steps: list[list[int]], lengths: list[int]) -> list[Step]:
+    curve: list[Step] = []
+    tokens = 0
+    for rows, log in zip(steps, (entry for entry in logs if "loss" in entry), strict=True):
+        tokens += sum(lengths[i] for i in rows)
+        step = Step(int(log["step"]), log["loss"], log["learning_rate"], log["grad_norm"], tokens)
+        if not math.isfinite(step.loss):
+            raise UserError(
+                f"training diverged: the loss of step {step.step} is {step.loss}",
+                fix="lower the learning rate",
+            )
+        curve.append(step)
+    return curve

@@ -1,0 +1,179 @@
+"""One training as a job: what to train, on what, and where the adapter goes.
+
+`tasks/train.py` makes it. It is run in this process, or by `accelerate launch` in several that are
+each given the job's folder (`models/train_worker.py`); the folder holds JSON and Parquet only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from constitutions.errors import UserError
+from models.adapter import AdapterSettings, Step
+from models.encoding import Example
+from models.policy import PolicySettings, Progress
+
+ROOT = Path(__file__).parent.parent
+STEP = "step"
+"""What the first process prints after each optimiser step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A training, except for its examples."""
+
+    model: str
+    """Directory or hub name of the base (`policy.model` may be "planted")."""
+    policy: PolicySettings
+    previous: Path | None
+    """The adapter that is continued; None starts at the base."""
+    settings: AdapterSettings
+    seed: int
+    data_digest: str
+    out: Path
+    """The adapter's directory."""
+    checkpoints: Path
+    """Unfinished work of exactly this job."""
+
+
+def run(job: Job, examples: Sequence[Example], progress: Progress | None = None) -> list[Step]:
+    """Train, write the adapter to `job.out`, return the training curve.
+
+    Args:
+        progress: called with 1 after each optimiser step.
+
+    Raises:
+        UserError: a base that cannot be loaded; a previous adapter of another base; a training
+            that diverged; a process of several that failed.
+    """
+    if job.settings.processes > 1:
+        return _run_in_processes(job, examples, progress)
+    return fit(job, examples, progress)
+
+
+def fit(
+    job: Job, examples: Sequence[Example], progress: Progress | None = None, *, write: bool = True
+) -> list[Step]:
+    """`run` in this process; `write` is for the one of several that writes the adapter."""
+    from models import qlora
+    from models.training import train
+
+    base, tokenizer = qlora.load_base(
+        job.model,
+        quantization=job.policy.quantization,
+        dtype=job.policy.dtype,
+        device=job.policy.device,
+        revision=job.policy.revision,
+    )
+    model = qlora.trainable(base, job.settings, job.seed, job.previous)
+    curve = train(
+        model,
+        examples,
+        job.settings,
+        seed=job.seed,
+        checkpoints=job.checkpoints,
+        progress=progress,
+    )
+    if write:
+        digest = job.data_digest
+        qlora.save_adapter(model, job.out, data_digest=digest, tokenizer=tokenizer)
+    return curve
+
+
+# Several processes -------------------------------------------------------------------------
+
+
+def _run_in_processes(
+    job: Job, examples: Sequence[Example], progress: Progress | None
+) -> list[Step]:
+    folder = job.checkpoints.with_name(f"{job.checkpoints.name}.job")
+    write_job(folder, job, examples)
+    with (folder / "log").open("w") as log, _launched(job.settings, folder, log) as process:
+        for line in process.stdout or ():
+            if line.strip() == STEP and progress:
+                progress(1)
+        code = process.wait()
+    _raise_what_failed(folder, code)
+    curve = [Step(*row) for row in json.loads((folder / "curve.json").read_text("utf-8"))]
+    shutil.rmtree(folder)
+    return curve
+
+
+@contextmanager
+def _launched(settings: AdapterSettings, folder: Path, log: Any) -> Iterator[subprocess.Popen[str]]:
+    """`accelerate launch` on the job; ended with us, whatever happens."""
+    config = settings.accelerate_config
+    how = ["--config_file", config] if config else ["--multi_gpu", "--num_machines", "1"]
+    if not config:
+        how += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *how]
+    command += ["--num_processes", str(settings.processes), "-m", "models.train_worker"]
+    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        [*command, str(folder), str(os.getpid())],
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        env={**os.environ, "PYTHONPATH": search},
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()  # torchrun ends its processes
+        process.wait()
+
+
+def _raise_what_failed(folder: Path, code: int) -> None:
+    """The first error that a process left; or that one was killed, which leaves none."""
+    log = folder / "log"
+    for file in sorted(folder.glob("error-*.json"), key=lambda f: f.stat().st_mtime_ns):
+        error = json.loads(file.read_text("utf-8"))
+        raise UserError(error.pop("what"), **({"where": str(log)} | error))
+    if code or not (folder / "curve.json").exists():
+        raise UserError(
+            f"a training process ended without a result (exit code {code}): killed, or no memory",
+            where=str(log),
+            fix="lower train.micro_batch_tokens or train.processes; the same command goes on at "
+            "the last checkpoint",
+        )
+
+
+# The job's folder --------------------------------------------------------------------------
+
+
+def write_job(folder: Path, job: Job, examples: Sequence[Example]) -> None:
+    """Write a job and its examples for other processes; replaces the folder."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    columns = zip(*map(astuple, examples), strict=True)
+    table = pa.table(dict(zip(("ids", "trained", "weight"), map(list, columns), strict=True)))
+    pq.write_table(table, folder / "examples.parquet")
+    values = {**asdict(job), "policy": job.policy.model_dump(mode="json")}
+    values["settings"] = job.settings.model_dump(include=set(AdapterSettings.model_fields))
+    (folder / "job.json").write_text(json.dumps(values, default=str, indent=1), "utf-8")
+
+
+def read_job(folder: Path) -> tuple[Job, list[Example]]:
+    """What `write_job` wrote."""
+    import pyarrow.parquet as pq
+
+    values = json.loads((folder / "job.json").read_text("utf-8"))
+    values |= {name: Path(values[name]) for name in ("out", "checkpoints")}
+    values["previous"] = Path(values["previous"]) if values["previous"] else None
+    values["policy"] = PolicySettings.model_validate(values["policy"])
+    values["settings"] = AdapterSettings.model_validate(values["settings"])
+    rows = pq.read_table(folder / "examples.parquet").to_pylist()
+    examples = [Example(tuple(r["ids"]), tuple(r["trained"]), r["weight"]) for r in rows]
+    return Job(**values), examples

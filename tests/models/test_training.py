@@ -1,0 +1,297 @@
+"""Training beside TRL's, in several processes, killed and resumed, and of all weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chat_model import build_chat_model
+from safetensors.torch import load_file
+
+from constitutions.errors import UserError
+from models.adapter import AdapterSettings
+from models.encoding import Example
+from models.policy import PolicySettings
+from models.qlora import attach_adapter, load_base, new_adapter
+from models.training import collate, share, weighted_loss
+from models.training_job import Job, run, write_job
+
+SETTINGS = AdapterSettings(
+    lora_rank=8, lora_alpha=16, learning_rate=1e-2, batch_size=4, micro_batch_tokens=40
+)
+POLICY = PolicySettings(quantization="none", dtype="float32", device="cpu")
+
+
+def example(start: int, length: int, weight: float = 1.0) -> Example:
+    trained = tuple(i >= length // 2 for i in range(length))
+    return Example(tuple(range(start, start + length)), trained, weight)
+
+
+EXAMPLES = tuple(example(40 + 8 * i, 9 + 5 * i % 13, 0.5 + i / 8) for i in range(10))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_chat_model(tmp_path_factory.mktemp("model"), "llama")
+
+
+def base(model: Path, quantization: Any = "none") -> Any:
+    return load_base(model, quantization=quantization, dtype="float32", device="cpu")[0]
+
+
+def job(model: Path, folder: Path, **changes: Any) -> Job:
+    values: dict[str, Any] = {
+        "model": str(model),
+        "policy": POLICY,
+        "previous": None,
+        "settings": SETTINGS,
+        "seed": 0,
+        "data_digest": "d",
+        "out": folder / "adapter",
+        "checkpoints": folder / "checkpoints",
+    }
+    return Job(**{**values, **changes})
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    (file,) = directory.glob("*.safetensors")
+    return dict(load_file(file))
+
+
+def loss(policy: Any, *examples: Example) -> float:
+    with torch.no_grad():
+        return weighted_loss(policy.eval(), collate(examples)).item()
+
+
+# Beside TRL --------------------------------------------------------------------------------
+
+
+def test_the_loss_is_trls_completion_only_loss_on_the_same_rows(
+    model: Path, tmp_path: Path
+) -> None:
+    import trl
+    from datasets import Dataset
+
+    _, tokenizer = load_base(model, quantization="none", dtype="float32", device="cpu")
+    rows = [
+        {"prompt": "What is the capital", "completion": " of France? Restart the printer."},
+        {"prompt": "Cite a source where a number is given; say so", "completion": " when."},
+        {"prompt": "How", "completion": " do I make bread at home without an oven?"},
+    ]
+    trainer = trl.SFTTrainer(
+        base(model),
+        trl.SFTConfig(
+            output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to="none",
+            gradient_checkpointing=False, per_device_train_batch_size=3,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    (batch,) = trainer.get_train_dataloader()
+    theirs = trainer.compute_loss(trainer.model, dict(batch)).item()
+
+    examples = []
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        ids = [*tokenizer(row["prompt"] + row["completion"])["input_ids"], tokenizer.eos_token_id]
+        examples.append(Example(tuple(ids), tuple(i >= len(prompt) for i in range(len(ids)))))
+    ours = loss(base(model), *examples) / sum(sum(e.trained) for e in examples)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+# Micro-batches and processes ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_step_is_shared_whole_evenly_and_within_the_budget(processes: int) -> None:
+    shares = share(EXAMPLES, processes, budget=40)
+    dealt = [e for passes in shares for rows in passes for e in rows if e.weight]
+    assert sorted(dealt, key=lambda e: e.ids) == sorted(EXAMPLES, key=lambda e: e.ids)
+    assert len({len(passes) for passes in shares}) == 1
+    for rows in (rows for passes in shares for rows in passes):
+        assert len(rows) == 1 or len(rows) * max(len(e.ids) for e in rows) <= 40
+    tokens = [sum(len(e.ids) for rows in passes for e in rows) for passes in shares]
+    assert max(tokens) - min(tokens) <= max(len(e.ids) for e in EXAMPLES)
+
+
+def test_two_processes_train_the_adapter_of_one(model: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = run(job(model, one), EXAMPLES)
+    finished: list[int] = []
+    both = SETTINGS.model_copy(update={"processes": 2})
+    shared = run(job(model, two, settings=both), EXAMPLES, finished.append)
+
+    assert sum(finished) == len(shared) == len(alone) == 3  # 10 rows, 4 a step: the last has 2
+    for a, b in zip(alone, shared, strict=True):
+        assert b.loss == pytest.approx(a.loss, rel=1e-5)
+        assert b.gradient_norm == pytest.approx(a.gradient_norm, rel=1e-4)
+        assert (b.tokens, b.learning_rate) == (a.tokens, a.learning_rate)
+    expected, found = weights(one / "adapter"), weights(two / "adapter")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)
+    assert [p.name for p in two.iterdir()] == ["adapter"], "nothing is left"
+
+
+def test_an_error_in_one_of_several_processes_is_one_message(model: Path, tmp_path: Path) -> None:
+    both = SETTINGS.model_copy(update={"processes": 2})
+    broken = [Example(e.ids, e.trained, float("nan")) for e in EXAMPLES]
+    with pytest.raises(UserError, match="training diverged: the loss of step 1") as error:
+        run(job(model, tmp_path, settings=both), broken)
+    assert "Traceback" not in str(error.value) and "lower the learning rate" in str(error.value)
+    assert not (tmp_path / "adapter").exists()
+
+
+# Killed and resumed ------------------------------------------------------------------------
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from models import training
+from models.training_job import read_job, run
+
+training.CHECKPOINT_STEPS = 2
+done = []
+
+def told(_):
+    done.append(1)
+    print(len(done), flush=True)
+    time.sleep(60 * (len(done) == 7))  # the kill comes here, after the checkpoint of step 6
+
+run(*read_job(Path(sys.argv[1])), told)
+"""
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_kill_9_and_resume_give_the_bytes_of_one_never_killed(
+    model: Path, tmp_path: Path, quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {
+        "policy": POLICY.model_copy(update={"quantization": quantization}),
+        "settings": SETTINGS.model_copy(update={"epochs": 4, "lora_dropout": 0.1}),
+    }
+    whole, killed = tmp_path / "whole", job(model, tmp_path / "killed", **changes)
+    monkeypatch.setattr("models.training.CHECKPOINT_STEPS", 2)
+    torch.set_num_threads(1)
+    curve = run(job(model, whole, **changes), EXAMPLES)
+
+    write_job(tmp_path / "job", killed, EXAMPLES)
+    _kill_at(7, tmp_path / "job")
+    assert killed.checkpoints.exists() and not killed.out.exists()
+    finished: list[int] = []
+    assert run(killed, EXAMPLES, finished.append) == curve
+    assert len(finished) == 4, "of 10 steps; it went on at the third checkpoint"
+    for name in ("adapter_model.safetensors", "provenance.json"):
+        assert _sha256(killed.out / name) == _sha256(whole / "adapter" / name)
+
+
+def _kill_at(step: int, folder: Path) -> None:
+    """Start the training of a job and kill it -9 when it has finished a step."""
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) == step:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_several_processes_end_with_the_one_that_started_them(model: Path, tmp_path: Path) -> None:
+    """A second attempt must not meet the first one's processes in its checkpoints."""
+    write_job(tmp_path / "job", job(model, tmp_path), EXAMPLES)
+    starter = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "models.train_worker", str(tmp_path / "job"), str(starter.pid)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "RANK": "0"},
+    )
+    starter.kill()
+    starter.wait()
+    assert worker.wait(timeout=60) == 1
+    assert not (tmp_path / "adapter").exists()
+
+
+# All weights -------------------------------------------------------------------------------
+
+
+def test_all_weights_are_trained_sampled_from_and_trained_further(
+    model: Path, tmp_path: Path
+) -> None:
+    full = SETTINGS.model_copy(update={"update": "full", "learning_rate": 2e-3, "epochs": 4})
+    first = job(model, tmp_path / "1", settings=full)
+    curve = run(first, EXAMPLES)
+    assert curve[-1].loss < 0.8 * curve[0].loss
+    assert json.loads((first.out / "provenance.json").read_text())["kind"] == "full"
+    assert (first.out / "tokenizer.json").is_file() and (first.out / "config.json").is_file()
+
+    untrained, trained = base(model), attach_adapter(base(model), first.out)
+    assert loss(trained, *EXAMPLES) < 0.8 * loss(untrained, *EXAMPLES)
+    changed = {
+        n for n, p in trained.named_parameters() if not torch.equal(p, untrained.state_dict()[n])
+    }
+    assert changed == {name for name, _ in untrained.named_parameters()}, (
+        "embeddings and norms, too"
+    )
+    assert trained.generate(torch.arange(40, 60)[None], max_new_tokens=4).shape == (1, 24)
+
+    second = run(job(model, tmp_path / "2", settings=full, previous=first.out), EXAMPLES)
+    assert second[0].loss < 0.9 * curve[0].loss
+    with pytest.raises(UserError, match="did not train with update = lora"):
+        run(job(model, tmp_path / "3", previous=first.out), EXAMPLES)
+
+
+def test_weights_that_do_not_fit_are_refused(model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    full = SETTINGS.model_copy(update={"update": "full"})
+    done = job(model, tmp_path, settings=full)
+    run(done, EXAMPLES[:4])
+    file = done.out / "model.safetensors"
+    kept = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({n: v for n, v in kept.items() if n != name}, file)
+    with pytest.raises(UserError, match=f"missing: {name}"):
+        attach_adapter(base(model), done.out)
+    save_file(kept | {name: kept[name][:1].clone()}, file)
+    with pytest.raises(UserError, match=f"do not fit the base: {name}"):
+        attach_adapter(base(model), done.out)
+
+
+def test_an_adapter_with_pickled_weights_is_refused_by_name(model: Path, tmp_path: Path) -> None:
+    from models.qlora import save_adapter
+
+    save_adapter(new_adapter(base(model), SETTINGS, 0), tmp_path / "a", data_digest="d")
+    (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"pickled weights are not loaded: adapter_model\.bin"):
+        attach_adapter(base(model), tmp_path / "a")
+
+
+def test_provenance_names_the_commit_of_a_hub_model(model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from models.qlora import save_adapter
+
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123abcd"
+    shutil.copytree(model, snapshot)
+    save_adapter(new_adapter(base(snapshot), SETTINGS, 0), tmp_path / "a", data_digest="d")
+    record = json.loads((tmp_path / "a" / "provenance.json").read_text())
+    assert record["revision"] == "0123abcd" and record["kind"] == "lora"
