@@ -86,7 +86,8 @@ class Efficiency:
 
 
 MEASURED = Efficiency(decode=0.35, prefill=0.4, training=0.3, layer_seconds=0.8e-3)
-"""Defaults until they are measured: replace them by what benchmarks/gpu.md has for an H100."""
+"""Defaults until they are measured on an H100: benchmarks/gpu.md has the run, and `python -m
+benchmarks.efficiency` finds them in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

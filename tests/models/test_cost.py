@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,21 @@ from chat_model import build_chat_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.efficiency import fit
 from models import decoding
 from models.adapter import AdapterSettings
-from models.cost import GIB, GPUS, MEMORY_SHARE, MOST_ROWS, PASS_TOKENS, RESERVED, Gpu, Held
+from models.cost import (
+    GIB,
+    GPUS,
+    MEASURED,
+    MEMORY_SHARE,
+    MOST_ROWS,
+    PASS_TOKENS,
+    RESERVED,
+    Efficiency,
+    Gpu,
+    Held,
+)
 from models.local import load_policy
 from models.policy import PolicySettings, Request
 from models.qlora import new_adapter
@@ -188,3 +200,36 @@ def test_what_a_step_costs() -> None:
     assert bound == pytest.approx(
         2000 * (2 * (shape.matrices + shape.output) + 524_288) / 989e12 / 0.35
     )
+
+
+def test_the_constants_are_found_again_in_what_a_gpu_took() -> None:
+    true = Efficiency(decode=0.42, prefill=MEASURED.prefill, training=0.27, layer_seconds=6e-4)
+    shape, gpu = shape_of(PolicySettings(model="meta-llama/Llama-3.1-8B-Instruct")), GPUS["h100"]
+    parts = {"shape": shape, "dtype": "bfloat16", "gpu": gpu, "efficiency": true}
+    found: dict[str, dict[str, Any]] = {}
+    for name, quantization, rows in (
+        ("nf4_64", "nf4", 64),
+        ("nf4_256", "nf4", 256),
+        ("x", "none", 256),
+    ):
+        held = Held(quantization=quantization, rank=0, **parts)  # type: ignore[arg-type]
+        steps = 64 * 16 * 256 // rows
+        seconds = steps * held.step_seconds(rows, 512 + 128, 32 + 128)
+        seconds += held.prefill_seconds(64 * 512, 512)
+        found[f"sampling_{name}"] = {
+            "length": 512,
+            "new": 256,
+            "prompts": 64,
+            "steps": steps,
+            "seconds": seconds,
+        }
+    learner = Held(quantization="nf4", rank=16, **parts)  # type: ignore[arg-type]
+    step = learner.training_seconds(16 * 1024, 8 * 1024, rows=4, length=1024, checkpointing=True)
+    found["training_nf4"] = {
+        "tokens": 1024,
+        "batch_size": 16,
+        "micro_batch_size": 4,
+        "seconds_per_step": step,
+        "gradient_checkpointing": True,
+    }
+    assert astuple(fit(found, shape, gpu)) == pytest.approx(astuple(true))
