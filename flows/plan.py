@@ -165,13 +165,14 @@ class _Estimate:
     @cached_property
     def policy(self) -> Held:
         """The model that improves itself, on the GPU."""
-        rank = self.settings.train.lora_rank if self.settings.iterations else 0
-        return self._held(self.settings.policy, rank)
+        train = self.settings.train
+        adapted = self.settings.iterations and train.update == "lora"
+        return self._held(self.settings.policy, train.lora_rank if adapted else 0)
 
-    @property
-    def micro(self) -> int:
-        """Conversations that are trained on together."""
-        return min(self.settings.train.batch_size, self.settings.train.micro_batch_size)
+    def _micro(self, length: float) -> int:
+        """Conversations of a length that are trained on together."""
+        train = self.settings.train
+        return max(1, min(train.batch_size, int(train.micro_batch_tokens // length)))
 
     # Work
 
@@ -201,20 +202,15 @@ class _Estimate:
         yield from map(self._judgements, self.workload.judged(iteration))
 
     def _answers(self, stage: str, prompts: int, turns: Sequence[Turn], shard: int) -> Work:
-        rows = self.settings.policy.batch_rows
-        return self._sampled(
-            stage, prompts, turns, self._hours(self.policy, rows, prompts, turns, shard)
-        )
+        hours = self._hours(self.settings.policy, prompts, turns, shard)
+        return self._sampled(stage, prompts, turns, hours)
 
     def _judgements(self, asked: Asked) -> Work:
         """In process a judge has the GPU for itself."""
-        judge, turns = asked.judge, [asked.turn]
-        assert judge.policy is not None, "JudgeSettings sees to it"
-        hours = None
-        if not judge.endpoint:
-            rows, shard = judge.policy.batch_rows, self.settings.evaluate.shard_size
-            hours = self._hours(self._held(judge.policy), rows, asked.prompts, turns, shard)
-        return self._sampled(asked.stage, asked.prompts, turns, hours)
+        assert asked.judge.policy is not None, "JudgeSettings sees to it"
+        shard = self.settings.evaluate.shard_size
+        hours = self._hours(asked.judge.policy, asked.prompts, [asked.turn], shard)
+        return self._sampled(asked.stage, asked.prompts, [asked.turn], hours)
 
     def _sampled(
         self, stage: str, prompts: int, turns: Sequence[Turn], hours: float | None
@@ -231,14 +227,18 @@ class _Estimate:
         )
 
     def _hours(
-        self, held: Held, rows: int | None, prompts: int, turns: Sequence[Turn], shard: int
-    ) -> float:
-        """Prompts are prefilled, then decoded `rows` at a time (None: as many as fit), or as many
-        as a shard has.
+        self, model: PolicySettings, prompts: int, turns: Sequence[Turn], shard: int
+    ) -> float | None:
+        """Prompts are prefilled, then decoded as many at a time as are set, fit, and a shard has.
+
+        None behind an endpoint.
         """
+        if model.endpoint:
+            return None
+        held = self.policy if model is self.settings.policy else self._held(model)
         seconds = 0.0
         for turn in turns:
-            together = min(self._rows(held, rows, turn), shard * turn.samples)
+            together = min(self._rows(held, model.batch_rows, turn), shard * turn.samples)
             new = self.workload.assumed.filled * turn.limit
             steps = prompts * turn.samples * new / together
             read = turn.cached(new / 2)
@@ -256,17 +256,20 @@ class _Estimate:
         seconds = self.policy.training_seconds(
             tokens,
             tokens * loss / length,
-            rows=self.micro,
+            rows=self._micro(length),
             length=length,
             checkpointing=s.gradient_checkpointing,
         )
-        return Work(stage="train", prompts=lessons, trained=tokens, hours=seconds / 3600)
+        hours = seconds / s.processes / 3600
+        return Work(stage="train", prompts=lessons, trained=tokens, hours=hours)
 
     # Memory
 
     def memory(self) -> Iterator[Memory]:
         """Of sampling and of training, with what to change where it is too much."""
-        kinds = [(self.sampling(), self._fewer_rows)]
+        kinds = []
+        if not self.settings.policy.endpoint:
+            kinds.append((self.sampling(), self._fewer_rows))
         if self.settings.iterations:
             kinds.append((self.training(), self._smaller_steps))
         for memory, remedy in kinds:
@@ -308,17 +311,20 @@ class _Estimate:
         """At a micro-batch of the longest conversations."""
         length, loss = self.workload.at_limits().learned()
         checkpointing = self.settings.train.gradient_checkpointing
-        parts = self.policy.training_memory(self.micro, length, loss, checkpointing=checkpointing)
-        return Memory(title=f"training {self.micro} × {length:,.0f}", parts=parts)
+        rows = self._micro(length)
+        parts = self.policy.training_memory(rows, length, loss, checkpointing=checkpointing)
+        return Memory(title=f"training {rows} × {length:,.0f}", parts=parts)
 
     def _smaller_steps(self) -> str:
         """The first of these changes, each with those before it, that makes training fit."""
-        changes: dict[str, Any] = {}
-        needed = math.inf
+        train, changes, needed = self.settings.train, dict[str, Any](), math.inf
+        last = (
+            ("policy.quantization", "nf4") if train.update == "lora" else ("train.update", "lora")
+        )
         for name, value in (
             ("train.gradient_checkpointing", True),
-            ("train.micro_batch_size", 1),
-            ("policy.quantization", "nf4"),  # last: it alone changes what is learned
+            ("train.micro_batch_tokens", min(2048, train.micro_batch_tokens)),
+            last,  # it alone changes what is learned
         ):
             changes[name] = value
             settings = with_changes(self.settings, changes)
@@ -339,9 +345,12 @@ class _Estimate:
         weights = sum(f.stat().st_size for f in files) or shape.parameters * WIDTH[published]
         found = {"model": float(weights)}
         if s.iterations:
-            adapter = float(shape.adapter(s.train.lora_rank) * WIDTH["float32"])
-            found["adapters, one an iteration"] = adapter * s.iterations
-            found["training checkpoint"] = 1.5 * adapter
+            adapter = float(shape.adapter(self.policy.rank) * WIDTH["float32"])
+            full = float(shape.parameters * WIDTH[s.policy.dtype])
+            found["adapters" if adapter else "weights, one an iteration"] = (adapter or full) * (
+                s.iterations
+            )
+            found["training checkpoint"] = 1.5 * (adapter or full)
         if s.iterations and s.method != "sft":
             row = self._row_bytes()
             prompts = s.prompts.first + s.prompts.later * (s.iterations - 1)
@@ -377,6 +386,8 @@ class _Estimate:
             f"{reached.training:.0%}; each layer of a step takes "
             f"{reached.layer_seconds * 1e3:g} ms besides"
         )
+        if s.train.processes > 1:
+            yield f"training on {s.train.processes} such GPUs, all else on one"
         if s.policy.device == "cpu":
             yield "policy.device is cpu: the hours are the GPU's all the same"
         yield "left out: scores by words, filter, cluster, loading, endpoints, corpora"

@@ -212,7 +212,8 @@ def planned(found: Plan) -> None:
     totals = [_count(found.total(figure)) for figure in figures[1:]]
     table.add_row("all", "", "", *totals, _hours(found.total("hours")))
     console.print(table)
-    console.print(_memory(found))
+    if found.memory:
+        console.print(_memory(found))
     for memory in found.memory:
         if memory.remedy:
             told = f"{memory.title}: too much for one {found.gpu.name}; {memory.remedy}"
@@ -224,8 +225,7 @@ def planned(found: Plan) -> None:
 
 
 def _memory(found: Plan) -> Table:
-    """Rows are kinds of work; the parts of the first, which samples, are all there are."""
-    parts = list(found.memory[0].parts)
+    parts = list(dict.fromkeys(part for memory in found.memory for part in memory.parts))
     table = _table(
         f"GPU memory at most, of {found.gpu.memory:g} GiB", ("rows × tokens", *parts, "all")
     )

@@ -26,8 +26,10 @@ LOGIT_BYTES = 32
 LOSS_BYTES = 12
 """For each trained token and word of the vocabulary: logits, float32 log-probabilities, both
 gradients."""
-OPTIMISER_BYTES = 4 + 4 + 2
-"""For each number of an adapter in training: itself, its gradient, two 8-bit moments."""
+MASTER_BYTES = 4
+"""For each number that is trained: it is held in float32."""
+OPTIMISER_BYTES = 4 + 2
+"""The same: its gradient, and two 8-bit moments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,10 @@ benchmarks.efficiency` finds them in it."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
-    """A model on a GPU: how its weights are held, and the rank of its adapter (0: it has none)."""
+    """A model on a GPU: how its weights are held, and the rank of its adapter.
+
+    Without an adapter (rank 0) it is all weights that are trained.
+    """
 
     shape: Shape
     quantization: str
@@ -113,8 +118,7 @@ class Held:
         shape, width = self.shape, WIDTH[self.dtype]
         prefill = PASS_TOKENS * (4 * shape.hidden + 3 * shape.intermediate) * width
         return {
-            "weights": self.weights,
-            "adapter": 4.0 * shape.adapter(self.rank),
+            "weights": self.weights + MASTER_BYTES * shape.adapter(self.rank),
             "activations": float(prefill),
             "logits": float(rows * shape.vocabulary * LOGIT_BYTES),
             "KV cache": rows * tokens * shape.cache_bytes(self.dtype),
@@ -126,7 +130,7 @@ class Held:
         """
         parts = self.sampling_memory(1, tokens)
         each = parts["KV cache"] + parts["logits"]
-        free = (self.gpu.memory - RESERVED) * GIB - parts["weights"] - parts["adapter"]
+        free = (self.gpu.memory - RESERVED) * GIB - parts["weights"]
         left = self.gpu.room - (sum(parts.values()) - each)
         return max(0, min(MOST_ROWS, int(MEMORY_SHARE * free / each), int(left / each)))
 
@@ -170,9 +174,11 @@ class Held:
         self, rows: int, tokens: float, trained: float, *, checkpointing: bool
     ) -> dict[str, float]:
         """Bytes while `rows` conversations of `tokens` are learned, `trained` of each with loss."""
+        trained_numbers = self.shape.adapter(self.rank) or self.shape.parameters
+        base = self.weights if self.rank else 0.0
         return {
-            "weights": self.weights,
-            "adapter": float(OPTIMISER_BYTES * self.shape.adapter(self.rank)),
+            "weights": base + MASTER_BYTES * trained_numbers,
+            "optimiser": float(OPTIMISER_BYTES * trained_numbers),
             "activations": rows * tokens * self._saved(checkpointing),
             "logits": rows * trained * self.shape.vocabulary * LOSS_BYTES,
         }
@@ -211,15 +217,16 @@ class Held:
     def training_operations(
         self, tokens: float, trained: float, length: float, *, checkpointing: bool
     ) -> float:
-        """FLOP. The base is frozen: its backward pass costs as much as its forward pass, not twice
-        that. Fused attention needs five products backward for two forward.
+        """FLOP. The base of an adapter is frozen: its backward pass costs as much as its forward
+        pass, not twice that. Fused attention needs five products backward for two forward.
         """
         shape, again = self.shape, int(checkpointing)
+        backward = 1 if self.rank else 2
         return (
-            tokens * 2 * shape.matrices * (2 + again)
+            tokens * 2 * shape.matrices * (1 + backward + again)
             + tokens * 2 * shape.adapter(self.rank) * (3 + again)
             + tokens * length / 2 * self._attention * (3.5 + again)
-            + trained * 2 * shape.output * 2
+            + trained * 2 * shape.output * (1 + backward)
         )
 
     @property

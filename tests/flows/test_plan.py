@@ -257,8 +257,8 @@ def flags(remedy: str) -> list[str]:
 @pytest.mark.parametrize(
     ("gpu", "changes"),
     [
-        ("rtx-4090", ["policy.quantization=none"]),
-        ("l4", ["train.micro_batch_size=16", "policy.batch_rows=512"]),
+        ("rtx-4090", ["policy.quantization=none", "policy.batch_rows=256"]),
+        ("l4", ["train.micro_batch_tokens=65536", "policy.batch_rows=512"]),
         ("a100-40", ["train.gradient_checkpointing=false", "policy.batch_rows=512"]),
     ],
 )
@@ -271,6 +271,28 @@ def test_what_is_advised_fits(gpu: str, changes: list[str]) -> None:
     assert all(m.bytes <= then.gpu.room for m in then.memory)
 
 
+def test_all_weights_take_more_memory_and_more_work_than_an_adapter() -> None:
+    plain = ["policy.quantization=none"]
+    lora, full = (
+        plan(load_settings("llama-3.1-8b", [*plain, f"train.update={how}"]), "b200")
+        for how in ("lora", "full")
+    )
+    assert not any(m.remedy for m in full.memory)
+    assert full.memory[1].bytes > 10 * full.parameters > lora.memory[1].bytes
+    assert full.total("trained") == lora.total("trained")
+    assert full.total("hours") > lora.total("hours")
+    advice = plan(load_settings("llama-3.1-8b", [*plain, "train.update=full"]), "h100").memory[1]
+    assert advice.remedy == "--set train.update=lora"
+
+
+def test_answers_of_an_endpoint_take_no_hours_here() -> None:
+    served = plan(load_settings("llama-3.1-8b", ["policy.endpoint=http://127.0.0.1:1"]))
+    hours = {w.stage: w.hours for part in served.iterations for w in part.work}
+    assert hours["mine"] is None and hours["evaluate"] is None and hours["train"]
+    assert [m.title.split()[0] for m in served.memory] == ["training"]
+    assert served.total("generated") == plan(load_settings("llama-3.1-8b")).total("generated")
+
+
 def test_a_gpu_that_is_too_small_is_named_and_another_with_it(
     capsys: pytest.CaptureFixture[str], workplace: Path
 ) -> None:
@@ -279,7 +301,7 @@ def test_a_gpu_that_is_too_small_is_named_and_another_with_it(
     assert ran.code == 0
     assert ran.out.count("too much for one rtx-4090; no setting helps") == 2
     larger = ran.out.split("so --gpu ")[-1].split()[0]
-    least = ["policy.batch_rows=1", "train.micro_batch_size=1"]
+    least = ["policy.batch_rows=1"]
     then = plan(load_settings("llama-3.1-8b", [model, *least]), larger)
     assert not any(m.remedy for m in then.memory)
 

@@ -29,8 +29,9 @@ from models.cost import (
 )
 from models.local import load_policy
 from models.policy import PolicySettings, Request
-from models.qlora import new_adapter, weighted_loss
+from models.qlora import new_adapter
 from models.shapes import read_shape, shape_of
+from models.training import weighted_loss
 
 ROWS, LENGTH, TRAINED, RANK = 3, 50, 10, 8
 
@@ -114,6 +115,25 @@ def test_operations_of_training_are_what_torch_counts(kind: str, checkpointing: 
     attention = (whole - products) * 2 * passes / (passes + 0.5)
     # Torch stops to compute a layer again before its very last product.
     last = checkpointing * tokens * 2 * RANK * 256 * 3
+    assert counter.get_total_flops() == products + attention - last
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_operations_of_training_all_weights_are_what_torch_counts(checkpointing: bool) -> None:
+    adapter, held = adapted("llama", checkpointing=checkpointing, attention="eager")
+    model = adapter.unload()
+    model.requires_grad_(True)
+    held = replace(held, rank=0)
+    with FlopCounterMode(display=False) as counter:
+        with autocast():
+            loss = weighted_loss(model, batch())
+        loss.backward()
+    tokens, trained = ROWS * LENGTH, ROWS * TRAINED
+    whole = held.training_operations(tokens, trained, LENGTH, checkpointing=checkpointing)
+    products = held.training_operations(tokens, trained, 0, checkpointing=checkpointing)
+    passes = 3 + checkpointing
+    attention = (whole - products) * 2 * passes / (passes + 0.5)
+    last = checkpointing * tokens * 2 * 896 * 256 * 3  # as above: of the matrix itself
     assert counter.get_total_flops() == products + attention - last
 
 
