@@ -18,7 +18,6 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, NamedTuple
 
@@ -99,13 +98,10 @@ def _joined(ray: Any, settings: PoolSettings) -> Any:
 
 def identity() -> dict[str, str]:
     """What results depend on beside settings: this project's code, and the libraries below it."""
-    digest = hashlib.sha256()
+    digest, root = hashlib.sha256(), Path(__file__).parent.parent
     for package in ("constitutions", "models", "tasks"):
-        spec = find_spec(package)
-        for folder in spec.submodule_search_locations or () if spec else ():
-            for path in sorted(Path(folder).rglob("*.py")):
-                digest.update(f"{package}/{path.relative_to(folder)}\0".encode())
-                digest.update(path.read_bytes())
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     libraries = {name: _version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
     return {"this project": digest.hexdigest()[:12], **libraries}
 
