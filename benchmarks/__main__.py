@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import Result
+from benchmarks.pool import ray_two_workers
 from benchmarks.rouge import rouge_l_plain, rouge_l_stem
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -23,6 +24,7 @@ RESULTS = Path(__file__).parent / "results.json"
 BENCHMARKS: dict[str, Callable[[], Result]] = {
     "rouge_l": rouge_l_plain,
     "rouge_l_stem": rouge_l_stem,
+    "ray_two_workers": ray_two_workers,
 }
 
 

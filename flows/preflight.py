@@ -11,6 +11,8 @@ from collections.abc import Callable
 from constitutions.errors import UserError, UserErrors
 from flows.experiment import home
 from flows.settings import ExperimentSettings
+from models.policy import PoolSettings
+from models.pool import check_pool
 from tasks.basemodels import check_model
 from tasks.corpus import CorpusSettings, load_corpus
 from tasks.evaluate import check_judges
@@ -42,6 +44,7 @@ def check(settings: ExperimentSettings) -> dict[str, str]:
         "score": attempt(lambda: _similarity(settings)),
         "evaluate": attempt(lambda: _judges(settings)) + attempt(lambda: _benchmarks(settings)),
         "disk": attempt(_disk),
+        **({"pool": attempt(lambda: _pools(settings))} if _by_ray(settings) else {}),
     }
     if problems:
         raise UserErrors(problems)
@@ -78,6 +81,17 @@ def _judges(settings: ExperimentSettings) -> str:
     models = [check_judge(judge) for judge in evaluate.all_judges if judge.policy]
     kinds = ", ".join(judge.kind for judge in evaluate.judges)
     return f"judge {kinds}" + (f" ({'; '.join(dict.fromkeys(models))})" if models else "")
+
+
+def _by_ray(settings: ExperimentSettings) -> list[PoolSettings]:
+    """The pools that are not this process: the policy's and the judges'."""
+    judges = [settings.score.judge, *settings.evaluate.all_judges]
+    policies = [settings.policy, *(j.policy for j in judges if j and not j.endpoint)]
+    return [p.pool for p in policies if p and p.pool.kind == "ray"]
+
+
+def _pools(settings: ExperimentSettings) -> str:
+    return "; ".join(dict.fromkeys(map(check_pool, _by_ray(settings))))
 
 
 def _benchmarks(settings: ExperimentSettings) -> str:

@@ -8,10 +8,10 @@ a shard is computed by one engine from beginning to end.
 from __future__ import annotations
 
 import gc
-import importlib.util
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from constitutions.errors import UserError
@@ -116,7 +116,7 @@ def check_pool(settings: PoolSettings) -> str:
     """
     if settings.kind == "local":
         return "this process"
-    if importlib.util.find_spec("ray") is None:
+    if find_spec("ray") is None:
         raise UserError(
             "Ray is not installed",
             where="setting 'pool' = ray",

@@ -113,7 +113,7 @@ def mine_stage(at: Slot, settings: MineSettings, policy: PolicySource, prompts: 
         groups = shards(rows, settings.shard_size)
         each = requests_each(settings, policy.templates)
         key = f"{at.seed}/{at.iteration}"
-        job = partial(_mine_shard, settings, policy.templates, key)
+        job = partial(mine_shard, settings, policy.templates, key)
         showing = progress(f"mine {at.iteration}", len(rows) * each, "requests")
         with policy.pool() as pool, showing as tick:
             mined = work.sharded(
@@ -128,7 +128,7 @@ def mine_stage(at: Slot, settings: MineSettings, policy: PolicySource, prompts: 
     return policy.noted(at).attempt("mine", settings, policy.inputs(prompts=prompts), compute)
 
 
-def _mine_shard(
+def mine_shard(
     settings: MineSettings,
     templates: Templates,
     key: str,
