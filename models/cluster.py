@@ -68,9 +68,12 @@ def join(settings: PoolSettings, cpus: int) -> Any:
         quiet |= {"num_cpus": cpus, "object_store_memory": OBJECTS, "include_dashboard": False}
         ray.init("local", **quiet)
         return _joined(ray, settings)
+    host, _, port = settings.address.rpartition(":")
     try:
+        if host:  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(settings.address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(
             f"the Ray cluster cannot be joined: {_words(error)}",
             where=f"setting 'pool.address' = {settings.address}",
