@@ -17,6 +17,7 @@ from rich.table import Table
 
 from benchmarks.generation import generation_vs_batched, generation_vs_sequential
 from benchmarks.measure import Result
+from benchmarks.pool import ray_two_workers
 from benchmarks.rouge import rouge_l_plain, rouge_l_stem
 from benchmarks.training import training_vs_sft_trainer
 
@@ -28,6 +29,7 @@ BENCHMARKS: dict[str, Callable[[], Result]] = {
     "rouge_l": rouge_l_plain,
     "rouge_l_stem": rouge_l_stem,
     "training_vs_sft_trainer": training_vs_sft_trainer,
+    "ray_two_workers": ray_two_workers,
 }
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from models import qlora
+from models import training as training_loop
 from models.adapter import AdapterSettings
 from models.decoding import Decoder, Sample, key_value_bytes
 from models.encoding import Example
@@ -235,7 +236,9 @@ def training(base: Any, work: dict[str, int], card: dict[str, Any], folder: Path
     """QLoRA steps over trajectories of one length, with gradient checkpointing."""
     draw = random.Random(1)
     base.set_attn_implementation("sdpa")
-    settings = AdapterSettings(batch_size=16, micro_batch_size=4, gradient_checkpointing=True)
+    settings = AdapterSettings(
+        batch_size=16, micro_batch_tokens=4 * work["tokens"], gradient_checkpointing=True
+    )
     trained = tuple(i > work["tokens"] * (1 - TRAINED) for i in range(work["tokens"]))
     examples = [
         Example(tuple(draw.choices(range(base.config.vocab_size), k=work["tokens"])), trained)
@@ -249,7 +252,7 @@ def training(base: Any, work: dict[str, int], card: dict[str, Any], folder: Path
         wait(base.device.type)
         ends.append(time.perf_counter())
 
-    curve = qlora.train(
+    curve = training_loop.train(
         model, examples, settings, seed=0, checkpoints=folder / "checkpoints", progress=tick
     )
     step = (ends[-1] - ends[0]) / (len(ends) - 1)  # the first one loads kernels
@@ -267,7 +270,7 @@ def training(base: Any, work: dict[str, int], card: dict[str, Any], folder: Path
         "peak_bytes": peak(base),
         "of_flops": computed / step / card["flops"],
         "batch_size": settings.batch_size,
-        "micro_batch_size": settings.micro_batch_size,
+        "micro_batch_tokens": settings.micro_batch_tokens,
         "gradient_checkpointing": True,
         **work,
     }

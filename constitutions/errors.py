@@ -46,5 +46,5 @@ class UserErrors(UserError):
 def _rebuild(kind: type[UserError], state: dict[str, object]) -> UserError:
     error = kind.__new__(kind)
     error.__dict__.update(state)
-    Exception.__init__(error, state.get("what", ""))
+    Exception.__init__(error, error._render())
     return error

@@ -12,6 +12,8 @@ from constitutions.errors import UserError, UserErrors
 from flows.experiment import home
 from flows.settings import ExperimentSettings
 from models.endpoint import Limits, open_endpoint
+from models.policy import PoolSettings
+from models.pool import check_pool
 from models.server import check_server
 from tasks.basemodels import check_model
 from tasks.corpus import CorpusSettings, load_corpus
@@ -44,6 +46,7 @@ def check(settings: ExperimentSettings) -> dict[str, str]:
         "score": attempt(lambda: _similarity(settings)),
         "evaluate": attempt(lambda: _judges(settings)) + attempt(lambda: _benchmarks(settings)),
         "disk": attempt(_disk),
+        **({"pool": attempt(lambda: _pools(settings))} if _by_ray(settings) else {}),
     }
     problems += _beyond_endpoints(settings)
     if problems:
@@ -119,6 +122,17 @@ def _judges(settings: ExperimentSettings) -> str:
     models = [check_judge(judge) for judge in evaluate.all_judges if judge.policy]
     kinds = ", ".join(judge.kind for judge in evaluate.judges)
     return f"judge {kinds}" + (f" ({'; '.join(dict.fromkeys(models))})" if models else "")
+
+
+def _by_ray(settings: ExperimentSettings) -> list[PoolSettings]:
+    """The pools that are not this process: the policy's and the judges'."""
+    judges = [settings.score.judge, *settings.evaluate.all_judges]
+    policies = [settings.policy, *(judge.policy for judge in judges if judge)]
+    return [p.pool for p in policies if p and p.pool.kind == "ray" and not p.endpoint]
+
+
+def _pools(settings: ExperimentSettings) -> str:
+    return "; ".join(dict.fromkeys(map(check_pool, _by_ray(settings))))
 
 
 def _benchmarks(settings: ExperimentSettings) -> str:

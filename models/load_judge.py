@@ -1,4 +1,4 @@
-"""Opens the judge that the settings ask for, with its model in memory."""
+"""Opens the judge that the settings ask for, with its model in memory, here or in a pool."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Literal
 
 from constitutions.errors import UserError
 from models.judges import GoldSimilarity, Judge, JudgeSettings, PlantedOracle
-from models.policy import Policy
+from models.policy import Policy, PolicySettings
+from models.pool import E, Opener, Pool, Where, open_pool
 
 
 def open_policy(settings: JudgeSettings) -> Policy:
@@ -24,6 +25,29 @@ def open_policy(settings: JudgeSettings) -> Policy:
     from models.local import load_policy
 
     return load_policy(settings.policy, settings.policy.model, None)
+
+
+def judge_pool(settings: JudgeSettings, opener: Opener[E]) -> Pool[E]:
+    """The pool that the judge's policy asks for; a judge without one, or at an endpoint, is served
+    from this process.
+
+    Args:
+        opener: opens what judges; `located` tells where the model is there.
+
+    Raises:
+        UserError: Ray is asked for and not installed.
+    """
+    policy = settings.policy or PolicySettings()
+    return open_pool(policy, opener, models=[policy.model], local=bool(policy.endpoint))
+
+
+def located(settings: JudgeSettings, where: Where) -> JudgeSettings:
+    """The judge with its model where this node has it. The folder's own name stays the same, and so
+    does the judge's."""
+    if settings.policy is None:
+        return settings
+    policy = settings.policy.model_copy(update={"model": where(settings.policy.model)})
+    return settings.model_copy(update={"policy": policy})
 
 
 def load_judge(

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypedDict
+from typing import Any, Literal, Protocol, TypedDict
 
 import numpy as np
-from pydantic import Field
+from pydantic import (
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from models.settings import Settings
 
@@ -105,6 +111,29 @@ class Policy(Protocol):
         ...
 
 
+class PoolSettings(Settings):
+    """Where the shards of a stage are computed: a bare word, "local" or "ray", will do."""
+
+    kind: Literal["local", "ray"] = "local"
+    """In this process, or by Ray actors: one engine each, and a GPU where there are any."""
+    address: str | None = Field(None, pattern=r"^(auto|[^/\s]+:\d+)$")
+    """Of a Ray cluster that this machine is a node of: "host:port", or "auto" for the one that
+    runs here. Unset: a Ray of our own, on this machine and its loopback interface alone."""
+    workers: int | None = Field(None, ge=1, le=4096)
+    """Actors. Unset: as many as the cluster has GPUs; without any, one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _word(cls, given: Any) -> Any:
+        return {"kind": given} if isinstance(given, str) else given
+
+
+FINGERPRINT = {"for": "fingerprint"}
+"""Context of a dump (`model_dump`) that holds what results depend on, and nothing else."""
+PLACING = frozenset({"device", "batch_rows", "threads", "pool", "endpoint", "key_variable"})
+"""Where and how fast a policy runs."""
+
+
 class PolicySettings(Settings):
     """The policy that is improved, and how it is held in memory."""
 
@@ -134,6 +163,9 @@ class PolicySettings(Settings):
     served_model: str | None = Field(None, min_length=1)
     """What the server calls the model. Unset: `model`."""
 
+    pool: PoolSettings = PoolSettings()
+    """Where its shards are computed: nothing of what comes out depends on it."""
+
     @property
     def served_name(self) -> str:
         """The model by the name that an endpoint knows."""
@@ -143,3 +175,9 @@ class PolicySettings(Settings):
     def answers_on(self) -> str:
         """The device that answering takes here: none, behind an endpoint."""
         return "cpu" if self.endpoint else self.device
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        dropped = PLACING if info.context == FINGERPRINT else ()
+        found: dict[str, Any] = dump(self)
+        return {name: value for name, value in found.items() if name not in dropped}

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal, TypeVar
@@ -14,6 +14,7 @@ from pydantic import Field
 
 from models import prompts as ask
 from models.policy import SILENT, Completion, Messages, Policy, Progress, Request, finish_of
+from models.pool import Compute, Pool
 from models.prompts import Templates
 from models.settings import Settings
 from tasks.progress import progress
@@ -117,24 +118,20 @@ def _answer(prompt: Prompt, iteration: int, parts: Sequence[Completion]) -> Answ
 
 
 @dataclass(frozen=True, kw_only=True)
-class Respondent:
-    """A policy that answers in shards: what it has answered, no later attempt asks again."""
+class Manner:
+    """How a policy is asked: all but the policy and the prompts."""
 
-    load: Callable[[], Policy]
-    """The policy in memory; called only where something is left to answer."""
     templates: Templates
     settings: AnswerSettings
     seed: int
     iteration: int
-    work: Workspace
-    shard_size: int
-
-    def answers(self, name: str, prompts: Sequence[Prompt]) -> list[Answer]:
-        """An answer to every prompt, in their order, kept as `<name>.parquet`."""
-        return self.in_shards(name, Answer, prompts, self.ask)
 
     def ask(
-        self, prompts: Sequence[Prompt], advance: Progress, temperature: float | None = None
+        self,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        advance: Progress,
+        temperature: float | None = None,
     ) -> list[Answer]:
         """Answers at once, at another temperature where one is given; see `answer`."""
         settings = self.settings
@@ -142,7 +139,7 @@ class Respondent:
             settings = settings.model_copy(update={"temperature": temperature})
         return answer(
             prompts,
-            self.load(),
+            policy,
             settings,
             self.templates,
             seed=self.seed,
@@ -150,22 +147,37 @@ class Respondent:
             advance=advance,
         )
 
+
+@dataclass(frozen=True, kw_only=True)
+class Respondent:
+    """A policy that answers in shards: what it has answered, no later attempt asks again."""
+
+    pool: Pool[Policy]
+    manner: Manner
+    work: Workspace
+    shard_size: int
+
+    def answers(self, name: str, prompts: Sequence[Prompt]) -> list[Answer]:
+        """An answer to every prompt, in their order, kept as `<name>.parquet`."""
+        return self.in_shards(name, Answer, prompts, self.manner.ask)
+
     def in_shards(
         self,
         name: str,
         row_type: type[Row],
         items: Sequence[Any],
-        compute: Callable[[Sequence[Any], Progress], Sequence[Row]],
+        compute: Compute[Policy, Row],
         prompts_each: int = 1,
     ) -> list[Row]:
         """`compute` over shards of items, of which each takes `prompts_each` prompts."""
-        each = requests_each(self.templates) * prompts_each
-        with progress(f"evaluate {self.iteration}: {name}", each * len(items), "requests") as tick:
+        each = requests_each(self.manner.templates) * prompts_each
+        what = f"evaluate {self.manner.iteration}: {name}"
+        with progress(what, each * len(items), "requests") as tick:
             return self.work.sharded(
                 name,
                 row_type,
                 shards(items, self.shard_size),
-                lambda shard: compute(shard, tick),
+                lambda missing: self.pool.map(compute, missing, tick),
                 found=lambda shard: tick(each * len(shard)),
             )
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from constitutions.errors import UserError
 from models.policy import PolicySettings
+from models.weights import file_hashes
 from tasks.code import code_version
 from tasks.progress import progress
 from tasks.store import SUMMARY, Record
-from tasks.work import file_sha256, text_sha256, write_text
+from tasks.work import text_sha256
 
 PLANTED = "planted"
 
@@ -84,22 +85,8 @@ def check_model(settings: PolicySettings) -> str:
 
 
 def folder_digest(folder: Path, home: Path) -> str:
-    """sha256 over the names and contents of a folder's files.
-
-    Contents are hashed once for each (path, size, time of change), and remembered under `home`:
-    hashing 16 GB takes longer than everything else at start-up. Touching a file changes nothing.
-    """
-    memory = home / "digests.json"
-    known: dict[str, str] = json.loads(memory.read_text()) if memory.exists() else {}
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and ".git" not in p.parts)
-    digests = {}
-    for path in files:
-        stat = path.stat()
-        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-        known[key] = digests[str(path.relative_to(folder))] = known.get(key) or file_sha256(path)
-    home.mkdir(parents=True, exist_ok=True)
-    write_text(memory, json.dumps(known))
-    return text_sha256(json.dumps(digests, sort_keys=True))
+    """sha256 over the names and contents of a folder's files; see `file_hashes`."""
+    return text_sha256(json.dumps(file_hashes(folder, home), sort_keys=True))
 
 
 def _kept_planted(seed: int, home: Path, record: Record) -> BaseModelFiles:

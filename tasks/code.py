@@ -15,8 +15,9 @@ from pathlib import Path
 PACKAGES = ("tasks", "models", "constitutions")
 MACHINERY = frozenset(
     {"tasks.store", "tasks.work", "tasks.locks", "tasks.stage", "tasks.code", "tasks.progress"}
+    | {"models.pool", "models.cluster", "models.weights"}
 )
-"""How results are kept and shown: a change here does not change a result."""
+"""How results are kept and shown, and where they are computed: a change here changes none."""
 
 
 def code_version(module: str) -> str:

@@ -10,10 +10,10 @@ never 0.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
-from functools import cache
+from functools import partial
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
@@ -23,7 +23,8 @@ from constitutions.errors import UserError
 from models.judges import JudgeSettings, PlantedOracle
 from models.load_judge import open_policy
 from models.policy import Policy
-from tasks.answers import AnswerSettings, Respondent, answer_metrics
+from models.pool import Pool, Where
+from tasks.answers import AnswerSettings, Manner, Respondent, answer_metrics
 from tasks.benchmarks.run import LLM
 from tasks.benchmarks.settings import BenchmarkSettings, about_principles
 from tasks.comparisons import (
@@ -38,7 +39,7 @@ from tasks.comparisons import (
     win_rates,
 )
 from tasks.judging import judge_notes, noted
-from tasks.panel import Judges, OpenPolicy, Panel
+from tasks.panel import Benches, Judges, OpenPolicy, Panel
 from tasks.planted_truth import faithfulness_metrics, planted_metrics
 from tasks.policies import PolicySource
 from tasks.records import Answer, Labelled, Prompt, Scored
@@ -143,21 +144,20 @@ def evaluate(
         check_judges(settings, scoring, planted)
         benchmarks = settings.benchmarks.load(settings.judge, guided=guided)
 
-        engine = cache(policy.load)
-        respondent = _respondent(engine, settings, policy, at, work)
-        answers = respondent.answers("answers", prompts)
-        answered = {name: b.answer(respondent) for name, b in benchmarks.items()}
-        engine.cache_clear()
-        gc.collect()
+        with policy.pool() as pool:
+            respondent = _respondent(pool, settings, policy, at, work)
+            answers = respondent.answers("answers", prompts)
+            answered = {name: b.answer(respondent) for name, b in benchmarks.items()}
 
-        judges = Judges(planted=planted, scoring=scoring, seed=at.seed, open_policy=open_policy)
-        panel = _panel(judges, settings, at, work)
-        met = [m for r in _references(answers, inputs) for m in meetings(answers, r, prompts)]
-        metrics = answer_metrics(answers) | _compared(panel, settings, met, prompts)
-        if settings.principle_judge and guided:
-            metrics |= _principles(panel, settings.principle_judge, answers, prompts)
-        for name, benchmark in benchmarks.items():
-            metrics |= benchmark.measure(answered[name], panel)
+        opener = partial(_judges, planted, scoring, at.seed, open_policy)
+        with closing(Benches(open=opener)) as benches:
+            panel = _panel(benches, settings, at, work)
+            met = [m for r in _references(answers, inputs) for m in meetings(answers, r, prompts)]
+            metrics = answer_metrics(answers) | _compared(panel, settings, met, prompts)
+            if settings.principle_judge and guided:
+                metrics |= _principles(panel, settings.principle_judge, answers, prompts)
+            for name, benchmark in benchmarks.items():
+                metrics |= benchmark.measure(answered[name], panel)
         if planted and {"scored", "labelled"} <= inputs.keys():
             metrics |= _truth(prompts, answers, inputs["scored"], inputs["labelled"])
         return metrics
@@ -209,26 +209,27 @@ def _noted(at: Slot, settings: EvaluateSettings, scoring: ScoreSettings) -> Slot
 
 
 def _respondent(
-    engine: Callable[[], Policy],
+    pool: Pool[Policy],
     settings: EvaluateSettings,
     policy: PolicySource,
     at: Slot,
     work: Workspace,
 ) -> Respondent:
-    return Respondent(
-        load=engine,
-        templates=policy.templates,
-        settings=settings,
-        seed=at.seed,
-        iteration=at.iteration,
-        work=work,
-        shard_size=settings.shard_size,
+    manner = Manner(
+        templates=policy.templates, settings=settings, seed=at.seed, iteration=at.iteration
     )
+    return Respondent(pool=pool, manner=manner, work=work, shard_size=settings.shard_size)
 
 
-def _panel(judges: Judges, settings: EvaluateSettings, at: Slot, work: Workspace) -> Panel:
+def _judges(
+    planted: bool, scoring: ScoreSettings, seed: int, open_policy: OpenPolicy, where: Where
+) -> Judges:
+    return Judges(planted=planted, scoring=scoring, seed=seed, open_policy=open_policy, where=where)
+
+
+def _panel(benches: Benches, settings: EvaluateSettings, at: Slot, work: Workspace) -> Panel:
     return Panel(
-        judges=judges,
+        benches=benches,
         model=f"{at.record.experiment}-iteration-{at.iteration}",
         work=work,
         shard_size=settings.shard_size,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 from pydantic import Field
@@ -111,18 +112,31 @@ def mine_stage(at: Slot, settings: MineSettings, policy: PolicySource, prompts: 
         rows = prompts.read("prompts", Prompt)
         groups = shards(rows, settings.shard_size)
         each = requests_each(settings, policy.templates)
-        engine, key = policy.load(), f"{at.seed}/{at.iteration}"
-        with progress(f"mine {at.iteration}", len(rows) * each, "requests") as tick:
+        key = f"{at.seed}/{at.iteration}"
+        job = partial(mine_shard, settings, policy.templates, key)
+        showing = progress(f"mine {at.iteration}", len(rows) * each, "requests")
+        with policy.pool() as pool, showing as tick:
             mined = work.sharded(
                 "mined",
                 Mined,
                 groups,
-                lambda shard: mine(shard, engine, settings, policy.templates, key, tick),
+                lambda missing: pool.map(job, missing, tick),
                 found=lambda shard: tick(len(shard) * each),
             )
         return _metrics(mined)
 
     return policy.noted(at).attempt("mine", settings, policy.inputs(prompts=prompts), compute)
+
+
+def mine_shard(
+    settings: MineSettings,
+    templates: Templates,
+    key: str,
+    policy: Policy,
+    rows: Sequence[Prompt],
+    advance: Progress,
+) -> list[Mined]:
+    return mine(rows, policy, settings, templates, key, advance)
 
 
 class _Sampler:

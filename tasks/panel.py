@@ -7,14 +7,16 @@ to it.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
+from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
 
 from models.judges import GoldSimilarity, Judge, JudgeSettings
-from models.load_judge import load_judge
-from models.policy import Policy, Progress
+from models.load_judge import judge_pool, load_judge, located
+from models.policy import Policy, PolicySettings, Progress
+from models.pool import Compute, Finished, Pool, Shards, Where
 from tasks.comparisons import Meeting, decide_all, rate_of
 from tasks.progress import progress
 from tasks.records import Comparison
@@ -36,6 +38,8 @@ class Judges:
     """The judge "similarity"."""
     seed: int
     open_policy: OpenPolicy
+    where: Where
+    """Where a model's folder is on this machine."""
     _judge: tuple[JudgeSettings, Judge] | None = field(default=None, init=False)
     _model: tuple[Any, Policy] | None = field(default=None, init=False)
 
@@ -48,7 +52,7 @@ class Judges:
                 gc.collect()
             similarity = GoldSimilarity(_when_asked(self.scoring), self.scoring.similarity)
             opened = load_judge(
-                settings,
+                located(settings, self.where),
                 planted=self.planted,
                 similarity=similarity,
                 seed=self.seed,
@@ -69,8 +73,37 @@ class Judges:
         if self._model is None or self._model[0] != settings.policy:
             self._judge = self._model = None
             gc.collect()  # the memory of the last one is needed
-            self._model = settings.policy, self.open_policy(settings)
+            self._model = settings.policy, self.open_policy(located(settings, self.where))
         return self._model[1]
+
+
+@dataclass(kw_only=True)
+class Benches:
+    """Judges in the pools that their settings ask for; only the last one's stays open."""
+
+    open: Callable[[Where], Judges]
+    _pool: tuple[PolicySettings | None, Pool[Judges]] | None = field(default=None, init=False)
+
+    def of(self, settings: JudgeSettings) -> Pool[Judges]:
+        """The pool of a judge. All judges of this process share one; of a cluster's workers, those
+        with the same model."""
+        own = _own_model(settings)
+        if self._pool is None or self._pool[0] != own:
+            self.close()
+            self._pool = own, judge_pool(settings, self.open)
+        return self._pool[1]
+
+    def close(self) -> None:
+        """Free the judges' memory."""
+        if self._pool is not None:
+            self._pool[1].close()
+            self._pool = None
+
+
+def _own_model(settings: JudgeSettings) -> PolicySettings | None:
+    """What a judge's workers were opened for; None in this process."""
+    policy = settings.policy
+    return policy if policy and policy.pool.kind == "ray" and not policy.endpoint else None
 
 
 def _when_asked(scoring: ScoreSettings) -> Similarity:
@@ -94,7 +127,7 @@ class _Put(NamedTuple):
 class Panel:
     """Judges, where their judgements are kept, and how outcomes become rates."""
 
-    judges: Judges
+    benches: Benches
     model: str
     """What published formats call the policy that is judged."""
     work: Workspace
@@ -116,36 +149,37 @@ class Panel:
             name,
             Comparison,
             [shard for part in put for shard in shards(part, self.shard_size)],
-            lambda shard, tick: self._decide(shard, judges, tick),
+            partial(_decide, judges),
+            lambda shard: judges[shard[0].judge],
         )
         return [rows[n * len(met) : (n + 1) * len(met)] for n in range(len(judges))]
-
-    def _decide(
-        self, shard: Sequence[_Put], judges: Sequence[JudgeSettings], tick: Progress
-    ) -> list[Comparison]:
-        number = shard[0].judge
-        judge = self.judges.judge(judges[number])
-        rows = decide_all([put.meeting for put in shard], judge, tick)
-        labels = list(map(self.judges.label, judges))
-        same = labels[:number].count(labels[number])
-        return [replace(row, judge=f"{row.judge}-{same + 1}") for row in rows] if same else rows
 
     def in_shards(
         self,
         name: str,
         row_type: type[Row],
         parts: Sequence[Sequence[Any]],
-        compute: Callable[[Sequence[Any], Progress], Sequence[Row]],
+        compute: Compute[Judges, Row],
+        judge: Callable[[Sequence[Any]], JudgeSettings],
         each: int = 1,
     ) -> list[Row]:
-        """`compute` over parts, each kept when finished; an item takes `each` judgements."""
+        """`compute` over parts, each kept when finished; an item takes `each` judgements.
+
+        Args:
+            judge: whose a part is; the parts of one follow each other.
+        """
         total = each * sum(map(len, parts))
+
+        def map_all(missing: Shards) -> Iterator[Finished]:
+            for settings, group in groupby(missing.items(), lambda item: judge(item[1])):
+                yield from self.benches.of(settings).map(compute, dict(group), tick)
+
         with progress(f"judge {self.iteration}: {name}", total, "judgements") as tick:
             return self.work.sharded(
                 name,
                 row_type,
                 parts,
-                lambda part: compute(part, tick),
+                map_all,
                 found=lambda part: tick(each * len(part)),
             )
 
@@ -154,3 +188,13 @@ class Panel:
         return rate_of(
             rows, what, seed=self.seed, resamples=self.resamples, max_failed=self.max_failed
         )
+
+
+def _decide(
+    settings: Sequence[JudgeSettings], judges: Judges, shard: Sequence[_Put], tick: Progress
+) -> list[Comparison]:
+    number = shard[0].judge
+    rows = decide_all([put.meeting for put in shard], judges.judge(settings[number]), tick)
+    labels = list(map(judges.label, settings))
+    same = labels[:number].count(labels[number])
+    return [replace(row, judge=f"{row.judge}-{same + 1}") for row in rows] if same else rows

@@ -6,11 +6,13 @@ The flow makes one `PolicySource` for each iteration; `mine`, `cluster` and `eva
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from models.policy import Policy, PolicySettings
+from models.pool import LocalPool, Pool, Where, open_pool
 from models.prompts import TEMPLATES, Templates
 from tasks.store import Attempt, Slot
 
@@ -59,6 +61,13 @@ class PolicySource:
 
         return load_policy(self.settings, self.model, self.adapter_path)
 
+    def pool(self) -> Pool[Policy]:
+        """Engines of the policy, where the settings ask for them."""
+        if self.settings.pool.kind == "local" or self.settings.endpoint:
+            return LocalPool(self.load)
+        models = [self.model, *([str(self.adapter_path)] if self.adapter else [])]
+        return open_pool(self.settings, partial(_load_there, self.settings, models), models=models)
+
     def trained(self, adapter: Attempt) -> PolicySource:
         """The same base model with the adapter of a finished train attempt."""
         return replace(self, adapter=adapter)
@@ -79,6 +88,14 @@ class PolicySource:
             held = self.settings.model_dump(include={"quantization", "dtype", "revision"})
         notes = {"base": self.base_digest, "templates": wording, **_texts(held)}
         return replace(at, notes={**at.notes, **notes}, device=self.settings.answers_on)
+
+
+def _load_there(settings: PolicySettings, models: Sequence[str], where: Where) -> Policy:
+    """`PolicySource.load` on a node that may have the base model and the adapter elsewhere."""
+    from models.local import load_policy
+
+    base, *adapter = map(where, models)
+    return load_policy(settings, base, Path(adapter[0]) if adapter else None)
 
 
 def _texts(values: Mapping[str, object]) -> dict[str, str]:

@@ -24,8 +24,9 @@ from rapidfuzz.distance import LCSseq
 from constitutions.errors import UserError
 from models.judges import Grade, JudgeSettings
 from models.llm_judge import AbsoluteJudge, Graded
-from models.load_judge import open_policy
+from models.load_judge import judge_pool, located, open_policy
 from models.policy import Progress
+from models.pool import Finished, Shards, Where
 from models.settings import Settings
 from tasks import porter
 from tasks.judging import noted
@@ -127,30 +128,15 @@ def score_stage(at: Slot, settings: ScoreSettings, mined: Attempt) -> Attempt:
 
     def compute(work: Workspace) -> Metrics:
         rows = mined.read("mined", Mined)
-        scorer = load_scorer(settings, at.seed)
         with progress(f"score {at.iteration}", _responses(rows), "responses") as tick:
-            if settings.similarity == "judge":
-                scored = _judge_shards(work, rows, settings, scorer, tick)
+            if settings.judge is not None:
+                scored = _judge_shards(work, rows, settings, settings.judge, at.seed, tick)
             else:
-                scored = list(score(rows, scorer, tick))
+                scored = list(score(rows, by_gold(load_similarity(settings)), tick))
                 work.write("scored", scored, Scored)
         return _metrics(scored)
 
     return noted(at, settings.judge).attempt("score", settings, {"mined": mined}, compute)
-
-
-def load_scorer(settings: ScoreSettings, seed: int) -> Scorer:
-    """What scores as the settings say, with its model where it has one.
-
-    Args:
-        seed: of a sampled judge.
-
-    Raises:
-        UserError: a model cannot be loaded or reached.
-    """
-    if settings.judge is None:
-        return by_gold(load_similarity(settings))
-    return by_grade(AbsoluteJudge(open_policy(settings.judge), settings.judge, seed=seed))
 
 
 def load_similarity(settings: ScoreSettings) -> Similarity:
@@ -267,22 +253,39 @@ def _judged_texts(row: Mined) -> list[str]:
 
 
 def _judge_shards(
-    work: Workspace, rows: Sequence[Mined], settings: ScoreSettings, scorer: Scorer, tick: Progress
+    work: Workspace,
+    rows: Sequence[Mined],
+    settings: ScoreSettings,
+    judge: JudgeSettings,
+    seed: int,
+    tick: Progress,
 ) -> list[Scored]:
     """Score shard by shard. A judge that has failed too often is not asked about a further one."""
     asked = sum(len(_judged_texts(row)) for row in rows)
     failures: list[str] = []
 
-    def compute(shard: Sequence[Mined]) -> list[Scored]:
-        _check_budget(failures, asked, settings.max_unscored)
-        scored = list(score(shard, scorer, tick))
-        failures.extend(_failures(scored))
-        return scored
+    def compute(missing: Shards) -> Iterator[Finished]:
+        for done in pool.map(_score_shard, missing, tick):
+            yield done
+            failures.extend(_failures(done.rows))
+            _check_budget(failures, asked, settings.max_unscored)
 
     groups = shards(rows, settings.shard_size)
-    found = work.sharded("scored", Scored, groups, compute, lambda shard: tick(_responses(shard)))
+    with judge_pool(judge, functools.partial(_open_scorer, judge, seed)) as pool:
+        found = work.sharded(
+            "scored", Scored, groups, compute, lambda shard: tick(_responses(shard))
+        )
     _check_budget(list(_failures(found)), asked, settings.max_unscored)
     return found
+
+
+def _open_scorer(judge: JudgeSettings, seed: int, where: Where) -> Scorer:
+    judge = located(judge, where)
+    return by_grade(AbsoluteJudge(open_policy(judge), judge, seed=seed))
+
+
+def _score_shard(scorer: Scorer, rows: Sequence[Mined], advance: Progress) -> list[Scored]:
+    return list(score(rows, scorer, advance))
 
 
 def _failures(scored: Iterable[Scored]) -> Iterator[str]:

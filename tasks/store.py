@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 import pyarrow.parquet as pq
 
 from constitutions.errors import UserError
+from models.policy import FINGERPRINT
 from models.settings import Settings
 from tasks import locks
 from tasks.code import code_version
@@ -468,7 +469,7 @@ class Slot:
             iteration=self.iteration,
             seed=self.seed,
             code=code_version(compute.__module__),
-            settings=settings.model_dump(mode="json"),
+            settings=settings.model_dump(mode="json", context=FINGERPRINT),
             inputs={n: Source(a.stage, a.iteration, a.digest) for n, a in inputs.items()},
             notes=dict(self.notes),
         )

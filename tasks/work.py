@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pyarrow.parquet as pq
 
+from models.pool import Finished, Shards
 from tasks.records import from_table, to_table
 
 Row = TypeVar("Row")
@@ -63,23 +64,26 @@ class Workspace:
         name: str,
         row_type: type[Row],
         shards: Sequence[Sequence[Any]],
-        compute: Callable[[Sequence[Any]], Sequence[Row]],
+        compute: Callable[[Shards], Iterable[Finished]],
         found: Callable[[Sequence[Any]], None],
     ) -> list[Row]:
-        """`compute` over shards, each kept when finished; then `<name>.parquet` from all of them.
+        """The shards that are missing computed, each kept when it is finished, in whatever order;
+        then `<name>.parquet` from all of them.
 
-        `found` is told of each shard that an earlier, killed attempt had finished.
+        Args:
+            compute: yields shards as they are finished; `Pool.map` does.
+            found: is told of each shard that an earlier, killed attempt had finished.
         """
-        rows: list[Row] = []
+        parts = [self.parts / f"{name}-{number:05}.parquet" for number in range(len(shards))]
+        missing = {n: shard for n, shard in enumerate(shards) if not parts[n].exists()}
         for number, shard in enumerate(shards):
-            part = self.parts / f"{name}-{number:05}.parquet"
-            if part.exists():
+            if number not in missing:
                 found(shard)
-            else:
-                started = time.monotonic()
-                _write_parquet(part, compute(shard), row_type)
-                self.note("shard", name=part.stem, seconds=time.monotonic() - started)
-            rows += from_table(pq.read_table(part), row_type)
+        for done in compute(missing):
+            part = parts[done.number]
+            _write_parquet(part, done.rows, row_type)
+            self.note("shard", name=part.stem, seconds=done.seconds)
+        rows = [row for part in parts for row in from_table(pq.read_table(part), row_type)]
         self.write(name, rows, row_type)
         return rows
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from pydantic import BaseModel, Field
@@ -19,8 +20,8 @@ from constitutions.errors import UserError
 from models.foreign_text import control_strings
 from models.judges import JudgeSettings
 from models.llm_judge import Asker
-from models.policy import Message, Progress
-from tasks.answers import Respondent, Which, given
+from models.policy import Message, Policy, Progress
+from tasks.answers import Manner, Respondent, Which, given
 from tasks.benchmarks.mt_bench import (
     FAILED,
     TURNS,
@@ -42,7 +43,7 @@ from tasks.benchmarks.mt_bench import (
 from tasks.benchmarks.rows import single_turn, spread, write_lines
 from tasks.benchmarks.run import RunSettings
 from tasks.comparisons import order_figures, rate_metrics, too_many_failed
-from tasks.panel import Panel
+from tasks.panel import Judges, Panel
 from tasks.records import Answer, DialogueAnswer, Prompt, fields, prompt_id
 from tasks.work import Metrics, shards
 
@@ -105,12 +106,12 @@ class MTBench:
             f"{NAME}-answers",
             DialogueAnswer,
             self.questions,
-            lambda questions, tick: self._dialogues(respondent, questions, tick),
+            partial(self._dialogues, respondent.manner),
             prompts_each=len(TURNS),
         )
 
     def _dialogues(
-        self, respondent: Respondent, questions: Sequence[Question], tick: Progress
+        self, manner: Manner, policy: Policy, questions: Sequence[Question], tick: Progress
     ) -> list[DialogueAnswer]:
         groups: dict[float | None, list[Question]] = {}
         for question in questions:
@@ -118,9 +119,9 @@ class MTBench:
         rows = []
         for temperature, group in groups.items():
             asked = [single_turn(q.turns[0], NAME) for q in group]
-            first = respondent.ask(asked, tick, temperature)
+            first = manner.ask(policy, asked, tick, temperature)
             asked = [self._second(q, a) for q, a in zip(group, first, strict=True)]
-            second = respondent.ask(asked, tick, temperature)
+            second = manner.ask(policy, asked, tick, temperature)
             for turn, answers in zip(TURNS, (first, second), strict=True):
                 rows += [
                     DialogueAnswer(**fields(a), question_id=q.question_id, turn=turn)
@@ -149,43 +150,16 @@ class MTBench:
         return self._rated(ours, panel) | (self._played(ours, panel) if self.against else {})
 
     def _rated(self, ours: Mapping[int, Turns], panel: Panel) -> Metrics:
-        def rate_all(questions: Sequence[Question], tick: Progress) -> list[Rating]:
-            asker, control = self._asker(panel)
-            return rate(
-                questions,
-                ours,
-                self.judge_prompts,
-                asker,
-                model=panel.model,
-                judge_name=self._judge_name,
-                references=self.references,
-                control=control,
-                advance=tick,
-            )
-
-        ratings = self._judged(panel, "single", Rating, rate_all, len(TURNS))
+        job = partial(self._rate, ours, panel.model, panel.seed)
+        ratings = self._judged(panel, "single", Rating, job, len(TURNS))
         failures = [row.failure or "" for row in ratings if row.score == FAILED]
         self._accept(failures, len(ratings), "MT-Bench's ratings", panel)
         how = {"seed": panel.seed, "resamples": panel.resamples}
         return mt_bench_metrics(ratings, self.questions, **how)
 
     def _played(self, ours: Mapping[int, Turns], panel: Panel) -> Metrics:
-        def play_all(questions: Sequence[Question], tick: Progress) -> list[Game]:
-            asker, control = self._asker(panel)
-            return play(
-                questions,
-                ours,
-                self.against or {},
-                self.judge_prompts,
-                asker,
-                models=(panel.model, "reference"),
-                judge_name=self._judge_name,
-                references=self.references,
-                control=control,
-                advance=tick,
-            )
-
-        games = self._judged(panel, "pair", Game, play_all, 2 * len(TURNS))
+        job = partial(self._play, ours, panel.model, panel.seed)
+        games = self._judged(panel, "pair", Game, job, 2 * len(TURNS))
         failures = [game.failure or "" for game in games if game.outcome is None]
         self._accept(failures, len(games), "MT-Bench's games", panel)
         rates = win_rates(games, self.questions, seed=panel.seed, resamples=panel.resamples)
@@ -195,12 +169,57 @@ class MTBench:
             figures |= rate_metrics(place, found)
         return figures
 
+    def _rate(
+        self,
+        ours: Mapping[int, Turns],
+        model: str,
+        seed: int,
+        judges: Judges,
+        questions: Sequence[Question],
+        tick: Progress,
+    ) -> list[Rating]:
+        asker, control = self._asker(judges, seed)
+        return rate(
+            questions,
+            ours,
+            self.judge_prompts,
+            asker,
+            model=model,
+            judge_name=self._judge_name,
+            references=self.references,
+            control=control,
+            advance=tick,
+        )
+
+    def _play(
+        self,
+        ours: Mapping[int, Turns],
+        model: str,
+        seed: int,
+        judges: Judges,
+        questions: Sequence[Question],
+        tick: Progress,
+    ) -> list[Game]:
+        asker, control = self._asker(judges, seed)
+        return play(
+            questions,
+            ours,
+            self.against or {},
+            self.judge_prompts,
+            asker,
+            models=(model, "reference"),
+            judge_name=self._judge_name,
+            references=self.references,
+            control=control,
+            advance=tick,
+        )
+
     def _judged(
         self,
         panel: Panel,
         kind: str,
         row_type: type[Judged],
-        judge: Callable[[Sequence[Question], Progress], Sequence[Judged]],
+        judge: Callable[[Judges, Sequence[Question], Progress], Sequence[Judged]],
         each: int,
     ) -> list[Judged]:
         """Rows of one of the judgements' files, made in shards of questions, and the file."""
@@ -208,20 +227,19 @@ class MTBench:
             f"{NAME}-{kind}",
             Line,
             shards(self.questions, panel.shard_size),
-            lambda part, tick: [
-                Line(json=row.model_dump_json(exclude_none=True)) for row in judge(part, tick)
-            ],
+            partial(_lines, judge),
+            lambda _: self.judge,
             each,
         )
         self._write(panel, f"model_judgment_{kind}", [line.json for line in lines])
         return [row_type.model_validate_json(line.json) for line in lines]
 
-    def _asker(self, panel: Panel) -> tuple[Asker, frozenset[str]]:
+    def _asker(self, judges: Judges, seed: int) -> tuple[Asker, frozenset[str]]:
         """The judge's model, and its own control strings where it is in this process."""
-        policy = panel.judges.model(self.judge)
+        policy = judges.model(self.judge)
         tokenizer = getattr(policy, "tokenizer", None)
         control = control_strings(tokenizer) if tokenizer is not None else frozenset[str]()
-        return Asker(policy=policy, settings=self.judge, seed=panel.seed), control
+        return Asker(policy=policy, settings=self.judge, seed=seed), control
 
     @property
     def _judge_name(self) -> str:
@@ -234,6 +252,16 @@ class MTBench:
 
     def _write(self, panel: Panel, name: str, lines: Sequence[str]) -> None:
         write_lines(panel.work.outputs / NAME / f"{name}.jsonl", lines)
+
+
+def _lines(
+    judge: Callable[[Judges, Sequence[Question], Progress], Sequence[BaseModel]],
+    judges: Judges,
+    questions: Sequence[Question],
+    tick: Progress,
+) -> list[Line]:
+    found = judge(judges, questions, tick)
+    return [Line(json=row.model_dump_json(exclude_none=True)) for row in found]
 
 
 def _answer_line(model: str, question: int, turns: Turns) -> str:

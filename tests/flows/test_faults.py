@@ -22,6 +22,7 @@ import psutil
 import pytest
 import small_loop
 from command import staple
+from in_turn import in_turn
 from servers import free_port, mlflow_server, prefect_api
 
 from constitutions.errors import UserError
@@ -56,7 +57,7 @@ def numbers(*values: int) -> Callable[[Workspace], Metrics]:
             "numbers",
             Number,
             shards(values, 1),
-            lambda shard: [Number(value=v) for v in shard],
+            in_turn(lambda shard: [Number(value=v) for v in shard]),
             found=lambda _: None,
         )
         return {"sum": float(sum(row.value for row in rows))}
@@ -163,7 +164,7 @@ def test_the_disk_is_full(small_disk: Path, workplace: Path) -> None:
                 fill(ballast)
             return [Number(value=v) for v in values]
 
-        work.sharded("numbers", Number, shards([1, 2], 1), shard, found=lambda _: None)
+        work.sharded("numbers", Number, shards([1, 2], 1), in_turn(shard), found=lambda _: None)
         return {}
 
     at = slot(small_disk / "home")

@@ -64,3 +64,16 @@ def test_the_oracle_elsewhere_and_a_similarity_that_is_no_judge_are_refused(
     with pytest.raises(UserErrors, match=r"evaluate\.judge"):
         check(load_settings("planted", [*real, *scoring]))
     check(load_settings("planted", [*real, *scoring, f"evaluate.judge={grades}"]))
+
+
+def test_ray_is_named_or_missed_before_anything_runs(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = "{kind: pairwise, policy: {model: m, pool: {kind: ray, address: auto, workers: 2}}}"
+    asked = ["policy.pool=ray", f"evaluate.principle_judge={judge}"]
+    found = check(load_settings("planted", asked))
+    assert found["pool"] == "a worker for each GPU of Ray, on this machine; 2 workers of Ray, auto"
+    assert "pool" not in check(load_settings("planted"))
+    monkeypatch.setattr("models.pool.find_spec", lambda name: None)
+    with pytest.raises(UserErrors, match=r"pip install 'staple-em\[ray\]'"):
+        check(load_settings("planted", asked))

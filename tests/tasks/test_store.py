@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from in_turn import in_turn
 
 from constitutions.errors import UserError
 from models.settings import Settings
@@ -118,7 +119,8 @@ def test_finished_shards_survive_a_crash(slot: Slot) -> None:
             return [Number(value=v) for v in shard]
 
         def whole(work: Workspace) -> Metrics:
-            work.sharded("n", Number, shards(range(6), 2), one, found=lambda s: found.append(s[0]))
+            groups = shards(range(6), 2)
+            work.sharded("n", Number, groups, in_turn(one), found=lambda s: found.append(s[0]))
             return {}
 
         return whole
