@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from constitutions.errors import UserError
 from models.chat import Chat, ChatError
-from models.decoding import Decoder, Sample
+from models.decoding import Decoder, Sample, free_bytes
 from models.policy import (
     SILENT,
     Completion,
@@ -36,7 +36,8 @@ def load_policy(settings: PolicySettings, model: Path | str, adapter: Path | Non
     """The policy of an iteration: the base model and, from iteration 1 on, its adapter.
 
     On a CPU the NF4 base is dequantised and the adapter merged into the fp32 copy: the same
-    function up to rounding, without unpacking four-bit weights at every token.
+    function up to rounding, without unpacking four-bit weights at every token. On a GPU it is
+    dequantised where its 16 bits take at most half of the free memory, for the same reason.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -47,13 +48,20 @@ def load_policy(settings: PolicySettings, model: Path | str, adapter: Path | Non
         device=settings.device,
         revision=settings.revision,
     )
-    on_cpu = next(base.parameters()).device.type == "cpu"
-    held: Any = base
-    if adapter is not None:
-        held = attach_adapter(base, adapter, merge=on_cpu)
-    elif on_cpu and settings.quantization == "nf4":
-        held = base.dequantize()
+    on_cpu = base.device.type == "cpu"
+    if adapter and on_cpu:
+        held = attach_adapter(base, adapter, merge=True)
+    else:
+        whole = settings.quantization == "nf4" and (on_cpu or _has_room(base))
+        held = cast(Any, base).dequantize() if whole else base
+        held = attach_adapter(held, adapter) if adapter else held
     return LocalPolicy(held.eval(), tokenizer, batch_rows=settings.batch_rows)
+
+
+def _has_room(base: PreTrainedModel) -> bool:
+    """Whether the 4-bit base, dequantised, leaves at least half of the free memory to the rows."""
+    whole = base.num_parameters() * base.dtype.itemsize
+    return whole <= free_bytes(base.device) / 2
 
 
 class LocalPolicy:
@@ -74,6 +82,21 @@ class LocalPolicy:
         self.stop = _stop_tokens(model, tokenizer)
         self.context = int(getattr(model.config, "max_position_embeddings", 1 << 30))
         self.decoder = Decoder(model, self.stop, batch_rows, self._spell)
+
+    def use(self, adapter: Path | None) -> None:
+        """Answer with another adapter, or with none, on the same base, which stays in memory.
+
+        Raises:
+            ValueError: the last adapter was merged into the base, as on CPUs.
+            UserError: the adapter is of another base.
+        """
+        base = cast(Any, self.model)
+        if hasattr(base, "peft_config"):
+            base = base.unload()
+        if not hasattr(base, "identity"):
+            raise ValueError("an adapter was merged into this base")
+        self.model = (attach_adapter(base, adapter) if adapter else base).eval()
+        self.decoder.model = self.model
 
     def generate(
         self, requests: Sequence[Request], progress: Progress | None = None

@@ -119,11 +119,22 @@ def _loading(model: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
+        own_code = _brings_code(find_base(model))
         raise UserError(
-            f"the model cannot be loaded: {_first_line(error)}",
+            "the model asks to run its own code (auto_map in config.json), which is refused"
+            if own_code
+            else f"the model cannot be loaded: {_first_line(error)}",
             where=str(model),
             expected="a causal language model of an architecture that transformers knows",
+            fix="serve it behind an OpenAI-compatible endpoint" if own_code else "",
         ) from error
+
+
+def _brings_code(directory: Path) -> bool:
+    try:
+        return "auto_map" in json.loads((directory / "config.json").read_text("utf-8"))
+    except ValueError:
+        return False
 
 
 def _placement(device: str) -> str | dict[str, str | int]:
@@ -308,11 +319,23 @@ def attach_adapter(base: PreTrainedModel, adapter: Path, *, merge: bool = False)
     from peft import PeftModel
 
     if _check_provenance(adapter, _identity(base))["kind"] == "full":
-        return _with_weights(base, adapter)
+        return _no_base(_with_weights(base, adapter))
     if merge and _identity(base).quantization == "nf4":
         base = cast(Any, base).dequantize()
     model = cast(Any, PeftModel.from_pretrained(base, str(adapter)))
-    return cast("PreTrainedModel", model.merge_and_unload() if merge else model)
+    if merge:
+        return _no_base(model.merge_and_unload())
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:  # as mixed precision computes with it in training
+            parameter.data = parameter.data.to(base.dtype)
+    return cast("PreTrainedModel", model)
+
+
+def _no_base(changed: Any) -> PreTrainedModel:
+    """A model whose weights are no longer the base's: nothing can be attached to it."""
+    if hasattr(changed, "identity"):
+        del changed.identity
+    return cast("PreTrainedModel", changed)
 
 
 def save_adapter(

@@ -98,6 +98,23 @@ def test_greedy_equals_transformers_unpadded(
         assert ours.tokens == len([i for i in ids if i not in policy.stop])
 
 
+def test_adapters_are_swapped_on_one_base(tmp_path: Path) -> None:
+    directory = build_chat_model(tmp_path / "model", "llama")
+    adapter = adapter_of(directory, tmp_path / "adapter", "none")
+    plain, adapted = (said(load_policy(SETTINGS, directory, a).generate([greedy("Why?")]))
+                      for a in (None, adapter))  # fmt: skip
+    policy = load_policy(SETTINGS, directory, None)
+    weights = policy.model.get_input_embeddings()
+    spoken = []
+    for used in (adapter, None, adapter):
+        policy.use(used)
+        spoken.append(said(policy.generate([greedy("Why?")])))
+    assert spoken == [adapted, plain, adapted] and plain != adapted
+    assert policy.model.get_input_embeddings() is weights
+    with pytest.raises(ValueError, match="merged"):
+        load_policy(SETTINGS, directory, adapter).use(None)
+
+
 # Reproducible ------------------------------------------------------------------------------
 
 
