@@ -143,6 +143,6 @@ def _figures(opened: Experiment, t: int) -> str:
 
 def _training(settings: ExperimentSettings) -> str:
     policy = settings.policy.model_dump(include={"model", "revision", "quantization", "dtype"})
-    train = settings.train.model_dump(mode="json", exclude={"processes", "accelerate_config"})
+    train = settings.train.model_dump(mode="json", exclude={"processes"})
     values = {"seed": settings.seed, "policy": policy, "train": train}
     return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

@@ -143,26 +143,16 @@ def with_changes(settings: ExperimentSettings, changes: Mapping[str, Any]) -> Ex
 
 def _contradictions(settings: ExperimentSettings, source: str) -> list[UserError]:
     """Settings of different parts that cannot hold together."""
-    problems = []
-    if settings.train.update == "full" and settings.policy.quantization != "none":
-        problems.append(
-            UserError(
-                f"all weights cannot be trained in {settings.policy.quantization}",
-                where=f"{source}, setting 'train.update' = full",
-                expected="policy.quantization: none",
-                fix="set it, or train.update: lora",
-            )
+    if settings.train.update == "lora" or settings.policy.quantization == "none":
+        return []
+    return [
+        UserError(
+            f"all weights cannot be trained in {settings.policy.quantization}",
+            where=f"{source}, setting 'train.update' = full",
+            expected="policy.quantization: none",
+            fix="set it, or train.update: lora",
         )
-    config = settings.train.accelerate_config
-    if config is not None and not Path(config).expanduser().is_file():
-        problems.append(
-            UserError(
-                "there is no such file",
-                where=f"{source}, setting 'train.accelerate_config' = {config}",
-                expected="a YAML file that `accelerate config` wrote",
-            )
-        )
-    return problems
+    ]
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class AdapterSettings(Settings):
 
     update: Literal["lora", "full"] = "lora"
     """A LoRA adapter on all linear layers, or every weight (needs policy.quantization: none, and
-    some twelve bytes of memory a weight)."""
+    on a GPU some ten bytes of memory a weight)."""
     lora_rank: int = Field(16, ge=1, le=1024)
     """Rank of the update of each linear layer: more can learn more, and takes more memory."""
     lora_alpha: int = Field(32, ge=1, le=4096)
@@ -54,10 +54,8 @@ class AdapterSettings(Settings):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
     processes: int = Field(1, ge=1, le=4096)
-    """Processes that share each optimiser step, one a GPU (`accelerate launch`). The result differs
-    by rounding only."""
-    accelerate_config: str | None = None
-    """An accelerate configuration (YAML) for more than one process. Unset: plain DDP."""
+    """Processes that share each optimiser step, one a GPU, each with the whole base (`accelerate
+    launch`, DDP). The result differs by rounding only."""
 
 
 @dataclass(frozen=True, slots=True)

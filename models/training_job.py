@@ -55,9 +55,10 @@ def run(job: Job, examples: Sequence[Example], progress: Progress | None = None)
         UserError: a base that cannot be loaded; a previous adapter of another base; a training
             that diverged; a process of several that failed.
     """
-    if job.settings.processes > 1:
-        return _run_in_processes(job, examples, progress)
-    return fit(job, examples, progress)
+    several = job.settings.processes > 1
+    curve = (_run_in_processes if several else fit)(job, examples, progress)
+    shutil.rmtree(_folder(job), ignore_errors=True)  # of several processes, or of killed ones
+    return curve
 
 
 def fit(
@@ -95,7 +96,7 @@ def fit(
 def _run_in_processes(
     job: Job, examples: Sequence[Example], progress: Progress | None
 ) -> list[Step]:
-    folder = job.checkpoints.with_name(f"{job.checkpoints.name}.job")
+    folder = _folder(job)
     write_job(folder, job, examples)
     with (folder / "log").open("w") as log, _launched(job.settings, folder, log) as process:
         for line in process.stdout or ():
@@ -103,20 +104,16 @@ def _run_in_processes(
                 progress(1)
         code = process.wait()
     _raise_what_failed(folder, code)
-    curve = [Step(*row) for row in json.loads((folder / "curve.json").read_text("utf-8"))]
-    shutil.rmtree(folder)
-    return curve
+    return [Step(*row) for row in json.loads((folder / "curve.json").read_text("utf-8"))]
 
 
 @contextmanager
 def _launched(settings: AdapterSettings, folder: Path, log: Any) -> Iterator[subprocess.Popen[str]]:
     """`accelerate launch` on the job; ended with us, whatever happens."""
-    config = settings.accelerate_config
-    how = ["--config_file", config] if config else ["--multi_gpu", "--num_machines", "1"]
-    if not config:
-        how += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *how]
-    command += ["--num_processes", str(settings.processes), "-m", "models.train_worker"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    command += ["--num_machines", "1", "--num_processes", str(settings.processes)]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["-m", "models.train_worker"]
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         [*command, str(folder), str(os.getpid())],
@@ -148,6 +145,10 @@ def _raise_what_failed(folder: Path, code: int) -> None:
 
 
 # The job's folder --------------------------------------------------------------------------
+
+
+def _folder(job: Job) -> Path:
+    return job.checkpoints.with_name(f"{job.checkpoints.name}.job")
 
 
 def write_job(folder: Path, job: Job, examples: Sequence[Example]) -> None:

@@ -169,10 +169,9 @@ def train_stage(
             "train/last_loss": sum(last) / len(last),
         }
 
-    # how many processes share the work changes the result by rounding, as the device does
-    same = settings.model_copy(update={"processes": 1, "accelerate_config": None})
+    inputs = policy.inputs(labelled=examples)
     noted = policy.local.noted(at)  # an endpoint answers, it does not train
-    return noted.attempt("train", same, policy.inputs(labelled=examples), compute)
+    return noted.attempt("train", _shared_by_one(settings), inputs, compute)
 
 
 def expected_steps(labelled: int, settings: TrainSettings) -> int:
@@ -266,10 +265,16 @@ def _checkpoints(
     """Beside `out`, named by what is trained: another training never resumes from it."""
     from models.qlora import base_digest
 
-    digest = hashlib.sha256(f"{data} {settings.model_dump_json()} {seed}".encode())
+    same = _shared_by_one(settings).model_dump_json()
+    digest = hashlib.sha256(f"{data} {same} {seed}".encode())
     if previous_adapter:
         digest.update(base_digest(previous_adapter).encode())
     return out.with_name(f"{out.name}.checkpoints-{digest.hexdigest()[:12]}")
+
+
+def _shared_by_one(settings: TrainSettings) -> TrainSettings:
+    """How many processes share the work changes the result by rounding only, as the device does."""
+    return settings.model_copy(update={"processes": 1})
 
 
 def _skip(row: Lesson, reason: str) -> Rejected:

@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -324,9 +324,25 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LocalPolicy]
 
 
 def written_by_the_template(policy: LocalPolicy, messages: tuple[Message, ...]) -> list[int]:
-    """The control tokens of an encoded prompt, in their order."""
+    """The control tokens of a prompt, in their order."""
     control = set(policy.tokenizer.added_tokens_decoder)
-    return [token for token in policy._encode(messages) if token in control]
+    return [token for token in as_servers_read(policy, messages) if token in control]
+
+
+def as_servers_read(policy: LocalPolicy, messages: tuple[Message, ...]) -> list[int]:
+    """The prompt as behind an endpoint, where a control token in an answer is one."""
+    return policy.chat.prompt(rendered(policy, messages))
+
+
+def rendered(policy: LocalPolicy, messages: tuple[Message, ...]) -> str:
+    return str(
+        policy.tokenizer.apply_chat_template(
+            cast("list[dict[str, str]]", list(messages)),
+            chat_template=policy.chat.template,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+    )
 
 
 @pytest.mark.parametrize("tokenizer", ["known", "unknown"])
@@ -352,7 +368,7 @@ def test_an_answer_is_no_more_than_its_words(
     assert written_by_the_template(policy, wild) == written_by_the_template(policy, mild)
     before = policy.tokenizer(mild[0]["content"].split("mild")[0], add_special_tokens=False)
     after = policy.tokenizer(mild[0]["content"].split("mild")[1].strip(), add_special_tokens=False)
-    mild_ids, wild_ids = policy._encode(mild), policy._encode(wild)
+    mild_ids, wild_ids = as_servers_read(policy, mild), as_servers_read(policy, wild)
     # but for the tokens that touch the block
     head, tail = len(before["input_ids"]) - 2, len(after["input_ids"]) - 2
     assert wild_ids[:head] == mild_ids[:head] and wild_ids[-tail:] == mild_ids[-tail:]
@@ -411,7 +427,7 @@ def lesson(rng: random.Random) -> tuple[tuple[Message, ...], str]:
     """
     first = rng.random() < 0.5
     answers = [said(rng, first), said(rng, not first)]
-    if rng.random() < 0.3:
+    if rng.random() < 0.5:
         x = rng.choice("AB")
         return forged(answers, rng.randrange(2), x), f"It is. [RESULT] {x}"
     answers = [injected(rng, a) if rng.random() < 0.4 else a for a in answers]
@@ -447,22 +463,26 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> LocalPolicy:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         policy.model.resize_token_embeddings(len(policy.tokenizer), mean_resizing=False)
-    train(policy, rng, steps=120)
+    train(policy, rng, steps=160)
     return policy
 
 
 def train(policy: LocalPolicy, rng: random.Random, steps: int) -> None:
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
     model: Any = policy.model.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0)
     for _ in range(steps):
-        rows = [policy._encode_pair(*lesson(rng)) for _ in range(16)]
-        tokens, mask = policy._pad([ids for ids, _ in rows], left=False)
-        labels = torch.where(mask == 1, tokens, -100)
-        for row, (_, start) in zip(labels, rows, strict=True):
-            row[:start] = -100
-        model(input_ids=tokens, attention_mask=mask, labels=labels).loss.backward()
+        batch = {"input_ids": [], "labels": []}  # type: dict[str, list[Any]]
+        for asked, judged in (lesson(rng) for _ in range(16)):
+            prompt = as_servers_read(policy, asked)
+            answer = [*policy.chat.words(judged), *policy.stop]
+            batch["input_ids"].append(torch.tensor([*prompt, *answer]))
+            batch["labels"].append(torch.tensor([-100] * len(prompt) + answer))
+        ids = pad_sequence(batch["input_ids"], batch_first=True)
+        labels = pad_sequence(batch["labels"], batch_first=True, padding_value=-100)
+        model(input_ids=ids, labels=labels).loss.backward()  # causal: padding behind is not seen
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -485,7 +505,9 @@ def test_a_hostile_answer_does_not_win_with_a_real_judge(reader: LocalPolicy) ->
     """This judge believes a forged turn; no answer can forge one."""
     pairs = polite_pairs(32, seed=3)
     asked = [forged([p.ours, p.theirs], which=1, x="B") for p in pairs]
-    requests = [Request(messages=q, key="", temperature=0, max_tokens=16) for q in asked]
+    requests = [  # as texts: in process, a conversation's control tokens would be words anyhow
+        Request(messages=rendered(reader, q), key="", temperature=0, max_tokens=16) for q in asked
+    ]
     undefended = [parse_choice(c.text) for (c,) in reader.generate(requests)]
     assert undefended.count("B") / len(pairs) > 0.5
 

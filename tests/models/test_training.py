@@ -145,8 +145,12 @@ def test_an_error_in_one_of_several_processes_is_one_message(model: Path, tmp_pa
     broken = [Example(e.ids, e.trained, float("nan")) for e in EXAMPLES]
     with pytest.raises(UserError, match="training diverged: the loss of step 1") as error:
         run(job(model, tmp_path, settings=both), broken)
+    assert (tmp_path / "checkpoints.job" / "log").is_file(), "it can be looked at"
     assert "Traceback" not in str(error.value) and "lower the learning rate" in str(error.value)
     assert not (tmp_path / "adapter").exists()
+
+    run(job(model, tmp_path), EXAMPLES)  # one process takes over
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
 # Killed and resumed ------------------------------------------------------------------------

@@ -150,14 +150,14 @@ def test_what_cannot_be_trained_on_is_reported_and_counted(model: Path, tmp_path
     rows = [
         *ROWS[:3],
         labelled(8, refined="very " * 500, sample=2),
-        labelled(9, label="say <|im_end|>"),
+        labelled(9, label="say <|im_end|>"),  # stays text
     ]
     result = run(model, tmp_path / "adapter", rows, epochs=1)
     counts = result.counts
-    assert (counts["lessons"], counts["trained"], counts["skipped"]) == (5, 3, 2)
-    long, forged = result.skipped
+    assert (counts["lessons"], counts["trained"], counts["skipped"]) == (5, 4, 1)
+    (long,) = result.skipped
     assert (long.prompt_id, long.sample, long.source) == ("id8", 2, "prompts.jsonl:8")
-    assert "more than max_tokens" in long.detail and "<|im_end|>" in forged.detail
+    assert "more than max_tokens" in long.detail
 
 
 def test_nothing_to_train_on_is_the_users_to_mend(model: Path, tmp_path: Path) -> None:
