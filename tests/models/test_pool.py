@@ -320,17 +320,35 @@ print(done, Path("~/.ray").expanduser().exists())
 """
 
 
-def test_a_ray_of_our_own(tmp_path: Path) -> None:
-    """In a thread, as Prefect runs tasks. Nothing but loopback listens."""
+NOBODY = """
+from models.cluster import join
+from models.policy import PoolSettings
+join(PoolSettings(kind="ray", address="127.0.0.1:1"), cpus=1)
+"""
+
+
+def alone(script: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process that has joined no Ray."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    done = subprocess.run(
-        [sys.executable, "-c", OWN],
-        cwd=tmp_path,
-        env={**clean, "HOME": str(tmp_path), "PYTHONPATH": f"{TESTS.parent}:{TESTS}"},
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=home,
+        env={**clean, "HOME": str(home), "PYTHONPATH": f"{TESTS.parent}:{TESTS}"},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def test_an_address_that_nobody_answers(tmp_path: Path) -> None:
+    told = alone(NOBODY, tmp_path).stderr.splitlines()[-1]
+    assert "'pool.address' = 127.0.0.1:1: the Ray cluster cannot be joined: " in told
+    assert "refused" in told
+
+
+def test_a_ray_of_our_own(tmp_path: Path) -> None:
+    """In a thread, as Prefect runs tasks. Nothing but loopback listens."""
+    done = alone(OWN, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     *heard, last = done.stdout.splitlines()
     assert last == "[2, 'an engine: 1', 'an engine: 2'] False", "and no token is on the disk"
