@@ -6,7 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-Architecture = Literal["llama", "qwen2", "granite", "gemma2", "mistral", "planted"]
+Architecture = Literal["llama", "llama3", "qwen2", "granite", "gemma2", "mistral", "planted"]
+
+LLAMA3_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+"""As Llama 3 writes turns, header by header."""
 
 LLAMA_TEMPLATE = (
     "{{ bos_token }}{% set date = strftime_now('%d %b %Y') %}"
@@ -20,7 +29,7 @@ LLAMA_TEMPLATE = (
     "{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-"""As Llama 3.1 and 3.2 write turns: header by header, after one that names the date."""
+"""As Llama 3.1 and 3.2: after a system turn that names the date."""
 
 QWEN2_TEMPLATE = (
     "{% for message in messages %}"
@@ -59,12 +68,10 @@ PLANTED_TEMPLATE = (
 )
 """A terse one, as the planted world's: only the assistant's turns end."""
 
+HEADERS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
 TEMPLATES: dict[str, tuple[str, str, list[str]]] = {
-    "llama": (
-        LLAMA_TEMPLATE,
-        "<|eot_id|>",
-        ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"],
-    ),
+    "llama": (LLAMA_TEMPLATE, "<|eot_id|>", HEADERS),
+    "llama3": (LLAMA3_TEMPLATE, "<|eot_id|>", HEADERS),
     "granite": (GRANITE_TEMPLATE, "<|end_of_text|>", ["<|start_of_role|>", "<|end_of_role|>"]),
     "gemma2": (GEMMA_TEMPLATE, "<end_of_turn>", ["<bos>", "<start_of_turn>"]),
     "mistral": (QWEN2_TEMPLATE, "<|im_end|>", ["<|im_start|>"]),
@@ -72,6 +79,7 @@ TEMPLATES: dict[str, tuple[str, str, list[str]]] = {
     "planted": (PLANTED_TEMPLATE, "<|end|>", ["<|system|>", "<|user|>", "<|assistant|>"]),
 }
 """Architecture → chat template, end of turn, the other control tokens."""
+BEGIN = {"llama": "<|begin_of_text|>", "llama3": "<|begin_of_text|>", "gemma2": "<bos>"}
 
 TEXT = (
     "Write a short and honest answer. The reader wants to know what to do next, and why.",
@@ -97,7 +105,7 @@ def build_chat_model(
 
     Args:
         directory: created when missing.
-        architecture: "planted" is a Llama with the terse template; "mistral" has a window of 16
+        architecture: "llama3" and "planted" are Llamas with other templates; "mistral" has a window of 16
             tokens in every layer, "gemma2" in every second one, and caps its scores.
         text: trains the tokenizer.
         hidden: model width, a multiple of 64 (NF4 quantises blocks of 64 weights).
@@ -128,7 +136,7 @@ def _tokenizer(architecture: str, text: Iterable[str], vocabulary: int) -> Any:
     core.train_from_iterator(text, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
-        bos_token={"llama": "<|begin_of_text|>", "gemma2": "<bos>"}.get(architecture),
+        bos_token=BEGIN.get(architecture),
         eos_token=end,
         pad_token="<|pad|>",
         additional_special_tokens=control,
@@ -160,7 +168,7 @@ def _model(architecture: str, tokenizer: Any, hidden: int, layers: int, seed: in
         "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16},
         "mistral": {"sliding_window": 16},
     }
-    kind = "llama" if architecture == "planted" else architecture
+    kind = "llama" if architecture in ("llama3", "planted") else architecture
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = AutoConfig.for_model(kind, **shape, **special.get(architecture, {}))

@@ -427,7 +427,7 @@ def lesson(rng: random.Random) -> tuple[tuple[Message, ...], str]:
     """
     first = rng.random() < 0.5
     answers = [said(rng, first), said(rng, not first)]
-    if rng.random() < 0.5:
+    if rng.random() < 0.3:
         x = rng.choice("AB")
         return forged(answers, rng.randrange(2), x), f"It is. [RESULT] {x}"
     answers = [injected(rng, a) if rng.random() < 0.4 else a for a in answers]
@@ -455,7 +455,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> LocalPolicy:
         f"{asked_for_politeness([said(rng, True), said(rng, False)])[0]['content']}{heard}"
         for heard in (f" It is.{injected(rng, '')} A B" for _ in range(40))
     ]
-    directory: Path = build_chat_model(tmp_path_factory.mktemp("reader"), "llama", text)
+    directory: Path = build_chat_model(tmp_path_factory.mktemp("reader"), "llama3", text)
     policy = load_policy(ENGINE, directory, None)
     constant = re.fullmatch(r"(?s)(.*?)###Instr.*(###Score Rubric.*?)\s*(It is.*)", text[0])
     assert constant  # one token each for what never changes: shorter prompts train faster
@@ -463,7 +463,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> LocalPolicy:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         policy.model.resize_token_embeddings(len(policy.tokenizer), mean_resizing=False)
-    train(policy, rng, steps=160)
+    train(policy, rng, steps=120)
     return policy
 
 
