@@ -220,6 +220,7 @@ def _arguments(
 
     on_gpu = model.device.type == "cuda"
     constant = settings.schedule == "constant"
+    held_as = getattr(model, "held_as", model.dtype)  # all weights are in float32 while trained
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=1,
@@ -231,7 +232,7 @@ def _arguments(
         warmup_steps=round(settings.warmup * steps),
         max_grad_norm=settings.max_gradient_norm,
         activation_checkpointing=settings.gradient_checkpointing,
-        bf16=on_gpu and model.dtype == torch.bfloat16,
+        bf16=on_gpu and held_as == torch.bfloat16,
         optim="paged_adamw_8bit" if on_gpu else "adamw_torch",
         weight_decay=0.0,
         save_steps=CHECKPOINT_STEPS,

@@ -126,7 +126,7 @@ def test_two_processes_train_the_adapter_of_one(model: Path, tmp_path: Path) -> 
     one, two = tmp_path / "one", tmp_path / "two"
     alone = run(job(model, one), EXAMPLES)
     finished: list[int] = []
-    both = SETTINGS.model_copy(update={"processes": 2})
+    both = SETTINGS.model_copy(update={"processes": 2, "gradient_checkpointing": True})
     shared = run(job(model, two, settings=both), EXAMPLES, finished.append)
 
     assert sum(finished) == len(shared) == len(alone) == 3  # 10 rows, 4 a step: the last has 2
