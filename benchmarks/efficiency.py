@@ -1,8 +1,7 @@
 """`python -m benchmarks.efficiency [gpu.json]`: the constants of `models/cost.py`, from a run.
 
 `benchmarks.gpu` measured how long steps of decoding and of training take; here is found which
-`Efficiency` makes `models.cost` say the same. Two batch sizes at least tell what a step costs
-beside its bytes: `python -m benchmarks.gpu --rows 64 256`.
+`Efficiency` makes `models.cost` say the same.
 """
 
 from __future__ import annotations
@@ -19,6 +18,10 @@ from benchmarks.gpu import SAMPLES
 from models.cost import GPUS, MEASURED, Efficiency, Gpu, Held
 from models.policy import PolicySettings
 from models.shapes import Shape, shape_of
+
+SAMPLINGS = {"sampling_nf4": "nf4", "sampling": "none", "sampling_few_rows": "none"}
+"""Measurements of `benchmarks.gpu`, and how they held the weights. Two batch sizes tell what a step
+costs beside its bytes."""
 
 
 def main() -> None:
@@ -38,9 +41,8 @@ def fit(found: Mapping[str, Mapping[str, Any]], shape: Shape, gpu: Gpu) -> Effic
     What prompts cost is too small a part of that run to tell: `prefill` stays as it is.
     """
     steps = [
-        _step(entry, _held(shape, gpu, "nf4" if "nf4" in name else "none"))
-        for name, entry in found.items()
-        if name.startswith("sampling")
+        _step(found[name], _held(shape, gpu, quantization))
+        for name, quantization in SAMPLINGS.items()
     ]
     slope, launches = _line(steps)
     decode = 1 / slope

@@ -79,9 +79,14 @@ def main() -> None:
         note("training_nf4", training(base, work, card, Path(folder)))
         whole = base.dequantize()
         note("sampling", sampling(whole, work, card))
-        note("sampling_launched", sampling(whole, work, card, recorded=False))
-        adapted = qlora.new_adapter(whole, AdapterSettings(), seed=0).eval()
-        note("sampling_adapter", sampling(adapted, work, card))
+        few = {**work, "prompts": max(1, work["prompts"] // 8), "new": work["new"] // 2}
+        note("sampling_few_rows", sampling(whole, few, card))
+        note("sampling_few_rows_launched", sampling(whole, few, card, recorded=False))
+        adapter = Path(folder) / "adapter"
+        qlora.save_adapter(
+            qlora.new_adapter(whole, AdapterSettings(), seed=0), adapter, data_digest=""
+        )
+        note("sampling_adapter", sampling(qlora.attach_adapter(whole, adapter), work, card))
 
 
 def recorded_steps(device: str) -> dict[str, Any]:
