@@ -88,7 +88,7 @@ def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
 def _training(entry: Mapping[str, Any], held: Held) -> float:
     """The share of the FLOP/s that is reached, beside the unpacking of weights."""
     tokens = entry["tokens"]
-    rows = entry.get("micro_batch_size") or max(1, entry["micro_batch_tokens"] // tokens)
+    rows = max(1, entry["micro_batch_tokens"] // tokens)
     whole, trained = float(entry["batch_size"] * tokens), entry["batch_size"] * tokens / 2
     checkpointing = bool(entry["gradient_checkpointing"])
     operations = held.training_operations(whole, trained, tokens, checkpointing=checkpointing)

@@ -235,7 +235,7 @@ class _Estimate:
         """
         if model.endpoint:
             return None
-        held = self.policy if model is self.settings.policy else self._held(model)
+        held = (self.policy if model is self.settings.policy else self._held(model)).sampled
         seconds = 0.0
         for turn in turns:
             together = min(self._rows(held, model.batch_rows, turn), shard * turn.samples)
@@ -282,10 +282,11 @@ class _Estimate:
         return max(found, key=lambda memory: memory.bytes)
 
     def _sampling_of(self, turn: Turn, shard: int) -> Memory:
-        rows = self._rows(self.policy, self.settings.policy.batch_rows, turn)
+        held = self.policy.sampled
+        rows = self._rows(held, self.settings.policy.batch_rows, turn)
         rows = min(rows, shard * turn.samples)
         tokens = turn.cached(turn.limit)
-        parts = self.policy.sampling_memory(rows, tokens)
+        parts = held.sampling_memory(rows, tokens)
         return Memory(title=f"sampling {rows:,} × {tokens:,.0f}", parts=parts)
 
     def _longest_turns(self) -> Iterator[tuple[Turn, int]]:
@@ -303,7 +304,7 @@ class _Estimate:
             (self.policy, {}),
             (smaller, {"policy.quantization": "nf4"}),
         ):
-            if rows := held.rows_that_fit(tokens):
+            if rows := held.sampled.rows_that_fit(tokens):
                 return _flags({**change, "policy.batch_rows": rows})
         return _larger(sum(smaller.sampling_memory(1, tokens).values()))
 

@@ -6,7 +6,7 @@ tensors' sizes is in `Efficiency`, `MEASURED`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models.shapes import NF4_BYTES, WIDTH, Shape
 
@@ -85,9 +85,9 @@ class Efficiency:
     """Of a step of decoding, for each layer: launches of kernels, whatever the batch."""
 
 
-MEASURED = Efficiency(decode=0.35, prefill=0.4, training=0.3, layer_seconds=0.8e-3)
-"""Defaults until they are measured on an H100: benchmarks/gpu.md has the run, and `python -m
-benchmarks.efficiency` finds them in it."""
+MEASURED = Efficiency(decode=0.235, prefill=0.4, training=0.432, layer_seconds=0.155e-3)
+"""On an H100: benchmarks/gpu.md has the run, in which `python -m benchmarks.efficiency` finds them.
+The share in prompts is a guess: that run has too few of them to tell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +112,13 @@ class Held:
         return held + unpacked * (self.quantization == "nf4")
 
     # Sampling
+
+    @property
+    def sampled(self) -> Held:
+        """As `models.local` samples from it: where the GPU has room, NF4 weights are unpacked."""
+        free = (self.gpu.memory - RESERVED) * GIB - self.shape.weight_bytes("nf4", self.dtype)
+        roomy = self.shape.parameters * WIDTH[self.dtype] <= free / 2
+        return replace(self, quantization="none") if roomy else self
 
     def sampling_memory(self, rows: int, tokens: float) -> dict[str, float]:
         """Bytes while `rows` samples are decoded together, each with `tokens` in the cache."""

@@ -198,7 +198,7 @@ def test_what_a_step_costs() -> None:
     assert shared == pytest.approx(64 * 400 * 131_072 / 3.35e12 / plain.efficiency.decode)
     bound = plain.step_seconds(2000, 1, 1) - launches  # by its operations
     assert bound == pytest.approx(
-        2000 * (2 * (shape.matrices + shape.output) + 524_288) / 989e12 / 0.35
+        2000 * (2 * (shape.matrices + shape.output) + 524_288) / 989e12 / plain.efficiency.decode
     )
 
 
@@ -208,15 +208,15 @@ def test_the_constants_are_found_again_in_what_a_gpu_took() -> None:
     parts = {"shape": shape, "dtype": "bfloat16", "gpu": gpu, "efficiency": true}
     found: dict[str, dict[str, Any]] = {}
     for name, quantization, rows in (
-        ("nf4_64", "nf4", 64),
-        ("nf4_256", "nf4", 256),
-        ("x", "none", 256),
+        ("sampling_nf4", "nf4", 256),
+        ("sampling", "none", 256),
+        ("sampling_few_rows", "none", 64),
     ):
         held = Held(quantization=quantization, rank=0, **parts)  # type: ignore[arg-type]
         steps = 64 * 16 * 256 // rows
         seconds = steps * held.step_seconds(rows, 512 + 128, 32 + 128)
         seconds += held.prefill_seconds(64 * 512, 512)
-        found[f"sampling_{name}"] = {
+        found[name] = {
             "length": 512,
             "new": 256,
             "prompts": 64,
@@ -228,7 +228,7 @@ def test_the_constants_are_found_again_in_what_a_gpu_took() -> None:
     found["training_nf4"] = {
         "tokens": 1024,
         "batch_size": 16,
-        "micro_batch_size": 4,
+        "micro_batch_tokens": 4096,
         "seconds_per_step": step,
         "gradient_checkpointing": True,
     }
