@@ -17,17 +17,29 @@ _BRACKETED = (
     "INST|IMG|THINK|g?MASK|CLS|SEP|PAD|UNK|BOS|EOS|ARGS|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS"
     "|TOOL_RESULTS|TOOL_CONTENT|MODEL_SETTINGS"
 )
-_CONTROL = re.compile(
-    r"(?=(?:"
+_TOKENS = (
     r"<[|\uff5c][^\s<>]{1,64}?[|\uff5c]>"  # <|eot_id|>, <|im_end|>, DeepSeek's full-width bars
     rf"|</?(?:{_NAMES})>"
     r"|<</?SYS>>"
     rf"|\[/?(?:{_BRACKETED})\]"
-    r"|\[\s*RESULT\s*\]"  # where a judge's own result stands
-    r")).",
-    re.IGNORECASE | re.DOTALL,
 )
-"""The first character of what the chat templates in use write between turns, and of a result."""
+"""What the chat templates in use write between turns."""
+_RESULT = r"|\[\s*RESULT\s*\]"
+"""Where a judge's own result stands."""
+
+
+def _first_character(pattern: str) -> re.Pattern[str]:
+    """Of each occurrence; a look-ahead, so that of those that overlap each is found."""
+    return re.compile(rf"(?=(?:{pattern})).", re.IGNORECASE | re.DOTALL)
+
+
+_TOKEN, _CONTROL = _first_character(_TOKENS), _first_character(_TOKENS + _RESULT)
+
+
+def without_control_tokens(text: str) -> str:
+    """The text with a space inside the usual control tokens, for a server whose tokenizer would
+    read them as such: "<|eot_id|>" → "< |eot_id|>"."""
+    return _TOKEN.sub(r"\g<0> ", text)
 
 
 def disarm(text: str, control: Iterable[str] = ()) -> str:

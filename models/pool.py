@@ -121,7 +121,7 @@ def check_pool(settings: PoolSettings) -> str:
             "Ray is not installed",
             where="setting 'pool' = ray",
             expected="the package ray",
-            fix="pip install 'staple-em[ray]', or set it to local",
+            fix="from the checkout: pip install -e '.[ray]'; or set it to local",
         )
     count = f"{settings.workers:,} workers" if settings.workers else "a worker for each GPU"
     return f"{count} of Ray, {settings.address or 'on this machine'}"

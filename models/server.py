@@ -33,6 +33,7 @@ import numpy as np
 
 from constitutions.errors import UserError
 from models.endpoint import Choice, Endpoint, Fault, Limits, Reply, open_endpoint, run_async
+from models.foreign_text import without_control_tokens
 from models.policy import Completion, Message, Messages, PolicySettings, Progress, Request, Scoring
 from models.served_adapter import MISSING, ServedAdapter, no_adapters
 
@@ -76,11 +77,15 @@ class Support:
         stop: Sequence[str] = (),
         **more: int | float,
     ) -> dict[str, Any]:
-        """A request, as the server takes it. What it need not say it does not: some refuse it."""
+        """A request, as the server takes it. What it need not say it does not: some refuse it.
+
+        Control tokens in what was said are broken: the server's tokenizer would obey them.
+        """
         if isinstance(asked, str):
             body: dict[str, Any] = {"model": model, "prompt": asked, "max_tokens": max_tokens}
         else:
-            body = {"model": model, "messages": list(asked), self.limit: max_tokens}
+            safe = [{**m, "content": without_control_tokens(m["content"])} for m in asked]
+            body = {"model": model, "messages": safe, self.limit: max_tokens}
         if n > 1:
             body["n"] = n
         if stop and self.stop:

@@ -75,5 +75,5 @@ def test_ray_is_named_or_missed_before_anything_runs(
     assert found["pool"] == "a worker for each GPU of Ray, on this machine; 2 workers of Ray, auto"
     assert "pool" not in check(load_settings("planted"))
     monkeypatch.setattr("models.pool.find_spec", lambda name: None)
-    with pytest.raises(UserErrors, match=r"pip install 'staple-em\[ray\]'"):
+    with pytest.raises(UserErrors, match=r"pip install -e '.\[ray\]'"):
         check(load_settings("planted", asked))
