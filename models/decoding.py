@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise, product
 from typing import Any
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 
 from constitutions.errors import UserError
 from models.graphs import Steps
+from models.output_layer import output_only
 from models.policy import Request
 from models.sampling import choose, seed_of
 from models.shared_prefix import PrefixCache, unsupported, use_shared_prefixes
@@ -475,23 +475,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: torch has a class for it on GPUs, and words on CPUs."""
     words = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
-
-
-@contextmanager
-def output_only(model: Any, row: Tensor, place: Tensor) -> Iterator[None]:
-    """Let the output layer see these states only: its input becomes (1, places, hidden).
-
-    A hook, not a call of the layer, because some architectures scale its output afterwards.
-    """
-
-    def select(_: Any, states: tuple[Tensor]) -> tuple[Tensor]:
-        return (states[0][row, place][None],)
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _within(all_: Sequence[Family], tokens: int) -> Iterator[list[Family]]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from constitutions.errors import UserError
+from models.chat import Chat
 from models.policy import Messages, PolicySettings
 from models.qlora import (
     ADAPTER_WEIGHTS,
@@ -216,11 +217,8 @@ def _load(model: str, policy: PolicySettings) -> tuple[Any, PreTrainedTokenizerB
 
 def _tokens(tokenizer: Any, prompts: Sequence[Messages]) -> list[list[int]]:
     """Prompts as the policy meets them, up to a number of tokens."""
-    texts = (
-        tokenizer.apply_chat_template(list(p), add_generation_prompt=True, tokenize=False)
-        for p in prompts[:CHECKED_PROMPTS]
-    )
-    return [tokenizer(t, add_special_tokens=False)["input_ids"][:CHECKED_TOKENS] for t in texts]
+    chat = Chat(tokenizer)
+    return [chat.prompt(p)[:CHECKED_TOKENS] for p in prompts[:CHECKED_PROMPTS]]
 
 
 @torch.no_grad()

@@ -9,18 +9,18 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
 from constitutions.errors import UserError
 from models.adapter import AdapterSettings, Step, plan_batches
 from models.encoding import Example
+from models.output_layer import output_only
 from models.policy import Progress
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def weighted_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor
     ids, trained, weight = batch["input_ids"], batch["trained"], batch["weight"]
     row, position = trained[:, 1:].nonzero(as_tuple=True)
     # A causal model does not see padding on its right: no attention mask, the faster kernel.
-    with _output_only(model, row, position):
+    with output_only(model, row, position):
         logits = model(input_ids=ids, use_cache=False).logits[0]
     losses = functional.cross_entropy(
         logits.to(torch.promote_types(logits.dtype, torch.float32)),
@@ -131,25 +131,6 @@ def weighted_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor
         reduction="none",
     )
     return (losses * weight[row]).sum()
-
-
-@contextmanager
-def _output_only(model: Any, row: torch.Tensor, position: torch.Tensor) -> Iterator[None]:
-    """Let the output layer see the states that predict trained tokens only: (1, tokens, hidden).
-
-    A hook, not a call of the layer, because some architectures scale its output afterwards, and
-    because the wrapper of several processes must be called to notice the gradients.
-    """
-
-    def select(_: Any, states: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        return (states[0][row, position][None],)
-
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
-    hook = bare.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:

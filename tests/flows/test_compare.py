@@ -37,7 +37,8 @@ def test_two_experiments(at_home: ExperimentSettings, capsys: pytest.CaptureFixt
     found = compare("lineage", "other")
     assert found.settings == [("cluster.max_principles", "None", "2"), ("train.epochs", "1", "2")]
     figures = {name: (a, b) for name, a, b in found.metrics}
-    assert figures["train/steps · 1"][0] != figures["train/steps · 1"][1]
+    tokens = figures["train/tokens · 1"]
+    assert tokens[0] != tokens[1], "twice the epochs"
     assert found.equal > 10, "the E-step is the same"
     shown = staple(capsys, "compare", "lineage", "other")
     assert shown.code == 0

@@ -1,0 +1,34 @@
+"""Only the logits that somebody asks for: the output layer of a large vocabulary is dear.
+
+`models/decoding.py` asks for those after prompts, `models/training.py` for those of trained tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+Tensor = torch.Tensor
+
+
+@contextmanager
+def output_only(model: Any, row: Tensor, place: Tensor) -> Iterator[None]:
+    """Let the output layer see these states only: its input becomes (1, places, hidden).
+
+    A hook, not a call of the layer, because some architectures scale its output afterwards, and
+    because the wrapper of several processes must be called to notice the gradients.
+    """
+
+    def select(_: Any, states: tuple[Tensor]) -> tuple[Tensor]:
+        return (states[0][row, place][None],)
+
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    hook = bare.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
