@@ -205,7 +205,7 @@ class Decoder:
         self.fitted = 0
         """Rows at once in the last call."""
         use_shared_prefixes(model)
-        self.recorded = Steps(self._one_more, model.device)
+        self.recorded = Steps(self._one_more, {p.device for p in model.parameters()})
 
     @torch.inference_mode()
     def sample(

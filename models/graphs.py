@@ -24,11 +24,15 @@ _log = logging.getLogger(__name__)
 
 
 class Steps:
-    """Takes steps, recorded where that works and pays; `forward` is what a step computes."""
+    """Takes steps, recorded where that works and pays; `forward` is what a step computes.
 
-    def __init__(self, forward: Forward, device: torch.device) -> None:
+    Args:
+        devices: that the model lies on; a recording is of one GPU.
+    """
+
+    def __init__(self, forward: Forward, devices: set[torch.device]) -> None:
         self.forward = forward
-        self.possible = device.type == "cuda"
+        self.possible = {device.type for device in devices} == {"cuda"} and len(devices) == 1
         self.played = 0
         """Recorded steps that were played so far."""
         self._graph: torch.cuda.CUDAGraph | None = None

@@ -24,7 +24,8 @@ def output_only(model: Any, row: Tensor, place: Tensor) -> Iterator[None]:
     """
 
     def select(_: Any, states: tuple[Tensor]) -> tuple[Tensor]:
-        return (states[0][row, place][None],)
+        seen = states[0]
+        return (seen[row.to(seen.device), place.to(seen.device)][None],)
 
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     hook = bare.get_output_embeddings().register_forward_pre_hook(select)

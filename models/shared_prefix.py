@@ -8,6 +8,7 @@ rows out; any transformers model whose attention goes through the library's inte
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -168,7 +169,7 @@ class PrefixCache:
         if layer_idx == len(held):
             held.append((keys, values) if self.call is None else (keys[:, :, :0], values[:, :, :0]))
         if self.call is not None:
-            held[layer_idx] = self.call.write(held[layer_idx], (keys, values))
+            held[layer_idx] = self.call.on(keys.device).write(held[layer_idx], (keys, values))
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -196,6 +197,12 @@ class _Seats:
         self.row[self.slot] = here
         self.alone = self.sisters == 1 and families == len(family)
 
+    def to(self, device: torch.device) -> _Seats:
+        """The same on another device."""
+        there = copy.copy(self)
+        there.slot, there.row = self.slot.to(device), self.row.to(device)
+        return there
+
     def gather(self, own: Tensor) -> Tensor:
         """(rows, groups, queries, size), family by family: (…, groups, sisters x queries, size)."""
         if self.alone:
@@ -222,6 +229,18 @@ class _Call:
         """Place of each new token among its row's private ones, (rows, width)."""
         self.row = torch.arange(cache.rows, device=self.index.device)
         self._biases: dict[int | None, Tensor] = {}
+        self._elsewhere: dict[torch.device, _Call] = {}
+
+    def on(self, device: torch.device) -> _Call:
+        """The same for the layers on a device: a large model may lie on several."""
+        if device == self.index.device:
+            return self
+        if device not in self._elsewhere:
+            there = copy.copy(self)
+            there.index, there.row = self.index.to(device), self.row.to(device)
+            there.seats, there._biases = self.seats.to(device), {}
+            self._elsewhere[device] = there
+        return self._elsewhere[device]
 
     def write(self, held: KeyValue, new: KeyValue) -> KeyValue:
         """The private keys and values with the new ones in their places."""
@@ -271,7 +290,7 @@ class _Call:
     def _seen(self, window: int | None) -> Tensor:
         """What of its prefix, and of its own, each new token of a row sees: (rows, width, …)."""
         cache, index = self.cache, self.index[..., None]
-        lengths = cache.prefix_lengths[cache.family][:, None, None]
+        lengths = cache.prefix_lengths[cache.family][:, None, None].to(index.device)
         prefix = torch.arange(cache.prefix[0][0].shape[2], device=index.device)
         own = torch.arange(self.extent, device=index.device)
         above, below = (prefix < lengths).expand(-1, self.width, -1), own <= index
@@ -307,7 +326,8 @@ def attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if shared is not None and shared.call is not None:
         layer = cast(int, module.layer_idx)
-        return shared.call.attend(layer, query, scaling, sliding_window, softcap), None
+        call = shared.call.on(query.device)
+        return call.attend(layer, query, scaling, sliding_window, softcap), None
     if softcap is not None:
         return _softcapped(query, key, value, attention_mask, scaling, softcap), None
     return sdpa_attention_forward(
@@ -336,6 +356,7 @@ def _as_bias(seen: Tensor) -> Tensor:
 
 
 def _rows_of(kv: KeyValue, rows: Tensor) -> KeyValue:
+    rows = rows.to(kv[0].device)
     return kv[0][rows], kv[1][rows]
 
 
