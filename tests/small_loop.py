@@ -47,7 +47,7 @@ SETTINGS: dict[str, Any] = {
 def make(folder: Path, migrated_database: Path) -> None:
     """A model, rows and an empty record."""
     shutil.copy(migrated_database, folder / "mlflow.db")
-    build_chat_model(folder / "model", "llama")
+    build_chat_model(folder / "model", "llama3")
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     values = {
         **SETTINGS,
