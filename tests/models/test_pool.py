@@ -287,9 +287,10 @@ def test_settings() -> None:
     for address in ("ray://head:10001", "head", "http://head:6379"):
         with pytest.raises(ValueError, match="address"):
             PoolSettings(kind="ray", address=address)
-    elsewhere = judge(Path("m"), PoolSettings(kind="ray")).model_copy(
-        update={"endpoint": "http://127.0.0.1:1"}
-    )
+    settings = judge(Path("m"), PoolSettings(kind="ray"))
+    assert settings.policy is not None
+    policy = settings.policy.model_copy(update={"endpoint": "http://127.0.0.1:1"})
+    elsewhere = settings.model_copy(update={"policy": policy})
     assert isinstance(judge_pool(elsewhere, pool_jobs.open_nothing), LocalPool), "a client"
 
 
