@@ -10,7 +10,7 @@ import torch
 from benchmarks import gpu
 from models.decoding import Ask, Decoder, Family, Sample
 from models.policy import Request
-from models.shared_prefix import PrefixCache
+from models.shared_prefix import PrefixCache, _Call
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,24 @@ def test_a_recorded_step_gives_the_logits_of_a_launched_one(decoder: Decoder) ->
     assert recorded.room == launched.room
     assert found == pytest.approx(expected, abs=1e-4)
     assert torch.equal(recorded.lengths, launched.lengths)
+
+
+@torch.inference_mode()
+def test_layers_on_another_device_see_the_same(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a model lies on several GPUs: every layer asks for what is on its device."""
+    expected = decoder._one_more(begun(decoder), torch.tensor([11, 12, 13, 14, 15]))
+    here, asked = _Call.on, list[_Call]()
+
+    def elsewhere(self: _Call, device: torch.device) -> _Call:
+        asked.append(here(self, torch.device("cpu", 0)))  # not equal to "cpu", and the same
+        assert asked[-1] is not self
+        return asked[-1]
+
+    monkeypatch.setattr(_Call, "on", elsewhere)
+    found = decoder._one_more(begun(decoder), torch.tensor([11, 12, 13, 14, 15]))
+    assert torch.equal(found, expected) and len({*map(id, asked)}) == 2  # made once a pass
 
 
 def test_a_family_that_does_not_fit_is_split() -> None:
