@@ -153,8 +153,8 @@ def test_real_rows_pass_through(
             "held_out": 8,
         },
         "mine": {
-            "samples": 2,
-            "max_response_tokens": 24,
+            "samples": 4,
+            "max_response_tokens": 48,
             "max_principle_tokens": 8,
             "max_critique_tokens": 8,
         },
