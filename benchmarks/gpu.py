@@ -258,7 +258,13 @@ def training(base: Any, work: dict[str, int], card: dict[str, Any], folder: Path
         ends.append(time.perf_counter())
 
     curve = training_loop.train(
-        model, examples, settings, seed=0, checkpoints=folder / "checkpoints", progress=tick
+        model,
+        examples,
+        settings,
+        objective=training_loop.Likelihood(settings.micro_batch_tokens),
+        seed=0,
+        checkpoints=folder / "checkpoints",
+        progress=tick,
     )
     step = (ends[-1] - ends[0]) / (len(ends) - 1)  # the first one loads kernels
     model.unload()

@@ -141,7 +141,7 @@ def main() -> None:
 
 def _ours(folder: Path, dtype: str = "bfloat16", aligned: bool = False) -> Run:
     from models.qlora import new_adapter
-    from models.training import train
+    from models.training import Likelihood, train
 
     base, tokenizer = _base(folder, dtype)
     examples = _examples(_rows(folder), tokenizer)
@@ -150,7 +150,9 @@ def _ours(folder: Path, dtype: str = "bfloat16", aligned: bool = False) -> Run:
     model = new_adapter(base, SETTINGS, seed=SEED)
     checkpoints = folder / "checkpoints"
     started = time.process_time()
-    curve = train(model, examples, SETTINGS, seed=SEED, checkpoints=checkpoints)
+    objective = Likelihood(SETTINGS.micro_batch_tokens)
+    how: dict[str, Any] = {"seed": SEED, "checkpoints": checkpoints}
+    curve = train(model, examples, SETTINGS, objective=objective, **how)
     seconds = time.process_time() - started
     return {"seconds": seconds, "tokens": curve[-1].tokens, "losses": [s.loss for s in curve]}
 

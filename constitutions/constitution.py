@@ -33,6 +33,8 @@ class Principle(BaseModel):
     id: Text = ""
     """Stays when the text is reworded; `principle_id(text)` where none is given."""
     text: Text
+    antithesis: Annotated[str, Field(strict=True)] = ""
+    """The principle of a response that does the opposite (SAMI); empty: nobody has worded it."""
     support: Count = 0
     """Trajectories that carry this principle as their label."""
     share: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.0

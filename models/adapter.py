@@ -22,7 +22,7 @@ batches that differ from epoch to epoch."""
 
 
 class AdapterSettings(Settings):
-    """What of the model is trained, and how it is optimised (AdamW)."""
+    """What of the model is trained, and how it is optimised."""
 
     update: Literal["lora", "full"] = "lora"
     """A LoRA adapter on all linear layers, or every weight (needs policy.quantization: none, and
@@ -33,6 +33,9 @@ class AdapterSettings(Settings):
     """The update is scaled by alpha / rank."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the adapter's inputs that is dropped in training."""
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    """AdamW (8-bit and paged on a GPU), or RMSprop, with which SAMI's authors trained all weights.
+    """
     learning_rate: float = Field(2e-4, gt=0, le=1)
     """Peak learning rate, reached after the warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -40,15 +43,16 @@ class AdapterSettings(Settings):
     warmup: float = Field(0.05, ge=0, le=0.5)
     """Share of the steps in which the learning rate rises from 0."""
     epochs: int = Field(1, ge=1, le=100)
-    """How often each trajectory is trained on."""
+    """How often each trajectory, or query, is trained on."""
     tokens: int | None = Field(None, ge=1)
     """Tokens to train on in all, context included, whatever `epochs` says: trajectories come again
     until they are spent. For comparisons at equal budgets."""
     batch_size: int = Field(16, ge=1, le=4096)
-    """Trajectories per optimiser step."""
+    """Trajectories, or queries, per optimiser step."""
     micro_batch_tokens: int = Field(2048, ge=16, le=1_000_000)
-    """At most this many tokens, padding included, in memory at once; a longer trajectory goes
-    alone. Changes speed and memory; the result by rounding only."""
+    """At most this many tokens, padding included, in memory at once; a longer trajectory (SAMI: a
+    constitution with all responses) goes alone. Changes speed and memory; the result by rounding
+    only."""
     max_gradient_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm."""
     gradient_checkpointing: bool = False
@@ -64,7 +68,8 @@ class Step:
 
     step: int
     loss: float
-    """Weighted negative log-likelihood per trained token (nats), up to the batch's length."""
+    """In nats: the weighted negative log-likelihood per trained token, up to the batch's length; or
+    SAMI's loss per query."""
     learning_rate: float
     gradient_norm: float
     """Before clipping."""

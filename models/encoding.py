@@ -1,6 +1,6 @@
 """Conversations as training examples: tokens, and which of them the loss is on.
 
-`tasks/train.py` encodes trajectories with it; `models/qlora.py` trains on the examples.
+`tasks/train.py` and `tasks/sami` encode with it; `models/training.py` trains on what it makes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from models.chat import Chat, ChatError
-from models.policy import Message
+from models.policy import Message, Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +24,25 @@ class Example:
     trained: tuple[bool, ...]
     weight: float = 1.0
     """Posterior weight of the trajectory: multiplies its log-likelihood."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One query's C prompts, each under a constitution of its own, and the C responses (SAMI)."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    responses: tuple[tuple[int, ...], ...]
+    """The tokens that count, at least one each: with the end of the turn, or without."""
+    weight: float = 1.0
+    reference: tuple[tuple[float, ...], ...] = ()
+    """log p of each response's tokens under its own constitution, by the policy that is not to be
+    left far behind; empty without a KL term."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the C rows: a prompt, and every response after it."""
+        each = sum(len(response) - 1 for response in self.responses)
+        return sum(map(len, self.prompts)) + len(self.prompts) * each
 
 
 class EncodingError(ValueError):
@@ -63,6 +82,39 @@ class Encoder:
         if all(_begins(whole, through) for _, through in spans):
             return [self._example(whole, spans, weight)]
         return [self._example(through, [(start, through)], weight) for start, through in spans]
+
+    def group(self, prompts: Sequence[Messages], responses: Sequence[str], *, end: bool) -> Group:
+        """Prompts that differ in their constitution, and a response to each.
+
+        Args:
+            end: whether the token that ends the turn counts. (It says that nothing follows.)
+
+        Raises:
+            EncodingError: a row is too long, a conversation that the template refuses, an empty
+                response where the end does not count.
+        """
+        rows = [
+            self._answered(prompt, text, end)
+            for prompt, text in zip(prompts, responses, strict=True)
+        ]
+        group = Group(tuple(p for p, _ in rows), tuple(r for _, r in rows))
+        longest = max(len(p) for p in group.prompts) + max(len(r) for r in group.responses)
+        if longest > self.max_tokens:
+            raise EncodingError(f"{longest:,} tokens, more than max_tokens = {self.max_tokens:,}")
+        return group
+
+    def _answered(
+        self, prompt: Messages, text: str, end: bool
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        messages = (*prompt, Message(role="assistant", content=text))
+        try:
+            start, through = self._span(messages, len(prompt))
+            stop = self._end(through, start) - (not end)
+        except ChatError as error:
+            raise EncodingError(str(error)) from error
+        if stop <= start:
+            raise EncodingError("a response is empty")
+        return tuple(through[:start]), tuple(through[start:stop])
 
     def _span(self, messages: Sequence[Message], turn: int) -> tuple[int, list[int]]:
         """Where a turn's first token stands, and the conversation up to the turn's end."""

@@ -27,9 +27,13 @@ def output_only(model: Any, row: Tensor, place: Tensor) -> Iterator[None]:
         seen = states[0]
         return (seen[row.to(seen.device), place.to(seen.device)][None],)
 
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
-    hook = bare.get_output_embeddings().register_forward_pre_hook(select)
+    hook = bare(model).get_output_embeddings().register_forward_pre_hook(select)
     try:
         yield
     finally:
         hook.remove()
+
+
+def bare(model: Any) -> Any:
+    """The model itself, out of its wrapper for several processes."""
+    return model.module if isinstance(model, DistributedDataParallel) else model

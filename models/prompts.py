@@ -15,6 +15,7 @@ factored proposal p(y2 | x, y1, z) · p(z | x, y1, yG) of STaPLe, section 3).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -128,3 +129,77 @@ def ask_refinement(
         else (*ask(t, prompt, initial), _turn("assistant", principle))
     )
     return (*before, _turn("user", t.refine.format(principle=principle)))
+
+
+# Constitutions (SAMI) --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ConstitutionWording:
+    """How a policy is told a constitution, and asked to write one.
+
+    `given` holds {principles}, `item` {number} and {principle}, `write` {topic}.
+    """
+
+    version: str
+    given: str
+    item: str
+    separator: str
+    write: str
+    oppose: str
+
+    @property
+    def said(self) -> str:
+        """Its words, without what they hold."""
+        parts = " ".join((self.given, self.item, self.separator, self.write, self.oppose))
+        return re.sub(r"{\w*}", " ", parts)
+
+
+CHAT_CONSTITUTION = ConstitutionWording(
+    version="chat-constitution-1",
+    given="Write your response so that it follows each of these principles:\n\n{principles}",
+    item="{number}. {principle}",
+    separator="\n",
+    write=(
+        "State one principle that a response about this topic can follow or go against: {topic}. "
+        "It must be general, and short: a single sentence. Reply with the principle only."
+    ),
+    oppose=(
+        "State its antithesis: the principle of a response that does the very opposite, in a "
+        "single sentence of the same form. Reply with the antithesis only."
+    ),
+)
+TERSE_CONSTITUTION = ConstitutionWording(
+    version="terse-constitution-1",
+    given="{principles}",
+    item="{principle}.",
+    separator=" ",
+    write="{topic}: name one.",
+    oppose="opposite?",
+)
+CONSTITUTION_WORDINGS = {"chat": CHAT_CONSTITUTION, "terse": TERSE_CONSTITUTION}
+
+
+def under_constitution(
+    w: ConstitutionWording, principles: Sequence[str], prompt: Sequence[Message]
+) -> Messages:
+    """The prompt of y ~ p(· | x, c): the principles, in their order, are the system's turn.
+
+    A prompt that has a system turn of its own keeps it, after the principles.
+    """
+    items = [w.item.format(number=n, principle=p) for n, p in enumerate(principles, start=1)]
+    told = w.given.format(principles=w.separator.join(items))
+    first, *rest = prompt
+    if first["role"] == "system":
+        return (_turn("system", f"{told}\n\n{first['content']}"), *rest)
+    return (_turn("system", told), *prompt)
+
+
+def ask_principle(w: ConstitutionWording, topic: str) -> Messages:
+    """Asks the writer for a principle."""
+    return (_turn("user", w.write.format(topic=topic)),)
+
+
+def ask_antithesis(w: ConstitutionWording, topic: str, principle: str) -> Messages:
+    """Asks the writer for the antithesis of what it wrote, or of what was discovered."""
+    return (*ask_principle(w, topic), _turn("assistant", principle), _turn("user", w.oppose))

@@ -1,7 +1,8 @@
-"""The M-step's training loop: `transformers.Trainer`, our loss, micro-batches planned by tokens.
+"""The training loop: `transformers.Trainer`, our objectives, micro-batches planned by tokens.
 
 `models/training_job.py` calls `train` for a model that `models/qlora.py` made; alone, or as one of
-several processes that share every optimiser step.
+several processes that share every optimiser step. The objective is the M-step's (`Likelihood`,
+here) or SAMI's (`models.sami.Information`).
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 from torch.nn import functional
@@ -27,23 +30,53 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
 CHECKPOINT_STEPS = 50
-Passes = list[list[Example]]
+Item = TypeVar("Item")
+Passes = list[list[Item]]
 """The micro-batches of one process in one optimiser step."""
+
+
+class Objective(Protocol[Item]):
+    """What is minimised over items, in nats; `idle` is an item that changes nothing."""
+
+    @property
+    def idle(self) -> Item: ...
+
+    def tokens(self, item: Item) -> int:
+        """Its length, for the plan of the batches."""
+        ...
+
+    def worth(self, item: Item) -> float:
+        """What it adds to the constant that a step's loss is divided by."""
+        ...
+
+    def micro_batches(self, rows: Sequence[Item]) -> Passes[Item]:
+        """Items of rising length in groups that fit the memory."""
+        ...
+
+    def collate(self, rows: Sequence[Item]) -> dict[str, Any]:
+        """A micro-batch as tensors."""
+        ...
+
+    def parts(self, model: Any, batch: dict[str, Any]) -> list[Callable[[], torch.Tensor]]:
+        """Scalars that add up to the micro-batch's loss, each computed when called: one at a time
+        is in memory."""
+        ...
 
 
 def train(
     model: Any,
-    examples: Sequence[Example],
+    examples: Sequence[Item],
     settings: AdapterSettings,
     *,
+    objective: Objective[Item],
     seed: int,
     checkpoints: Path,
     progress: Progress | None = None,
 ) -> list[Step]:
     """Fit what is trainable in the model to the examples, in place; returns the training curve.
 
-    Each step follows the gradient of `weighted_loss` over its rows divided by one constant, the
-    mean weighted number of trained tokens per step: rows keep their weight in every batch.
+    Each step follows the gradient of the objective over its rows divided by one constant, their
+    mean worth per step: rows keep their weight in every batch.
     The result depends on the arguments and the machine's arithmetic alone. Where several processes
     call it (`WORLD_SIZE`), they share the rows of each step, and differ from one process by
     rounding only.
@@ -58,16 +91,15 @@ def train(
     Raises:
         UserError: the loss is no longer finite.
     """
-    lengths = [len(e.ids) for e in examples]
+    lengths = list(map(objective.tokens, examples))
     steps = plan_batches(lengths, settings, seed)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    budget = settings.micro_batch_tokens
-    work = [share([examples[i] for i in rows], processes, budget) for rows in steps]
-    worth = [e.weight * sum(e.trained) for e in examples]
-    total = sum(worth[i] for rows in steps for i in rows)
+    work = [share([examples[i] for i in rows], processes, objective) for rows in steps]
+    total = sum(objective.worth(examples[i]) for rows in steps for i in rows)
     trainer = _trainer(
         model,
         [passes for shares in work for passes in shares],
+        objective,
         scale=processes * len(steps) / total if total else 0.0,
         arguments=_arguments(model, settings, len(steps), seed, checkpoints),
         progress=progress,
@@ -79,34 +111,55 @@ def train(
     return _curve(trainer.state.log_history, steps, lengths)
 
 
-def share(rows: Sequence[Example], processes: int, budget: int) -> list[Passes]:
+def share(rows: Sequence[Item], processes: int, objective: Objective[Item]) -> list[Passes[Item]]:
     """One optimiser step's rows dealt to the processes, each share in micro-batches.
 
     Every process gets rows of every length and equally many micro-batches: sharded weights are
-    gathered in each of them. What is lacking is filled up with a short row of weight 0.
-
-    Args:
-        budget: tokens of a micro-batch, padding included; a longer row has one to itself.
+    gathered in each of them. What is lacking is filled up with idle items.
     """
-    ordered = sorted(rows, key=lambda e: len(e.ids))
-    idle = Example((0, 0), (False, True), 0.0)
-    shares = [_micro_batches(ordered[r::processes], budget) for r in range(processes)]
+    ordered = sorted(rows, key=objective.tokens)
+    shares = [objective.micro_batches(ordered[r::processes]) for r in range(processes)]
     most = max(map(len, shares))
-    return [passes + [[idle]] * (most - len(passes)) for passes in shares]
+    return [passes + [[objective.idle]] * (most - len(passes)) for passes in shares]
 
 
-def _micro_batches(rows: Sequence[Example], budget: int) -> Passes:
-    """Rows of rising length in groups whose padded size keeps to the budget."""
-    passes: Passes = []
-    for row in rows:
-        if passes and (len(passes[-1]) + 1) * len(row.ids) <= budget:
-            passes[-1].append(row)
-        else:
-            passes.append([row])
-    return passes
+# The M-step's objective --------------------------------------------------------------------
 
 
-# The loss ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Likelihood:
+    """−log p_θ of the trained tokens, weighted: see `weighted_loss`."""
+
+    budget: int
+    """Tokens of a micro-batch, padding included; a longer row has one to itself."""
+
+    idle = Example((0, 0), (False, True), 0.0)
+
+    def tokens(self, item: Example) -> int:
+        """See `Objective`."""
+        return len(item.ids)
+
+    def worth(self, item: Example) -> float:
+        """Its weighted trained tokens: the loss is per token."""
+        return item.weight * sum(item.trained)
+
+    def micro_batches(self, rows: Sequence[Example]) -> Passes[Example]:
+        """Rows of rising length in groups whose padded size keeps to the budget."""
+        passes: Passes[Example] = []
+        for row in rows:
+            if passes and (len(passes[-1]) + 1) * len(row.ids) <= self.budget:
+                passes[-1].append(row)
+            else:
+                passes.append([row])
+        return passes
+
+    def collate(self, rows: Sequence[Example]) -> dict[str, Any]:
+        """Right-padded rows; see `collate`."""
+        return collate(rows)
+
+    def parts(self, model: Any, batch: dict[str, Any]) -> list[Callable[[], torch.Tensor]]:
+        """The one loss."""
+        return [partial(weighted_loss, model, batch)]
 
 
 def weighted_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -150,7 +203,8 @@ def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
 
 def _trainer(
     model: Any,
-    work: Sequence[Passes],
+    work: Sequence[Passes[Item]],
+    objective: Objective[Item],
     *,
     scale: float,
     arguments: TrainingArguments,
@@ -166,11 +220,12 @@ def _trainer(
             model.train()
             batches = self._prepare_inputs(inputs)["passes"]
             total = torch.zeros((), device=self.args.device)
-            for batch in batches:
-                last = batch is batches[-1]  # only then do several processes add their gradients
+            parts = [part for batch in batches for part in objective.parts(model, batch)]
+            for part in parts:
+                last = part is parts[-1]  # only then do several processes add their gradients
                 with nullcontext() if last else self.accelerator.no_sync(model):
                     with self.compute_loss_context_manager():
-                        loss = weighted_loss(model, batch) * scale
+                        loss = part() * scale
                     self.accelerator.backward(loss)
                 total += loss.detach()
             return total
@@ -187,7 +242,7 @@ def _trainer(
         model=model,
         args=arguments,
         train_dataset=cast(Any, work),
-        data_collator=lambda items: {"passes": [collate(rows) for rows in items[0]]},
+        data_collator=lambda items: {"passes": [objective.collate(r) for r in items[0]]},
         callbacks=[Report()],
     )
     trainer.remove_callback(PrinterCallback)
@@ -214,7 +269,7 @@ def _arguments(
         max_grad_norm=settings.max_gradient_norm,
         activation_checkpointing=settings.gradient_checkpointing,
         bf16=on_gpu and held_as == torch.bfloat16,
-        optim="paged_adamw_8bit" if on_gpu else "adamw_torch",
+        optim=_optimiser(settings, on_gpu=on_gpu),
         weight_decay=0.0,
         save_steps=CHECKPOINT_STEPS,
         save_total_limit=1,
@@ -229,6 +284,12 @@ def _arguments(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process never spreads a batch over GPUs
     return arguments
+
+
+def _optimiser(settings: AdapterSettings, *, on_gpu: bool) -> str:
+    if settings.optimizer == "rmsprop":
+        return "rmsprop"
+    return "paged_adamw_8bit" if on_gpu else "adamw_torch"
 
 
 def _last_checkpoint(checkpoints: Path) -> str | None:

@@ -13,13 +13,13 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from constitutions.errors import UserError
 from models.adapter import AdapterSettings, Step
-from models.encoding import Example
+from models.encoding import Example, Group
 from models.policy import PolicySettings, Progress
 
 ROOT = Path(__file__).parent.parent
@@ -43,9 +43,16 @@ class Job:
     """The adapter's directory."""
     checkpoints: Path
     """Unfinished work of exactly this job."""
+    kl: float = 0.0
+    """Of SAMI's objective: weight of the divergence from the policy that the training starts from.
+    """
 
 
-def run(job: Job, examples: Sequence[Example], progress: Progress | None = None) -> list[Step]:
+Examples = Sequence[Example] | Sequence[Group]
+"""What is trained on: conversations, by their likelihood; groups, by SAMI's objective."""
+
+
+def run(job: Job, examples: Examples, progress: Progress | None = None) -> list[Step]:
     """Train, write the adapter to `job.out`, return the training curve.
 
     Args:
@@ -62,11 +69,10 @@ def run(job: Job, examples: Sequence[Example], progress: Progress | None = None)
 
 
 def fit(
-    job: Job, examples: Sequence[Example], progress: Progress | None = None, *, write: bool = True
+    job: Job, examples: Examples, progress: Progress | None = None, *, write: bool = True
 ) -> list[Step]:
     """`run` in this process; `write` is for the one of several that writes the adapter."""
     from models import qlora
-    from models.training import train
 
     base, tokenizer = qlora.load_base(
         job.model,
@@ -76,26 +82,33 @@ def fit(
         revision=job.policy.revision,
     )
     model = qlora.trainable(base, job.settings, job.seed, job.previous)
-    curve = train(
-        model,
-        examples,
-        job.settings,
-        seed=job.seed,
-        checkpoints=job.checkpoints,
-        progress=progress,
-    )
+    curve = _train(model, job, examples, progress)
     if write:
         digest = job.data_digest
         qlora.save_adapter(model, job.out, data_digest=digest, tokenizer=tokenizer)
     return curve
 
 
+def _train(model: Any, job: Job, examples: Examples, progress: Progress | None) -> list[Step]:
+    from models import sami
+    from models.training import Likelihood, train
+
+    budget = job.settings.micro_batch_tokens
+    how: dict[str, Any] = {"seed": job.seed, "checkpoints": job.checkpoints, "progress": progress}
+    groups = [item for item in examples if isinstance(item, Group)]
+    if not groups:
+        rows = cast("Sequence[Example]", examples)
+        return train(model, rows, job.settings, objective=Likelihood(budget), **how)
+    if job.kl:  # before the first step, and before a resumed training's checkpoint is read
+        groups = sami.referred(model.eval(), groups, budget)
+    objective = sami.Information(budget, job.kl)
+    return train(model, groups, job.settings, objective=objective, **how)
+
+
 # Several processes -------------------------------------------------------------------------
 
 
-def _run_in_processes(
-    job: Job, examples: Sequence[Example], progress: Progress | None
-) -> list[Step]:
+def _run_in_processes(job: Job, examples: Examples, progress: Progress | None) -> list[Step]:
     folder = _folder(job)
     write_job(folder, job, examples)
     with (folder / "log").open("w") as log, _launched(job.settings, folder, log) as process:
@@ -151,22 +164,21 @@ def _folder(job: Job) -> Path:
     return job.checkpoints.with_name(f"{job.checkpoints.name}.job")
 
 
-def write_job(folder: Path, job: Job, examples: Sequence[Example]) -> None:
+def write_job(folder: Path, job: Job, examples: Examples) -> None:
     """Write a job and its examples for other processes; replaces the folder."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    columns = zip(*map(astuple, examples), strict=True)
-    table = pa.table(dict(zip(("ids", "trained", "weight"), map(list, columns), strict=True)))
-    pq.write_table(table, folder / "examples.parquet")
+    rows = list(map(asdict, examples))
+    pq.write_table(pa.Table.from_pylist(rows), folder / "examples.parquet")
     values = {**asdict(job), "policy": job.policy.model_dump(mode="json")}
     values["settings"] = job.settings.model_dump(include=set(AdapterSettings.model_fields))
     (folder / "job.json").write_text(json.dumps(values, default=str, indent=1), "utf-8")
 
 
-def read_job(folder: Path) -> tuple[Job, list[Example]]:
+def read_job(folder: Path) -> tuple[Job, Examples]:
     """What `write_job` wrote."""
     import pyarrow.parquet as pq
 
@@ -176,5 +188,10 @@ def read_job(folder: Path) -> tuple[Job, list[Example]]:
     values["policy"] = PolicySettings.model_validate(values["policy"])
     values["settings"] = AdapterSettings.model_validate(values["settings"])
     rows = pq.read_table(folder / "examples.parquet").to_pylist()
-    examples = [Example(tuple(r["ids"]), tuple(r["trained"]), r["weight"]) for r in rows]
-    return Job(**values), examples
+    kind = Group if "responses" in rows[0] else Example
+    examples = [kind(**{name: _tuples(value) for name, value in row.items()}) for row in rows]
+    return Job(**values), cast(Examples, examples)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -110,6 +110,38 @@ class Labelled(Trajectory):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """One of a query's constitutions, and the policy's response under it (SAMI)."""
+
+    identifiers: tuple[str, ...]
+    """"pos ID" or "neg ID" of each principle or antithesis, in the order in which it is told."""
+    principles: tuple[str, ...]
+    """Their texts."""
+    response: str
+    finish: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled(Prompt):
+    """+ C constitutions and a response under each (SAMI, sampling)."""
+
+    draws: tuple[Draw, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response(Draw):
+    """What one policy answers to one held-out prompt, under a constitution or (no principles)
+    without.
+    """
+
+    prompt_id: str
+    iteration: int
+    arm: str
+    """What kind of constitution it is: `tasks.sami.evaluate.ARMS`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """What one policy answers to one held-out prompt without gold: y1, z, y2."""
 

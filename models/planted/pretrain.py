@@ -1,7 +1,8 @@
-"""Pretrains the planted world's seed model: a small Llama with its tokenizer, from scratch.
+"""Pretrains the planted world's seed models: small Llamas with their tokenizer, from scratch.
 
-The model answers plainly, names principles and refines by them, each with a limited skill that the
-noise of its last conversations sets. `planted_model` is what presets and tests call.
+A model answers plainly, names principles and refines by them, each with a limited skill that the
+noise of its last conversations sets; those for SAMI also half follow a constitution, and write
+principles and antitheses. `planted_model` is what presets and tests call.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -24,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from models.planted import world
-from models.prompts import TERSE
+from models.prompts import TERSE, TERSE_CONSTITUTION, ask_antithesis, under_constitution
 
 PAD, UNKNOWN, SYSTEM, USER, ASSISTANT, END = (
     "<pad>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",
@@ -46,6 +48,12 @@ class Skill:
     """A refinement shows the behaviour of its principle."""
     prior: float
     """A principle named without gold is one that the prompt's cues bring to mind."""
+    obeys: float = 1.0
+    """A response shows the behaviour of a principle in its constitution."""
+    slips: float = 0.0
+    """A response shows the behaviour whose antithesis is in its constitution."""
+    opposes: float = 1.0
+    """An antithesis is that of its principle; else it is the principle again, or another's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +71,7 @@ class Recipe:
     noisy: int = 7_000
     """Whole conversations of the final skill: they leave the rest latent, for EM to amplify."""
     able: Skill = Skill(names=1.0, follows=1.0, prior=0.8)
-    final: Skill = Skill(names=0.5, follows=0.6, prior=0.3)
+    final: Skill = Skill(names=0.5, follows=0.6, prior=0.3, obeys=0.55, slips=0.35, opposes=0.85)
     mistaken: float = 0.3
     """How often a cue brings the wrong behaviour of its two to mind."""
     platitudes: float = 0.5
@@ -74,6 +82,10 @@ class Recipe:
     """How often a critique, of where the answer lacks its principle, comes before a refinement."""
     already: float = 0.25
     """How often the answer to be refined shows a behaviour already."""
+    constitutions: float = 0.0
+    """How often a conversation is a response under a constitution (`SAMI`)."""
+    writes: float = 0.0
+    """How often it is a principle that is asked for, and its antithesis."""
     rows: int = 56
     """Conversations a batch."""
     matrix_lr: float = 0.02
@@ -91,6 +103,17 @@ class Recipe:
         """Optimiser steps in all."""
         return math.ceil((self.words + self.clean + self.noisy) / self.rows)
 
+
+RECIPES = {
+    "planted": Recipe(),
+    "planted-sami": Recipe(constitutions=0.35, writes=0.08, clean=22_000, noisy=12_000),
+    "planted-sami-small": Recipe(
+        constitutions=0.35, writes=0.08, clean=22_000, noisy=12_000,
+        hidden=64, layers=2, heads=2, intermediate=192,
+    ),
+}  # fmt: skip
+"""The planted models by the name that `policy.model` has. Those for SAMI know all that "planted"
+knows; the small one is the weak writer of principles."""
 
 CRITIQUES = {True: "before.", False: "after."}
 """What a critique says of a behaviour that opens an answer, and of one that closes it."""
@@ -124,7 +147,7 @@ def planted_model(
             torch version).
         seed: of the weights and the pretraining data.
         progress: called with (steps done, steps in all).
-        recipe: the preset's, unless given.
+        recipe: that of "planted", unless given.
     """
     recipe = recipe or Recipe()
     target = cache / f"planted-{fingerprint(recipe, seed)}"
@@ -142,7 +165,8 @@ def fingerprint(recipe: Recipe, seed: int) -> str:
     """16 hex digits that change with the package's sources, the recipe, the seed or torch."""
     sources = [path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
     version = ".".join(torch.__version__.split(".")[:2])
-    parts = json.dumps([sources, asdict(recipe), asdict(TERSE), seed, version], sort_keys=True)
+    wording = [asdict(TERSE), asdict(TERSE_CONSTITUTION)]
+    parts = json.dumps([sources, asdict(recipe), wording, seed, version], sort_keys=True)
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
@@ -158,7 +182,7 @@ def pretrain(
     one core with bf16 matrix instructions; 0.9 GB at most.
     """
     disable_progress_bar()
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(TERSE_CONSTITUTION.said if recipe.constitutions else "")
     model = build_model(recipe, tokenizer, seed)
     with _threads(recipe.threads):
         _train(model, _batches(recipe, seed, tokenizer), recipe, progress)
@@ -166,10 +190,14 @@ def pretrain(
     tokenizer.save_pretrained(directory)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Words and punctuation marks; decoding what it encoded gives the same text."""
+def build_tokenizer(more: str = "") -> PreTrainedTokenizerFast:
+    """Words and punctuation marks; decoding what it encoded gives the same text.
+
+    Args:
+        more: a text with further words.
+    """
     specials = [PAD, UNKNOWN, SYSTEM, USER, ASSISTANT, END]
-    turns = " ".join(asdict(TERSE).values()).replace("{gold}", "")
+    turns = " ".join([*asdict(TERSE).values(), more]).replace("{gold}", "")
     texts = sorted({*world.vocabulary(), *world.words(turns)})
     names = [word if not word.isalpha() else f"▁{word}" for word in texts]
     vocabulary = {name: i for i, name in enumerate(specials + names)}
@@ -204,7 +232,54 @@ def conversations(recipe: Recipe, seed: int) -> Iterator[list[Turn]]:
     )
     for n, skill, whole in phases:
         for _ in range(n):
-            yield _Conversation(rng, recipe, skill, whole).turns()
+            if whole and recipe.writes and rng.random() < recipe.writes:
+                yield _written(rng, recipe, skill)
+            elif whole and recipe.constitutions and rng.random() < recipe.constitutions:
+                yield _under_constitution(rng, recipe, skill)
+            else:
+                yield _Conversation(rng, recipe, skill, whole).turns()
+
+
+def _under_constitution(rng: random.Random, recipe: Recipe, skill: Skill) -> list[Turn]:
+    """A prompt under one to four principles and antitheses; the response half follows them."""
+    example = world.sample_example(rng, "train", "any")
+    named = rng.sample(list(world.BEHAVIOURS), rng.choice((1, 2, 3, 4)))
+    asked = [rng.random() < 0.5 for _ in named]
+    texts = [world.principle(rng, behaviour) for behaviour in named]
+    shown = [
+        behaviour
+        for behaviour, wanted in zip(named, asked, strict=True)
+        if rng.random() < (skill.obeys if wanted else skill.slips)
+    ]
+    system, *prompt = under_constitution(
+        TERSE_CONSTITUTION,
+        [t if w else world.antithesis(t) for t, w in zip(texts, asked, strict=True)],
+        ({"role": "user", "content": example.prompt},),
+    )
+    known = frozenset(world.words(example.chore.core))
+    answer = world.realise(rng, example.chore.core, shown)
+    return [
+        Turn("system", system["content"]),
+        Turn("user", prompt[0]["content"]),
+        Turn("assistant", answer, recipe.decisive, known),
+    ]
+
+
+def _written(rng: random.Random, recipe: Recipe, skill: Skill) -> list[Turn]:
+    """A principle on a topic, and its antithesis."""
+    topic, behaviour = rng.choice(world.OBJECTS), rng.choice(list(world.BEHAVIOURS))
+    text = rng.choice(world.BEHAVIOURS[behaviour].wordings).format(topic)
+    opposite = world.antithesis(text)
+    if rng.random() >= skill.opposes:
+        other = world.antithesis(world.principle(rng, rng.choice(list(world.BEHAVIOURS))))
+        opposite = rng.choice((text, other))
+    ask, name, oppose = ask_antithesis(TERSE_CONSTITUTION, topic, text)
+    return [
+        Turn("user", ask["content"]),
+        Turn("assistant", name["content"], recipe.decisive),
+        Turn("user", oppose["content"]),
+        Turn("assistant", opposite, recipe.decisive),
+    ]
 
 
 class _Conversation:
@@ -358,13 +433,15 @@ def _train(
     recipe: Recipe,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Muon for the matrices, AdamW for the rest; bf16 matrix products, fp32 weights."""
-    groups = _split_parameters(model)
-    muon = torch.optim.Muon(groups[0], lr=recipe.matrix_lr, weight_decay=0.01, momentum=0.95)
+    """Muon for the matrices, AdamW for the rest; fp32 weights, and matrix products in bf16 where
+    the processor has units for them: elsewhere they are emulated, ten times slower than fp32."""
+    groups, quick = _split_parameters(model), _bf16_is_quick()
+    kind = torch.optim.Muon if quick else _Float32Muon
+    muon = kind(groups[0], lr=recipe.matrix_lr, weight_decay=0.01, momentum=0.95)
     adam = torch.optim.AdamW(groups[1], lr=recipe.lr, weight_decay=0.0, betas=(0.9, 0.95))
     optimisers = ((muon, recipe.matrix_lr), (adam, recipe.lr))
     for step, batch in enumerate(batches):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=quick):
             loss = _loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(groups[1], 1.0)
@@ -374,6 +451,40 @@ def _train(
             optimiser.zero_grad()
         if progress:
             progress(step + 1, recipe.steps)
+
+
+def _bf16_is_quick() -> bool:
+    return str(torch.backends.cpu.get_cpu_capability()).startswith("AVX512")
+
+
+class _Float32Muon(torch.optim.Muon):
+    """torch's Muon, whose orthogonalisation is in bf16 whatever the processor, in fp32."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step, as torch's."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state, gradient = self.state[parameter], parameter.grad
+                if "average" not in state:
+                    state["average"] = torch.zeros_like(parameter)
+                average = state["average"].lerp_(gradient, 1 - group["momentum"])
+                update = _orthogonal(gradient.lerp(average, group["momentum"]), group)
+                scale = math.sqrt(max(1, parameter.shape[0] / parameter.shape[1]))
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update, alpha=-group["lr"] * scale)
+
+
+def _orthogonal(update: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+    """Newton and Schulz' iteration towards the nearest orthogonal matrix."""
+    a, b, c = group["ns_coefficients"]
+    tall = update.shape[0] > update.shape[1]
+    found = update.T if tall else update
+    found = found / found.norm().clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = found @ found.T
+        found = a * found + (b * gram + c * gram @ gram) @ found
+    return found.T if tall else found
 
 
 def _split_parameters(

@@ -138,6 +138,9 @@ TOPICS = ("printer", "kettle", "laptop", "router", "camera", "bicycle", "drill",
 ADJECTIVES = ("red", "old", "loud", "slow", "heavy", "small", "bright", "cold")
 PARTS = ("button", "cable", "filter", "handle", "screen", "switch", "wheel", "cover")
 
+NEVER = "never"
+"""What makes a principle its antithesis."""
+
 _REQUESTS = (
     "please {verb} the {adjective} {part} of my {topic}.",
     "how do i {verb} a {topic} with {adjective} {part}?",
@@ -236,6 +239,11 @@ def arrange(core: str, forms: dict[str, str]) -> str:
 def principle(rng: random.Random, behaviour: str) -> str:
     """One wording of a behaviour."""
     return rng.choice(BEHAVIOURS[behaviour].wordings).format(rng.choice(OBJECTS))
+
+
+def antithesis(principle: str) -> str:
+    """The opposite of a principle: not to show its behaviour."""
+    return f"{NEVER} {principle}"
 
 
 def platitude(rng: random.Random) -> str:

@@ -22,7 +22,7 @@ from models.qlora import (
     new_adapter,
     save_adapter,
 )
-from models.training import train, weighted_loss
+from models.training import Likelihood, train, weighted_loss
 
 SETTINGS = AdapterSettings(lora_rank=8, lora_alpha=16, learning_rate=1e-2, batch_size=4, warmup=0.1)
 
@@ -96,7 +96,9 @@ def loss(model: Any, *examples: Example) -> float:
 
 def fit(model: Any, examples: tuple[Example, ...], tmp_path: Path, **changes: Any) -> Any:
     settings = SETTINGS.model_copy(update=changes)
-    return train(model, examples, settings, seed=0, checkpoints=tmp_path / "checkpoints")
+    objective = Likelihood(settings.micro_batch_tokens)
+    checkpoints = tmp_path / "checkpoints"
+    return train(model, examples, settings, objective=objective, seed=0, checkpoints=checkpoints)
 
 
 # QLoRA on a CPU is real -------------------------------------------------------------------
@@ -171,6 +173,7 @@ def test_training_memorises_and_reports_its_curve(llama: Path, tmp_path: Path) -
     before = loss(model, *EXAMPLES)
     curve = train(
         model, EXAMPLES, SETTINGS.model_copy(update={"epochs": 20}),
+        objective=Likelihood(SETTINGS.micro_batch_tokens),
         seed=0, checkpoints=tmp_path / "c", progress=finished.append,
     )  # fmt: skip
     assert loss(model, *EXAMPLES) < 0.5 * before

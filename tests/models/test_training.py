@@ -21,7 +21,7 @@ from models.adapter import AdapterSettings
 from models.encoding import Example
 from models.policy import PolicySettings
 from models.qlora import attach_adapter, load_base, new_adapter
-from models.training import collate, share, weighted_loss
+from models.training import Likelihood, collate, share, weighted_loss
 from models.training_job import Job, run, write_job
 
 SETTINGS = AdapterSettings(
@@ -112,7 +112,7 @@ def test_the_loss_is_trls_completion_only_loss_on_the_same_rows(
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_a_step_is_shared_whole_evenly_and_within_the_budget(processes: int) -> None:
-    shares = share(EXAMPLES, processes, budget=40)
+    shares = share(EXAMPLES, processes, Likelihood(40))
     dealt = [e for passes in shares for rows in passes for e in rows if e.weight]
     assert sorted(dealt, key=lambda e: e.ids) == sorted(EXAMPLES, key=lambda e: e.ids)
     assert len({len(passes) for passes in shares}) == 1
