@@ -83,20 +83,20 @@ class Encoder:
             return [self._example(whole, spans, weight)]
         return [self._example(through, [(start, through)], weight) for start, through in spans]
 
-    def group(self, prompts: Sequence[Messages], responses: Sequence[str], *, end: bool) -> Group:
+    def group(
+        self, prompts: Sequence[Messages], responses: Sequence[str], ends: Sequence[bool]
+    ) -> Group:
         """Prompts that differ in their constitution, and a response to each.
 
         Args:
-            end: whether the token that ends the turn counts. (It says that nothing follows.)
+            ends: of each response, whether the token that ends the turn counts. (It says that
+                nothing follows.)
 
         Raises:
             EncodingError: a row is too long, a conversation that the template refuses, an empty
                 response where the end does not count.
         """
-        rows = [
-            self._answered(prompt, text, end)
-            for prompt, text in zip(prompts, responses, strict=True)
-        ]
+        rows = [self._answered(*row) for row in zip(prompts, responses, ends, strict=True)]
         group = Group(tuple(p for p, _ in rows), tuple(r for _, r in rows))
         longest = max(len(p) for p in group.prompts) + max(len(r) for r in group.responses)
         if longest > self.max_tokens:

@@ -10,6 +10,7 @@ The judges that need no model are here; `models.llm_judge` and `models.reward` h
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -33,7 +34,20 @@ class Pair:
     ours: str
     theirs: str
     principle: str = ""
-    """What both are to follow; only a rubric about principles reads it."""
+    """What both are to follow: a principle, or several as `numbered` lines. Read by the oracle and
+    by rubrics about principles."""
+
+
+def numbered(principles: Sequence[str]) -> str:
+    """Principles as a judge reads them: numbered lines, or the only one as it is."""
+    if len(principles) == 1:
+        return principles[0]
+    return "\n".join(f"{number}. {text}" for number, text in enumerate(principles, start=1))
+
+
+def listed(text: str) -> list[str]:
+    """The principles of `numbered` lines."""
+    return [re.sub(r"^\d+\. ", "", line) for line in text.splitlines()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,14 +159,18 @@ class PlantedOracle:
         ]
 
     def _judge(self, pair: Pair) -> Judgement:
-        return decide(self._grade(pair.prompt, pair.ours), self._grade(pair.prompt, pair.theirs))
+        return decide(self._grade(pair, pair.ours), self._grade(pair, pair.theirs))
 
     @staticmethod
-    def _grade(prompt: Sequence[Message], response: str) -> Grade:
+    def _grade(pair: Pair, response: str) -> Grade:
+        """By what the prompt calls for; or, where there is a constitution, by that alone."""
         from models.planted import oracle
 
+        prompt = pair.prompt[-1]["content"]
         try:
-            return Grade(oracle.score(prompt[-1]["content"], response))
+            if pair.principle:
+                return Grade(oracle.obedience(prompt, listed(pair.principle), response))
+            return Grade(oracle.score(prompt, response))
         except (UserError, ValueError) as error:
             return Grade(None, str(error))
 

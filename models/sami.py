@@ -58,7 +58,7 @@ def divergence(logprobs: Tensor, reference: Tensor) -> Tensor:
     return (ratio.exp() - 1 - ratio).mean()
 
 
-# Rows: a constitution's prompt, and all responses after it -----------------------------------------
+# Rows: a constitution's prompt, and all responses after it -------------------------
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return added.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
-# The objective of a training -----------------------------------------------------------------------
+# The objective of a training -------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Meeting:
     """Two answers to one prompt; the first four fields are as `Comparison` has them."""
 
     iteration: int
-    answer: Which
+    answer: str
     against: int
     reference: str
     prompt: Prompt

@@ -140,7 +140,7 @@ def evaluate(
 
     def compute(work: Workspace) -> Metrics:
         prompts = inputs["held_out"].read("prompts", Prompt)
-        planted, guided = _are_planted(prompts), policy.templates.guided
+        planted, guided = are_planted(prompts), policy.templates.guided
         check_judges(settings, scoring, planted)
         benchmarks = settings.benchmarks.load(settings.judge, guided=guided)
 
@@ -149,9 +149,8 @@ def evaluate(
             answers = respondent.answers("answers", prompts)
             answered = {name: b.answer(respondent) for name, b in benchmarks.items()}
 
-        opener = partial(_judges, planted, scoring, at.seed, open_policy)
-        with closing(Benches(open=opener)) as benches:
-            panel = _panel(benches, settings, at, work)
+        with closing(open_benches(planted, scoring, at.seed, open_policy)) as benches:
+            panel = panel_of(benches, settings, at, work)
             met = [m for r in _references(answers, inputs) for m in meetings(answers, r, prompts)]
             metrics = answer_metrics(answers) | _compared(panel, settings, met, prompts)
             if settings.principle_judge and guided:
@@ -162,11 +161,12 @@ def evaluate(
             metrics |= _truth(prompts, answers, inputs["scored"], inputs["labelled"])
         return metrics
 
-    where = _noted(policy.noted(at), settings, scoring)
+    where = noted_judges(policy.noted(at), settings, scoring)
     return where.attempt("evaluate", settings, policy.inputs(**inputs), compute)
 
 
-def _are_planted(prompts: Sequence[Prompt]) -> bool:
+def are_planted(prompts: Sequence[Prompt]) -> bool:
+    """Whether the oracle knows the truth of all of them."""
     return all(p.source.startswith("planted/") for p in prompts)
 
 
@@ -195,7 +195,7 @@ def check_judges(settings: EvaluateSettings, scoring: ScoreSettings, planted: bo
             load_similarity(scoring)("", ())  # says why it is none
 
 
-def _noted(at: Slot, settings: EvaluateSettings, scoring: ScoreSettings) -> Slot:
+def noted_judges(at: Slot, settings: EvaluateSettings, scoring: ScoreSettings) -> Slot:
     """The slot with what the judges and the benchmarks depend on, and the device that they take."""
     notes = {**at.notes, **settings.benchmarks.notes()}
     if any(judge.kind in ("auto", "similarity") for judge in settings.judges):
@@ -221,13 +221,21 @@ def _respondent(
     return Respondent(pool=pool, manner=manner, work=work, shard_size=settings.shard_size)
 
 
+def open_benches(
+    planted: bool, scoring: ScoreSettings, seed: int, open_policy: OpenPolicy
+) -> Benches:
+    """The judges, none of them opened yet; `open_policy` opens an LLM judge's model."""
+    return Benches(open=partial(_judges, planted, scoring, seed, open_policy))
+
+
 def _judges(
     planted: bool, scoring: ScoreSettings, seed: int, open_policy: OpenPolicy, where: Where
 ) -> Judges:
     return Judges(planted=planted, scoring=scoring, seed=seed, open_policy=open_policy, where=where)
 
 
-def _panel(benches: Benches, settings: EvaluateSettings, at: Slot, work: Workspace) -> Panel:
+def panel_of(benches: Benches, settings: EvaluateSettings, at: Slot, work: Workspace) -> Panel:
+    """The judges at work on an iteration."""
     return Panel(
         benches=benches,
         model=f"{at.record.experiment}-iteration-{at.iteration}",

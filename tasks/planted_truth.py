@@ -10,7 +10,7 @@ from statistics import fmean
 
 from models.judges import PrincipleJudge
 from models.policy import Message
-from tasks.records import Answer, Labelled, Prompt, Scored
+from tasks.records import Answer, Labelled, Prompt, Response, Scored
 
 
 def faithfulness_metrics(
@@ -82,6 +82,26 @@ def planted_metrics(
         | _recovery(principles, oracle.TRUTH, oracle.behaviour_of)
         | _agreement(labelled, oracle.behaviour_of)
     )
+
+
+def obedience_metrics(responses: Iterable[Response], prompts: Iterable[Prompt]) -> dict[str, float]:
+    """Of SAMI's responses, by the kind of constitution; shares in [0, 1].
+
+    - `planted/obeyed_<arm>`: of the principles and antitheses that a response was told, those that
+      it follows.
+    - `planted/core_<arm>`: how much of the content survives, "plain" being without a constitution.
+    """
+    from models.planted import oracle
+
+    asked = {p.prompt_id: p.prompt[-1]["content"] for p in prompts}
+    shares: dict[str, list[float]] = {}
+    for row in responses:
+        core = oracle.core_share(asked[row.prompt_id], row.response)
+        shares.setdefault(f"core_{row.arm}", []).append(core)
+        if row.principles:
+            obeyed = oracle.obeyed(row.principles, row.response)
+            shares.setdefault(f"obeyed_{row.arm}", []).append(obeyed)
+    return {f"planted/{name}": fmean(values) for name, values in shares.items()}
 
 
 def _recovery(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from models.policy import Policy, PolicySettings
 from models.pool import LocalPool, Pool, Where, open_pool
-from models.prompts import TEMPLATES, Templates
+from models.prompts import CONSTITUTION_WORDINGS, TEMPLATES, ConstitutionWording, Templates
 from tasks.store import Attempt, Slot
 
 
@@ -30,12 +30,19 @@ class PolicySource:
     adapter: Attempt | None = None
     guided: bool = True
     """Whether a principle stands between the policy's two responses."""
+    constitutional: bool = False
+    """Whether it is told a constitution instead (SAMI)."""
 
     @property
     def templates(self) -> Templates:
         """The wording of the turns."""
         templates = TEMPLATES[self.settings.templates]
         return templates if self.guided else templates.unguided()
+
+    @property
+    def wording(self) -> ConstitutionWording:
+        """How it is told a constitution, or asked for one."""
+        return CONSTITUTION_WORDINGS[self.settings.templates]
 
     @property
     def adapter_path(self) -> Path | None:
@@ -81,7 +88,8 @@ class PolicySource:
 
         Behind an endpoint it is the server's model that answers, wherever the server is.
         """
-        wording = hashlib.sha256("\0".join(astuple(self.templates)).encode()).hexdigest()
+        told = astuple(self.wording if self.constitutional else self.templates)
+        wording = hashlib.sha256("\0".join(told).encode()).hexdigest()
         if self.settings.endpoint:
             held: Mapping[str, object] = {"served_model": self.settings.served_name}
         else:

@@ -169,7 +169,8 @@ class Comparison:
     prompt_id: str
     iteration: int
     answer: str
-    """Which answer of this iteration's policy is compared: "refined" or "initial"."""
+    """Which answer of this iteration's policy is compared: "refined" or "initial"; SAMI: that to
+    which kind of constitution."""
     against: int
     """The iteration of the reference policy; -1: a model outside the experiment."""
     reference: str

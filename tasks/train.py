@@ -19,7 +19,7 @@ from pydantic import Field
 
 from constitutions.errors import UserError
 from models.adapter import AdapterSettings, Step, plan_batches
-from models.encoding import Encoder, EncodingError, Example
+from models.encoding import Encoder, EncodingError, Example, Group
 from models.policy import Message, PolicySettings, Progress
 from models.prompts import Templates, ask_refinement
 from tasks.policies import PolicySource
@@ -33,7 +33,7 @@ Turn = Literal["initial", "principle", "refined"]
 
 
 class TrainSettings(AdapterSettings):
-    """Principle learning: which turns are trained, and how."""
+    """Principle learning: which turns are trained, and how. SAMI trains on responses."""
 
     loss_on: tuple[Turn, ...] = Field(("principle", "refined"), min_length=1)
     """Turns with loss: y1, z, y2. The method's are z and y2; where there is no principle, z does
@@ -42,6 +42,11 @@ class TrainSettings(AdapterSettings):
     """Go on from the adapter of the iteration before, or begin anew at the base model."""
     max_tokens: int = Field(4096, ge=16, le=1_000_000)
     """A longer conversation is left out, and reported: a cut one would teach cut answers."""
+    kl: float = Field(0.0, ge=0, le=100)
+    """SAMI: weight of the divergence (KL, per token) from the policy that sampled the responses."""
+    end_token: bool = True
+    """SAMI: whether the token that ends a response counts as one of its tokens. The reference
+    leaves it out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,12 +114,46 @@ def train(
             fix="mine more prompts or more samples, or look at the filter's reasons",
         )
     from models.qlora import load_tokenizer
-    from models.training_job import Job, run
 
     encoder = Encoder(load_tokenizer(model, policy.revision), settings.max_tokens)
     data = training_set(lessons, encoder)
-    _require_examples(data, settings)
+    if not data.examples:
+        raise none_to_train_on(data.skipped, "conversations", settings)
     digest = data_digest(lessons)
+    curve = fit(
+        data.examples,
+        model=model,
+        policy=policy,
+        previous_adapter=previous_adapter,
+        out=out,
+        settings=settings,
+        seed=seed,
+        digest=digest,
+        progress=progress,
+    )
+    return TrainResult(
+        curve=tuple(curve),
+        counts=_counts(lessons, data, settings, seed),
+        skipped=data.skipped,
+        data_digest=digest,
+    )
+
+
+def fit(
+    examples: Sequence[Example] | Sequence[Group],
+    *,
+    model: Path | str,
+    policy: PolicySettings,
+    previous_adapter: Path | None,
+    out: Path,
+    settings: TrainSettings,
+    seed: int,
+    digest: str,
+    progress: Progress | None = None,
+) -> list[Step]:
+    """Train on what is tokenised; `digest` identifies it, the rest is as `train` has it."""
+    from models.training_job import Job, run
+
     job = Job(
         model=str(model),
         policy=policy,
@@ -124,14 +163,9 @@ def train(
         data_digest=digest,
         out=out,
         checkpoints=_checkpoints(out, digest, settings, seed, previous_adapter),
+        kl=settings.kl,
     )
-    curve = run(job, data.examples, progress)
-    return TrainResult(
-        curve=tuple(curve),
-        counts=_counts(lessons, data, settings, seed),
-        skipped=data.skipped,
-        data_digest=digest,
-    )
+    return run(job, examples, progress)
 
 
 @stage("train")
@@ -146,32 +180,38 @@ def train_stage(
 
     def compute(work: Workspace) -> Metrics:
         lessons = _lessons(examples, policy.templates, settings)
-        continued = policy.adapter_path if settings.start == "previous" else None
         total = expected_steps(len(lessons), settings)
         with progress(f"train {at.iteration}", total, "steps") as tick:
             done = train(
                 lessons,
                 model=policy.model,
                 policy=policy.settings,
-                previous_adapter=continued,
+                previous_adapter=continued(policy, settings),
                 out=work.outputs / "adapter",
                 settings=settings,
                 seed=at.seed,
                 progress=tick,
             )
-        work.write("curve", done.curve, Step)
-        work.write("skipped", done.skipped, Rejected)
-        losses = [step.loss for step in done.curve]
-        last = losses[-max(1, len(losses) // 10) :]
-        return {
-            **{f"train/{name}": float(count) for name, count in done.counts.items()},
-            "train/first_loss": losses[0],
-            "train/last_loss": sum(last) / len(last),
-        }
+        losses = kept_curve(work, done.curve, done.skipped)
+        return {f"train/{name}": float(count) for name, count in done.counts.items()} | losses
 
     inputs = policy.inputs(labelled=examples)
     noted = policy.local.noted(at)  # an endpoint answers, it does not train
-    return noted.attempt("train", _shared_by_one(settings), inputs, compute)
+    return noted.attempt("train", shared_by_one(settings), inputs, compute)
+
+
+def continued(policy: PolicySource, settings: TrainSettings) -> Path | None:
+    """The adapter that the training goes on from; None starts at the base."""
+    return policy.adapter_path if settings.start == "previous" else None
+
+
+def kept_curve(work: Workspace, curve: Sequence[Step], skipped: Sequence[Rejected]) -> Metrics:
+    """Write the training curve and what was skipped; the first loss, and the last tenth's mean."""
+    work.write("curve", curve, Step)
+    work.write("skipped", skipped, Rejected)
+    losses = [step.loss for step in curve]
+    last = losses[-max(1, len(losses) // 10) :]
+    return {"train/first_loss": losses[0], "train/last_loss": sum(last) / len(last)}
 
 
 def expected_steps(labelled: int, settings: TrainSettings) -> int:
@@ -249,14 +289,13 @@ def _places(prompt: int, guided: bool) -> dict[Turn, int]:
     return {"initial": prompt, "refined": prompt + 2}
 
 
-def _require_examples(data: TrainingSet, settings: TrainSettings) -> None:
-    if not data.examples:
-        raise UserError(
-            f"none of the {len(data.skipped):,} conversations can be trained on; "
-            f"the first: {data.skipped[0].detail}",
-            where=data.skipped[0].source,
-            fix=f"raise train.max_tokens (now {settings.max_tokens:,}) if they are too long",
-        )
+def none_to_train_on(skipped: Sequence[Rejected], what: str, settings: TrainSettings) -> UserError:
+    """The error of a training set of which nothing is left."""
+    return UserError(
+        f"none of the {len(skipped):,} {what} can be trained on; the first: {skipped[0].detail}",
+        where=skipped[0].source,
+        fix=f"raise train.max_tokens (now {settings.max_tokens:,}) if they are too long",
+    )
 
 
 def _checkpoints(
@@ -265,14 +304,14 @@ def _checkpoints(
     """Beside `out`, named by what is trained: another training never resumes from it."""
     from models.qlora import base_digest
 
-    same = _shared_by_one(settings).model_dump_json()
+    same = shared_by_one(settings).model_dump_json()
     digest = hashlib.sha256(f"{data} {same} {seed}".encode())
     if previous_adapter:
         digest.update(base_digest(previous_adapter).encode())
     return out.with_name(f"{out.name}.checkpoints-{digest.hexdigest()[:12]}")
 
 
-def _shared_by_one(settings: TrainSettings) -> TrainSettings:
+def shared_by_one(settings: TrainSettings) -> TrainSettings:
     """How many processes share the work changes the result by rounding only, as the device does."""
     return settings.model_copy(update={"processes": 1})
 

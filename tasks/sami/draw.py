@@ -1,0 +1,99 @@
+"""Constitutions drawn from a pool of principles and antitheses.
+
+A query's C constitutions hold the same principles; which of them stand as antitheses differs, and
+so does the order. `sample` draws them for training, `evaluate` for its arms.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from constitutions.constitution import Principle, load
+from constitutions.errors import UserError
+from tasks.store import Attempt
+
+
+class Told(NamedTuple):
+    """A constitution as a policy is told it."""
+
+    identifiers: tuple[str, ...]
+    """ "pos ID" or "neg ID", in order."""
+    principles: tuple[str, ...]
+
+
+class Pool(NamedTuple):
+    """The principles that training constitutions are drawn from, and those they never hold."""
+
+    trained: tuple[Principle, ...]
+    held_out: tuple[Principle, ...]
+
+
+HELD_OUT = "held_out.json"
+
+
+def pool_of(written: Attempt) -> Pool:
+    """What the stage "write" left."""
+    constitution = load(written.path("constitution.yaml"))
+    apart = set(json.loads(written.path(HELD_OUT).read_text("utf-8")))
+    return Pool(
+        trained=tuple(p for p in constitution.principles if p.id not in apart),
+        held_out=tuple(p for p in constitution.principles if p.id in apart),
+    )
+
+
+def tell(principles: Sequence[Principle], asked: Sequence[bool], rng: random.Random) -> Told:
+    """Principles (asked) and antitheses (not asked), in random order."""
+    pairs = [
+        (f"pos {p.id}", p.text) if wanted else (f"neg {p.id}", p.antithesis)
+        for p, wanted in zip(principles, asked, strict=True)
+    ]
+    rng.shuffle(pairs)
+    return Told(tuple(id for id, _ in pairs), tuple(text for _, text in pairs))
+
+
+def draw(
+    pool: Sequence[Principle], *, constitutions: int, principles: int, rng: random.Random
+) -> list[Told]:
+    """C constitutions of the same principles, no two with the same antitheses.
+
+    Args:
+        constitutions: C.
+        principles: how many each holds; all where the pool has fewer.
+
+    Raises:
+        UserError: too few of the pool have an antithesis for C different mixtures.
+    """
+    size = min(principles, len(pool))
+    needed = (constitutions - 1).bit_length()
+    two_sided = [p for p in pool if p.antithesis]
+    if len(two_sided) < needed or size < needed:
+        raise too_few(constitutions, size, len(two_sided))
+    chosen = rng.sample(two_sided, needed)
+    chosen += rng.sample([p for p in pool if p not in chosen], size - needed)
+    sides = [p for p in chosen if p.antithesis]
+    mixtures = rng.sample(range(2 ** len(sides)), constitutions)
+    return [tell(chosen, _asked(chosen, mixture), rng) for mixture in mixtures]
+
+
+def _asked(principles: Sequence[Principle], mixture: int) -> list[bool]:
+    """Which stand as principles: a bit of the mixture for each that has an antithesis."""
+    asked = []
+    for principle in principles:
+        asked.append(not principle.antithesis or not mixture & 1)
+        mixture >>= bool(principle.antithesis)
+    return asked
+
+
+def too_few(constitutions: int, principles: int, two_sided: int) -> UserError:
+    """The error of a pool that has no C different constitutions."""
+    needed = (constitutions - 1).bit_length()
+    return UserError(
+        f"{two_sided} of the principles have an antithesis, and a constitution holds {principles}",
+        where="settings 'sample.constitutions', 'sample.principles'",
+        expected=f"at least {needed} with one in each, for {constitutions} constitutions that "
+        "differ",
+        fix="staple constitution write words antitheses; or lower sample.constitutions",
+    )

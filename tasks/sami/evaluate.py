@@ -1,0 +1,472 @@
+"""SAMI, evaluation: does the policy follow a constitution better than the initial policy did?
+
+Held-out prompts are answered under constitutions of principles, of antitheses, of principles that
+no training constitution held, and under none. Every policy meets the same ones; its answers are
+compared with the initial policy's, and the previous one's, by the judges, under that constitution.
+The mutual information is estimated on mixtures as training has them.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+from constitutions.constitution import Principle
+from constitutions.errors import UserError
+from models.judges import numbered
+from models.load_judge import open_policy
+from models.policy import SILENT, Messages, Policy, Progress, Request, Scoring
+from models.pool import Pool
+from models.prompts import ConstitutionWording, under_constitution
+from tasks.answers import Given
+from tasks.benchmarks.settings import about_principles
+from tasks.comparisons import (
+    Meeting,
+    agreement_metrics,
+    length_metrics,
+    order_metrics,
+    win_rate_metrics,
+    win_rates,
+)
+from tasks.evaluate import (
+    EvaluateSettings,
+    are_planted,
+    check_judges,
+    noted_judges,
+    open_benches,
+    panel_of,
+)
+from tasks.panel import OpenPolicy, Panel
+from tasks.planted_truth import obedience_metrics
+from tasks.policies import PolicySource
+from tasks.progress import progress
+from tasks.records import Comparison, Prompt, Response, Sampled
+from tasks.sami.draw import Pool as Principles
+from tasks.sami.draw import Told, pool_of, tell
+from tasks.sami.sample import SampleSettings, sample
+from tasks.score import ScoreSettings
+from tasks.stage import stage
+from tasks.store import Attempt, Slot
+from tasks.work import Metrics, Workspace, shards
+
+ARMS = ("principles", "antitheses", "held_out_principles", "held_out_antitheses", "plain")
+"""The kinds of constitutions; "plain" has none. A pool without antitheses, or without principles
+that were held out, lacks those arms."""
+CONDITIONED = ARMS[:2]
+"""Together they are the rate "constitution": a policy that ignores what it is told wins half."""
+HELD_OUT = ARMS[2:4]
+"""Together "held_out"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """log C − loss of one held-out prompt's constitutions and responses, in nats."""
+
+    prompt_id: str
+    per_token: float | None
+    """With the mean log-probability per token, as in training."""
+    whole: float | None
+    """With that of the whole response: the bound that log-probabilities themselves give. Both None
+    where a response is missing."""
+
+
+class Ask(NamedTuple):
+    """A held-out prompt, and the constitution that it is answered under."""
+
+    prompt: Prompt
+    arm: str
+    told: Told
+
+
+@stage("evaluate")
+def evaluate_stage(
+    at: Slot,
+    settings: EvaluateSettings,
+    scoring: ScoreSettings,
+    sampling: SampleSettings,
+    policy: PolicySource,
+    held_out: Attempt,
+    written: Attempt,
+    *,
+    initial: Attempt | None = None,
+    previous: Attempt | None = None,
+) -> Attempt:
+    """held-out prompts, the pool, earlier policies' responses → responses, comparisons, metrics.
+
+    `sampling` says how many principles a constitution holds, and what the estimate's mixtures are.
+    """
+    given = {"initial": initial, "previous": previous}
+    inputs = {name: attempt for name, attempt in given.items() if attempt is not None}
+    inputs |= {"held_out": held_out, "written": written}
+    return evaluate(at, settings, scoring, sampling, policy, inputs)
+
+
+def evaluate(
+    at: Slot,
+    settings: EvaluateSettings,
+    scoring: ScoreSettings,
+    sampling: SampleSettings,
+    policy: PolicySource,
+    inputs: Mapping[str, Attempt],
+    open_policy: OpenPolicy = open_policy,
+) -> Attempt:
+    """The stage on the attempts that there are, by name; `open_policy` opens an LLM judge's model.
+
+    Raises:
+        UserError: a judge is wrong (before anything is answered), or failed too often.
+    """
+
+    def compute(work: Workspace) -> Metrics:
+        prompts = inputs["held_out"].read("prompts", Prompt)
+        planted = are_planted(prompts)
+        check_followed(settings, scoring, planted)
+        pool = pool_of(inputs["written"])
+        asked = asks(prompts, pool, sampling.principles, at.seed)
+        with policy.pool() as engines:
+            responses = _responses(work, engines, asked, settings, policy.wording, at)
+            metrics = response_metrics(responses, len(prompts))
+            if not policy.settings.endpoint:  # it tells no log-probabilities
+                metrics |= _information(
+                    work, engines, prompts, pool, settings, sampling, policy, at
+                )
+
+        with closing(open_benches(planted, scoring, at.seed, open_policy)) as benches:
+            panel = panel_of(benches, settings, at, work)
+            metrics |= _compared(panel, settings, responses, inputs, prompts)
+        return metrics | (obedience_metrics(responses, prompts) if planted else {})
+
+    where = noted_judges(policy.noted(at), _about_constitutions(settings), scoring)
+    where = replace(where, notes={**where.notes, "sampling": sampling.model_dump_json()})
+    return where.attempt("evaluate", settings, policy.inputs(**inputs), compute)
+
+
+def check_followed(settings: EvaluateSettings, scoring: ScoreSettings, planted: bool) -> None:
+    """Refuse judges that cannot tell how a constitution is followed, before anything is answered.
+
+    Raises:
+        UserError: the oracle outside the planted world; a judge that reads no constitution.
+    """
+    check_judges(settings, scoring, planted)
+    for judge in settings.judges:
+        blind = judge.kind == "reward" or (judge.kind == "auto" and not planted)
+        if blind:
+            raise UserError(
+                "this judge reads no constitution",
+                where=f"setting 'evaluate.judge.kind' = {judge.kind}",
+                expected="pairwise or absolute, with a model that judges; or similarity, to see "
+                "how near to the golds the answers stay",
+                fix="--set evaluate.judge.kind=pairwise --set evaluate.judge.policy.model=…",
+            )
+
+
+# Answering ----------------------------------------------------------------------------------
+
+
+def asks(prompts: Sequence[Prompt], pool: Principles, size: int, seed: int) -> list[Ask]:
+    """Every prompt under a constitution of each kind that the pool has, the same for every policy.
+
+    Args:
+        size: how many principles a constitution holds; all where there are fewer.
+    """
+    return [
+        Ask(prompt, arm, constitution)
+        for prompt in prompts
+        for arm, constitution in _constitutions(pool, size, f"{seed}/{prompt.prompt_id}")
+    ]
+
+
+def _constitutions(pool: Principles, size: int, key: str) -> Iterator[tuple[str, Told]]:
+    sides = {"": pool.trained, "held_out_": pool.held_out}
+    for prefix, principles in sides.items():
+        for kind, wanted in (("principles", True), ("antitheses", False)):
+            there = [p for p in principles if wanted or p.antithesis]
+            if there:
+                rng = random.Random(f"{key}/{prefix}{kind}")
+                chosen = rng.sample(there, min(size, len(there)))
+                yield f"{prefix}{kind}", tell(chosen, [wanted] * len(chosen), rng)
+    yield "plain", Told((), ())
+
+
+def _responses(
+    work: Workspace,
+    engines: Pool[Policy],
+    asked: Sequence[Ask],
+    settings: EvaluateSettings,
+    wording: ConstitutionWording,
+    at: Slot,
+) -> list[Response]:
+    job = partial(_respond, settings, wording, at.seed, at.iteration)
+    with progress(f"evaluate {at.iteration}: responses", len(asked), "responses") as tick:
+        return work.sharded(
+            "responses",
+            Response,
+            shards(asked, settings.shard_size),
+            lambda missing: engines.map(job, missing, tick),
+            found=lambda shard: tick(len(shard)),
+        )
+
+
+def _respond(
+    settings: EvaluateSettings,
+    wording: ConstitutionWording,
+    seed: int,
+    iteration: int,
+    policy: Policy,
+    asked: Sequence[Ask],
+    advance: Progress,
+) -> list[Response]:
+    """The noise is keyed by seed, prompt and arm, not by iteration: see `tasks.answers.answer`."""
+    requests = [
+        Request(
+            messages=_messages(ask, wording),
+            key=f"{seed}/evaluate/{ask.prompt.prompt_id}/{ask.arm}",
+            temperature=settings.temperature,
+            max_tokens=settings.max_response_tokens,
+        )
+        for ask in asked
+    ]
+    return [
+        Response(
+            prompt_id=ask.prompt.prompt_id,
+            iteration=iteration,
+            arm=ask.arm,
+            identifiers=ask.told.identifiers,
+            principles=ask.told.principles,
+            response=given.text,
+            finish=given.finish,
+            tokens=given.tokens,
+        )
+        for ask, (given, *_) in zip(asked, policy.generate(requests, advance), strict=True)
+    ]
+
+
+def _messages(ask: Ask, wording: ConstitutionWording) -> Messages:
+    if not ask.told.principles:
+        return ask.prompt.prompt
+    return under_constitution(wording, ask.told.principles, ask.prompt.prompt)
+
+
+def response_metrics(responses: Sequence[Response], prompts: int) -> Metrics:
+    """Lengths in characters of each arm's responses; shares in [0, 1]; tokens a prompt."""
+    lengths = {
+        f"answers/{arm}_characters": fmean(len(r.response) for r in rows)
+        for arm, rows in _by_arm(responses).items()
+    }
+    return lengths | {
+        "answers/empty": fmean(not r.response.strip() for r in responses),
+        "answers/truncated": fmean(r.finish == "length" for r in responses),
+        "answers/tokens": sum(r.tokens for r in responses) / prompts,
+    }
+
+
+def _by_arm(responses: Iterable[Response]) -> dict[str, list[Response]]:
+    arms: dict[str, list[Response]] = {}
+    for row in responses:
+        arms.setdefault(row.arm, []).append(row)
+    return arms
+
+
+# The mutual information -----------------------------------------------------------------------
+
+
+def _information(
+    work: Workspace,
+    engines: Pool[Policy],
+    prompts: Sequence[Prompt],
+    pool: Principles,
+    settings: EvaluateSettings,
+    sampling: SampleSettings,
+    policy: PolicySource,
+    at: Slot,
+) -> Metrics:
+    """Means over the held-out prompts, with the standard error of the first: `mi/…`, in nats."""
+    on_policy = sampling.model_copy(
+        update={
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "max_response_tokens": settings.max_response_tokens,
+        }
+    )
+    job = partial(_estimate, on_policy, policy.wording, pool.trained, f"{at.seed}/information")
+    with progress(f"evaluate {at.iteration}: information", len(prompts), "prompts") as tick:
+        found = work.sharded(
+            "information",
+            Estimate,
+            shards(prompts, settings.shard_size),
+            lambda missing: engines.map(job, missing, tick),
+            found=lambda shard: tick(len(shard)),
+        )
+    tokens = [row.per_token for row in found if row.per_token is not None]
+    metrics = {"mi/failed": float(len(found) - len(tokens))}
+    if len(tokens) > 1:
+        metrics["mi/per_token"] = fmean(tokens)
+        metrics["mi/per_token_error"] = stdev(tokens) / math.sqrt(len(tokens))
+        metrics["mi/whole"] = fmean(row.whole for row in found if row.whole is not None)
+    return metrics
+
+
+def _estimate(
+    settings: SampleSettings,
+    wording: ConstitutionWording,
+    principles: Sequence[Principle],
+    key: str,
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    advance: Progress,
+) -> list[Estimate]:
+    """Responses under mixtures, and how well each tells its own from the others."""
+    sampled = sample(prompts, policy, settings, wording, principles, key)
+    pairs = [
+        (under_constitution(wording, told.principles, row.prompt), own.response)
+        for row in sampled
+        for told in row.draws
+        for own in row.draws
+    ]
+    scored = iter(policy.logprobs(pairs))
+    found = []
+    for row in sampled:
+        size = len(row.draws)
+        cells = [[next(scored) for _ in range(size)] for _ in range(size)]
+        found.append(_estimate_of(row, cells))
+        advance(1)
+    return found
+
+
+def _estimate_of(row: Sampled, cells: Sequence[Sequence[Scoring]]) -> Estimate:
+    if any(draw.finish in SILENT for draw in row.draws):
+        return Estimate(prompt_id=row.prompt_id, per_token=None, whole=None)
+    return Estimate(
+        prompt_id=row.prompt_id,
+        per_token=bound([[cell.logprob / cell.tokens for cell in line] for line in cells]),
+        whole=bound([[cell.logprob for cell in line] for line in cells]),
+    )
+
+
+def bound(matrix: Sequence[Sequence[float]]) -> float:
+    """log C − loss of a (constitutions, responses) matrix, in nats: see `models.sami.sami_loss`."""
+    import torch
+
+    from models.sami import information
+
+    return information(torch.tensor(matrix, dtype=torch.float64))
+
+
+# Judging ------------------------------------------------------------------------------------
+
+
+def meetings(
+    responses: Sequence[Response], references: Sequence[Response], prompts: Iterable[Prompt]
+) -> list[Meeting]:
+    """One policy's responses meet another's under the same constitution: a meeting for each.
+
+    Raises:
+        UserError: the reference answered under another constitution.
+    """
+    asked = {p.prompt_id: p for p in prompts}
+    theirs = {(r.prompt_id, r.arm): r for r in references}
+    met = []
+    for ours in responses:
+        other = theirs.get((ours.prompt_id, ours.arm))
+        if other is not None and other.principles != ours.principles:
+            raise UserError(
+                "the reference policy answered under other constitutions",
+                where=f"evaluate of iteration {other.iteration}",
+                fix="run that stage again: staple run EXPERIMENT --resume",
+            )
+        met.append(
+            Meeting(
+                iteration=ours.iteration,
+                answer=ours.arm,
+                against=references[0].iteration,
+                reference=ours.arm,
+                prompt=asked[ours.prompt_id],
+                ours=_given(ours),
+                theirs=_given(other),
+                principle=numbered(ours.principles) if ours.principles else "",
+            )
+        )
+    return met
+
+
+def _given(row: Response | None) -> Given:
+    """A response; a prompt that left no room for one silenced the policy."""
+    if row is None:
+        return Given(text="", missing="there is none")
+    return Given(text=row.response, missing=SILENT.get(row.finish))
+
+
+def _about_constitutions(settings: EvaluateSettings) -> EvaluateSettings:
+    """LLM judges are shown the constitution, and asked how it is followed."""
+    judges = [about_principles(judge) for judge in settings.judges]
+    return settings.model_copy(update={"judge": judges[0], "also": tuple(judges[1:])})
+
+
+def _compared(
+    panel: Panel,
+    settings: EvaluateSettings,
+    responses: Sequence[Response],
+    inputs: Mapping[str, Attempt],
+    prompts: Sequence[Prompt],
+) -> Metrics:
+    """Win rates under the constitutions, also at equal lengths; and of the plain responses."""
+    met = [
+        meeting
+        for reference in _references(inputs)
+        for meeting in meetings(responses, reference, prompts)
+    ]
+    if not met:
+        return {}
+    conditioned, plain = [m for m in met if m.principle], [m for m in met if not m.principle]
+    judges = _about_constitutions(settings).judges
+    rows, *others = panel.compare("comparisons", conditioned, judges)
+    (unconditioned,) = panel.compare("plain-comparisons", plain, settings.judges[:1])
+    counted = [*rows, *together(rows, "constitution", CONDITIONED), *unconditioned]
+    counted += together(rows, "held_out", HELD_OUT)
+    how = {"seed": panel.seed, "resamples": panel.resamples}
+    return {
+        **win_rate_metrics(win_rates(counted, max_failed=panel.max_failed, **how)),
+        **length_metrics(counted, **how),
+        **order_metrics("judge", rows),
+        **agreement_metrics(rows, [row for part in others for row in part]),
+    }
+
+
+def _references(inputs: Mapping[str, Attempt]) -> list[list[Response]]:
+    """The initial policy's responses and the previous one's, each once."""
+    earlier = [inputs[name] for name in ("initial", "previous") if name in inputs]
+    once = {a.run_id: a for a in earlier}  # one at iteration 1
+    return [attempt.read("responses", Response) for attempt in once.values()]
+
+
+def together(rows: Iterable[Comparison], name: str, arms: Sequence[str]) -> list[Comparison]:
+    """A prompt's comparisons of several arms as one, by their mean outcome: the prompts are what is
+    drawn, so that an interval counts each once. One that failed fails it.
+    """
+    groups: dict[tuple[str, int], list[Comparison]] = {}
+    for row in rows:
+        if row.answer in arms:
+            groups.setdefault((row.prompt_id, row.against), []).append(row)
+    return [_mean(group, name) for group in groups.values()]
+
+
+def _mean(rows: Sequence[Comparison], name: str) -> Comparison:
+    outcomes = [row.outcome for row in rows]
+    known = [outcome for outcome in outcomes if outcome is not None]
+    return replace(
+        rows[0],
+        answer=name,
+        reference=name,
+        ours="\n\n".join(row.ours for row in rows),
+        theirs="\n\n".join(row.theirs for row in rows),
+        our_score=None,
+        their_score=None,
+        outcome=fmean(known) if len(known) == len(outcomes) else None,
+        failure=next((row.failure for row in rows if row.failure), None),
+        verdicts=(),
+    )

@@ -1,0 +1,166 @@
+"""SAMI, sampling: for each query C constitutions, and one response of the policy under each.
+
+y_i ~ p_θ(· | x, c_i) (arXiv 2404.14313, section 3). Nobody says which response is better: that each
+is the answer to its own constitution is all that `train` learns from.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import partial
+from itertools import islice
+from statistics import fmean
+
+from pydantic import Field, model_validator
+
+from constitutions.constitution import Principle
+from models.policy import Completion, Policy, Progress, Request
+from models.prompts import ConstitutionWording, under_constitution
+from models.settings import Settings
+from tasks.policies import PolicySource
+from tasks.progress import progress
+from tasks.records import Draw, Prompt, Sampled, fields
+from tasks.sami.draw import Told, draw, pool_of
+from tasks.stage import stage
+from tasks.store import Attempt, Slot
+from tasks.work import Metrics, Workspace, shards
+
+
+class SampleSettings(Settings):
+    """SAMI: which constitutions a query meets, and how the responses are sampled."""
+
+    constitutions: int = Field(2, ge=2, le=64)
+    """C: constitutions a query, and responses. Each step compares C × C pairs."""
+    principles: int = Field(2, ge=1, le=64)
+    """How many principles, as such or as their antitheses, a constitution holds."""
+    temperature: float = Field(1.0, ge=0, le=2)
+    """Sampling temperature; on-policy is 1, the paper's is 0."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling; 1 samples from the whole distribution."""
+    max_response_tokens: int = Field(512, ge=1, le=16_384)
+    """Longest response."""
+    shard_size: int = Field(64, ge=1, le=4096)
+    """Queries sampled and saved together: what a killed run repeats at most."""
+
+    @model_validator(mode="after")
+    def _enough_mixtures(self) -> SampleSettings:
+        if self.constitutions > 2**self.principles:
+            raise ValueError(
+                f"{self.constitutions} constitutions need more than {self.principles} principles "
+                "each to differ: raise principles"
+            )
+        return self
+
+
+def sample(
+    rows: Sequence[Prompt],
+    policy: Policy,
+    settings: SampleSettings,
+    wording: ConstitutionWording,
+    pool: Sequence[Principle],
+    key: str,
+    advance: Progress | None = None,
+) -> list[Sampled]:
+    """C constitutions and responses for each prompt, in the order of the rows.
+
+    Args:
+        pool: the principles to draw from.
+        key: "<seed>/<iteration>"; with prompt_id it seeds the draw and the noise.
+        advance: called with the number of responses that were given, C a prompt.
+
+    Raises:
+        UserError: the pool has no C different constitutions.
+    """
+    drawn = [_draw(row, settings, pool, key) for row in rows]
+    requests = [
+        Request(
+            messages=under_constitution(wording, constitution.principles, row.prompt),
+            key=f"{key}/{row.prompt_id}/response/{number}",
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            max_tokens=settings.max_response_tokens,
+        )
+        for row, constitutions in zip(rows, drawn, strict=True)
+        for number, constitution in enumerate(constitutions)
+    ]
+    responses = iter([some[0] for some in policy.generate(requests, advance)])
+    return [
+        Sampled(
+            **fields(row),
+            draws=tuple(map(_answered, constitutions, islice(responses, len(constitutions)))),
+        )
+        for row, constitutions in zip(rows, drawn, strict=True)
+    ]
+
+
+def _draw(row: Prompt, settings: SampleSettings, pool: Sequence[Principle], key: str) -> list[Told]:
+    return draw(
+        pool,
+        constitutions=settings.constitutions,
+        principles=settings.principles,
+        rng=random.Random(f"{key}/{row.prompt_id}/constitutions"),
+    )
+
+
+def _answered(constitution: Told, response: Completion) -> Draw:
+    return Draw(
+        identifiers=constitution.identifiers,
+        principles=constitution.principles,
+        response=response.text,
+        finish=response.finish,
+        tokens=response.tokens,
+    )
+
+
+@stage("sample")
+def sample_stage(
+    at: Slot, settings: SampleSettings, policy: PolicySource, prompts: Attempt, written: Attempt
+) -> Attempt:
+    """prompts, the pool of principles → sampled, shard by shard."""
+
+    def compute(work: Workspace) -> Metrics:
+        rows = prompts.read("prompts", Prompt)
+        key = f"{at.seed}/{at.iteration}"
+        principles = pool_of(written).trained
+        job = partial(_sample_shard, settings, policy.wording, principles, key)
+        each = settings.constitutions
+        showing = progress(f"sample {at.iteration}", len(rows) * each, "responses")
+        with policy.pool() as pool, showing as tick:
+            sampled = work.sharded(
+                "sampled",
+                Sampled,
+                shards(rows, settings.shard_size),
+                lambda missing: pool.map(job, missing, tick),
+                found=lambda shard: tick(len(shard) * each),
+            )
+        return _metrics(sampled)
+
+    inputs = policy.inputs(prompts=prompts, written=written)
+    return policy.noted(at).attempt("sample", settings, inputs, compute)
+
+
+def _sample_shard(
+    settings: SampleSettings,
+    wording: ConstitutionWording,
+    principles: Sequence[Principle],
+    key: str,
+    policy: Policy,
+    rows: Sequence[Prompt],
+    advance: Progress,
+) -> list[Sampled]:
+    return sample(rows, policy, settings, wording, principles, key, advance)
+
+
+def _metrics(sampled: Sequence[Sampled]) -> Metrics:
+    draws = [draw for row in sampled for draw in row.draws]
+    return {
+        "sampled_responses": float(len(draws)),
+        "generated_tokens": float(sum(draw.tokens for draw in draws)),
+        "sample/truncated": fmean(draw.finish == "length" for draw in draws),
+        "sample/silent": fmean(not draw.response.strip() for draw in draws),
+        "sample/characters": fmean(len(draw.response) for draw in draws),
+        "sample/distinct": fmean(
+            len({draw.response for draw in row.draws}) / len(row.draws) for row in sampled
+        ),
+    }

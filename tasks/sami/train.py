@@ -1,0 +1,128 @@
+"""SAMI, training: the policy learns which of its responses belongs to which constitution.
+
+Maximises a lower bound of I(Y; C | X) by `models.sami.sami_loss` (arXiv 2404.14313, section 3),
+with an optional divergence from the policy that the training starts from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from models.encoding import Encoder, EncodingError, Group
+from models.prompts import ConstitutionWording, under_constitution
+from tasks.policies import PolicySource
+from tasks.progress import progress
+from tasks.records import Rejected, Sampled
+from tasks.stage import stage
+from tasks.store import Attempt, Slot
+from tasks.train import (
+    TrainSettings,
+    continued,
+    expected_steps,
+    fit,
+    kept_curve,
+    none_to_train_on,
+    shared_by_one,
+)
+from tasks.work import Metrics, Workspace, text_sha256
+
+
+class Groups(NamedTuple):
+    """The tokenised queries, and those that cannot be trained on."""
+
+    groups: tuple[Group, ...]
+    skipped: tuple[Rejected, ...]
+
+
+def groups_of(
+    rows: Iterable[Sampled], encoder: Encoder, wording: ConstitutionWording, *, end_token: bool
+) -> Groups:
+    """Encode every query, or say why not: a response is missing, empty, too long, or all are the
+    same, so that nothing can be told apart.
+
+    Args:
+        end_token: whether the end of the turn counts, where a response came to one.
+    """
+    groups: list[Group] = []
+    skipped: list[Rejected] = []
+    for row in rows:
+        reason = _unusable(row)
+        try:
+            if not reason:
+                groups.append(_group(row, encoder, wording, end_token))
+                continue
+        except EncodingError as error:
+            reason = str(error)
+        skipped.append(
+            Rejected(
+                prompt_id=row.prompt_id,
+                sample=None,
+                source=row.source,
+                reason="cannot be trained on",
+                detail=reason,
+            )
+        )
+    return Groups(tuple(groups), tuple(skipped))
+
+
+def _unusable(row: Sampled) -> str:
+    """Why a query's responses tell nothing; empty where they do."""
+    if any(not draw.response.strip() for draw in row.draws):
+        return "a response is empty"
+    if len({draw.response for draw in row.draws}) == 1:
+        return "the responses are the same under all constitutions"
+    return ""
+
+
+def _group(row: Sampled, encoder: Encoder, wording: ConstitutionWording, end_token: bool) -> Group:
+    return encoder.group(
+        [under_constitution(wording, draw.principles, row.prompt) for draw in row.draws],
+        [draw.response for draw in row.draws],
+        ends=[end_token and draw.finish == "stop" for draw in row.draws],
+    )
+
+
+@stage("train")
+def train_stage(
+    at: Slot, settings: TrainSettings, policy: PolicySource, sampled: Attempt
+) -> Attempt:
+    """sampled, the adapter of iteration t−1 (inside `policy`) → adapter, curve, skipped."""
+
+    def compute(work: Workspace) -> Metrics:
+        from models.qlora import load_tokenizer
+
+        rows = sampled.read("sampled", Sampled)
+        tokenizer = load_tokenizer(policy.model, policy.settings.revision)
+        encoder = Encoder(tokenizer, settings.max_tokens)
+        data = groups_of(rows, encoder, policy.wording, end_token=settings.end_token)
+        if not data.groups:
+            raise none_to_train_on(data.skipped, "queries", settings)
+        with progress(
+            f"train {at.iteration}", expected_steps(len(rows), settings), "steps"
+        ) as tick:
+            curve = fit(
+                data.groups,
+                model=policy.model,
+                policy=policy.settings,
+                previous_adapter=continued(policy, settings),
+                out=work.outputs / "adapter",
+                settings=settings,
+                seed=at.seed,
+                digest=text_sha256(repr(data.groups)),
+                progress=tick,
+            )
+        return kept_curve(work, curve, data.skipped) | _counts(data, curve[-1].tokens)
+
+    inputs = policy.inputs(sampled=sampled)
+    noted = policy.local.noted(at)  # an endpoint answers, it does not train
+    return noted.attempt("train", shared_by_one(settings), inputs, compute)
+
+
+def _counts(data: Groups, tokens: int) -> Metrics:
+    return {
+        "train/queries": float(len(data.groups) + len(data.skipped)),
+        "train/trained": float(len(data.groups)),
+        "train/skipped": float(len(data.skipped)),
+        "train/tokens": float(tokens),
+    }
