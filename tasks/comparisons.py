@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from constitutions.errors import UserError
 from models.judges import Judge, Judgement, Pair
 from models.policy import Progress
 from tasks.answers import Given, Which, given
+from tasks.length_control import LengthConfoundedError, LengthControlled, length_controlled
 from tasks.records import Answer, Comparison, Prompt
 from tasks.winrate import (
     BothOrders,
@@ -221,15 +223,19 @@ def win_rates(
     Raises:
         UserError: too many judgements of one kind failed (see `rate_of`).
     """
+    how = {"seed": seed, "resamples": resamples}
+    return {
+        name: rate_of(rows, f"win rate {name}", max_failed=max_failed, **how)
+        for name, rows in _kinds(comparisons).items()
+    }
+
+
+def _kinds(comparisons: Iterable[Comparison]) -> dict[str, list[Comparison]]:
     kinds: dict[str, list[Comparison]] = {}
     for row in comparisons:
         for name in _names(row):
             kinds.setdefault(name, []).append(row)
-    how = {"seed": seed, "resamples": resamples}
-    return {
-        name: rate_of(rows, f"win rate {name}", max_failed=max_failed, **how)
-        for name, rows in kinds.items()
-    }
+    return kinds
 
 
 def _names(row: Comparison) -> list[str]:
@@ -296,7 +302,44 @@ def rate_metrics(name: str, rate: WinRate) -> dict[str, float]:
     return _interval(name, rate) | more
 
 
-def _interval(name: str, rate: WinRate) -> dict[str, float]:
+def length_metrics(
+    comparisons: Iterable[Comparison], *, seed: int, resamples: int = 1_000
+) -> dict[str, float]:
+    """What every win rate would be at equal lengths: `win_rate/<name>_length_controlled`.
+
+    The names are those of `win_rates`, each with its interval in [0, 1]. A kind of comparison of
+    which every judgement failed, or one side is always longer, has no such figure.
+
+    Args:
+        resamples: bootstrap samples; each is a fit, so that these cost more than a win rate's.
+    """
+    figures: dict[str, float] = {}
+    for name, rows in _kinds(comparisons).items():
+        with suppress(NoOutcomeError, LengthConfoundedError):
+            found = rate_at_equal_lengths(rows, seed=seed, resamples=resamples)
+            figures |= _interval(f"win_rate/{name}_length_controlled", found)
+    return figures
+
+
+def rate_at_equal_lengths(
+    rows: Sequence[Comparison], *, seed: int, resamples: int = 1_000
+) -> LengthControlled:
+    """The length-controlled win rate of comparisons of one kind; lengths are in characters.
+
+    Raises:
+        NoOutcomeError: every judgement failed.
+        LengthConfoundedError: one side is longer in every judged pair.
+    """
+    return length_controlled(
+        [row.outcome for row in rows],
+        [len(row.ours) for row in rows],
+        [len(row.theirs) for row in rows],
+        seed=seed,
+        resamples=resamples,
+    )
+
+
+def _interval(name: str, rate: WinRate | LengthControlled) -> dict[str, float]:
     return {name: rate.rate, f"{name}_low": rate.low, f"{name}_high": rate.high}
 
 

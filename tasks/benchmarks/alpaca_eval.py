@@ -21,6 +21,7 @@ import numpy as np
 from constitutions.errors import UserError
 from tasks.benchmarks.rows import Source, read_records
 from tasks.corpus_files import Record, RowError, wrong_type
+from tasks.length_control import standardised
 
 # Files
 
@@ -470,7 +471,7 @@ def _examples(
     difficulties: Sequence[float] | None,
     gamed: Sequence[GamedRow],
 ) -> _Examples:
-    lengths = _standardised([a.delta_length for a in annotations])
+    lengths = standardised([a.delta_length for a in annotations])
     hard = [0.0] * len(annotations) if difficulties is None else difficulties
     rows = [
         (length, difficulty, 1.0, a.outcome, 1.0)
@@ -499,11 +500,6 @@ def _check_lengths(lengths: Sequence[int], *, alone: bool) -> None:
             expected="answers of which some are shorter and some longer",
             fix="fit with the gamed baselines, or report the plain win rate",
         )
-
-
-def _standardised(lengths: Sequence[int]) -> np.ndarray:
-    """Differences of length over their sample standard deviation, not centred: 0 stays equal."""
-    return np.array(lengths) / (np.std(lengths, ddof=1) if any(lengths) else 1)
 
 
 def _fit(examples: _Examples, with_difficulty: bool) -> Weights:
