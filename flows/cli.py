@@ -48,25 +48,32 @@ def run(
     ] = "",
     force: Force = False,
 ) -> None:
-    """Run an experiment: T EM iterations, then a table. What the record has is not recomputed."""
+    """Run an experiment: its iterations, then a table. What the record has is not recomputed."""
     from flows.experiment import note_settings, parse_place, recorded_settings
     from flows.settings import load_settings, parse_overrides
 
     recorded = resume or bool(start)
     settings = (recorded_settings if recorded else load_settings)(source, set_ or [])
-    place = parse_place(start, settings.iterations) if start else None
+    place = parse_place(start, settings) if start else None
     from flows import show
     from flows.em import em_experiment
     from flows.preflight import ask_server, check
+    from flows.settings import following
     from flows.states import unchanged
+    from flows.together import go_on
 
     show.beginning(settings, check(settings))
+    if then := following(settings):
+        check(then)
     note_settings(settings, list(parse_overrides(set_ or [])) if recorded else None)
     done = None if force or place else unchanged(settings)
     if done is None:
         ask_server(settings)
         done = em_experiment(settings, force, place)
     show.ending(settings, done)
+    if followed := go_on(settings, done, force):
+        show.ending(followed.settings, followed.done)
+        typer.echo(f"Both in one report: {followed.report}")
 
 
 @app.command()
@@ -102,7 +109,11 @@ def baselines(
 @app.command()
 def stage(
     name: Annotated[
-        str, typer.Argument(help="prompts, mine, score, filter, cluster, review, train, evaluate.")
+        str,
+        typer.Argument(
+            help="prompts, mine, score, filter, cluster, review, train, evaluate; "
+            "SAMI: prompts, write, sample, train, evaluate."
+        ),
     ],
     experiment: Annotated[str, typer.Option(help="The experiment's name.")],
     iteration: Annotated[int, typer.Option(min=0, help="The EM iteration.")],

@@ -10,7 +10,7 @@ from typing import Any
 from constitutions.constitution import Changes, diff, load
 from constitutions.errors import UserError
 from flows.experiment import Experiment, open_experiment, recorded_settings, stages_of
-from flows.publish import iteration_metrics
+from flows.publish import constitution_of, iteration_metrics
 from tasks.store import Attempt
 from tasks.work import Metrics
 
@@ -80,11 +80,12 @@ def _side(reference: str) -> Side:
         return _whole(reference, experiment)
     if stage is None:
         return _iteration(reference, experiment, int(iteration))
-    if stage not in stages_of(int(iteration)):
+    there = stages_of(int(iteration), experiment.settings.method)
+    if stage not in there:
         raise UserError(
             f"iteration {iteration} has no stage '{stage}'",
             where=reference,
-            expected=f"one of {', '.join(stages_of(int(iteration)))}",
+            expected=f"one of {', '.join(there)}",
         )
     attempt = _attempt(experiment, stage, int(iteration), int(number) if number else None)
     return _one(reference, attempt)
@@ -101,7 +102,7 @@ def _whole(reference: str, e: Experiment) -> Side:
         attempts = _current(e, t)
         found = iteration_metrics(attempts)
         metrics |= {_at(t, name): value for name, value in found.items()}
-        constitution = attempts.get("review") or attempts.get("cluster") or constitution
+        constitution = constitution_of(attempts) or constitution
     return Side(reference, settings, metrics, constitution)
 
 
@@ -110,8 +111,7 @@ def _iteration(reference: str, e: Experiment, t: int) -> Side:
     if not attempts:
         raise UserError("nothing of this iteration was ever finished", where=reference)
     settings = e.settings_at(t).model_dump(mode="json", exclude={"experiment"})
-    constitution = attempts.get("review") or attempts.get("cluster")
-    return Side(reference, _flat(settings), iteration_metrics(attempts), constitution)
+    return Side(reference, _flat(settings), iteration_metrics(attempts), constitution_of(attempts))
 
 
 def _one(reference: str, attempt: Attempt) -> Side:
@@ -123,8 +123,8 @@ def _one(reference: str, attempt: Attempt) -> Side:
         **{f"input {name}": source.digest[:12] for name, source in made_from.inputs.items()},
         **{name: value[:12] for name, value in made_from.notes.items()},
     }
-    has_constitution = attempt.stage in ("cluster", "review")
-    return Side(reference, ingredients, attempt.metrics, attempt if has_constitution else None)
+    constitution = constitution_of({attempt.stage: attempt})
+    return Side(reference, ingredients, attempt.metrics, constitution)
 
 
 def _attempt(e: Experiment, stage: str, t: int, number: int | None) -> Attempt:
@@ -147,7 +147,7 @@ def started(attempt: Attempt) -> int:
 
 
 def _current(e: Experiment, t: int) -> dict[str, Attempt]:
-    wanted = stages_of(t)
+    wanted = stages_of(t, e.settings.method)
     if not e.settings_at(t).review.enabled:
         wanted = tuple(stage for stage in wanted if stage != "review")
     found = {stage: e.record.current(stage, t) for stage in wanted}

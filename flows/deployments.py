@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from prefect import Flow, State, flow
 from prefect.states import Completed
 from pydantic import Field
+from tasks.sami.write import WriteSettings
 
 from flows.em import em_experiment
 from flows.experiment import note_settings, record_of, recorded_settings
@@ -20,12 +21,14 @@ from flows.preflight import ask_server, check
 from flows.settings import ExperimentSettings, load_settings, with_changes
 from flows.stages import run_stage
 from flows.states import stage_states, unchanged
+from flows.together import go_on
 from models.settings import Settings
 from tasks.cluster import ClusterSettings
 from tasks.evaluate import EvaluateSettings
 from tasks.filter import FilterSettings
 from tasks.mine import MineSettings
 from tasks.prompts import PromptSettings
+from tasks.sami.sample import SampleSettings
 from tasks.score import ScoreSettings
 from tasks.train import TrainSettings
 
@@ -49,7 +52,7 @@ def with_form(
 def experiment(
     source: str = "planted", settings: Form = UNCHANGED, resume: bool = True, force: bool = False
 ) -> State[Any]:
-    """Run an experiment: T EM iterations. What the record has is not computed again.
+    """Run an experiment: T iterations. What the record has is not computed again.
 
     Args:
         source: A preset's name, a YAML file where the worker runs, or the name of an experiment
@@ -70,7 +73,8 @@ def experiment(
         stages = sum(map(len, done))
         return _unchanged(f"all {stages} stages of {chosen.experiment} are as recorded")
     ask_server(chosen)
-    em_experiment.fn(chosen, force)  # in this very run, which the review can suspend
+    done = em_experiment.fn(chosen, force)  # in this very run, which the review can suspend
+    go_on(chosen, done, force)
     return Completed(message=f"{chosen.experiment}: {chosen.iterations} iterations")
 
 
@@ -90,7 +94,7 @@ def stage_flow(stage: str, settings: type[Settings]) -> Flow[..., State[Any]]:
 
         Args:
             experiment: The name of an experiment that was run before.
-            iteration: The EM iteration. 0 has only prompts and evaluate.
+            iteration: The iteration. 0 has only prompts, SAMI's write, and evaluate.
             settings: What to change for this iteration, from now on. A field that stays empty is as
                 the experiment has it.
             force: Compute again what the record has.
@@ -111,6 +115,8 @@ mine = stage_flow("mine", MineSettings)
 score = stage_flow("score", ScoreSettings)
 filter_ = stage_flow("filter", FilterSettings)
 cluster = stage_flow("cluster", ClusterSettings)
+write = stage_flow("write", WriteSettings)
+sample = stage_flow("sample", SampleSettings)
 train = stage_flow("train", TrainSettings)
 evaluate = stage_flow("evaluate", EvaluateSettings)
 

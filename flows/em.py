@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from prefect import flow
 
-from flows import review
+from flows import review, sami
 from flows.experiment import Experiment, Place, open_experiment
 from flows.publish import Attempts, publish_experiment, publish_iteration
 from flows.settings import ExperimentSettings
@@ -31,8 +31,11 @@ def steps(e: Experiment, t: int) -> Iterator[Attempt]:
 
     E-step (mine, score, filter), constitution (cluster, review), M-step (train), evaluation.
     Iteration 0: the untouched policy answers the held-out prompts. Supervised fine-tuning on golds
-    has no E-step; STaR, without principles, no constitution.
+    has no E-step; STaR, without principles, no constitution. SAMI's stages are `flows.sami`'s.
     """
+    if e.settings.method == "sami":
+        yield from sami.steps(e, t)
+        return
     at, settings = e.slot(t), e.settings_at(t)
     yield (prompts := prompts_stage(at, settings.prompts))
     if t == 0:

@@ -17,16 +17,23 @@ from constitutions.errors import UserError
 from flows.settings import ExperimentSettings, dump_settings, load_settings, with_changes
 from tasks.basemodels import BaseModelFiles, kept_model, resolve_model
 from tasks.policies import PolicySource
-from tasks.review import Verdict, recorded_verdict
+from tasks.review import ReviewSettings, Verdict, recorded_verdict
 from tasks.store import Attempt, Looker, Mode, Record, Slot
 
-STAGES = ("prompts", "mine", "score", "filter", "cluster", "review", "train", "evaluate")
-"""The stages of an iteration, in the method's order; iteration 0 has its own two."""
-INITIAL_STAGES = ("prompts", "evaluate")
+STAGES = (
+    *("prompts", "write", "mine", "score", "filter", "cluster", "review"),
+    *("sample", "train", "evaluate"),
+)
+"""The stages of all methods, in their order."""
+INITIAL_STAGES = ("prompts", "write", "evaluate")
+"""Those of iteration 0; "write" is there alone."""
+_STAPLE = frozenset({"mine", "score", "filter", "cluster", "review"})
+_SAMI = frozenset({"write", "sample"})
 SKIPPED = {
-    "staple": frozenset[str](),
-    "star": frozenset({"cluster", "review"}),
-    "sft": frozenset({"mine", "score", "filter", "cluster", "review"}),
+    "staple": _SAMI,
+    "star": _SAMI | {"cluster", "review"},
+    "sft": _SAMI | _STAPLE,
+    "sami": _STAPLE,
 }
 """The stages that a method does without."""
 
@@ -63,7 +70,10 @@ class Experiment:
 
     def settings_at(self, iteration: int) -> ExperimentSettings:
         """The settings that hold in an iteration."""
-        return with_changes(self.settings, self._changes.get(iteration, {}))
+        found = with_changes(self.settings, self._changes.get(iteration, {}))
+        if found.review.which == "last" and iteration != found.iterations:
+            return found.model_copy(update={"review": ReviewSettings()})
+        return found
 
     def slot(self, iteration: int) -> Slot:
         """Where an iteration's stages run."""
@@ -96,12 +106,62 @@ class Experiment:
         """
         settings = self.settings_at(iteration if t is None else t).policy
         initial = PolicySource(
-            settings, self.model.path, self.model.digest, guided=self.settings.guided
+            settings,
+            self.model.path,
+            self.model.digest,
+            guided=self.settings.guided,
+            constitutional=self.settings.method == "sami",
         )
-        return initial.trained(self.needs("train", iteration)) if iteration else initial
+        if iteration:
+            return initial.trained(self.needs("train", iteration))
+        begun = self.before if t else None  # nobody's adapter answers as the initial policy
+        return initial.trained(begun.newest("train")) if begun else initial
+
+    @cached_property
+    def before(self) -> Experiment | None:
+        """The finished experiment that this one goes on from, where it does.
+
+        Raises:
+            UserError: there is none of this name, or it improves another model.
+        """
+        if not self.settings.after:
+            return None
+        settings = recorded_settings(self.settings.after)
+        if settings.policy.model != self.settings.policy.model:
+            raise UserError(
+                f"experiment {settings.experiment} improves another model",
+                where="setting 'after'",
+                expected=f"policy.model: {settings.policy.model}",
+            )
+        return open_experiment(settings)
+
+    def newest(self, stage: str) -> Attempt:
+        """The current attempt of the newest iteration that finished a stage.
+
+        Raises:
+            UserError: none did.
+        """
+        return newest(self.settings, stage, None)
+
+    def discovered(self) -> Attempt | None:
+        """The constitution that the experiment before this one ended with."""
+        if self.before is None or self.settings.write.constitution:
+            return None
+        return self.before.constitution(self.before.newest("train").iteration)
+
+    def writer(self) -> PolicySource:
+        """Who writes principles: a model of its own, or the initial policy."""
+        settings = self.settings.write.writer
+        if settings is None:
+            return self.policy(0)
+        find = kept_model if self.look else resolve_model
+        model = find(settings, self.settings.seed, home(), self.record)
+        return PolicySource(settings, model.path, model.digest, constitutional=True)
 
     def constitution(self, iteration: int) -> Attempt:
         """The attempt whose constitution an iteration trains on: reviewed, where that is asked."""
+        if self.settings.method == "sami":
+            return self.needs("write", 0)
         reviewed = self.settings_at(iteration).review.enabled
         return self.needs("review" if reviewed else "cluster", iteration)
 
@@ -125,7 +185,7 @@ class Experiment:
 
 def stages_of(iteration: int, method: str = "staple") -> tuple[str, ...]:
     """The stages that an iteration can have."""
-    there = STAGES if iteration else INITIAL_STAGES
+    there = [s for s in STAGES if s != "write"] if iteration else INITIAL_STAGES
     return tuple(stage for stage in there if stage not in SKIPPED[method])
 
 
@@ -177,21 +237,22 @@ def recorded_settings(experiment: str, overrides: Sequence[str] = ()) -> Experim
     return load_settings(f"experiment {experiment}", overrides, text=text)
 
 
-def parse_place(place: str, iterations: int) -> Place:
-    """ "cluster:2" as (2, "cluster"); without a number it is iteration 1.
+def parse_place(place: str, settings: ExperimentSettings) -> Place:
+    """ "cluster:2" as (2, "cluster"); without a number it is iteration 1, or 0 for "write".
 
     Raises:
         UserError: there is no such stage or iteration.
     """
     stage, _, number = place.partition(":")
-    iteration = int(number) if number.isdigit() else 1
+    iteration = int(number) if number.isdigit() else int(stage != "write")
     wrong = number and not number.isdigit()
-    if wrong or iteration > iterations or stage not in stages_of(iteration):
+    last, method = settings.iterations, settings.method
+    if wrong or iteration > last or stage not in stages_of(iteration, method):
+        there = [s for s in STAGES if s not in SKIPPED[method]]
         raise UserError(
             "there is no such stage",
             where=place,
-            expected=f"one of {', '.join(STAGES)}, and an iteration up to {iterations}, "
-            "as in cluster:2",
+            expected=f"one of {', '.join(there)}, and an iteration up to {last}, as in train:2",
         )
     return iteration, stage
 

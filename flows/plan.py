@@ -18,6 +18,7 @@ from flows.experiment import record_of, recorded_settings
 from flows.settings import ExperimentSettings, with_changes
 from flows.workload import CHARACTERS, Asked, Assumed, Turn, Workload, lengths
 from models.cost import GIB, GPUS, Gpu, Held
+from models.planted import NAMES
 from models.policy import PolicySettings
 from models.shapes import WIDTH, shape_of
 from tasks.work import Metrics
@@ -342,7 +343,7 @@ class _Estimate:
         """Bytes; without the corpora, which are the hub's to tell."""
         s, shape = self.settings, self.policy.shape
         files = Path(s.policy.model).expanduser().glob("*.safetensors")
-        published = "float32" if s.policy.model == "planted" else "bfloat16"
+        published = "float32" if s.policy.model in NAMES else "bfloat16"
         weights = sum(f.stat().st_size for f in files) or shape.parameters * WIDTH[published]
         found = {"model": float(weights)}
         if s.iterations:

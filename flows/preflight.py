@@ -8,6 +8,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 
+from constitutions.reference import load_pairs
+from tasks.sami.write import split_held_out
+
 from constitutions.errors import UserError, UserErrors
 from flows.experiment import home
 from flows.settings import ExperimentSettings
@@ -20,6 +23,8 @@ from tasks.corpus import CorpusSettings, load_corpus
 from tasks.evaluate import check_judges
 from tasks.judging import check_judge
 from tasks.prompts import prompt_sets
+from tasks.sami.evaluate import check_followed
+from tasks.sami.sample import check_mixtures
 
 LEAST_FREE_BYTES = 512 << 20
 """Free disk that an experiment needs at least: database, rows, adapters, figures."""
@@ -32,6 +37,7 @@ def check(settings: ExperimentSettings) -> dict[str, str]:
         UserErrors: everything that is wrong.
     """
     problems: list[UserError] = []
+    sami = settings.method == "sami"
 
     def attempt(look: Callable[[], str]) -> str:
         try:
@@ -43,7 +49,8 @@ def check(settings: ExperimentSettings) -> dict[str, str]:
     found = {
         "model": attempt(lambda: _model(settings)),
         "prompts": attempt(lambda: _prompts(settings)),
-        "score": attempt(lambda: _similarity(settings)),
+        **({"write": attempt(lambda: _constitution(settings))} if sami else {}),
+        **({} if sami else {"score": attempt(lambda: _similarity(settings))}),
         "evaluate": attempt(lambda: _judges(settings)) + attempt(lambda: _benchmarks(settings)),
         "disk": attempt(_disk),
         **({"pool": attempt(lambda: _pools(settings))} if _by_ray(settings) else {}),
@@ -110,6 +117,20 @@ def _prompts(settings: ExperimentSettings) -> str:
     return f"{counts} to mine, {settings.prompts.held_out:,} held out{rejected}"
 
 
+def _constitution(settings: ExperimentSettings) -> str:
+    """Where the principles come from; of a given constitution, that there are mixtures enough."""
+    write = settings.write
+    if write.constitution is None:
+        writer = check_model(write.writer) if write.writer else "the policy"
+        found = f"discovered by {settings.after}, antitheses" if settings.after else "written"
+        return f"{found} by {writer}"
+    constitution = load_pairs(write.constitution)
+    trained, held_out = split_held_out(constitution, write.held_out, settings.seed)
+    pool = [p for p in constitution.principles if p.id in trained]
+    check_mixtures(settings.sample, pool)
+    return f"{len(trained)} principles of {write.constitution}, {len(held_out)} more held out"
+
+
 def _similarity(settings: ExperimentSettings) -> str:
     judge = settings.score.judge
     graded = f" ({check_judge(judge)})" if judge else ""
@@ -118,7 +139,8 @@ def _similarity(settings: ExperimentSettings) -> str:
 
 def _judges(settings: ExperimentSettings) -> str:
     evaluate = settings.evaluate
-    check_judges(evaluate, settings.score, planted=settings.prompts.sources == "planted")
+    check_them = check_followed if settings.method == "sami" else check_judges
+    check_them(evaluate, settings.score, planted=settings.prompts.sources == "planted")
     models = [check_judge(judge) for judge in evaluate.all_judges if judge.policy]
     kinds = ", ".join(judge.kind for judge in evaluate.judges)
     return f"judge {kinds}" + (f" ({'; '.join(dict.fromkeys(models))})" if models else "")

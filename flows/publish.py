@@ -36,7 +36,7 @@ def publish_iteration(experiment: Experiment, iteration: int, attempts: Attempts
         if "train" in attempts:
             register_adapter(record, iteration, attempts["train"], metrics)
         _mark(record, iteration, attempts)
-    approved = attempts.get("review") or attempts.get("cluster")
+    approved = constitution_of(attempts)
     if approved and FlowRunContext.get() is not None:
         constitution = load(approved.path("constitution.yaml"))
         create_markdown_artifact(
@@ -83,6 +83,12 @@ def iteration_metrics(attempts: Mapping[str, Attempt]) -> Metrics:
     return metrics
 
 
+def constitution_of(attempts: Mapping[str, Attempt]) -> Attempt | None:
+    """The attempt with an iteration's constitution: as a person approved it, as it was clustered;
+    or as it was written, for SAMI."""
+    return attempts.get("review") or attempts.get("cluster") or attempts.get("write")
+
+
 def rate_text(metrics: Mapping[str, float], name: str) -> str:
     """A rate with its interval, as tables show it: "0.95 [0.92, 0.97]"; a dash where it is not."""
     if name not in metrics:
@@ -95,7 +101,8 @@ def register_adapter(
 ) -> None:
     """A version of the registered model; "champion" moves only to a policy that beats the last.
 
-    That is: the refined answers' interval against the previous iteration lies above parity.
+    That is: the interval of the refined answers (SAMI: of those under a constitution) against the
+    previous iteration lies above parity.
     """
     from mlflow.exceptions import MlflowException
 
@@ -108,13 +115,15 @@ def register_adapter(
         name, source=f"runs:/{trained.run_id}/adapter", run_id=trained.run_id
     )
     client.set_model_version_tag(name, version.version, "iteration", str(iteration))
-    if metrics.get("win_rate/refined_vs_previous_low", 0.0) > 0.5:
+    beaten = ("win_rate/refined_vs_previous_low", "win_rate/constitution_vs_previous_low")
+    if any(metrics.get(name, 0.0) > 0.5 for name in beaten):
         client.set_registered_model_alias(name, "champion", version.version)
 
 
 def _files(attempts: Mapping[str, Attempt]) -> list[Path]:
     """In this order: a reviewed constitution takes the place of the clustered one."""
     wanted = {
+        "write": ("constitution.yaml",),
         "cluster": ("constitution.yaml", "map.png"),
         "review": ("constitution.yaml",),
         "train": ("adapter",),

@@ -120,7 +120,7 @@ def _current(settings: ExperimentSettings) -> Iterator[tuple[tuple[str, int], At
     """(stage, iteration) and what was finished last, in the loop's order."""
     record = record_of(settings.experiment)
     for t in range(settings.iterations + 1):
-        for stage in stages_of(t):
+        for stage in stages_of(t, settings.method):
             if attempt := record.current(stage, t):
                 yield (stage, t), attempt
 

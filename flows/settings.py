@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError
+from tasks.sami.write import WriteSettings
 
 from constitutions.errors import UserError, UserErrors
 from models.policy import PolicySettings
@@ -23,29 +24,40 @@ from tasks.filter import FilterSettings
 from tasks.mine import MineSettings
 from tasks.prompts import PromptSettings
 from tasks.review import ReviewSettings
+from tasks.sami.sample import SampleSettings
 from tasks.score import ScoreSettings
 from tasks.train import TrainSettings
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 PRESETS = Path(__file__).parent / "presets"
 
 
 class ExperimentSettings(Settings):
     """One experiment: T EM iterations of a policy on prompts with gold responses."""
 
-    experiment: str = Field("staple", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    experiment: str = Field("staple", pattern=NAME)
     """The experiment's name in MLflow: letters, digits, dot, dash and underscore."""
-    method: Literal["staple", "star", "sft"] = "staple"
-    """STaPLe; or a baseline: "star" is the same loop with no principle between the two responses
-    (and, with no iteration, Self-Refine), "sft" learns the gold responses themselves."""
+    method: Literal["staple", "star", "sft", "sami"] = "staple"
+    """STaPLe; SAMI, which teaches a given constitution without golds; or a baseline: "star" is
+    STaPLe's loop with no principle between the two responses (and, with no iteration, Self-Refine),
+    "sft" learns the gold responses themselves."""
+    after: str | None = Field(None, pattern=NAME)
+    """SAMI: the name of a finished STaPLe experiment whose policy is trained further, and whose
+    constitution is amplified."""
+    then: dict[str, Any] = Field(default_factory=dict)
+    """Settings of an experiment that goes on where this one ends, as NAME.sami: see the preset
+    staple-then-sami."""
     seed: int = Field(0, ge=0)
     """Seeds every draw: prompts, samples, clustering, adapter, bootstrap."""
     iterations: int = Field(4, ge=0, le=100)
-    """T: EM iterations. With 0 nothing is trained: the initial policy answers the held-out
+    """T: iterations. With 0 nothing is trained: the initial policy answers the held-out
     prompts."""
     policy: PolicySettings = PolicySettings()
     """The model that improves itself."""
     prompts: PromptSettings = PromptSettings()
     """Where prompts and gold responses come from, and how many each iteration takes."""
+    write: WriteSettings = WriteSettings()
+    """SAMI: the constitution, given or written by a model."""
     mine: MineSettings = MineSettings()
     """E-step: proposals."""
     score: ScoreSettings = ScoreSettings()
@@ -56,8 +68,10 @@ class ExperimentSettings(Settings):
     """Posterior regularisation: the constitution."""
     review: ReviewSettings = ReviewSettings()
     """Whether a person approves the constitution before it is trained on."""
+    sample: SampleSettings = SampleSettings()
+    """SAMI: responses under constitutions."""
     train: TrainSettings = TrainSettings()
-    """M-step: the adapter."""
+    """M-step, or SAMI's objective: the adapter."""
     evaluate: EvaluateSettings = EvaluateSettings()
     """Held-out win rates."""
 
@@ -70,15 +84,17 @@ class ExperimentSettings(Settings):
     def headline(self) -> str:
         """The metric that methods are compared by: final answers against the initial policy's.
 
-        The final answer is the refinement; after fine-tuning on golds, the first one.
+        The final answer is the refinement; after fine-tuning on golds, the first one; of SAMI, the
+        response under a constitution, which the initial policy is told as well.
         """
-        return f"win_rate/{'initial_vs_0' if self.method == 'sft' else 'refined_vs_initial_0'}"
+        final = {"sft": "initial_vs_0", "sami": "constitution_vs_0"}
+        return f"win_rate/{final.get(self.method, 'refined_vs_initial_0')}"
 
     @property
     def method_name(self) -> str:
         """What tables call the method."""
-        if self.method == "sft":
-            return "SFT on gold"
+        if self.method in ("sft", "sami"):
+            return "SAMI" if self.method == "sami" else "SFT on gold"
         if self.method == "star":
             return "STaR" if self.iterations else "Self-Refine"
         if not self.iterations:
@@ -141,18 +157,82 @@ def with_changes(settings: ExperimentSettings, changes: Mapping[str, Any]) -> Ex
     return changed
 
 
+def following(settings: ExperimentSettings) -> ExperimentSettings | None:
+    """The experiment that goes on where this one ends, as `then` has it; None without.
+
+    Raises:
+        UserErrors: every name or value in `then` that is wrong.
+    """
+    if not settings.then:
+        return None
+    name = settings.experiment
+    own = {"experiment": f"{name}.sami", "method": "sami", "after": name, "then": {}}
+    return with_changes(settings, {**_dotted(settings.then), **own})
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"epochs": 2}} as {"train.epochs": 2}."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        path = f"{prefix}{name}"
+        found |= _dotted(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return found
+
+
 def _contradictions(settings: ExperimentSettings, source: str) -> list[UserError]:
     """Settings of different parts that cannot hold together."""
-    if settings.train.update == "lora" or settings.policy.quantization == "none":
-        return []
-    return [
-        UserError(
-            f"all weights cannot be trained in {settings.policy.quantization}",
-            where=f"{source}, setting 'train.update' = full",
-            expected="policy.quantization: none",
-            fix="set it, or train.update: lora",
+    found: list[UserError] = []
+    if settings.then and settings.method != "sami":
+        try:
+            following(settings)
+        except UserError as error:
+            found.append(error)
+    if settings.train.update == "full" and settings.policy.quantization != "none":
+        found.append(
+            UserError(
+                f"all weights cannot be trained in {settings.policy.quantization}",
+                where=f"{source}, setting 'train.update' = full",
+                expected="policy.quantization: none",
+                fix="set it, or train.update: lora",
+            )
         )
-    ]
+    return [*found, *_sami_contradictions(settings, source)]
+
+
+def _sami_contradictions(settings: ExperimentSettings, source: str) -> Iterator[UserError]:
+    if settings.method != "sami":
+        sources = settings.prompts.sources
+        if sources != "planted" and not all(source.gold_column for source in sources):
+            yield UserError(
+                f"method {settings.method} needs gold responses",
+                where=f"{source}, setting 'prompts.sources'",
+                expected="a gold_column in each",
+            )
+        if settings.after:
+            yield UserError(
+                f"method {settings.method} goes on from no other experiment",
+                where=f"{source}, setting 'after'",
+                expected="method: sami",
+            )
+        return
+    if settings.train.lora_dropout:
+        yield UserError(
+            "dropout would compare responses by another policy in every pass",
+            where=f"{source}, setting 'train.lora_dropout'",
+            expected="0, with method: sami",
+        )
+    if settings.evaluate.benchmarks.chosen or settings.evaluate.principle_judge:
+        yield UserError(
+            "benchmarks and the principle judge are about STaPLe's two answers",
+            where=f"{source}, settings 'evaluate.benchmarks', 'evaluate.principle_judge'",
+            expected="none, with method: sami",
+        )
+    if settings.then:
+        yield UserError(
+            "after SAMI no further experiment is run",
+            where=f"{source}, setting 'then'",
+            expected="another method",
+        )
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:

@@ -38,7 +38,8 @@ console = Console()
 def beginning(settings: ExperimentSettings, found: Mapping[str, str]) -> None:
     """What is about to be run."""
     facts = "\n".join(f"{name:<8} {what}" for name, what in found.items())
-    title = f"experiment {settings.experiment}: {settings.iterations} EM iterations"
+    of = "" if settings.method == "sami" else "EM "
+    title = f"experiment {settings.experiment}: {settings.iterations} {of}iterations"
     console.print(Panel(Text(facts), title=title, title_align="left", expand=False))
 
 
@@ -46,6 +47,8 @@ def ending(settings: ExperimentSettings, done: Sequence[Mapping[str, Attempt]]) 
     """The closing table, and what to try next."""
     history = [iteration_metrics(attempts) for attempts in done]
     console.print(_results(settings, history))
+    if settings.method == "sami":
+        console.print(_followed(history))
     if any("planted/nmi" in metrics for metrics in history):
         console.print(_truth(history))
     console.print(_seconds(history))
@@ -84,6 +87,7 @@ def status(settings: ExperimentSettings) -> None:
     states = stage_states(settings)
     columns = [name for name in STAGES if any(stage == name for stage, _ in states)]
     title = f"experiment {settings.experiment}: seconds, principles, win rate against iteration 0"
+    sami = settings.method == "sami"
     table = _table(title, ("it.", *columns, "size", "win"))
     table.padding = (0, 1, 0, 0)
     for iteration in range(settings.iterations + 1):
@@ -92,8 +96,8 @@ def status(settings: ExperimentSettings) -> None:
         table.add_row(
             str(iteration),
             *(_state_cell(row.get(name)) for name in columns),
-            _number(figures, "constitution_size", ".0f"),
-            _number(figures, "win_rate/refined_vs_0", ".2f"),
+            _number(figures, "write/principles" if sami else "constitution_size", ".0f"),
+            _number(figures, settings.headline if sami else "win_rate/refined_vs_0", ".2f"),
         )
     console.print(table)
     for (name, iteration), state in states.items():
@@ -238,6 +242,8 @@ def _memory(found: Plan) -> Table:
 
 
 def _results(settings: ExperimentSettings, history: Sequence[Metrics]) -> Table:
+    if settings.method == "sami":
+        return _told(settings, history)
     table = _table(
         f"experiment {settings.experiment}: win rates against iteration 0, 95 % intervals",
         ("iteration", "accepted", "principles", "refined answer", "first answer"),
@@ -250,6 +256,43 @@ def _results(settings: ExperimentSettings, history: Sequence[Metrics]) -> Table:
             rate_text(metrics, "win_rate/refined_vs_0"),
             rate_text(metrics, "win_rate/initial_vs_0"),
         )
+    return table
+
+
+def _told(settings: ExperimentSettings, history: Sequence[Metrics]) -> Table:
+    """SAMI: how a policy follows what it is told, against the initial policy told the same."""
+    arms = ("principles", "antitheses", "held_out")
+    name = settings.experiment
+    table = _table(
+        f"experiment {name}: win rates against iteration 0 under the same constitution",
+        ("iteration", "of principles", "of antitheses", "of held-out ones", "equal lengths"),
+    )
+    for iteration, metrics in enumerate(history):
+        rates = [rate_text(metrics, f"win_rate/{arm}_vs_0") for arm in arms]
+        controlled = rate_text(metrics, "win_rate/constitution_vs_0_length_controlled")
+        table.add_row(str(iteration), *rates, controlled)
+    return table
+
+
+def _followed(history: Sequence[Metrics]) -> Table:
+    """SAMI: the information, lengths; on the planted world, what is followed, what survives."""
+    shown = {
+        "mi/per_token": ("I(Y; C | X)", ".3f"),
+        "mi/per_token_error": ("±", ".3f"),
+        "answers/principles_characters": ("characters", ".0f"),
+        "answers/plain_characters": ("… untold", ".0f"),
+        "planted/obeyed_principles": ("obeyed", ".2f"),
+        "planted/obeyed_antitheses": ("… antitheses", ".2f"),
+        "planted/core_principles": ("core", ".2f"),
+        "planted/core_plain": ("… untold", ".2f"),
+    }
+    there = {n: how for n, how in shown.items() if any(n in metrics for metrics in history)}
+    table = _table(
+        "information in nats, mean lengths, shares", ("iteration", *(t for t, _ in there.values()))
+    )
+    for iteration, metrics in enumerate(history):
+        cells = [_number(metrics, name, style) for name, (_, style) in there.items()]
+        table.add_row(str(iteration), *cells)
     return table
 
 
@@ -355,9 +398,12 @@ def _next_steps(settings: ExperimentSettings) -> None:
     console.print("\nNext:")
     discovered = settings.guided and settings.iterations
     learned = (f"staple constitution show {name}", "the principles it learned")
+    if settings.method == "sami":
+        learned = (f"staple constitution show {name}", "what it was taught")
+    ask = (f'staple ask {name} "…"', "its answer, the principle, the refined answer")
     _commands(
-        *([learned] if discovered else []),
-        (f'staple ask {name} "…"', "its answer, the principle, the refined answer"),
+        *([learned] if discovered or settings.method == "sami" else []),
+        *([ask] if settings.method != "sami" else []),
         (f"staple status {name}", "every stage of every iteration"),
         ("staple up", "Prefect's and MLflow's pages: every run, iterations side by side"),
     )

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 from pydantic import Field, model_validator
 
 from constitutions.errors import UserError
+from models.planted import NAMES
 from models.policy import Message, PolicySettings, Progress
 from models.settings import Settings
 
@@ -316,7 +317,7 @@ class JudgeSettings(Settings):
     @model_validator(mode="after")
     def _has_a_model(self) -> JudgeSettings:
         needs = self.kind in ("pairwise", "absolute", "reward")
-        if needs and (self.policy is None or self.policy.model == "planted"):
+        if needs and (self.policy is None or self.policy.model in NAMES):
             raise ValueError(f"a {self.kind} judge needs a model of its own: set policy.model")
         if self.policy and self.policy.endpoint and self.kind not in ("pairwise", "absolute"):
             raise ValueError(f"a {self.kind} judge runs in process: leave endpoint unset")

@@ -138,7 +138,8 @@ class PolicySettings(Settings):
     """The policy that is improved, and how it is held in memory."""
 
     model: str = "planted"
-    """A transformers model directory, a hub name, or "planted" for the embedded world's model."""
+    """A transformers model directory, a hub name, or a model of the embedded world: "planted", and
+    for SAMI "planted-sami" and the smaller "planted-sami-small"."""
     revision: str | None = None
     """Commit of a hub model; needed for a repeatable run."""
     templates: Literal["chat", "terse"] = "chat"

@@ -1,4 +1,4 @@
-"""The base model's files: the planted one made when missing, a directory checked, a hub name noted.
+"""The base model's files: a planted one made when missing, a directory checked, a hub name noted.
 
 Everything that the model's answers depend on is in its digest.
 """
@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from constitutions.errors import UserError
+from models.planted import NAMES
 from models.policy import PolicySettings
 from models.weights import file_hashes
 from tasks.code import code_version
 from tasks.progress import progress
 from tasks.store import SUMMARY, Record
 from tasks.work import text_sha256
-
-PLANTED = "planted"
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,8 @@ def resolve_model(
     kept = kept_model(settings, seed, home, record)
     if kept.path:
         return kept
-    made, name = _make_planted(seed, home), _planted_name(seed)
+    model = settings.model
+    made, name = _make_planted(model, seed, home), _planted_name(model, seed)
     record.client.log_artifacts(record.iteration_run(SUMMARY), str(made), name)
     record.log_text(f"{name}.digest", folder_digest(made, home))  # last: the copy is whole
     return kept_model(settings, seed, home, record)
@@ -55,8 +55,8 @@ def kept_model(settings: PolicySettings, seed: int, home: Path, record: Record) 
         UserError: the directory lacks what transformers needs.
     """
     check_model(settings)
-    if settings.model == PLANTED:
-        return _kept_planted(seed, home, record)
+    if settings.model in NAMES:
+        return _kept_planted(settings.model, seed, home, record)
     directory = Path(settings.model).expanduser()
     if directory.is_dir():
         return BaseModelFiles(str(directory.resolve()), folder_digest(directory, home))
@@ -69,8 +69,8 @@ def check_model(settings: PolicySettings) -> str:
     Raises:
         UserError: there is no such directory, or it lacks what transformers needs.
     """
-    if settings.model == PLANTED:
-        return "the planted world's, pretrained here the first time (about a minute)"
+    if settings.model in NAMES:
+        return "the planted world's, pretrained here the first time (a few minutes at most)"
     directory = Path(settings.model).expanduser()
     if directory.is_dir():
         _check_directory(directory)
@@ -79,7 +79,8 @@ def check_model(settings: PolicySettings) -> str:
         raise UserError(
             "there is no such directory",
             where=f"setting 'policy.model' = {settings.model}",
-            expected="a transformers model directory, a hub name such as owner/model, or 'planted'",
+            expected="a transformers model directory, a hub name such as owner/model, or one of "
+            + ", ".join(NAMES),
         )
     return f"{settings.model} from the hub, revision {settings.revision or 'main'}"
 
@@ -89,12 +90,13 @@ def folder_digest(folder: Path, home: Path) -> str:
     return text_sha256(json.dumps(file_hashes(folder, home), sort_keys=True))
 
 
-def _kept_planted(seed: int, home: Path, record: Record) -> BaseModelFiles:
+def _kept_planted(model: str, seed: int, home: Path, record: Record) -> BaseModelFiles:
     """The planted model as the record has it."""
-    digest = record.read_text(f"{_planted_name(seed)}.digest")
+    name = _planted_name(model, seed)
+    digest = record.read_text(f"{name}.digest")
     if digest is None:
         return BaseModelFiles("", "not made yet")
-    folder = record.fetch_folder(_planted_name(seed))
+    folder = record.fetch_folder(name)
     if folder_digest(folder, home) != digest:
         raise UserError(
             "the planted model in the record is damaged",
@@ -106,15 +108,15 @@ def _kept_planted(seed: int, home: Path, record: Record) -> BaseModelFiles:
     return BaseModelFiles(str(folder.resolve()), digest)
 
 
-def _planted_name(seed: int) -> str:
-    return f"planted-{seed}-{code_version('models.planted.pretrain')[:12]}"
+def _planted_name(model: str, seed: int) -> str:
+    return f"{model}-{seed}-{code_version('models.planted.pretrain')[:12]}"
 
 
-def _make_planted(seed: int, home: Path) -> Path:
-    from models.planted.pretrain import planted_model
+def _make_planted(model: str, seed: int, home: Path) -> Path:
+    from models.planted.pretrain import RECIPES, planted_model
 
     done = 0
-    with progress("pretrain planted model", 100, "%") as tick:
+    with progress(f"pretrain {model}", 100, "%") as tick:
 
         def advance(step: int, steps: int) -> None:
             nonlocal done
@@ -122,7 +124,7 @@ def _make_planted(seed: int, home: Path) -> Path:
             tick(percent - done)
             done = percent
 
-        return planted_model(home / "planted", seed, advance)
+        return planted_model(home / "planted", seed, advance, RECIPES[model])
 
 
 def _check_directory(directory: Path) -> None:

@@ -44,7 +44,8 @@ class CorpusSettings(Settings):
     prompt_column: str = "prompt"
     """Column with the prompt, as text or chat messages (plain format)."""
     gold_column: str = "gold"
-    """Column with the gold response (plain format)."""
+    """Column with the gold response (plain format). Empty: there are none, which SAMI does not
+    need."""
     max_characters: int = Field(default=20_000, ge=1)
     """Longest prompt, and longest gold response, that is accepted."""
     rows: int | None = Field(default=None, ge=1)

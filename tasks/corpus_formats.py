@@ -19,7 +19,7 @@ Messages = tuple[Message, ...]
 
 
 class Columns(NamedTuple):
-    """The names of the plain format's columns."""
+    """The names of the plain format's columns; "" for none."""
 
     prompt: str = "prompt"
     gold: str = "gold"
@@ -32,7 +32,7 @@ Adapter = Callable[[Record, Columns], tuple[Messages, str]]
 def detected(first: Record, columns: Columns) -> Format:
     """Whose columns these are, by those of the first record."""
     names = set(first)
-    if set(columns) <= names:
+    if set(filter(None, columns)) <= names:
         return "plain"
     if {"question", "context", "answer"} <= names:
         return "hotpotqa"
@@ -44,7 +44,8 @@ def detected(first: Record, columns: Columns) -> Format:
 
 
 def _plain(record: Record, columns: Columns) -> tuple[Messages, str]:
-    return _messages(record, columns.prompt), _text(record, columns.gold)
+    gold = _text(record, columns.gold) if columns.gold else ""
+    return _messages(record, columns.prompt), gold
 
 
 def _hh_rlhf(record: Record, columns: Columns) -> tuple[Messages, str]:

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict
@@ -34,6 +35,8 @@ class ReviewSettings(Settings):
 
     enabled: bool = False
     """The iteration waits after `cluster` until a person has approved its constitution."""
+    which: Literal["each", "last"] = "each"
+    """Every iteration's constitution, or the last one's alone."""
 
 
 class Verdict(BaseModel):

@@ -94,6 +94,16 @@ def sample(
     ]
 
 
+def check_mixtures(settings: SampleSettings, pool: Sequence[Principle]) -> None:
+    """Refuse a pool that has no C different constitutions.
+
+    Raises:
+        UserError: too few principles, or too few with an antithesis.
+    """
+    size, each = settings.constitutions, settings.principles
+    draw(pool, constitutions=size, principles=each, rng=random.Random(0))
+
+
 def _draw(row: Prompt, settings: SampleSettings, pool: Sequence[Principle], key: str) -> list[Told]:
     return draw(
         pool,

@@ -1,0 +1,39 @@
+"""SAMI: a constitution's principles and antitheses are taught by mutual information.
+
+`steps` is its wiring, on the same record, engine and judges as STaPLe's (`flows.em`, which runs the
+iterations of both): write, then in each iteration sample, train, evaluate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tasks.sami.write import write_stage
+
+from flows.experiment import Experiment
+from tasks.prompts import prompts_stage
+from tasks.sami.evaluate import evaluate_stage
+from tasks.sami.sample import sample_stage
+from tasks.sami.train import train_stage
+from tasks.store import Attempt
+
+
+def steps(e: Experiment, t: int) -> Iterator[Attempt]:
+    """One iteration on fresh queries, stage by stage.
+
+    Iteration 0: the constitution is read or written, and the untouched policy answers the held-out
+    prompts under it.
+    """
+    at, settings = e.slot(t), e.settings_at(t)
+    how = (settings.evaluate, settings.score, settings.sample)
+    yield (prompts := prompts_stage(at, settings.prompts))
+    if t == 0:
+        yield (written := write_stage(at, settings.write, e.writer(), e.discovered()))
+        yield evaluate_stage(at, *how, e.policy(0), prompts, written)
+        return
+
+    written, policy = e.constitution(t), e.policy(t - 1, t)
+    yield (sampled := sample_stage(at, settings.sample, policy, prompts, written))
+    yield (trained := train_stage(at, settings.train, policy, sampled))
+    tuned, references = policy.trained(trained), e.references(t)
+    yield evaluate_stage(at, *how, tuned, written=written, **references)

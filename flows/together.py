@@ -1,0 +1,39 @@
+"""Two experiments in a row: STaPLe discovers a constitution, SAMI amplifies it; one report of both.
+
+`then` in an experiment's settings says how it goes on; `staple run` and the deployment call this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from flows.em import em_experiment
+from flows.experiment import note_settings
+from flows.publish import Attempts
+from flows.report import write_report
+from flows.settings import ExperimentSettings, following
+from flows.states import unchanged
+from tasks.store import Attempt
+
+
+class Followed(NamedTuple):
+    """The experiment that went on, what it did, and the report of both."""
+
+    settings: ExperimentSettings
+    done: list[Attempts]
+    report: Path
+
+
+def go_on(
+    settings: ExperimentSettings, done: Sequence[Mapping[str, Attempt]], force: bool = False
+) -> Followed | None:
+    """Run what follows an experiment, where anything does and nobody's review is waited for."""
+    then = following(settings)
+    if then is None or (len(done) > 1 and "train" not in done[-1]):
+        return None
+    note_settings(then)
+    found = None if force else unchanged(then)
+    further = em_experiment(then, force) if found is None else found
+    return Followed(then, further, write_report([settings.experiment, then.experiment]))
