@@ -1,7 +1,7 @@
 """A constitution: the principles of one iteration, as a YAML file that people read and edit.
 
 `tasks.cluster` makes one, `load` and `save` move it, a person may edit it in between
-(`constitutions.review`).
+(`constitutions.review`). With antitheses it is one that SAMI can amplify (`tasks.sami.write`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -33,7 +33,7 @@ class Principle(BaseModel):
     id: Text = ""
     """Stays when the text is reworded; `principle_id(text)` where none is given."""
     text: Text
-    antithesis: Annotated[str, Field(strict=True)] = ""
+    antithesis: Annotated[str, Field(strict=True, pattern=r"^$|\S")] = ""
     """The principle of a response that does the opposite (SAMI); empty: nobody has worded it."""
     support: Count = 0
     """Trajectories that carry this principle as their label."""
@@ -73,6 +73,11 @@ class Constitution(BaseModel):
         """The principles' texts, in order."""
         return tuple(p.text for p in self.principles)
 
+    @property
+    def is_opposed(self) -> bool:
+        """Whether any principle has an antithesis."""
+        return any(p.antithesis for p in self.principles)
+
 
 class Entry(Principle):
     """A principle as a person edits it."""
@@ -99,8 +104,21 @@ class Changes:
     reworded: tuple[tuple[Principle, Principle], ...]
     merged: tuple[tuple[Principle, Principle], ...]
     """Old principles that live on as a part of a new one, which is more than they were."""
+    opposed: tuple[tuple[Principle, Principle], ...]
+    """The same principle, with another antithesis, or with one where there was none."""
     support_changed: tuple[tuple[Principle, Principle], ...]
     """The same principle, with more or fewer trajectories."""
+
+
+@dataclass(frozen=True, slots=True)
+class Repetition:
+    """A wording or an id that an earlier principle, or its own, has already."""
+
+    index: int
+    """Of its principle, from 0."""
+    field: str
+    what: str
+    fix: str
 
 
 def principle_key(text: str) -> str:
@@ -142,15 +160,25 @@ def diff(old: Constitution, new: Constitution) -> Changes:
         merged=tuple(
             (part, p) for p in new.principles for part in heirs[p.id] if part != same[p.id]
         ),
+        opposed=tuple((was, now) for was, now in pairs if was.antithesis != now.antithesis),
         support_changed=tuple((was, now) for was, now in pairs if was.support != now.support),
     )
 
 
 def markdown(constitution: Constitution, wordings: int = 3) -> str:
-    """The constitution as a Markdown table, with up to `wordings` merged wordings a row."""
-    head = ["| # | principle | share | trajectories | also worded as |", "|--:|---|--:|--:|---|"]
+    """The constitution as a Markdown table, with up to `wordings` merged wordings a row.
+
+    Antitheses have a column where there are any.
+    """
+    opposed = constitution.is_opposed
+    head = [
+        f"| # | principle |{' antithesis |' if opposed else ''} share | trajectories "
+        "| also worded as |",
+        f"|--:|---|{'---|' if opposed else ''}--:|--:|---|",
+    ]
     rows = [
-        f"| {number} | {markdown_text(p.text)} | {p.share:.1%} | {p.support:,} "
+        f"| {number} | {markdown_text(p.text)} |"
+        f"{f' {markdown_text(p.antithesis)} |' if opposed else ''} {p.share:.1%} | {p.support:,} "
         f"| {_others(p, wordings)} |"
         for number, p in enumerate(constitution.principles, start=1)
     ]
@@ -183,8 +211,8 @@ def load(path: str | os.PathLike[str]) -> Constitution:
 
     Raises:
         UserError: the file is missing, not UTF-8, not YAML, or has an unknown key, a missing or
-            empty text, a wrong type, or the same principle twice; all such entries at once, each
-            with its line.
+            empty text, a wrong type, the same principle twice, or an antithesis that is a
+            principle or another's antithesis; all such entries at once, each with its line.
     """
     return _load(path, Constitution)
 
@@ -205,8 +233,50 @@ def _load(path: str | os.PathLike[str], kind: type[Document]) -> Document:
         constitution = kind.model_validate(data)
     except ValidationError as error:
         raise _as_user_errors(error, source, path, kind) from None
-    _refuse_repetitions(data["principles"], source, path)
+    if repeated := list(repetitions(data["principles"])):
+        root = yaml.compose(source, Loader=_Loader)
+        raise UserErrors([_repetition(r, root, path) for r in repeated])
     return constitution
+
+
+def repetitions(entries: Sequence[Mapping[str, Any]]) -> Iterator[Repetition]:
+    """Every text, antithesis and id that is there already, in any spelling; texts come first.
+
+    Args:
+        entries: principles by their fields; only those of `text`, `antithesis` and `id` are read.
+    """
+    worded: dict[str, tuple[int, str]] = {}
+    for field in ("text", "antithesis"):
+        for index, key in _keys(entries, field):
+            if key not in worded:
+                worded[key] = index, field
+                continue
+            other, what = worded[key]
+            if field == "text":
+                said, fix = f"the same text as principle {other + 1}", "delete one of them"
+            else:
+                whose = f"principle {other + 1}" if other != index else "its own principle"
+                said, fix = f"the same as the {what} of {whose}", "word the opposite of its text"
+            yield Repetition(index, field, said, fix)
+    first: dict[str, int] = {}
+    for index, key in _keys(entries, "id"):
+        if key in first:
+            said = f"the same id as principle {first[key] + 1}"
+            yield Repetition(index, "id", said, "delete one of them")
+        first.setdefault(key, index)
+
+
+def _keys(entries: Sequence[Mapping[str, Any]], field: str) -> Iterator[tuple[int, str]]:
+    given = ((index, entry.get(field, "")) for index, entry in enumerate(entries))
+    return ((index, principle_key(value)) for index, value in given if value)
+
+
+def _repetition(
+    found: Repetition, root: yaml.Node | None, path: str | os.PathLike[str]
+) -> UserError:
+    location = ("principles", found.index, found.field)
+    where = f"{path}, line {_line(root, location)}, {_spelled(location)}"
+    return UserError(found.what, where=where, fix=found.fix)
 
 
 def _heirs_among(new: Constitution) -> Callable[[Principle], Principle | None]:
@@ -249,9 +319,15 @@ def _entry(principle: Principle) -> dict[str, Any]:
 
 
 def _header(constitution: Constitution) -> str:
+    oppose = (
+        "#   oppose   change an 'antithesis': what a response that does the opposite follows\n"
+        if constitution.is_opposed
+        else ""
+    )
     return (
         f"# {len(constitution.principles):,} principles. To edit:\n"
         "#   reword   change a 'text' and keep its 'id'\n"
+        f"{oppose}"
         "#   drop     delete the entry\n"
         "#   merge    add a line 'into: ID', the id of the principle that it becomes a part of\n"
         "#   add      a new entry; 'text' is enough\n"
@@ -364,21 +440,3 @@ def _children(node: yaml.Node | None) -> Iterator[tuple[str | int, yaml.Node]]:
         yield from enumerate(node.value)
     elif isinstance(node, yaml.MappingNode):
         yield from ((key.value, value) for key, value in node.value)
-
-
-def _refuse_repetitions(
-    entries: Sequence[dict[str, Any]], source: str, path: str | os.PathLike[str]
-) -> None:
-    for field in ("text", "id"):
-        first: dict[str, int] = {}
-        for index, entry in enumerate(entries):
-            value = principle_key(entry.get(field, f"\0{index}"))
-            if value in first:
-                root = yaml.compose(source, Loader=_Loader)
-                line = _line(root, ("principles", index, field))
-                raise UserError(
-                    f"the same {field} as principle {first[value] + 1}",
-                    where=f"{path}, line {line}, principle {index + 1}, '{field}'",
-                    fix="delete one of them",
-                )
-            first[value] = index

@@ -36,6 +36,9 @@ class Decision(BaseModel):
     action: Action = "approve"
     text: str = ""
     """The new wording, where it is reworded. The id stays."""
+    antithesis: str | None = None
+    """The antithesis of the new wording. None: there is none, since nobody has worded it; where
+    the text stays as it was, so does its antithesis."""
     into: str = ""
     """The id of the principle that it becomes a part of, where it is merged."""
 
@@ -61,7 +64,11 @@ def apply(
         raise UserErrors(mistakes)
     places = {id: _place(id, by_id.get(id)) for id in old}
     kept = [
-        _combined(p, _wording(p, by_id), [old[o] for o, n in places.items() if n == p.id != o])
+        _combined(
+            p.model_copy(update={"antithesis": _antithesis(p, by_id)}),
+            _wording(p, by_id),
+            [old[o] for o, n in places.items() if n == p.id != o],
+        )
         for p in constitution.principles
         if places[p.id] == p.id
     ]
@@ -80,14 +87,16 @@ def decisions_between(
 
     A text that differs under the same id was reworded. An entry with `into` was merged, and so was
     one that is gone and whose text is among the members of another; any other that is gone was
-    dropped. An entry without an id, or with the id of its own text, was added.
+    dropped. An entry without an id, or with the id of its own text, was added. An antithesis is
+    what the file says, whether the text beside it was reworded or not.
 
     Args:
         shown: what the person saw in the file, where that was not `old` itself but an earlier
             review of it.
 
     Raises:
-        UserErrors: entries whose id was neither in `old` nor in `shown`.
+        UserErrors: entries whose id was neither in `old` nor in `shown`; added ones that are
+            merged or have an antithesis, of which a review keeps nothing.
     """
     entries = {entry.id: entry for entry in edited.principles}
     before = {p.id for p in old.principles}
@@ -96,9 +105,9 @@ def decisions_between(
     unknown = [e for e in added if e.id not in known and e.id != principle_id(e.text)]
     if unknown:
         raise UserErrors([_unknown_id(entry) for entry in unknown])
-    into = [e for e in added if e.into]
-    if into:
-        raise UserErrors([_nothing_to_merge(entry) for entry in into])
+    lost = [_nothing_to_merge(e) for e in added if e.into]
+    if lost := lost + [_nothing_to_oppose(e) for e in added if e.antithesis]:
+        raise UserErrors(lost)
     found = [_decision(p, entries.get(p.id), edited.principles) for p in old.principles]
     return [d for d in found if d], [entry.text for entry in added]
 
@@ -108,7 +117,7 @@ def effective(decisions: Iterable[Decision]) -> list[Decision]:
 
     Two people who decide the same have the same effective decisions.
     """
-    needs = {"reword": {"text"}, "merge": {"into"}, "drop": set[str]()}
+    needs = {"reword": {"text", "antithesis"}, "merge": {"into"}, "drop": set[str]()}
     return [
         Decision(**decision.model_dump(include={"id", "action"} | needs[decision.action]))
         for decision in sorted(decisions, key=lambda d: d.id)
@@ -123,7 +132,13 @@ def described(changes: Changes) -> list[str]:
         *(f"dropped: {p.text}" for p in changes.dropped),
         *(f"reworded: {was.text} → {now.text}" for was, now in changes.reworded),
         *(f"merged: {part.text} → {whole.text}" for part, whole in changes.merged),
+        *(_opposed(was, now) for was, now in changes.opposed),
     ]
+
+
+def _opposed(was: Principle, now: Principle) -> str:
+    wordings = (principle.antithesis or "none" for principle in (was, now))
+    return f"antithesis of {now.text}: {' → '.join(wordings)}"
 
 
 def _decision(
@@ -136,8 +151,11 @@ def _decision(
         return Decision(id=principle.id, action="drop")
     if entry.into:
         return Decision(id=principle.id, action="merge", into=entry.into)
-    if entry.text != principle.text:
-        return Decision(id=principle.id, action="reword", text=entry.text)
+    if (entry.text, entry.antithesis) != (principle.text, principle.antithesis):
+        reword = Decision(id=principle.id, action="reword", text=entry.text)
+        if entry.antithesis == _antithesis(principle, {principle.id: reword}):
+            return reword
+        return reword.model_copy(update={"antithesis": entry.antithesis})
     return None
 
 
@@ -189,14 +207,17 @@ def _wording_mistakes(
     stays = [p for p in old.values() if _place(p.id, by_id.get(p.id)) == p.id]
     final = [(_named(p), _wording(p, by_id)) for p in stays]
     final += [("an added principle", text) for text in added]
+    merge, oppose = "merge one into the other", "word the opposite of its text"
+    opposed = [(f"the antithesis of {_named(p)}", _antithesis(p, by_id)) for p in stays]
+    worded = [(*said, merge) for said in final] + [(*said, oppose) for said in opposed if said[1]]
     first: dict[str, str] = {}
-    for where, text in final:
+    for where, text, fix in worded:
         key = principle_key(text)
         if not key:
             yield UserError("the wording is empty", where=where, expected="a text")
         elif key in first:
             said = f"the same wording, “{text}”, as {first[key]}"
-            yield UserError(said, where=where, fix="merge one into the other")
+            yield UserError(said, where=where, fix=fix)
         else:
             first[key] = where
     for text in added:  # it would get the id of the principle that was worded so
@@ -216,6 +237,14 @@ def _wording(principle: Principle, by_id: Mapping[str, Decision]) -> str:
     decision = by_id.get(principle.id)
     reworded = decision and decision.action == "reword"
     return " ".join(decision.text.split()) if decision and reworded else principle.text
+
+
+def _antithesis(principle: Principle, by_id: Mapping[str, Decision]) -> str:
+    """That of the new wording: the old one opposes the old text only."""
+    decision = by_id.get(principle.id)
+    if decision and decision.action == "reword" and decision.antithesis is not None:
+        return " ".join(decision.antithesis.split())
+    return principle.antithesis if _wording(principle, by_id) == principle.text else ""
 
 
 def _combined(principle: Principle, text: str, parts: Sequence[Principle]) -> Principle:
@@ -254,4 +283,12 @@ def _unknown_id(entry: Entry) -> UserError:
 def _nothing_to_merge(entry: Entry) -> UserError:
     return UserError(
         "an added principle cannot be merged", where=f"“{entry.text}”", fix="delete the entry"
+    )
+
+
+def _nothing_to_oppose(entry: Entry) -> UserError:
+    return UserError(
+        "a review does not keep the antithesis of an added principle",
+        where=f"“{entry.text}”",
+        fix="leave it out: staple constitution write --from EXPERIMENT words those that lack one",
     )

@@ -215,6 +215,9 @@ def _description(constitution: Constitution, examples: Examples, t: int) -> str:
 def _facts(principle: Principle, example: Labelled | None) -> str:
     """A principle's support, and what it did to one answer."""
     support = f"{principle.support:,} trajectories, {principle.share:.1%} of the weight."
+    if principle.antithesis:
+        opposite = markdown_text(principle.antithesis)
+        support += f"\n\nAntithesis, dropped where the principle is reworded: {opposite}"
     if example is None:
         return support
     shown = (example.prompt[-1]["content"], example.initial, example.refined)

@@ -122,13 +122,14 @@ def constitution(done: Attempt) -> None:
     """The principles of a cluster or review attempt."""
     found = load(done.path("constitution.yaml"))
     title = f"{found.experiment}, iteration {done.iteration}"
-    table = _table(title, ("#", "trajectories", "principle", "also worded as"), left=2)
+    opposed = ("antithesis",) if found.is_opposed else ()
+    columns = ("#", "trajectories", "principle", *opposed, "also worded as")
+    table = _table(title, columns, left=len(columns) - 2)
     for number, entry in enumerate(found.principles, start=1):
         others = [m for m in entry.members if m != entry.text]
         more = f" … {len(others) - 2} more" if len(others) > 2 else ""
-        table.add_row(
-            str(number), str(entry.support), Text(entry.text), Text("; ".join(others[:2]) + more)
-        )
+        texts = (entry.text, *(entry.antithesis for _ in opposed), "; ".join(others[:2]) + more)
+        table.add_row(str(number), str(entry.support), *map(Text, texts))
     console.print(table)
 
 
@@ -161,6 +162,9 @@ def _changes(changes: Changes, title: str) -> None:
         for was, now in pairs:
             count = f"{was.support} → {now.support}"
             table.add_row(what, count, Text(f"{was.text} → {now.text}"))
+    for was, now in changes.opposed:
+        wordings = f"{was.antithesis or 'none'} → {now.antithesis or 'none'}"
+        table.add_row("antithesis", str(now.support), Text(f"{now.text}: {wordings}"))
     for was, now in changes.support_changed:
         if was.id not in moved:
             table.add_row("support", f"{was.support} → {now.support}", Text(now.text))

@@ -65,8 +65,18 @@ def prefect_server() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def corpora() -> Path:
     """The folder of real corpora; tests that need it are skipped where it is absent."""
+    return _real_data("corpora")
+
+
+@pytest.fixture(scope="session")
+def sami_reference() -> Path:
+    """The folder of SAMI's published constitutions and responses; skipped where it is absent."""
+    return _real_data("sami")
+
+
+def _real_data(name: str) -> Path:
     default = Path(__file__).parent.parent.parent / "shared" / "data"
-    folder = Path(os.environ.get("STAPLE_TEST_DATA", default)) / "corpora"
+    folder = Path(os.environ.get("STAPLE_TEST_DATA", default)) / name
     if not folder.is_dir():
-        pytest.skip(f"real corpora are not at {folder}; set STAPLE_TEST_DATA to their folder")
+        pytest.skip(f"real data is not at {folder}; set STAPLE_TEST_DATA to the folder of {name}")
     return folder

@@ -100,6 +100,23 @@ def test_spellings_share_an_id_and_wordings_do_not() -> None:
         ("principles:\n- text: a\n  text: b\n", 3, "'text' is given twice"),
         ("principles:\n- text: a: b\n", 2, "put a text that holds ': ' or '#' in quotes"),
         ("principles: 3\n", 1, "this is not a list"),
+        (
+            "principles:\n- text: a\n  antithesis: A.\n",
+            3,
+            "the same as the text of its own principle; word the opposite",
+        ),
+        (
+            "principles:\n- text: a\n  antithesis: b\n- text: B\n",
+            3,
+            "principle 1, 'antithesis': the same as the text of principle 2",
+        ),
+        (
+            "principles:\n- text: a\n  antithesis: c\n- text: b\n  antithesis: C\n",
+            5,
+            "the same as the antithesis of principle 1",
+        ),
+        ("principles:\n- text: a\n  antithesis: ' '\n", 3, "'antithesis': the text is empty"),
+        ("principles:\n- text: a\n  antithesis: no\n", 3, "this is not a text"),
     ],
 )
 def test_a_bad_edit_is_named_by_line_and_field(
@@ -113,6 +130,25 @@ def test_a_bad_edit_is_named_by_line_and_field(
 def test_all_bad_entries_are_named_at_once(tmp_path: Path) -> None:
     message = _refused(tmp_path / "c.yaml", "principles:\n- text: 3\n- support: 1\n- text: ''\n")
     assert [f"line {n}" in message for n in (2, 3, 4)] == [True] * 3
+
+
+def test_all_repetitions_are_named_at_once(tmp_path: Path) -> None:
+    text = "principles:\n- {id: x, text: a, antithesis: b}\n- {id: x, text: A, antithesis: B}\n"
+    message = _refused(tmp_path / "c.yaml", text)
+    assert [f"'{field}'" in message for field in ("text", "antithesis", "id")] == [True] * 3
+
+
+def test_an_antithesis_stands_after_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.yaml"
+    kind = Principle(text="be kind", antithesis="be: unkind", support=2)
+    pairs = Constitution(principles=(kind, Principle(text="be brief")))
+    save(pairs, path)
+    lines = path.read_text("utf-8").splitlines()
+    assert lines[lines.index("  text: be kind") + 1] == "  antithesis: 'be: unkind'"
+    assert any(line.startswith("#   oppose ") for line in lines)
+    assert load(path) == pairs
+    save(Constitution(principles=(Principle(text="be brief"),)), path)
+    assert "oppose" not in path.read_text("utf-8"), "the header says what there is"
 
 
 @pytest.mark.parametrize("text", ["", "- a\n", "just words\n"])
@@ -138,6 +174,27 @@ def test_diff_follows_ids() -> None:
     changes = diff(old, Constitution(principles=(reworded, added)))
     assert (changes.added, changes.dropped) == ((added,), (dropped,))
     assert changes.reworded == ((kept, reworded),)
+
+
+def test_another_antithesis_is_a_change_and_no_rewording() -> None:
+    plain = Principle(text="be kind")
+    opposed = plain.model_copy(update={"antithesis": "be rude"})
+    changes = diff(Constitution(principles=(plain,)), Constitution(principles=(opposed,)))
+    assert changes.opposed == ((plain, opposed),)
+    assert not (changes.reworded or changes.added or changes.dropped)
+    same = diff(Constitution(principles=(opposed,)), Constitution(principles=(opposed,)))
+    assert not same.opposed
+
+
+def test_markdown_shows_antitheses_where_there_are_any() -> None:
+    kind = Principle(text="be kind", antithesis="be | rude", support=2)
+    head, _, first, second = markdown(
+        Constitution(principles=(kind, Principle(text="be brief")))
+    ).splitlines()
+    assert head.startswith("| # | principle | antithesis | share |")
+    assert first.startswith("| 1 | be kind | be \\| rude | 0.0% |")
+    assert second.startswith("| 2 | be brief |  | 0.0% |")
+    assert "antithesis" not in markdown(_constitution())
 
 
 def test_markdown_has_one_row_a_principle() -> None:

@@ -148,3 +148,67 @@ def test_the_diff_of_a_review_tells_what_was_decided() -> None:
     assert [(was.id, was.support, now.support) for was, now in changes.support_changed] == [
         ("a", 3, 5)
     ]
+
+
+PAIRS = Constitution(
+    principles=(
+        WARN.model_copy(update={"antithesis": "never warn"}),
+        ASK.model_copy(update={"antithesis": "never ask"}),
+        JOKE,
+    )
+)
+
+
+def _antitheses(constitution: Constitution) -> dict[str, str]:
+    return {p.id: p.antithesis for p in constitution.principles}
+
+
+def test_an_antithesis_stays_with_its_text() -> None:
+    new, _ = apply(PAIRS, [_merge("j", "a"), _reword("w", "warn of risks")])
+    assert _antitheses(new) == {"a": "never ask", "w": ""}, "nobody has opposed the new wording"
+    same, _ = apply(PAIRS, [_reword("w", "warn")])
+    assert same == PAIRS
+    both = Decision(id="w", action="reword", text="warn of risks", antithesis=" hide\nrisks ")
+    assert _antitheses(apply(PAIRS, [both])[0])["w"] == "hide risks"
+
+
+def test_another_antithesis_leaves_the_rest_as_it_was() -> None:
+    other = Decision(id="w", action="reword", text="warn", antithesis="play risks down")
+    new, _ = apply(PAIRS, [other])
+    assert new.principles[0] == WARN.model_copy(update={"antithesis": "play risks down"})
+    assert effective([other]) == [other]
+    assert described(diff(PAIRS, new)) == ["antithesis of warn: never warn → play risks down"]
+
+
+def test_an_antithesis_that_is_there_already_is_refused() -> None:
+    with pytest.raises(UserErrors) as caught:
+        apply(PAIRS, [_reword("j", "Never ask.")], ["never warn"])
+    said = str(caught.value)
+    assert "the antithesis of “ask” (a): the same wording, “never ask”, as “joke” (j)" in said
+    assert "the antithesis of “warn” (w): the same wording" in said
+    assert not apply(PAIRS, [_drop("a"), _reword("j", "never ask")])[0].principles[1].antithesis
+
+
+def test_an_edited_file_says_which_antitheses_hold(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.yaml"
+    save(PAIRS, path)
+    assert decisions_between(PAIRS, load_draft(path)) == ([], [])
+    original = path.read_text("utf-8")
+    for edit, expected in (
+        (("antithesis: never warn", "antithesis: hush"), ("warn", "hush")),
+        (("  antithesis: never warn\n", ""), ("warn", "")),
+        (("text: warn", "text: warn of risks"), ("warn of risks", "never warn")),
+        (("text: warn\n  antithesis: never warn", "text: alarm"), ("alarm", "")),
+    ):
+        path.write_text(original.replace(*edit), encoding="utf-8")
+        decisions, _ = decisions_between(PAIRS, load_draft(path))
+        (kept,) = (p for p in apply(PAIRS, decisions)[0].principles if p.id == "w")
+        assert (kept.text, kept.antithesis) == expected
+
+
+def test_the_antithesis_of_an_added_principle_is_not_lost_silently(tmp_path: Path) -> None:
+    save(PAIRS, tmp_path / "pairs.yaml")
+    text = (tmp_path / "pairs.yaml").read_text("utf-8")
+    (tmp_path / "pairs.yaml").write_text(text + "- {text: be brief, antithesis: be long}\n")
+    with pytest.raises(UserErrors, match="“be brief”: a review does not keep the antithesis"):
+        decisions_between(PAIRS, load_draft(tmp_path / "pairs.yaml"))
