@@ -7,6 +7,7 @@ iterations of both): write, then in each iteration sample, train, evaluate.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from tasks.sami.write import write_stage
 
@@ -25,15 +26,15 @@ def steps(e: Experiment, t: int) -> Iterator[Attempt]:
     prompts under it.
     """
     at, settings = e.slot(t), e.settings_at(t)
-    how = (settings.evaluate, settings.score, settings.sample)
+    measured = partial(evaluate_stage, at, settings.evaluate, settings.score, settings.sample)
     yield (prompts := prompts_stage(at, settings.prompts))
     if t == 0:
         yield (written := write_stage(at, settings.write, e.writer(), e.discovered()))
-        yield evaluate_stage(at, *how, e.policy(0), prompts, written)
+        yield measured(e.policy(0), prompts, written)
         return
 
     written, policy = e.constitution(t), e.policy(t - 1, t)
     yield (sampled := sample_stage(at, settings.sample, policy, prompts, written))
     yield (trained := train_stage(at, settings.train, policy, sampled))
     tuned, references = policy.trained(trained), e.references(t)
-    yield evaluate_stage(at, *how, tuned, written=written, **references)
+    yield measured(tuned, written=written, **references)
