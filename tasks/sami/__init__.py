@@ -1,0 +1,1 @@
+"""SAMI's stages: write a constitution, sample responses under it, train, evaluate."""
