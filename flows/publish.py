@@ -54,14 +54,18 @@ def publish_experiment(experiment: Experiment, done: Sequence[Attempts]) -> None
     history = {t: iteration_metrics(attempts) for t, attempts in enumerate(done)}
     for t, metrics in history.items():
         record.log_metrics(run_id, metrics, step=t)
-    log_figures(record, history)
+    log_figures(record, history, told=experiment.settings.method == "sami")
     _mark(record, SUMMARY, _every(done))
 
 
-def log_figures(record: Record, history: History) -> None:
-    """The pictures of an experiment, on its summary run; they take the place of earlier ones."""
+def log_figures(record: Record, history: History, *, told: bool) -> None:
+    """The pictures of an experiment, on its summary run; they take the place of earlier ones.
+
+    Args:
+        told: as `figures` has it.
+    """
     run_id = record.iteration_run(SUMMARY)
-    for name, figure in figures(history).items():
+    for name, figure in figures(history, told=told).items():
         record.client.log_figure(run_id, figure, f"{name}.png")
 
 

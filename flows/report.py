@@ -22,7 +22,8 @@ from flows.experiment import record_of, recorded_settings, stages_of
 from flows.publish import Attempts, iteration_metrics, log_figures
 from flows.settings import ExperimentSettings, dump_settings
 from flows.states import stage_states
-from tasks.report.document import Recorded, Stage, page, table
+from tasks.report.document import page, table
+from tasks.report.recorded import Recorded, Stage
 from tasks.store import Attempt
 from tasks.work import write_text
 
@@ -60,7 +61,7 @@ def report(experiments: list[str], out: Path) -> Path:
             raise  # no mistake of the user's
         raise _unwritable(out, error.strerror or str(error)) from None
     for e in recorded:
-        log_figures(record_of(e.name), e.history)
+        log_figures(record_of(e.name), e.history, told=e.told)
     if rows := table(recorded):
         create_table_artifact(
             table=rows,

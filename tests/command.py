@@ -1,7 +1,9 @@
-"""Run `staple` in this process, as its entry point does."""
+"""Run `staple` in this process, as its entry point does; read the pages that it writes."""
 
 from __future__ import annotations
 
+import html
+import re
 import sys
 from dataclasses import dataclass
 
@@ -30,3 +32,9 @@ def staple(capsys: pytest.CaptureFixture[str], *arguments: str) -> Ran:
         sys.argv = before
     captured = capsys.readouterr()
     return Ran(code, captured.out, captured.err)
+
+
+def words(page: str) -> str:
+    """What a reader of a page sees, as one line."""
+    body = page[page.index("<body>") :]
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())

@@ -43,6 +43,26 @@ SETTINGS: dict[str, Any] = {
     },
 }
 
+PAIRS = [
+    {"text": f"Say {word}.", "antithesis": f"Never say {word}."}
+    for word in ("<b>why</b>", "what next", "who", "when")
+]  # one that a page has to escape
+TAUGHT: dict[str, Any] = {
+    "experiment": "taught",
+    "method": "sami",
+    "write": {"constitution": "pairs.yaml", "held_out": 0.25},
+    "sample": {"constitutions": 2, "principles": 2, "max_response_tokens": 10},
+    "train": {"kl": 0.1},
+    "evaluate": {
+        "judge": "similarity",
+        "temperature": 1.0,
+        "max_response_tokens": 10,
+        "max_failed": 1.0,
+        "resamples": 200,
+    },
+}
+"""SAMI on the same rows; what is not here is as in `SETTINGS`."""
+
 
 def make(folder: Path, migrated_database: Path) -> None:
     """A model, rows and an empty record."""
@@ -55,11 +75,13 @@ def make(folder: Path, migrated_database: Path) -> None:
         "prompts": {**SETTINGS["prompts"], "sources": [{"path": str(folder / "rows.jsonl")}]},
     }
     (folder / "lineage.yaml").write_text(yaml.safe_dump(values))
+    (folder / "pairs.yaml").write_text(yaml.safe_dump({"principles": PAIRS}))
+    (folder / "taught.yaml").write_text(yaml.safe_dump({**values, **TAUGHT}))
 
 
-def finished() -> ExperimentSettings:
-    """The experiment of this folder, finished with its own settings."""
-    settings = load_settings("lineage.yaml")
+def finished(name: str = "lineage") -> ExperimentSettings:
+    """An experiment of this folder, finished with its own settings: "lineage", or "taught"."""
+    settings = load_settings(f"{name}.yaml")
     note_settings(settings)
     run(settings)
     return settings

@@ -19,75 +19,16 @@ from typing import Any, Literal, NamedTuple
 from constitutions.constitution import Constitution, load
 from tasks.cluster import ClusterRow
 from tasks.records import Answer, Comparison, Labelled, Prompt
+from tasks.report import sami
 from tasks.report.exhibits import MAP_HEIGHT, MAP_WIDTH, Example, Map, examples, principle_map
-from tasks.report.figures import History, figures, stage_seconds, stage_tokens, svg
+from tasks.report.figures import STAGES, figures, stage_seconds, stage_tokens, svg
 from tasks.report.movement import movement
-from tasks.store import Attempt
+from tasks.report.recorded import Cell, Column, Recorded, Stage, cell, cells, number
 
 PAGE = Path(__file__).parent / "page"
 """The template with its style and script."""
 SHOWN = 60
 """Lines of a table of principles at most."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage of an iteration as the record has it."""
-
-    name: str
-    iteration: int
-    standing: str
-    """ "finished", "stale", "running", "failed" or "missing"."""
-    since: str
-    """Which changes made it stale, or why it failed."""
-    attempt: Attempt | None
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """One experiment as its record has it."""
-
-    name: str
-    method: str
-    headline: str
-    """The win rate that methods are compared by: the method's final answer against the initial
-    policy's first one."""
-    settings: str
-    """YAML, as `staple run` reads it."""
-    seed: int
-    iterations: int
-    stages: Sequence[Stage]
-    """All that the experiment asks for, in the loop's order."""
-    attempts: Mapping[int, Mapping[str, Attempt]]
-    """Iteration → stage → what it wrote."""
-    history: History
-    changes: Mapping[int, Mapping[str, Any]]
-    """Settings that were changed for single iterations."""
-
-    @property
-    def tuned(self) -> bool:
-        """Whether the final answer is the policy's first one: it was tuned on golds."""
-        return self.headline.rpartition("/")[2].startswith("initial")
-
-    def why_missing(self, name: str) -> str:
-        """Why no iteration has finished a stage."""
-        asked = [stage for stage in self.stages if stage.name == name and stage.iteration]
-        if not self.iterations:
-            return "The experiment has no iteration (iterations = 0): nothing is mined or trained."
-        if not asked:
-            return f"The method, {self.method}, has no stage “{name}”."
-        first = asked[0]
-        said = f": {first.since}" if first.since else ""
-        return f"Stage “{name}” of iteration {first.iteration} is {first.standing}{said}."
-
-    def unfinished(self) -> list[str]:
-        """Every stage that is not as the settings ask for, in words."""
-        return [
-            f"{s.name} of iteration {s.iteration} is {s.standing}"
-            + (f": {s.since}" * bool(s.since))
-            for s in self.stages
-            if s.standing != "finished"
-        ]
 
 
 def page(experiments: Sequence[Recorded], packages: Mapping[str, str]) -> str:
@@ -106,7 +47,7 @@ def page(experiments: Sequence[Recorded], packages: Mapping[str, str]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "percent": _percent, "short": _short}
+    environment.filters |= {"number": number, "short": _short}
     style, script = ((PAGE / name).read_text("utf-8") for name in ("report.css", "report.js"))
     return environment.get_template("report.html").render(
         policy=_content_policy(style, script),
@@ -127,20 +68,14 @@ def page(experiments: Sequence[Recorded], packages: Mapping[str, str]) -> str:
 # The table of methods by benchmarks --------------------------------------------------------------
 
 
-class Column(NamedTuple):
-    """A figure of the table."""
-
-    title: str
-    metric: str
-    form: Literal["percent", "score", "count"] = "percent"
-    """A share in [0, 1] is shown as percent."""
-
-
 HEADLINE = "win_rate/{final}"
-"""`Recorded.headline`, whichever it is."""
+"""`Recorded.untold`, whichever it is."""
 COLUMNS = (
     Column("Held-out win rate", HEADLINE),
     Column("… combinations never mined", HEADLINE.replace("/", "/planted-held/")),
+    Column("Follows its constitution", "win_rate/constitution_vs_0"),
+    Column("… at equal lengths", "win_rate/constitution_vs_0_length_controlled"),
+    Column("… principles held out", "win_rate/held_out_vs_0"),
     Column("MT-Bench", "mt_bench/score", form="score"),
     Column("MT-Bench, turn 2", "mt_bench/turn_2", form="score"),
     Column("AlpacaEval win rate", "alpaca_eval/win_rate"),
@@ -148,14 +83,7 @@ COLUMNS = (
     Column("IFEval principle-following", "ifeval/principle_win_rate"),
     Column("IFEval, strict prompt", "ifeval/prompt_strict"),
 )
-"""The paper's benchmarks in its order, after our own held-out prompts."""
-
-
-class Cell(NamedTuple):
-    """A figure and its 95 % interval, in words."""
-
-    value: str
-    interval: str = ""
+"""The paper's benchmarks in its order, after our own held-out prompts and SAMI's measure."""
 
 
 @dataclass(frozen=True)
@@ -223,18 +151,11 @@ def _chosen(e: Recorded) -> dict[int, tuple[str, ...]]:
 
 
 def _metric(e: Recorded, column: Column) -> str:
-    return column.metric.format(final=e.headline.removeprefix("win_rate/"))
+    return column.metric.format(final=e.untold.removeprefix("win_rate/"))
 
 
 def _cell(e: Recorded, t: int, column: Column) -> Cell:
-    metrics, metric = e.history.get(t, {}), _metric(e, column)
-    if metric not in metrics:
-        return Cell("–")
-    show = {"percent": _percent, "score": _score, "count": _number}[column.form]
-    ends = [metrics.get(f"{metric}_{end}") for end in ("low", "high")]
-    low, high = (None if end is None else show(end).removesuffix("\u00a0%") for end in ends)
-    interval = "" if low is None or high is None else f"[{low}, {high}]"
-    return Cell(show(metrics[metric]), interval)
+    return cell(e.history.get(t, {}), _metric(e, column), column.form)
 
 
 class Budget(NamedTuple):
@@ -243,11 +164,11 @@ class Budget(NamedTuple):
     experiment: str
     method: str
     prompts: float
-    """Prompts that were mined, or of which the golds were learned."""
+    """Prompts that were mined, sampled for, or of which the golds were learned."""
     generated: float
-    """Tokens that were generated to mine."""
-    trained: float
-    """Tokens with loss, over all steps."""
+    """Tokens that were generated to mine, or to sample."""
+    trained: float | None
+    """Tokens with loss, over all steps; None of SAMI, which counts a response C times."""
     read: float
     """Tokens of all training steps, context included."""
     answered: float
@@ -267,7 +188,7 @@ def budget(e: Recorded) -> Budget:
         method=e.method,
         prompts=total("prompts"),
         generated=total("generated_tokens"),
-        trained=total("train/trained_tokens"),
+        trained=None if e.told else total("train/trained_tokens"),
         read=total("train/tokens"),
         answered=sum(parts.get("evaluate", 0) for parts in tokens.values()),
         seconds=sum(sum(parts.values()) for parts in seconds.values()),
@@ -278,17 +199,29 @@ def budget(e: Recorded) -> Budget:
 
 
 def _chapter(number: int, e: Recorded) -> dict[str, Any]:
-    """What the template shows of one experiment."""
-    constitutions = _constitutions(e)
-    lines, steps = movement(constitutions)
+    """What the template shows of one experiment: what all have, and what its kind has."""
     return {
         "e": e,
         "id": f"e{number}",
-        "headline": _headline(e),
         "figures": _pictures(e),
-        "rates": list(_rates(e)),
         "costs": list(_costs(e)),
         "judge": _judge(e),
+        "base": _base(e),
+        "provenance": list(_provenance(e)),
+        "commands": _commands(e),
+        **(sami.parts(e) if e.told else _parts(e)),
+    }
+
+
+def _parts(e: Recorded) -> dict[str, Any]:
+    """The principles' map and movement, refinements; `sami.parts` has the same of SAMI."""
+    constitutions = _constitutions(e)
+    lines, steps = movement(constitutions)
+    return {
+        "kind": "staple",
+        "sections": {"map": "The map", "movement": "Movement", "examples": "Before and after"},
+        "headline": _headline(e),
+        "rates": cells(e, _FIGURES),
         "maps": _maps(e),
         "lines": lines,
         "steps": steps,
@@ -297,21 +230,18 @@ def _chapter(number: int, e: Recorded) -> dict[str, Any]:
             (p.support for c in constitutions.values() for p in c.principles), default=0
         ),
         "examples": _examples(e),
-        "base": _base(e),
-        "provenance": list(_provenance(e)),
-        "commands": _commands(e),
     }
 
 
 def _headline(e: Recorded) -> str:
     last = max(_chosen(e), default=0)
-    cell = _cell(e, last, COLUMNS[0])
-    if cell.value == "–":
+    found = _cell(e, last, COLUMNS[0])
+    if found.value == "–":
         return ""
     when = f"After iteration {last}" if last else "Without training"
     held_out = e.history.get(0, {}).get("prompts", 0)
     return (
-        f"{when}, the method's final answer has a win rate of {cell.value} {cell.interval} "
+        f"{when}, the method's final answer has a win rate of {found.value} {found.interval} "
         f"against the initial policy's first answer on {held_out:,.0f} held-out prompts; "
         "50\u00a0% is parity."
     )
@@ -322,6 +252,8 @@ class Picture(NamedTuple):
 
     uri: str
     text: str
+    wide: bool = False
+    """Whether it has two panels."""
 
 
 _ALT = {
@@ -329,6 +261,8 @@ _ALT = {
     "previous": "Win rates against the previous iteration's policy, by iteration.",
     "constitution": "Refinement rate, discovery rate and constitution size, by iteration.",
     "costs": "Seconds and tokens of every stage, by iteration.",
+    "information": "The estimated mutual information of constitution and response, by iteration.",
+    "lengths": "Mean length of the responses under each kind of constitution, by iteration.",
 }
 _NEEDS = {"win_rate": "evaluate", "previous": "evaluate", "constitution": "filter"}
 
@@ -337,13 +271,14 @@ def _pictures(e: Recorded) -> list[Picture]:
     """The figures; where the stage that makes the numbers is missing, the reason."""
     there = {name for t, stages in e.attempts.items() if t for name in stages}
     found = []
-    for name, figure in figures(e.history).items():
+    for name, figure in figures(e.history, told=e.told).items():
         needed = _NEEDS.get(name)
         if needed and needed not in there:
             found.append(Picture("", f"{_ALT[name]} Not drawn. {e.why_missing(needed)}"))
         else:
             image = base64.b64encode(svg(figure)).decode()
-            found.append(Picture(f"data:image/svg+xml;base64,{image}", _ALT[name]))
+            uri, wide = f"data:image/svg+xml;base64,{image}", len(figure.axes) > 1
+            found.append(Picture(uri, _ALT[name], wide))
     return found
 
 
@@ -358,18 +293,11 @@ _FIGURES = (
 )
 
 
-def _rates(e: Recorded) -> Iterator[tuple[str, list[Cell]]]:
-    """The pictures' numbers: a line a figure, a cell an iteration."""
-    for column in _FIGURES:
-        if any(column.metric in metrics for metrics in e.history.values()):
-            yield column.title, [_cell(e, t, column) for t in sorted(e.history)]
-
-
 def _costs(e: Recorded) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """A line a stage: of each iteration its seconds and tokens."""
     seconds, tokens = stage_seconds(e.history), stage_tokens(e.history)
-    in_order = sorted(e.stages, key=lambda stage: stage.iteration == 0)  # 0 has two of them alone
-    for name in dict.fromkeys(stage.name for stage in in_order):
+    there = {stage.name for stage in e.stages}
+    for name in (name for name in STAGES if name in there):
         spent = [seconds[t].get(name) for t in sorted(e.history)]
         counts = [tokens[t].get(name) for t in sorted(e.history)]
         yield (
@@ -383,8 +311,8 @@ def _costs(e: Recorded) -> Iterator[tuple[str, list[tuple[str, str]]]]:
 
 def _judge(e: Recorded) -> tuple[str, list[tuple[str, str]]]:
     """Who judged, and what is known of how well; of the last evaluated iteration."""
-    last = max((t for t, stages in e.attempts.items() if "evaluate" in stages), default=None)
-    if last is None:
+    last = e.last_evaluated
+    if last is None or (e.told and not last):  # the initial policy's responses meet no others
         return "", []
     rows = e.attempts[last]["evaluate"].read("comparisons", Comparison)
     known = {k: v for k, v in sorted(e.history[last].items()) if k.startswith("judge/")}
@@ -426,7 +354,7 @@ def _dots(drawn: Map) -> list[dict[str, Any]]:
 
 def _examples(e: Recorded) -> tuple[int, int, list[Example]]:
     """(iteration, its answers in all, the chosen ones) of the last evaluated iteration."""
-    last = max((t for t, stages in e.attempts.items() if "evaluate" in stages), default=None)
+    last = e.last_evaluated
     held_out = e.attempts.get(0, {}).get("prompts")
     if last is None or held_out is None:
         return 0, 0, []
@@ -500,18 +428,6 @@ def _content_policy(style: str, script: str) -> str:
 
 def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}\u00a0%"
-
-
-def _score(value: float) -> str:
-    return f"{value:.2f}"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}"
 
 
 def _short(text: str) -> str:

@@ -151,8 +151,6 @@ def examples(
 def _example(
     number: int, row: Answer, asked: Prompt, judged: Comparison | None, final: str
 ) -> Example:
-    outcomes = {1.0: "win", 0.5: "tie", 0.0: "loss"}
-    outcome = judged.outcome if judged else None
     tuned = judged if final == "initial" else None
     return Example(
         number=number,
@@ -160,9 +158,15 @@ def _example(
         source=asked.source,
         principle="" if tuned else row.principle,
         change=change(tuned.theirs, tuned.ours) if tuned else change(row.initial, row.refined),
-        outcome="not judged" if outcome is None else outcomes.get(outcome, f"{outcome:.2f}"),
+        outcome=outcome_word(judged.outcome if judged else None),
         failure=(judged.failure or "") if judged else "there is no comparison",
     )
+
+
+def outcome_word(outcome: float | None) -> str:
+    """ "win", "tie" or "loss"; between them the figure; None was not judged."""
+    words = {1.0: "win", 0.5: "tie", 0.0: "loss"}
+    return "not judged" if outcome is None else words.get(outcome, f"{outcome:.2f}")
 
 
 # The map ----------------------------------------------------------------------------------------

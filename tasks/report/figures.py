@@ -10,6 +10,7 @@ markers differ too.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,17 +32,19 @@ class _Curve(NamedTuple):
 
 _BLUE, _ORANGE, _GREEN, _INK, _FAINT = "#0072B2", "#D55E00", "#009E73", "#333333", "#e3e3e3"
 
-_STAGES = {
+STAGES = {
     "prompts": ("#999999", "||"),
+    "write": (_GREEN, "\\\\"),
     "mine": (_BLUE, ""),
     "score": ("#56B4E9", "//"),
     "filter": ("#E69F00", "--"),
     "cluster": (_GREEN, "\\\\"),
     "review": ("#F0E442", "++"),
+    "sample": (_BLUE, ""),
     "train": (_ORANGE, ""),
     "evaluate": ("#CC79A7", "xx"),
 }
-"""Colour and hatch of a stage: colour is not the only sign."""
+"""Colour and hatch of a stage, in the order of the stages: colour is not the only sign."""
 
 _WIN_RATES = (
     _Curve("win_rate/refined_vs_0", "refined, against iteration 0 refined", _BLUE, "o"),
@@ -56,14 +59,49 @@ _SHARES = (
     _Curve("refinement_rate", "refinement rate", _BLUE, "o"),
     _Curve("discovery_rate", "discovery rate", _ORANGE, "s"),
 )
+_TOLD = (
+    _Curve("win_rate/principles_vs_0", "told principles", _BLUE, "o"),
+    _Curve("win_rate/antitheses_vs_0", "told antitheses", _ORANGE, "s"),
+    _Curve("win_rate/held_out_vs_0", "told held-out ones, of both kinds", _GREEN, "^", "--"),
+)
+ARMS = {
+    "principles": "told principles",
+    "antitheses": "told antitheses",
+    "held_out_principles": "told held-out principles",
+    "held_out_antitheses": "told held-out antitheses",
+    "plain": "told nothing",
+}
+"""What SAMI's held-out responses are given under: `tasks.sami.evaluate.ARMS`, in words."""
+_MARKS = (
+    (_BLUE, "o", "-"),
+    (_ORANGE, "s", "-"),
+    (_GREEN, "^", "--"),
+    ("#CC79A7", "v", "--"),
+    (_INK, "D", ":"),
+)
+_LENGTHS = tuple(
+    _Curve(f"answers/{arm}_characters", told, *mark)
+    for (arm, told), mark in zip(ARMS.items(), _MARKS, strict=True)
+)
+_INFORMATION = _Curve("mi/per_token", "estimate ± standard error", _BLUE, "o")
 
 
-def figures(history: History) -> dict[str, Figure]:
+def figures(history: History, *, told: bool = False) -> dict[str, Figure]:
     """Every picture of an experiment by its name; each draws what `history` has.
 
     Iteration 0 has costs; its answers are what the others are compared with.
+
+    Args:
+        told: its policies are told a constitution (SAMI); else they find principles.
     """
     measured = {t: metrics for t, metrics in history.items() if t > 0}
+    if told:
+        return {
+            "win_rate": told_figure(measured),
+            "information": information_figure(history),
+            "lengths": length_figure(history),
+            "costs": cost_figure(history),
+        }
     return {
         "win_rate": win_rate_figure(measured),
         "previous": previous_figure(measured),
@@ -108,6 +146,60 @@ def constitution_figure(history: History, title: str = "What was mined") -> Figu
     return figure
 
 
+def told_figure(history: History, title: str = "Win rate under the same constitution") -> Figure:
+    """SAMI: win rates against iteration 0 told the same, as `win_rate_figure` draws them."""
+    return _rates(history, _TOLD, title)
+
+
+def information_figure(
+    history: History, title: str = "Information about the constitution"
+) -> Figure:
+    """SAMI: the estimate of I(Y; C | X) by iteration, in nats, ± its standard error.
+
+    With its upper limit, log C, where any iteration sampled under C constitutions.
+    """
+    figure = _figure(width=6.4)
+    axes = figure.subplots()
+    known = {t: {**m, **_error(m)} for t, m in history.items() if _INFORMATION.metric in m}
+    if known:
+        _curve(axes, known, _INFORMATION)
+    if (limit := information_limit(history)) is not None:
+        axes.axhline(limit, color=_INK, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
+        across = axes.get_yaxis_transform()
+        axes.text(1.01, limit, "limit: log C", transform=across, va="center", color=_INK)
+    top = max([limit or 0.0, *(m[f"{_INFORMATION.metric}_high"] for m in known.values())])
+    axes.set_ylim(min([0.0, *(m[f"{_INFORMATION.metric}_low"] for m in known.values())]))
+    axes.set_ylim(top=1.06 * top or 1.0)
+    _dress(axes, history, title, "nats")
+    _legend(axes)
+    return figure
+
+
+def information_limit(history: History) -> float | None:
+    """log C, in nats: no estimate with C constitutions a query is above it; None: not sampled."""
+    sampled = [m for m in history.values() if "sampled_responses" in m and m.get("prompts")]
+    most = max((round(m["sampled_responses"] / m["prompts"]) for m in sampled), default=0)
+    return math.log(most) if most else None
+
+
+def _error(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The ends of ± one standard error, as `_curve` reads an interval."""
+    value, error = (metrics.get(name, 0.0) for name in ("mi/per_token", "mi/per_token_error"))
+    return {"mi/per_token_low": value - error, "mi/per_token_high": value + error}
+
+
+def length_figure(history: History, title: str = "Length of the responses") -> Figure:
+    """SAMI: mean characters of the held-out responses under each kind of constitution."""
+    figure = _figure(width=6.4)
+    axes = figure.subplots()
+    for curve in _known(history, _LENGTHS):
+        _curve(axes, history, curve)
+    axes.set_ylim(bottom=0)
+    _dress(axes, history, title, "characters")
+    _legend(axes)
+    return figure
+
+
 def cost_figure(history: History) -> Figure:
     """Seconds and tokens by iteration, a part of the bar for each stage."""
     from matplotlib.ticker import EngFormatter
@@ -134,16 +226,17 @@ def stage_seconds(history: History) -> dict[int, dict[str, float]]:
 
 
 def stage_tokens(history: History) -> dict[int, dict[str, float]]:
-    """Iteration → stage → tokens: generated (mine, evaluate), or read in training (train).
+    """Iteration → stage → tokens: generated (mine, sample, evaluate), or read in training (train).
 
-    What was generated for the held-out prompts was recorded as tokens a prompt. A judge's tokens
-    were not recorded.
+    What was generated for the held-out prompts was recorded as tokens a prompt. The tokens of a
+    judge, of a principle writer and of an estimate of the information were not recorded.
     """
     held_out = history.get(0, {}).get("prompts", 0)
     found: dict[int, dict[str, float]] = {}
     for t, m in history.items():
         answered = round(held_out * m.get("answers/tokens", 0))
-        counts = {"mine": m.get("generated_tokens"), "train": m.get("train/tokens")}
+        made = "sample" if "sampled_responses" in m else "mine"
+        counts = {made: m.get("generated_tokens"), "train": m.get("train/tokens")}
         found[t] = {k: v for k, v in counts.items() if v is not None}
         if answered:
             found[t]["evaluate"] = answered
@@ -184,7 +277,7 @@ def _stacks(axes: Axes, costs: Mapping[int, Mapping[str, float]]) -> None:
     total = max((sum(parts.values()) for parts in costs.values()), default=0)
     seen = {s for parts in costs.values() for s, cost in parts.items() if cost > total / 100}
     iterations, floor = list(costs), [0.0] * len(costs)
-    for stage, (colour, hatch) in _STAGES.items():
+    for stage, (colour, hatch) in STAGES.items():
         heights = [costs[t].get(stage, 0.0) for t in iterations]
         axes.bar(
             iterations,

@@ -28,3 +28,13 @@ def at_home(made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ExperimentS
     settings = small_loop.finished()
     yield settings
     note_settings(settings)
+
+
+@pytest.fixture
+def taught(made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ExperimentSettings]:
+    """The same of SAMI."""
+    monkeypatch.chdir(made)
+    monkeypatch.setenv("STAPLE_HOME", str(made / ".staple"))
+    settings = small_loop.finished("taught")
+    yield settings
+    note_settings(settings)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command import staple
+from command import staple, words
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.client.schemas.sorting import ArtifactSort
@@ -33,12 +33,6 @@ def drawn(at_home: ExperimentSettings) -> ExperimentSettings:
     note_settings(settings)
     run(settings)
     return settings
-
-
-def words(page: str) -> str:
-    """What a reader sees, as one line."""
-    body = page[page.index("<body>") :]
-    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
 
 def test_one_file_with_its_traces(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,13 @@ from matplotlib.figure import Figure
 from tasks.report.figures import (
     constitution_figure,
     cost_figure,
+    figures,
+    information_figure,
+    length_figure,
     previous_figure,
     stage_tokens,
     svg,
+    told_figure,
     win_rate_figure,
 )
 
@@ -127,3 +132,54 @@ def test_the_same_figure_has_the_same_bytes() -> None:
     image = svg(win_rate_figure(HISTORY))
     assert image == svg(win_rate_figure(HISTORY))
     assert b"<svg" in image and b"background" not in image
+
+
+TOLD = {
+    0: {"mi/per_token": 0.1, "mi/per_token_error": 0.02, "answers/plain_characters": 40.0},
+    1: {
+        "prompts": 30.0,
+        "sampled_responses": 120.0,
+        "generated_tokens": 900.0,
+        "train/tokens": 5000.0,
+        "mi/per_token": 0.4,
+        "mi/per_token_error": 0.05,
+        "win_rate/principles_vs_0": 0.8,
+        "win_rate/principles_vs_0_low": 0.7,
+        "win_rate/principles_vs_0_high": 0.9,
+        "win_rate/held_out_vs_0": 0.6,
+        "answers/plain_characters": 50.0,
+        "answers/principles_characters": 70.0,
+    },
+}
+
+
+def test_sami_has_pictures_of_its_own() -> None:
+    assert [*figures(TOLD, told=True)] == ["win_rate", "information", "lengths", "costs"]
+    assert "constitution" in figures(HISTORY) and "information" not in figures(HISTORY)
+    assert curves(told_figure(TOLD)) == {
+        "told principles": [0.8],
+        "told held-out ones, of both kinds": [0.6],
+    }
+    lengths = curves(length_figure(TOLD))
+    assert lengths == {"told principles": [70.0], "told nothing": [40.0, 50.0]}
+    assert stage_tokens(TOLD)[1] == {"sample": 900.0, "train": 5000.0}
+
+
+def test_information_has_its_error_and_its_limit() -> None:
+    figure = information_figure(TOLD)
+    assert curves(figure) == {"estimate ± standard error": [0.1, 0.4]}
+    axes: Any = figure.axes[0]
+    ((_, (segments,)),) = [(c, c.lines[2]) for c in axes.containers]
+    ends = [sorted(float(y) for _, y in segment) for segment in segments.get_segments()]
+    assert ends == [pytest.approx([0.08, 0.12]), pytest.approx([0.35, 0.45])]
+    (limit,) = [text for text in axes.texts if "log C" in text.get_text()]
+    assert limit.get_position()[1] == pytest.approx(math.log(4)), "120 responses to 30 prompts"
+    assert axes.get_ylim()[1] > math.log(4)
+    untrained = information_figure({0: TOLD[0]})
+    assert not untrained.axes[0].texts, "C is not known before anything was sampled"
+
+
+def test_what_is_not_there_is_not_drawn() -> None:
+    for history in ({}, {0: {}, 1: {}}):
+        for figure in figures(history, told=True).values():
+            assert svg(figure).startswith(b"<?xml")

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tasks.report.document import Recorded, Stage, best_iteration, budget, page, results, table
+from tasks.report.document import best_iteration, budget, page, results, table
+from tasks.report.recorded import Recorded, Stage
 from tasks.store import Attempt
 
 WIN = "win_rate/refined_vs_initial_0"

@@ -1,0 +1,158 @@
+"""What the record has of one experiment, and how its figures are written: for the report's page.
+
+`flows.report` gathers it; `document` and `sami` make a chapter of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from tasks.report.figures import History
+from tasks.store import Attempt
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of an iteration as the record has it."""
+
+    name: str
+    iteration: int
+    standing: str
+    """ "finished", "stale", "running", "failed" or "missing"."""
+    since: str
+    """Which changes made it stale, or why it failed."""
+    attempt: Attempt | None
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One experiment as its record has it."""
+
+    name: str
+    method: str
+    headline: str
+    """The win rate that its iterations are compared by: the method's final answer against the
+    initial policy's first one; of SAMI, the response to a constitution against the initial
+    policy's to the same one."""
+    settings: str
+    """YAML, as `staple run` reads it."""
+    seed: int
+    iterations: int
+    stages: Sequence[Stage]
+    """All that the experiment asks for, in the loop's order."""
+    attempts: Mapping[int, Mapping[str, Attempt]]
+    """Iteration → stage → what it wrote."""
+    history: History
+    changes: Mapping[int, Mapping[str, Any]]
+    """Settings that were changed for single iterations."""
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the final answer is the policy's first one: it was tuned on golds."""
+        return self._final.startswith("initial")
+
+    @property
+    def told(self) -> bool:
+        """Whether the policy is told a constitution (SAMI); else it finds a principle, or none."""
+        return self._final.startswith("constitution")
+
+    @property
+    def untold(self) -> str:
+        """The win rate of the final answer to a prompt alone: the measure that all methods share.
+
+        SAMI's is its response without a constitution.
+        """
+        return "win_rate/plain_vs_0" if self.told else self.headline
+
+    @property
+    def _final(self) -> str:
+        return self.headline.rpartition("/")[2]
+
+    @property
+    def last_evaluated(self) -> int | None:
+        """The last iteration whose policy was evaluated."""
+        evaluated = (t for t, stages in self.attempts.items() if "evaluate" in stages)
+        return max(evaluated, default=None)
+
+    def why_missing(self, name: str) -> str:
+        """Why no iteration has finished a stage."""
+        asked = [stage for stage in self.stages if stage.name == name and stage.iteration]
+        if not self.iterations:
+            return "The experiment has no iteration (iterations = 0): nothing is mined or trained."
+        if not asked:
+            return f"The method, {self.method}, has no stage “{name}”."
+        first = asked[0]
+        said = f": {first.since}" if first.since else ""
+        return f"Stage “{name}” of iteration {first.iteration} is {first.standing}{said}."
+
+    def unfinished(self) -> list[str]:
+        """Every stage that is not as the settings ask for, in words."""
+        return [
+            f"{s.name} of iteration {s.iteration} is {s.standing}"
+            + (f": {s.since}" * bool(s.since))
+            for s in self.stages
+            if s.standing != "finished"
+        ]
+
+
+# How figures are written -------------------------------------------------------------------------
+
+
+class Column(NamedTuple):
+    """A figure of a table."""
+
+    title: str
+    metric: str
+    form: Literal["percent", "score", "count", "nats"] = "percent"
+    """A share in [0, 1] is shown as percent."""
+
+
+class Cell(NamedTuple):
+    """A figure and its 95 % interval (of nats: its standard error), in words."""
+
+    value: str
+    interval: str = ""
+
+
+def cell(metrics: Mapping[str, float], metric: str, form: str = "percent") -> Cell:
+    """A figure as tables show it; a dash where it was not measured."""
+    if metric not in metrics:
+        return Cell("–")
+    show = {"percent": percent, "score": score, "count": number, "nats": nats}[form]
+    ends = [metrics.get(f"{metric}_{end}") for end in ("low", "high")]
+    low, high = (None if end is None else show(end).removesuffix("\u00a0%") for end in ends)
+    interval = "" if low is None or high is None else f"[{low}, {high}]"
+    if (error := metrics.get(f"{metric}_error")) is not None:
+        interval = f"± {show(error)}"
+    return Cell(show(metrics[metric]), interval)
+
+
+def cells(e: Recorded, columns: Sequence[Column]) -> list[tuple[str, list[Cell]]]:
+    """A line a figure that any iteration has, a cell an iteration."""
+    return [
+        (c.title, [cell(e.history[t], c.metric, c.form) for t in sorted(e.history)])
+        for c in columns
+        if any(c.metric in metrics for metrics in e.history.values())
+    ]
+
+
+def percent(value: float) -> str:
+    """A share in [0, 1]."""
+    return f"{100 * value:.1f}\u00a0%"
+
+
+def score(value: float) -> str:
+    """A rating."""
+    return f"{value:.2f}"
+
+
+def nats(value: float) -> str:
+    """An amount of information."""
+    return f"{value:.3f}"
+
+
+def number(value: float) -> str:
+    """A count."""
+    return f"{value:,.0f}"

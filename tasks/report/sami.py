@@ -1,0 +1,192 @@
+"""The report's chapter of a SAMI experiment: what its policies were told, and how they followed it.
+
+`document` calls `parts`; `page/sami.html` shows them. Nothing is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from constitutions.constitution import Principle
+from models.policy import SILENT, Message
+from tasks.records import Comparison, Prompt, Response
+from tasks.report.exhibits import outcome_word
+from tasks.report.figures import ARMS, information_limit
+from tasks.report.recorded import Column, Recorded, cell, cells, nats
+from tasks.sami.draw import pool_of
+
+EXAMPLES = 10
+
+_FIGURES = (
+    Column("told principles, vs iteration 0", "win_rate/principles_vs_0"),
+    Column("told antitheses, vs iteration 0", "win_rate/antitheses_vs_0"),
+    Column("both, vs iteration 0", "win_rate/constitution_vs_0"),
+    Column("… at equal lengths", "win_rate/constitution_vs_0_length_controlled"),
+    Column("both, vs previous", "win_rate/constitution_vs_previous"),
+    Column("told held-out principles, vs iteration 0", "win_rate/held_out_principles_vs_0"),
+    Column("told held-out antitheses, vs iteration 0", "win_rate/held_out_antitheses_vs_0"),
+    Column("both held-out kinds, vs iteration 0", "win_rate/held_out_vs_0"),
+    Column("told nothing, vs iteration 0", "win_rate/plain_vs_0"),
+    Column("information, of mean log-probabilities per token, nats", "mi/per_token", form="nats"),
+    Column("information, of whole responses, nats", "mi/whole", form="nats"),
+    *(
+        Column(f"planted: {words}, followed", f"planted/obeyed_{arm}")
+        for arm, words in ARMS.items()
+    ),
+    *(Column(f"planted: {words}, answered", f"planted/core_{arm}") for arm, words in ARMS.items()),
+)
+_LENGTHS = tuple(
+    Column(words, f"answers/{arm}_characters", form="count") for arm, words in ARMS.items()
+)
+
+
+class Told(NamedTuple):
+    """A principle of the constitution, and its antithesis, "" without."""
+
+    principle: Principle
+    held_out: bool
+    """Whether no training constitution holds it."""
+
+
+class Example(NamedTuple):
+    """A held-out prompt, a constitution, and the responses of two policies to both."""
+
+    number: int
+    """Its place among all held-out prompts, from 1."""
+    source: str
+    prompt: tuple[Message, ...]
+    arm: str
+    """In words."""
+    principles: tuple[str, ...]
+    before: str
+    after: str
+    outcome: str
+    """ "win", "tie", "loss" or "not judged" of the trained policy, or a figure between."""
+    failure: str
+
+
+def parts(e: Recorded) -> dict[str, Any]:
+    """What `page/sami.html` shows beside what every chapter has."""
+    limit = information_limit(e.history)
+    return {
+        "kind": "sami",
+        "sections": {
+            "lengths": "Lengths",
+            "constitution": "The constitution",
+            "examples": "Before and after",
+        },
+        "headline": headline(e),
+        "rates": cells(e, _FIGURES),
+        "limit": None if limit is None else nats(limit),
+        "lengths": cells(e, _LENGTHS),
+        "constitution": constitution(e),
+        "rejected": e.history.get(0, {}).get("write/rejected", 0),
+        "examples": _examples(e),
+    }
+
+
+def headline(e: Recorded) -> str:
+    """What was measured of the last policy, in sentences; empty where none was trained."""
+    last = e.last_evaluated
+    metrics = e.history.get(last or 0, {})
+    if not last or e.headline not in metrics:
+        return ""
+
+    def rate(metric: str) -> str:
+        return " ".join(cell(metrics, metric)).strip()
+
+    more = {
+        f"{e.headline}_length_controlled": "at equal lengths",
+        "win_rate/held_out_vs_0": "under principles and antitheses that were never trained on",
+    }
+    beside = "; ".join(f"{rate(name)} {words}" for name, words in more.items() if name in metrics)
+    held_out = e.history.get(0, {}).get("prompts", 0)
+    said = (
+        f"After iteration {last}, told a constitution of principles or of antitheses, the policy's "
+        f"response has a win rate of {rate(e.headline)} against the initial policy's, told the "
+        f"same, on {held_out:,.0f} held-out prompts"
+    )
+    untold = (
+        f" Told nothing, its answer has {rate(e.untold)} against the initial policy's."
+        if e.untold in metrics
+        else ""
+    )
+    return f"{said}{f' ({beside})' if beside else ''}; 50\u00a0% is parity.{untold}"
+
+
+def constitution(e: Recorded) -> list[Told]:
+    """Its principles, those that are trained on first; none before it was read or written."""
+    written = e.attempts.get(0, {}).get("write")
+    if written is None:
+        return []
+    pool = pool_of(written)
+    return [Told(p, False) for p in pool.trained] + [Told(p, True) for p in pool.held_out]
+
+
+def _examples(e: Recorded) -> tuple[int, int, list[Example]]:
+    """(iteration, its held-out prompts, the chosen ones) of the last policy that was trained."""
+    last, first = e.last_evaluated, e.attempts.get(0, {})
+    if not last or not {"prompts", "evaluate"} <= first.keys():
+        return 0, 0, []
+    prompts = first["prompts"].read("prompts", Prompt)
+    evaluated = e.attempts[last]["evaluate"]
+    chosen = examples(
+        evaluated.read("responses", Response),
+        first["evaluate"].read("responses", Response),
+        evaluated.read("comparisons", Comparison),
+        prompts,
+    )
+    return last, len(prompts), chosen
+
+
+def examples(
+    responses: Iterable[Response],
+    initial: Iterable[Response],
+    comparisons: Iterable[Comparison],
+    prompts: Sequence[Prompt],
+    count: int = EXAMPLES,
+) -> list[Example]:
+    """Prompts evenly spaced in the order of their ids, a hash; kinds of constitutions in turn.
+
+    Nothing of what was answered, or of how it was judged, has a part in the choice. A
+    prompt that either policy did not answer is left out.
+    """
+    after = {(r.prompt_id, r.arm): r for r in responses if r.principles}
+    before = {(r.prompt_id, r.arm): r for r in initial}
+    judged: dict[tuple[str, str], Comparison] = {}
+    for row in comparisons:
+        if row.against == 0:
+            judged.setdefault((row.prompt_id, row.answer), row)  # of several judges, the first
+    there = {arm for _, arm in after}
+    arms = [arm for arm in ARMS if arm in there]
+    ordered = sorted(prompts, key=lambda p: p.prompt_id)
+    count = min(count, len(ordered)) if arms else 0
+    found = []
+    for i in range(count):
+        place, arm = i * len(ordered) // count, arms[i % len(arms)]
+        key = ordered[place].prompt_id, arm
+        if key in after and key in before:
+            pair = before[key], after[key]
+            found.append(_example(place + 1, ordered[place], *pair, judged.get(key)))
+    return found
+
+
+def _example(
+    number: int, prompt: Prompt, before: Response, after: Response, judged: Comparison | None
+) -> Example:
+    return Example(
+        number=number,
+        source=prompt.source,
+        prompt=prompt.prompt,
+        arm=ARMS[after.arm],
+        principles=after.principles,
+        before=_text(before),
+        after=_text(after),
+        outcome=outcome_word(judged.outcome if judged else None),
+        failure=(judged.failure or "") if judged else "there is no comparison",
+    )
+
+
+def _text(row: Response) -> str:
+    return f"({SILENT[row.finish]})" if row.finish in SILENT else row.response
