@@ -147,12 +147,16 @@ def constitution_show(
     experiment: Name,
     iteration: Annotated[int | None, typer.Option(min=1, help="Default: the newest.")] = None,
 ) -> None:
-    """Print the principles that the policy discovered, the best supported first."""
+    """Print the principles that the policy discovered, the best supported first.
+
+    Of SAMI: those that it was taught, their antitheses, and which were held out of training.
+    """
     from flows import show
     from flows.experiment import newest, open_experiment, recorded_settings
 
     settings = recorded_settings(experiment)
-    t = newest(settings, "cluster", iteration).iteration
+    one = settings.method == "sami"  # for all iterations
+    t = 0 if one else newest(settings, "cluster", iteration).iteration
     show.constitution(open_experiment(settings).constitution(t))
 
 
@@ -226,13 +230,26 @@ def ask(
     experiment: Name,
     prompt: Annotated[str, typer.Argument(help="What to ask the policy.")],
     iteration: Annotated[int | None, typer.Option(min=0, help="Default: the newest.")] = None,
+    principle: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="SAMI: what the policy is told. Default: what it was taught. Repeatable."
+        ),
+    ] = None,
 ) -> None:
-    """Ask the newest policy: its first answer, the principle it finds, its refined answer."""
+    """Ask the newest policy: its first answer, the principle it finds, its refined answer.
+
+    Of SAMI: its answer when it is told principles, and its answer when it is told none.
+    """
     from flows import show
-    from flows.ask import ask_policy
+    from flows.ask import ask_policy, tell_policy
     from flows.experiment import recorded_settings
 
-    show.asked(ask_policy(recorded_settings(experiment), prompt, iteration))
+    settings = recorded_settings(experiment)
+    if settings.method == "sami" or principle:
+        show.told(tell_policy(settings, prompt, iteration, principle or []))
+    else:
+        show.asked(ask_policy(settings, prompt, iteration))
 
 
 @app.command()
@@ -277,13 +294,15 @@ def plan(
 
     from flows import plan as planning
     from flows import show
-    from flows.settings import load_settings
+    from flows.settings import following, load_settings
     from flows.workload import Assumed
 
     settings = load_settings(source, set_ or [])
     known = planning.like(like) if like else Assumed()
     assumed = replace(known, filled=filled or known.filled, accepted=accepted or known.accepted)
     show.planned(planning.plan(settings, gpu, assumed))
+    if then := following(settings):
+        show.planned(planning.plan(then, gpu, assumed))
 
 
 @app.command()

@@ -16,8 +16,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from constitutions.constitution import Changes, load
-from flows.ask import Asked
+from constitutions.constitution import Changes, Principle, load
+from flows.ask import Asked, Told
 from flows.baselines import Run, row
 from flows.compare import Compared
 from flows.experiment import STAGES, record_of
@@ -26,6 +26,7 @@ from flows.publish import iteration_metrics, rate_text
 from flows.settings import ExperimentSettings
 from flows.states import State, stage_states
 from models.cost import GIB
+from tasks.sami.draw import pool_of
 from tasks.store import Attempt
 from tasks.work import Metrics
 
@@ -119,18 +120,30 @@ def attempt(done: Attempt) -> None:
 
 
 def constitution(done: Attempt) -> None:
-    """The principles of a cluster or review attempt."""
+    """The principles of a cluster or review attempt; of write (SAMI), with what is held out."""
     found = load(done.path("constitution.yaml"))
+    apart = {p.id for p in pool_of(done).held_out} if done.stage == "write" else set()
+    texts = {
+        "principle": [p.text for p in found.principles],
+        "antithesis": [p.antithesis for p in found.principles],
+        "also worded as": [_others(p) for p in found.principles],
+        "": ["held out" if p.id in apart else "" for p in found.principles],
+    }
+    shown = {name: column for name, column in texts.items() if name == "principle" or any(column)}
+    columns = ("#", "trajectories", *shown)
     title = f"{found.experiment}, iteration {done.iteration}"
-    opposed = ("antithesis",) if found.is_opposed else ()
-    columns = ("#", "trajectories", "principle", *opposed, "also worded as")
-    table = _table(title, columns, left=len(columns) - 2)
-    for number, entry in enumerate(found.principles, start=1):
-        others = [m for m in entry.members if m != entry.text]
-        more = f" … {len(others) - 2} more" if len(others) > 2 else ""
-        texts = (entry.text, *(entry.antithesis for _ in opposed), "; ".join(others[:2]) + more)
-        table.add_row(str(number), str(entry.support), *map(Text, texts))
+    table = _table(title, columns, left=len(shown))
+    for n, entry in enumerate(found.principles):
+        cells = [Text(column[n]) for column in shown.values()]
+        table.add_row(str(n + 1), str(entry.support or "–"), *cells)
     console.print(table)
+
+
+def _others(entry: Principle) -> str:
+    """Two of a principle's other wordings, and how many more there are."""
+    others = [m for m in entry.members if m != entry.text]
+    more = f" … {len(others) - 2} more" if len(others) > 2 else ""
+    return "; ".join(others[:2]) + more
 
 
 def compared(found: Compared) -> None:
@@ -194,6 +207,19 @@ def asked(reply: Asked) -> None:
             f"constitution, “{reply.entry.text}” ({reply.entry.support} trajectories)."
         )
     console.print(Text(why))
+
+
+def told(reply: Told) -> None:
+    """SAMI: a response under principles, beside the one without."""
+    principles = "\n".join(f"{n}. {text}" for n, text in enumerate(reply.principles, start=1))
+    for title, text in (
+        ("told", principles),
+        ("answer", reply.response),
+        ("answer when it is told nothing", reply.plain),
+    ):
+        console.print(Panel(Text(text), title=title, title_align="left"))
+    which = f"Iteration {reply.iteration}" + ("." if reply.iteration else ": the initial policy.")
+    console.print(Text(which))
 
 
 def checked(source: str, found: Mapping[str, str]) -> None:
@@ -405,9 +431,11 @@ def _next_steps(settings: ExperimentSettings) -> None:
     if settings.method == "sami":
         learned = (f"staple constitution show {name}", "what it was taught")
     ask = (f'staple ask {name} "…"', "its answer, the principle, the refined answer")
+    if settings.method == "sami":
+        ask = (f'staple ask {name} "…" --principle "…"', "its answer when it is told that")
     _commands(
         *([learned] if discovered or settings.method == "sami" else []),
-        *([ask] if settings.method != "sami" else []),
+        ask,
         (f"staple status {name}", "every stage of every iteration"),
         ("staple up", "Prefect's and MLflow's pages: every run, iterations side by side"),
     )
