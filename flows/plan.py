@@ -21,8 +21,11 @@ from models.cost import GIB, GPUS, Gpu, Held
 from models.planted import NAMES
 from models.policy import PolicySettings
 from models.shapes import WIDTH, shape_of
+from tasks.store import Record
 from tasks.work import Metrics
 
+MASK_BYTES = 3
+"""For each pair of positions of a row, beside the mask itself, while it is made."""
 COPIES = 3
 """Of each text: in mine's rows, in score's, and in the parts of the stage that is at work."""
 
@@ -94,7 +97,8 @@ def plan(settings: ExperimentSettings, gpu: str = "h100", assumed: Assumed | Non
     """Estimate an experiment on one GPU of the table `models.cost.GPUS`.
 
     Raises:
-        UserError: no such GPU; a model whose sizes are unknown; a data file that is wrong.
+        UserError: no such GPU; a model whose sizes are unknown; a data file or a constitution that
+            is wrong.
     """
     if gpu not in GPUS:
         raise UserError("no such GPU", where=f"--gpu {gpu}", expected=f"one of {', '.join(GPUS)}")
@@ -126,6 +130,8 @@ def like(experiment: str) -> Assumed:
             fix="run a small one first: staple run PRESET --set iterations=1 "
             "--set prompts.first=100 --set experiment=pilot",
         )
+    if settings.method == "sami":
+        return _like_sami(settings, record, done[0])
     stages = ("mine", "filter", "train")
     mined, kept, trained = (record.needs(stage, done[0]).metrics for stage in stages)
     known = lengths(settings.prompts, settings.seed)
@@ -138,13 +144,26 @@ def like(experiment: str) -> Assumed:
     return replace(found, prompt=_prompt_tokens(Workload(settings, known, found), trained))
 
 
+def _like_sami(settings: ExperimentSettings, record: Record, iteration: int) -> Assumed:
+    sampled, trained = (record.needs(stage, iteration).metrics for stage in ("sample", "train"))
+    limits = sampled["sampled_responses"] * settings.sample.max_response_tokens
+    found = Assumed(
+        filled=sampled["generated_tokens"] / limits,
+        accepted=trained["train/trained"] / trained["train/queries"],
+        like=settings.experiment,
+    )
+    known = lengths(settings.prompts, settings.seed)
+    return replace(found, prompt=_prompt_tokens(Workload(settings, known, found), trained))
+
+
 def _prompt_tokens(work: Workload, trained: Metrics) -> float | None:
     """What is left of the recorded conversations beside their other turns; None: not told."""
     train = work.settings.train
     if train.tokens:  # a budget cuts epochs short
         return None
     others = replace(work, assumed=replace(work.assumed, prompt=0.0)).learned()[0]
-    each = trained["train/tokens"] / (trained["train/examples"] * train.epochs)
+    learned = trained["train/trained" if work.settings.method == "sami" else "train/examples"]
+    each = trained["train/tokens"] / (learned * work.rows * train.epochs)
     return max(1.0, each - others)
 
 
@@ -173,7 +192,8 @@ class _Estimate:
     def _micro(self, length: float) -> int:
         """Conversations of a length that are trained on together."""
         train = self.settings.train
-        return max(1, min(train.batch_size, int(train.micro_batch_tokens // length)))
+        most = self.workload.rows if self.settings.method == "sami" else train.batch_size
+        return max(1, min(most, int(train.micro_batch_tokens // length)))
 
     # Work
 
@@ -192,6 +212,10 @@ class _Estimate:
         if s.method == "sft":
             yield self._training(prompts)
             return
+        if s.method == "sami":
+            yield self._answers("sample", prompts, self.workload.sampled(), s.sample.shard_size)
+            yield self._training(prompts * self.workload.accepted)
+            return
         yield self._answers("mine", prompts, self.workload.mined(), s.mine.shard_size)
         yield from map(self._judgements, self.workload.graded(prompts))
         yield self._training(prompts * self.workload.accepted)
@@ -200,6 +224,8 @@ class _Estimate:
         s, benchmarks = self.settings, self.workload.benchmarks
         prompts = s.prompts.held_out + sum(benchmarks.values())
         yield self._answers("evaluate", prompts, self.workload.answered(), s.evaluate.shard_size)
+        if s.method == "sami" and (turns := self.workload.informed()):
+            yield self._answers("information", prompts, turns, s.evaluate.shard_size)
         yield from map(self._judgements, self.workload.judged(iteration))
 
     def _answers(self, stage: str, prompts: int, turns: Sequence[Turn], shard: int) -> Work:
@@ -253,7 +279,7 @@ class _Estimate:
     def _training(self, lessons: float) -> Work:
         s = self.settings.train
         length, loss = self.workload.learned()
-        tokens = s.tokens or lessons * s.epochs * length
+        tokens = s.tokens or lessons * self.workload.rows * s.epochs * length
         seconds = self.policy.training_seconds(
             tokens,
             tokens * loss / length,
@@ -261,8 +287,21 @@ class _Estimate:
             length=length,
             checkpointing=s.gradient_checkpointing,
         )
-        hours = seconds / s.processes / 3600
+        hours = seconds * (1 + self._ahead(length)) / s.processes / 3600
         return Work(stage="train", prompts=lessons, trained=tokens, hours=hours)
+
+    def _ahead(self, length: float) -> float:
+        """What SAMI's further forward passes add, as a share: see `models.sami`.
+
+        One for the matrix, where a query's rows do not fit together; one, not in every epoch but
+        once, for what the KL term holds the policy to.
+        """
+        s = self.settings.train
+        if self.settings.method != "sami":
+            return 0.0
+        passes = 1 + (1 if self.policy.rank else 2) + s.gradient_checkpointing
+        again = (self._micro(length) < self.workload.rows) + bool(s.kl) / s.epochs
+        return again / passes
 
     # Memory
 
@@ -293,7 +332,9 @@ class _Estimate:
     def _longest_turns(self) -> Iterator[tuple[Turn, int]]:
         """Every turn of the policy at its limits, and the prompts of its shards."""
         s, work = self.settings, self.workload.at_limits()
-        if s.iterations and s.method != "sft":
+        if s.method == "sami":
+            yield from ((turn, s.sample.shard_size) for turn in work.sampled())
+        elif s.iterations and s.method != "sft":
             yield from ((turn, s.mine.shard_size) for turn in work.mined())
         yield from ((turn, s.evaluate.shard_size) for turn in work.answered())
 
@@ -315,6 +356,8 @@ class _Estimate:
         checkpointing = self.settings.train.gradient_checkpointing
         rows = self._micro(length)
         parts = self.policy.training_memory(rows, length, loss, checkpointing=checkpointing)
+        if self.settings.method == "sami":  # responses do not see each other
+            parts["mask"] = rows * length**2 * (WIDTH[self.policy.dtype] + MASK_BYTES)
         return Memory(title=f"training {rows} × {length:,.0f}", parts=parts)
 
     def _smaller_steps(self) -> str:
@@ -326,7 +369,8 @@ class _Estimate:
         for name, value in (
             ("train.gradient_checkpointing", True),
             ("train.micro_batch_tokens", min(2048, train.micro_batch_tokens)),
-            last,  # it alone changes what is learned
+            last,  # it changes what is learned
+            *([("sample.constitutions", 2)] if self.settings.method == "sami" else []),
         ):
             changes[name] = value
             settings = with_changes(self.settings, changes)
@@ -357,13 +401,19 @@ class _Estimate:
             row = self._row_bytes()
             prompts = s.prompts.first + s.prompts.later * (s.iterations - 1)
             found["records"] = COPIES * row * prompts
-            found[f"a part of mine ({s.mine.shard_size} prompts)"] = row * s.mine.shard_size
+            stage, shard = ("mine", s.mine.shard_size)
+            if s.method == "sami":
+                stage, shard = ("sample", s.sample.shard_size)
+            found[f"a part of {stage} ({shard} prompts)"] = row * shard
         return found
 
     def _row_bytes(self) -> float:
-        """Of what one mined prompt adds to the record, uncompressed."""
-        known, turns = self.workload.lengths, self.workload.mined()
-        new = self.workload.assumed.filled * sum(turn.samples * turn.limit for turn in turns)
+        """Of what one mined or sampled prompt adds to the record, uncompressed."""
+        work, known = self.workload, self.workload.lengths
+        sami = self.settings.method == "sami"
+        new = work.rows * work.told if sami else 0.0
+        for turn in work.sampled() if sami else work.mined():
+            new += work.assumed.filled * turn.samples * turn.limit
         return CHARACTERS * (known.prompt + known.gold + new)
 
     # Notes
@@ -372,9 +422,13 @@ class _Estimate:
         """What the figures rest on."""
         s, assumed, known = self.settings, self.workload.assumed, self.workload.lengths
         how = f"as in {assumed.like}" if assumed.like else "assumed (--filled, --accepted, --like)"
+        kept = "trajectories are kept a mined prompt"
+        if s.method == "sami":
+            kept = "of the queries are trained on"
+            yield self._rows_note()
         yield (
             f"turns fill {assumed.filled:.0%} of their limits ('at most': all of them), and "
-            f"{self.workload.accepted:.2f} trajectories are kept a mined prompt: {how}"
+            f"{self.workload.accepted:.2f} {kept}: {how}"
         )
         yield (
             f"prompts of {self.workload.prompt:,.0f} tokens, up to {known.longest:,.0f}, golds of "
@@ -392,7 +446,25 @@ class _Estimate:
             yield f"training on {s.train.processes} such GPUs, all else on one"
         if s.policy.device == "cpu":
             yield "policy.device is cpu: the hours are the GPU's all the same"
-        yield "left out: scores by words, filter, cluster, loading, endpoints, corpora"
+        words = "write" if s.method == "sami" else "scores by words, filter, cluster"
+        yield f"left out: {words}, loading, endpoints, corpora"
+
+    def _rows_note(self) -> str:
+        """What SAMI's rows hold, and how many are in memory: see `models.sami.Information`."""
+        size, length = self.workload.rows, self.workload.learned()[0]
+        longest = self.workload.at_limits().learned()[0]
+        together = self._micro(longest)
+        how = (
+            f"of the longest {together} at a time, in two passes: more constitutions take more time"
+            if together < size
+            else f"all {size} at a time"
+        )
+        return (
+            f"C = {size}: a query is trained on in {size} rows, each its prompt under one "
+            f"constitution and all {size} responses, {length:,.0f} tokens, at most "
+            f"{longest:,.0f}; {how} (train.micro_batch_tokens = "
+            f"{self.settings.train.micro_batch_tokens:,})"
+        )
 
 
 def _flags(changes: dict[str, Any]) -> str:

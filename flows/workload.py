@@ -6,13 +6,14 @@ bound what is generated, and a share of them, `Assumed.filled`, is expected.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from statistics import fmean
 
+from constitutions.reference import load_pairs
 from flows.settings import ExperimentSettings
 from models.judges import JudgeSettings
-from models.prompts import TEMPLATES
+from models.prompts import CONSTITUTION_WORDINGS, TEMPLATES
 from tasks.benchmarks.run import LLM
 from tasks.comparisons import arms
 from tasks.corpus import CorpusSettings, load_corpus
@@ -32,6 +33,8 @@ USUAL = {
 samples of 100 to 2,300 rows."""
 UNKNOWN = (1000, 500)
 """The same for other formats: a guess."""
+PRINCIPLE = 80
+"""Characters of a principle that is not written yet: a guess."""
 LONG = 1.5
 """The longest prompts of such a data set against their mean, at least."""
 ACCEPTED = 0.7
@@ -52,6 +55,8 @@ class Assumed:
     """Trajectories that are kept for each mined prompt; None: `Workload.accepted`."""
     prompt: float | None = None
     """Tokens of a prompt; None: by its characters."""
+    told: float | None = None
+    """SAMI: tokens of a constitution as it is told; None: by its characters."""
     like: str = ""
     """The experiment that all this was measured on; empty: it is assumed."""
 
@@ -131,12 +136,18 @@ def lengths(settings: PromptSettings, seed: int) -> Lengths:
 def _source(source: CorpusSettings, seed: int) -> tuple[int, Lengths]:
     """Rows that are used, 0 where that is unknown, and how long they are."""
     if source.path is None:
-        prompt, gold = USUAL.get(source.format, UNKNOWN)
+        prompt, gold = USUAL.get(source.format) or USUAL.get(_last(source.name), UNKNOWN)
+        gold *= bool(source.gold_column)
         return source.rows or 0, _tokens(prompt, gold, LONG * prompt)
     rows = load_corpus([source], seed).rows
     return len(rows), _measured(
         [(sum(len(m["content"]) for m in r.prompt), len(r.gold)) for r in rows]
     )
+
+
+def _last(name: str | None) -> str:
+    """ "owner/tldr" as "tldr"."""
+    return (name or "").rpartition("/")[2].lower()
 
 
 def _measured(characters: list[tuple[int, int]]) -> Lengths:
@@ -168,6 +179,8 @@ class Workload:
         """Trajectories that are kept for each mined prompt; soft selection keeps several."""
         if self.assumed.accepted is not None:
             return self.assumed.accepted
+        if self.settings.method == "sami":
+            return 1.0  # queries; only those whose responses are all the same teach nothing
         soft = self.settings.filter.selection == "soft"
         return ACCEPTED * (max(1.0, self.settings.mine.samples / 2) if soft else 1.0)
 
@@ -195,8 +208,59 @@ class Workload:
             Turn(samples=s.samples, limit=s.max_response_tokens, shared=asked, own=told),
         ]
 
+    @property
+    def told(self) -> float:
+        """Tokens of a constitution as a policy is told it (SAMI)."""
+        return self._constitution(fmean) if self.assumed.told is None else self.assumed.told
+
+    def _constitution(self, of: Callable[[Iterable[float]], float]) -> float:
+        """The same, of the mean or the longest principles."""
+        s, wording = self.settings, CONSTITUTION_WORDINGS[self.settings.policy.templates]
+        pairs = load_pairs(s.write.constitution).principles if s.write.constitution else ()
+        texts = [text for p in pairs for text in (p.text, p.antithesis) if text]
+        around = len(wording.item.format(number=1, principle="")) + len(wording.separator)
+        each = around + (of(map(len, texts)) if texts else PRINCIPLE)
+        return MARKS + (len(wording.given) + s.sample.principles * each) / CHARACTERS
+
+    def sampled(self) -> list[Turn]:
+        """What `sample` samples for a query: see `tasks.sami.sample`."""
+        s = self.settings.sample
+        under = self.prompt + self.told
+        return [Turn(samples=s.constitutions, limit=s.max_response_tokens, own=under)]
+
+    @property
+    def rows(self) -> int:
+        """Rows of `learned` that a lesson has: SAMI's queries have one for each constitution."""
+        return self.settings.sample.constitutions if self.settings.method == "sami" else 1
+
+    @property
+    def arms(self) -> int:
+        """Kinds of constitutions that held-out prompts are answered under (SAMI)."""
+        return 4 if self.settings.write.held_out else 2
+
+    def responded(self) -> list[Turn]:
+        """What SAMI's `evaluate` samples for a prompt: see `tasks.sami.evaluate`."""
+        limit = self.settings.evaluate.max_response_tokens
+        return [
+            Turn(samples=self.arms, limit=limit, own=self.prompt + self.told),
+            Turn(samples=1, limit=limit, shared=self.prompt),
+        ]
+
+    def informed(self) -> list[Turn]:
+        """What its estimate of the information samples, and then reads; an endpoint tells none."""
+        if self.settings.policy.endpoint:
+            return []
+        size, limit = self.settings.sample.constitutions, self.settings.evaluate.max_response_tokens
+        under, (y,) = self.prompt + self.told, self._expected(limit)
+        return [
+            Turn(samples=size, limit=limit, own=under),
+            Turn(samples=size * size, limit=0, own=under + y),
+        ]
+
     def answered(self) -> list[Turn]:
         """What `evaluate` samples for a prompt: see `tasks.answers`."""
+        if self.settings.method == "sami":
+            return self.responded()
         s, words = self.settings.evaluate, self._words
         y1, z = self._expected(s.max_response_tokens, s.max_principle_tokens)
         initial = Turn(samples=1, limit=s.max_response_tokens, shared=self.prompt)
@@ -212,7 +276,16 @@ class Workload:
         ]
 
     def learned(self) -> tuple[float, float]:
-        """Tokens of a conversation that is trained on, and how many of them have loss."""
+        """Tokens of a conversation that is trained on, and how many of them have loss.
+
+        Of SAMI, of one row: a prompt under a constitution, and every response to the query after
+        it; a query has a row for each constitution.
+        """
+        if self.settings.method == "sami":
+            size = self.settings.sample.constitutions
+            y = self.assumed.filled * self.settings.sample.max_response_tokens
+            one, _ = self._cut(self.prompt + self.told + y, y)
+            return one + (size - 1) * y, size * y
         if self.settings.method == "sft":
             return self._cut(self.prompt + self.lengths.gold, self.lengths.gold)
         s, words = self.settings.mine, self._words
@@ -225,7 +298,10 @@ class Workload:
 
     def at_limits(self) -> Workload:
         """The same with the longest prompts and every turn at its limit."""
-        return replace(self, assumed=replace(self.assumed, filled=1.0, prompt=self.lengths.longest))
+        sami = self.settings.method == "sami"
+        told = self._constitution(max) if sami else None
+        longest = replace(self.assumed, filled=1.0, prompt=self.lengths.longest, told=told)
+        return replace(self, assumed=longest)
 
     def graded(self, prompts: int) -> Iterator[Asked]:
         """What the judge of the E-step, where there is one, is asked: to grade y1 and every y2."""
@@ -236,6 +312,9 @@ class Workload:
 
     def judged(self, iteration: int) -> Iterator[Asked]:
         """What the judges of an iteration's answers are asked, where they are models."""
+        if self.settings.method == "sami":
+            yield from self._followed(iteration)
+            return
         s, held_out = self.settings.evaluate, self.settings.prompts.held_out
         met = sum(len(arms(iteration, t)) for t in {iteration, 0, max(iteration - 1, 0)})
         asked = [("judge", j, held_out, self._meetings(j, met)) for j in s.judges if j.policy]
@@ -247,6 +326,15 @@ class Workload:
                 asked.append((name, judge, self.benchmarks[name], self._met(name, judge)))
         for stage, judge, prompts, turn in asked:
             yield Asked(stage=stage, judge=judge, prompts=prompts, turn=turn)
+
+    def _followed(self, iteration: int) -> Iterator[Asked]:
+        """The same of SAMI: every kind of response meets the initial policy's and the previous
+        one's; those without a constitution by the first judge alone."""
+        s, met = self.settings, len({0, max(iteration - 1, 0)} - {iteration})
+        for number, judge in enumerate(s.evaluate.judges if met else ()):
+            if judge.policy:
+                turn = self._meetings(judge, met * (self.arms + (number == 0)))
+                yield Asked(stage="judge", judge=judge, prompts=s.prompts.held_out, turn=turn)
 
     @property
     def benchmarks(self) -> dict[str, int]:
@@ -273,6 +361,7 @@ class Workload:
     def _questions(self, judge: JudgeSettings, count: int, answers: int) -> Turn:
         (y,) = self._expected(self.settings.evaluate.max_response_tokens)
         own = JUDGE_WORDS + self.prompt + answers * y + judge.show_gold * self.lengths.gold
+        own += self.told if self.settings.method == "sami" else 0.0
         return Turn(samples=count, limit=judge.max_tokens if judge.kind in LLM else 0, own=own)
 
     def _expected(self, *limits: int) -> list[float]:

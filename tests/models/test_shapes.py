@@ -14,7 +14,9 @@ from transformers import DynamicCache
 
 from constitutions.errors import UserError
 from models.adapter import AdapterSettings
+from models.planted import NAMES
 from models.policy import PolicySettings
+from models.prompts import TERSE_CONSTITUTION
 from models.qlora import load_base, new_adapter
 from models.shapes import PUBLISHED, Shape, read_shape, shape_of
 
@@ -68,6 +70,7 @@ def test_parameters_are_those_of_the_real_architecture(
         ("Qwen/Qwen2.5-32B-Instruct", 32_763_876_352),
         ("Qwen/Qwen2.5-72B-Instruct", 72_706_203_648),
         ("prometheus-eval/prometheus-7b-v2.0", 7_241_732_096),
+        ("mistralai/Mistral-7B-Instruct-v0.3", 7_248_023_552),
     ],
 )
 def test_published_models_have_their_published_size(model: str, parameters: int) -> None:
@@ -88,12 +91,14 @@ def test_published_configurations_build_what_they_say(name: str) -> None:
     )
 
 
-def test_the_planted_model_is_the_one_that_is_pretrained() -> None:
-    from models.planted.pretrain import Recipe, build_model, build_tokenizer
+@pytest.mark.parametrize("name", NAMES)
+def test_a_planted_model_is_the_one_that_is_pretrained(name: str) -> None:
+    from models.planted.pretrain import RECIPES, build_model, build_tokenizer
 
-    model = build_model(Recipe(), build_tokenizer(), seed=0)
-    shape = shape_of(PolicySettings(model="planted"))
-    assert shape == read_shape(model.config.to_dict(), "planted")
+    words = TERSE_CONSTITUTION.said if RECIPES[name].constitutions else ""
+    model = build_model(RECIPES[name], build_tokenizer(words), seed=0)
+    shape = shape_of(PolicySettings(model=name))
+    assert shape == read_shape(model.config.to_dict(), name)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
 
 
