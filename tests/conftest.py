@@ -65,8 +65,21 @@ def prefect_server() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def corpora() -> Path:
     """The folder of real corpora; tests that need it are skipped where it is absent."""
+    return real_data("corpora")
+
+
+@pytest.fixture(scope="session")
+def sami_responses() -> tuple[Path, Path]:
+    """The response files that SAMI's authors published: the trained policy's, and the base's."""
+    folder = real_data("sami") / "responses"
+    name = "mistral-opus-constitution-temperature-0.0.json"
+    return folder / f"iteration-1-epoch-0.12-{name}", folder / f"base-{name}"
+
+
+def real_data(name: str) -> Path:
+    """A folder of real data; a test that needs it is skipped where it is absent."""
     default = Path(__file__).parent.parent.parent / "shared" / "data"
-    folder = Path(os.environ.get("STAPLE_TEST_DATA", default)) / "corpora"
+    folder = Path(os.environ.get("STAPLE_TEST_DATA", default)) / name
     if not folder.is_dir():
-        pytest.skip(f"real corpora are not at {folder}; set STAPLE_TEST_DATA to their folder")
+        pytest.skip(f"real data are not at {folder}; set STAPLE_TEST_DATA to the folder above")
     return folder
