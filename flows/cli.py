@@ -236,6 +236,34 @@ def ask(
 
 
 @app.command()
+def judge(
+    ours: Annotated[Path, typer.Argument(help="A policy's response file, as SAMI's code writes.")],
+    theirs: Annotated[Path, typer.Argument(help="Another policy's, to the same questions.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="A setting of evaluate, as in --set judge.kind=pairwise. Repeatable."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap and a sampled judge.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the comparisons too: a .parquet or .json file.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Judge again what is judged.")] = False,
+) -> None:
+    """Judge two response files: which policy follows the constitutions in them better?
+
+    With --set judge.kind=pairwise --set judge.policy.model=NAME [--set judge.endpoint=URL].
+    """
+    from flows import show
+    from flows.judge import judge_files
+
+    show.judged(judge_files(ours, theirs, set_ or [], seed=seed, out=out, force=force))
+    if out:
+        typer.echo(f"Wrote {out}.")
+
+
+@app.command()
 def validate(
     file: Annotated[str, typer.Argument(help="An experiment's YAML, a preset, or a data file.")],
     set_: Set = None,

@@ -26,10 +26,13 @@ from flows.publish import iteration_metrics, rate_text
 from flows.settings import ExperimentSettings
 from flows.states import State, stage_states
 from models.cost import GIB
+from tasks.length_control import LengthControlled
 from tasks.store import Attempt
+from tasks.winrate import WinRate
 from tasks.work import Metrics
 
 if TYPE_CHECKING:
+    from flows.judge import Judged
     from models.export import Exported  # torch
 
 console = Console()
@@ -194,6 +197,40 @@ def asked(reply: Asked) -> None:
             f"constitution, “{reply.entry.text}” ({reply.entry.support} trajectories)."
         )
     console.print(Text(why))
+
+
+def judged(found: Judged) -> None:
+    """Win rate and lengths of two response files, and what the judge is worth."""
+    rate, controlled = found.rate, found.controlled
+    title = "who follows the constitution better? 95 % intervals"
+    table = _table(title, ("figure", "value"), left=2)
+    table.columns[1].overflow = "fold"
+    rows = {
+        "ours": found.ours.name,
+        "theirs": found.theirs.name,
+        "judge": found.judge,
+        "pairs judged": f"{rate.n:,}",
+        "wins / ties / losses": f"{rate.wins:,} / {rate.ties:,} / {rate.losses:,}",
+        "failed": f"{rate.failed:,}",
+        "win rate": f"{_interval(rate)}, sign test p = {rate.p_value:.2g}",
+        "length-controlled": _interval(controlled) if controlled else f"– ({found.confounded})",
+        "mean characters": f"{found.lengths[0]:,.1f} ours, {found.lengths[1]:,.1f} theirs",
+    }
+    orders = {"judge/bias": "position bias", "judge/consistency": "consistency of orders"}
+    rows |= {told: f"{found.orders[n]:.2f}" for n, told in orders.items() if n in found.orders}
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    console.print(table)
+    if found.rejected:
+        console.print(f"{len(found.rejected):,} rows are in no pair:")
+    for lone in found.rejected[:10]:
+        console.print(Text(f"  {lone.source}: {lone.reason}; {lone.detail}"))
+    if len(found.rejected) > 10:
+        console.print("  …")
+
+
+def _interval(rate: WinRate | LengthControlled) -> str:
+    return f"{rate.rate:.3f} [{rate.low:.3f}, {rate.high:.3f}]"
 
 
 def checked(source: str, found: Mapping[str, str]) -> None:
