@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ from flows.settings import ExperimentSettings
 from flows.states import State, stage_states
 from models.cost import GIB
 from tasks.length_control import LengthControlled
+from tasks.sami.write import Written
 from tasks.store import Attempt
 from tasks.winrate import WinRate
 from tasks.work import Metrics
@@ -134,6 +136,18 @@ def constitution(done: Attempt) -> None:
         texts = (entry.text, *(entry.antithesis for _ in opposed), "; ".join(others[:2]) + more)
         table.add_row(str(number), str(entry.support), *map(Text, texts))
     console.print(table)
+
+
+def written(found: Written) -> None:
+    """The pairs of a constitution that was just written, and why others were rejected."""
+    columns = ("#", "principle", "antithesis")
+    table = _table("constitution", columns, left=2)
+    for number, entry in enumerate(found.constitution.principles, start=1):
+        table.add_row(str(number), Text(entry.text), Text(entry.antithesis))
+    console.print(table)
+    reasons = Counter(row.reason for row in found.rejected).most_common()
+    why = "".join(f"\n  {times} × {reason}" for reason, times in reasons)
+    console.print(f"{len(found.rejected)} rejected{':' if why else '.'}{why}")
 
 
 def compared(found: Compared) -> None:
