@@ -7,16 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from brief_judge import Judge, judging, size
 from chat_model import build_chat_model
 from command import Ran, staple
-from openai_server import BASE, Proxy, app_over, serving
-from scripted import Script, responses
 
 from models.judges import PRINCIPLE
 from models.policy import Message, PolicySettings
@@ -29,55 +27,10 @@ from tasks.winrate import win_rate
 Rows = Sequence[ResponseRow]
 
 
-def size(text: str) -> int:
-    """Characters as a judge sees them, who reads line by line."""
-    return len("\n".join(text.splitlines()))
-
-
-def brief(messages: Sequence[Message]) -> str:
-    """Prefers the response with fewer characters; of two that are as long the one it read first."""
-    asked = messages[-1]["content"]
-    if "###Response A:" not in asked:
-        return "Ready."
-    first, second = (
-        "\n".join(line.removeprefix("> ") for line in shown.split("\n"))
-        for shown in responses(asked)
-    )
-    return f"The shorter one. [RESULT] {'A' if len(first) <= len(second) else 'B'}"
-
-
-@dataclass
-class Judge:
-    """The server, and what it was asked."""
-
-    address: str
-    proxy: Proxy
-    script: Script
-
-    @property
-    def asked(self) -> list[str]:
-        texts = [body["messages"][-1]["content"] for body in self.proxy.bodies]
-        return [text for text in texts if "###Response A:" in text]
-
-    def options(self, **more: Any) -> list[str]:
-        given = {
-            "judge.kind": "pairwise",
-            "judge.policy.model": "small/judge",
-            "judge.policy.served_model": BASE,
-            "judge.endpoint": self.address,
-            "judge.retries": 0,
-            **more,
-        }
-        return [part for name, value in given.items() for part in ("--set", f"{name}={value}")]
-
-
 @pytest.fixture
 def judge() -> Iterator[Judge]:
-    script = Script(brief)
-    with serving(app_over(script)) as upstream:
-        proxy = Proxy(upstream, lambda i, body: None)
-        with serving(proxy) as address:
-            yield Judge(address, proxy, script)
+    with judging() as found:
+        yield found
 
 
 @pytest.fixture
