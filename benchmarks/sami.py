@@ -90,7 +90,7 @@ def report(runs: Runs) -> str:
 
 TITLES = {
     "given": "A given constitution: 24 principles, six of them held out",
-    "weak-to-strong": "Weak to strong: written by planted-sami-small, a sixth of the size",
+    "weak-to-strong": "Weak to strong: written by planted-sami-small, a fifth of the size",
 }
 
 

@@ -176,8 +176,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     name: dict(zip(FIELDS, values, strict=True))
     for name, *values in (
         ("planted", "llama", 128, 3, 4, 4, 384, 358, 512, True),
-        ("planted-sami", "llama", 128, 3, 4, 4, 384, 361, 512, True),
-        ("planted-sami-small", "llama", 64, 2, 2, 2, 192, 361, 512, True),
+        ("planted-sami", "llama", 128, 3, 4, 4, 384, 359, 512, True),
+        ("planted-sami-small", "llama", 64, 2, 2, 2, 192, 359, 512, True),
         ("meta-llama/llama-3.1-8b", "llama", 4096, 32, 32, 8, 14336, 128256, 131072, False),
         ("meta-llama/llama-3.1-70b", "llama", 8192, 80, 64, 8, 28672, 128256, 131072, False),
         ("meta-llama/llama-3.2-1b", "llama", 2048, 16, 32, 8, 8192, 128256, 131072, True),
