@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 Overrides = Sequence[str]
-"""Settings that differ from the preset "planted", as `--set` takes them."""
+"""Settings that differ from the preset, as `--set` takes them."""
 History = list[dict[str, float]]
 """The metrics of each iteration, from 0."""
 Runs = dict[str, dict[str, History]]
@@ -28,6 +28,8 @@ KEPT = re.compile(
     r"win_rate/(planted-held/)?(refined_vs_initial_0|initial_vs_0)|train/(tokens|trained_tokens)"
     r"|planted/(recall|precision|nmi|ari|invented_right|kept_right)|faithfulness/(label|answers)"
     r"|generated_tokens|constitution_size|discovery_rate|refinement_rate|prompts_kept"
+    r"|win_rate/(constitution|principles|antitheses|held_out|plain)_vs_0"
+    r"(_length_controlled)?(_low|_high)?|mi/.+|answers/.+_characters|planted/(obeyed|core)_.+"
 )
 """What the files beside this one hold of an iteration's metrics."""
 
@@ -39,13 +41,18 @@ def keep(runs: Runs, file: Path) -> None:
 
 
 def run_all(
-    variants: Mapping[str, Overrides], seeds: Sequence[int], folder: Path, jobs: int = 2
+    variants: Mapping[str, Overrides],
+    seeds: Sequence[int],
+    folder: Path,
+    jobs: int = 2,
+    preset: str = "planted",
 ) -> Runs:
-    """Every variant on every seed; a seed is one process's work, `jobs` at a time."""
+    """Every variant of a preset on every seed; a seed is one process's work, `jobs` at a time."""
     runs: Runs = {name: {} for name in variants}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         waiting = {
-            seed: pool.submit(run_seed, seed, dict(variants), folder.absolute()) for seed in seeds
+            seed: pool.submit(run_seed, seed, dict(variants), folder.absolute(), preset)
+            for seed in seeds
         }
         for seed, future in waiting.items():
             for name, history in future.result().items():
@@ -53,7 +60,9 @@ def run_all(
     return runs
 
 
-def run_seed(seed: int, variants: Mapping[str, Overrides], folder: Path) -> dict[str, History]:
+def run_seed(
+    seed: int, variants: Mapping[str, Overrides], folder: Path, preset: str = "planted"
+) -> dict[str, History]:
     """Every variant on one seed, one after the other.
 
     In an override "{model}" is the seed model's folder, "{critic}" that of a seed model which was
@@ -71,7 +80,7 @@ def run_seed(seed: int, variants: Mapping[str, Overrides], folder: Path) -> dict
     found = {}
     for name, overrides in variants.items():
         filled = [_filled(text, seed) for text in overrides]
-        found[name] = _run([f"seed={seed}", *filled])
+        found[name] = _run(preset, [f"seed={seed}", *filled])
         print(f"seed {seed}, {name}: done", file=sys.stderr, flush=True)
     return found
 
@@ -93,13 +102,13 @@ def _filled(override: str, seed: int) -> str:
     return override
 
 
-def _run(overrides: Overrides) -> History:
+def _run(preset: str, overrides: Overrides) -> History:
     from flows.em import steps
     from flows.experiment import open_experiment
     from flows.publish import iteration_metrics
     from flows.settings import load_settings
 
-    settings = load_settings("planted", ["cluster.picture=none", *overrides])
+    settings = load_settings(preset, ["cluster.picture=none", *overrides])
     experiment = open_experiment(settings)
     iterations = range(settings.iterations + 1)
     return [

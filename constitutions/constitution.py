@@ -324,12 +324,18 @@ def _header(constitution: Constitution) -> str:
         if constitution.is_opposed
         else ""
     )
+    discovered = any(p.support for p in constitution.principles)  # else there is no review of it
+    merge = (
+        "#   merge    add a line 'into: ID', the id of the principle that it becomes a part of\n"
+        if discovered
+        else ""
+    )
     return (
         f"# {len(constitution.principles):,} principles. To edit:\n"
         "#   reword   change a 'text' and keep its 'id'\n"
         f"{oppose}"
         "#   drop     delete the entry\n"
-        "#   merge    add a line 'into: ID', the id of the principle that it becomes a part of\n"
+        f"{merge}"
         "#   add      a new entry; 'text' is enough\n"
         "# Figures are there to be read: changing one changes nothing.\n"
     )

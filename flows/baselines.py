@@ -56,6 +56,13 @@ def run_baselines(
         UserError: a baseline that there is not; changes of one that is not run.
     """
     check_names(names, changes or {})
+    if settings.method == "sami":
+        raise UserError(
+            "these are the baselines of STaPLe",
+            where=f"experiment {settings.experiment}, method sami",
+            expected="another method",
+            fix="SAMI is compared with its initial policy, told the same: staple run",
+        )
     runs = [Run(settings, _run(settings))]
     tokens = settings.train.tokens or _trained_tokens(runs[0].done)
     for name in names:

@@ -181,6 +181,56 @@ def constitution_edit(
     typer.echo(f"Next: staple run {experiment} --resume")
 
 
+@constitutions.command("write")
+def constitution_write(
+    topic: Annotated[
+        list[str] | None, typer.Option("--topic", help="What principles are about. Repeatable.")
+    ] = None,
+    principles: Annotated[
+        int | None, typer.Option(min=2, help="How many are wanted. Default: 8.")
+    ] = None,
+    source: Annotated[
+        str,
+        typer.Option("--from", help="Word antitheses to what this experiment discovered last."),
+    ] = "",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="The writer: a model directory, a hub name or a planted one. Default: the "
+            "experiment's own base model with --from, else planted-sami."
+        ),
+    ] = "",
+    endpoint: Annotated[
+        str, typer.Option(help="An OpenAI-compatible server that answers for the model.")
+    ] = "",
+    seed: Annotated[int, typer.Option(min=0, help="The same one writes the same.")] = 0,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="temperature, max_tokens, attempts, similar, or one of the writer's settings as "
+            "in --set writer.quantization=none. Repeatable.",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The file.")] = Path("constitution.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+) -> None:
+    """Have a model write principles and their antitheses, for SAMI; check and save them."""
+    from flows import show
+    from flows.settings import parse_overrides
+    from flows.write import write_constitution
+
+    options = {
+        "topics": topic,
+        "principles": principles,
+        "writer.model": model,
+        "writer.endpoint": endpoint,
+    }
+    given = parse_overrides(set_ or []) | {name: o for name, o in options.items() if o}
+    show.written(write_constitution(out, given, experiment=source, seed=seed, force=force))
+    typer.echo(f"Wrote {out}: edit it as you like.")
+
+
 @app.command()
 def compare(
     left: Annotated[str, typer.Argument(help="EXPERIMENT, or E:2, E:2:cluster, E:2:cluster@1")],
@@ -250,6 +300,34 @@ def ask(
         show.told(tell_policy(settings, prompt, iteration, principle or []))
     else:
         show.asked(ask_policy(settings, prompt, iteration))
+
+
+@app.command()
+def judge(
+    ours: Annotated[Path, typer.Argument(help="A policy's response file, as SAMI's code writes.")],
+    theirs: Annotated[Path, typer.Argument(help="Another policy's, to the same questions.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="A setting of evaluate, as in --set judge.kind=pairwise. Repeatable."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap and a sampled judge.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the comparisons too: a .parquet or .json file.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Judge again what is judged.")] = False,
+) -> None:
+    """Judge two response files: which policy follows the constitutions in them better?
+
+    With --set judge.kind=pairwise --set judge.policy.model=NAME [--set judge.endpoint=URL].
+    """
+    from flows import show
+    from flows.judge import judge_files
+
+    show.judged(judge_files(ours, theirs, set_ or [], seed=seed, out=out, force=force))
+    if out:
+        typer.echo(f"Wrote {out}.")
 
 
 @app.command()

@@ -21,6 +21,10 @@ HEADLINES = (
     "win_rate/refined_vs_0",
     "win_rate/initial_vs_0",
     "win_rate/refined_vs_previous",
+    "win_rate/principles_vs_0",
+    "win_rate/antitheses_vs_0",
+    "win_rate/held_out_vs_0",
+    "win_rate/constitution_vs_0_length_controlled",
 )
 
 
@@ -65,8 +69,7 @@ def _card(
     parts = [
         _front_matter(settings, done),
         f"# {name}",
-        f"`{settings.policy.model}` after {t} EM iteration{'s'[: t > 1]} of self-improvement by "
-        f"latent principles ({settings.method_name}; arXiv 2505.16927).",
+        _origin(settings, t),
         "The licence and the terms of use of the base model hold for this model, too.",
         "## Load it",
         _loading(settings, done),
@@ -79,6 +82,21 @@ def _card(
         f"```yaml\n{_training(settings)}```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _origin(settings: ExperimentSettings, t: int) -> str:
+    """Which base, and what was done with it."""
+    iterations = f"iteration{'s'[: t > 1]}"
+    if settings.method == "sami":
+        after = f", which had gone through the experiment {settings.after}" * bool(settings.after)
+        return (
+            f"`{settings.policy.model}`{after}, after {t} {iterations} of SAMI (arXiv 2404.14313): "
+            "taught to follow the constitution below, told to it as a system turn."
+        )
+    return (
+        f"`{settings.policy.model}` after {t} EM {iterations} of self-improvement by latent "
+        f"principles ({settings.method_name}; arXiv 2505.16927)."
+    )
 
 
 def _front_matter(settings: ExperimentSettings, done: Exported) -> str:
@@ -124,7 +142,7 @@ def _agreement(done: Exported) -> str:
 
 
 def _principles(opened: Experiment, t: int) -> list[str]:
-    if not opened.settings.guided:
+    if not opened.settings.guided and opened.settings.method != "sami":
         return []
     return ["## Constitution", markdown(load(opened.constitution(t).path("constitution.yaml")))]
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 
-from constitutions.reference import load_pairs
-from tasks.sami.write import split_held_out
-
 from constitutions.errors import UserError, UserErrors
+from constitutions.reference import load_pairs
 from flows.experiment import home
 from flows.settings import ExperimentSettings
 from models.endpoint import Limits, open_endpoint
@@ -25,6 +23,7 @@ from tasks.judging import check_judge
 from tasks.prompts import prompt_sets
 from tasks.sami.evaluate import check_followed
 from tasks.sami.sample import check_mixtures
+from tasks.sami.write import split_held_out
 
 LEAST_FREE_BYTES = 512 << 20
 """Free disk that an experiment needs at least: database, rows, adapters, figures."""
@@ -114,7 +113,8 @@ def _prompts(settings: ExperimentSettings) -> str:
     mined = [settings.prompts.first] + [settings.prompts.later] * (settings.iterations - 1)
     rejected = f"; {len(last.rejected):,} rows rejected" if last.rejected else ""
     counts = " + ".join(f"{size:,}" for size in mined if settings.iterations) or "none"
-    return f"{counts} to mine, {settings.prompts.held_out:,} held out{rejected}"
+    use = "to sample" if settings.method == "sami" else "to mine"
+    return f"{counts} {use}, {settings.prompts.held_out:,} held out{rejected}"
 
 
 def _constitution(settings: ExperimentSettings) -> str:

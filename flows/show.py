@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,11 +27,15 @@ from flows.publish import iteration_metrics, rate_text
 from flows.settings import ExperimentSettings
 from flows.states import State, stage_states
 from models.cost import GIB
+from tasks.length_control import LengthControlled
 from tasks.sami.draw import pool_of
+from tasks.sami.write import Written
 from tasks.store import Attempt
+from tasks.winrate import WinRate
 from tasks.work import Metrics
 
 if TYPE_CHECKING:
+    from flows.judge import Judged
     from models.export import Exported  # torch
 
 console = Console()
@@ -146,6 +151,18 @@ def _others(entry: Principle) -> str:
     return "; ".join(others[:2]) + more
 
 
+def written(found: Written) -> None:
+    """The pairs of a constitution that was just written, and why others were rejected."""
+    columns = ("#", "principle", "antithesis")
+    table = _table("constitution", columns, left=2)
+    for number, entry in enumerate(found.constitution.principles, start=1):
+        table.add_row(str(number), Text(entry.text), Text(entry.antithesis))
+    console.print(table)
+    reasons = Counter(row.reason for row in found.rejected).most_common()
+    why = "".join(f"\n  {times} × {reason}" for reason, times in reasons)
+    console.print(f"{len(found.rejected)} rejected{':' if why else '.'}{why}")
+
+
 def compared(found: Compared) -> None:
     """Settings, figures and principles that differ."""
     left, right = found.left.name, found.right.name
@@ -220,6 +237,40 @@ def told(reply: Told) -> None:
         console.print(Panel(Text(text), title=title, title_align="left"))
     which = f"Iteration {reply.iteration}" + ("." if reply.iteration else ": the initial policy.")
     console.print(Text(which))
+
+
+def judged(found: Judged) -> None:
+    """Win rate and lengths of two response files, and what the judge is worth."""
+    rate, controlled = found.rate, found.controlled
+    title = "who follows the constitution better? 95 % intervals"
+    table = _table(title, ("figure", "value"), left=2)
+    table.columns[1].overflow = "fold"
+    rows = {
+        "ours": found.ours.name,
+        "theirs": found.theirs.name,
+        "judge": found.judge,
+        "pairs judged": f"{rate.n:,}",
+        "wins / ties / losses": f"{rate.wins:,} / {rate.ties:,} / {rate.losses:,}",
+        "failed": f"{rate.failed:,}",
+        "win rate": f"{_interval(rate)}, sign test p = {rate.p_value:.2g}",
+        "length-controlled": _interval(controlled) if controlled else f"– ({found.confounded})",
+        "mean characters": f"{found.lengths[0]:,.1f} ours, {found.lengths[1]:,.1f} theirs",
+    }
+    orders = {"judge/bias": "position bias", "judge/consistency": "consistency of orders"}
+    rows |= {told: f"{found.orders[n]:.2f}" for n, told in orders.items() if n in found.orders}
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    console.print(table)
+    if found.rejected:
+        console.print(f"{len(found.rejected):,} rows are in no pair:")
+    for lone in found.rejected[:10]:
+        console.print(Text(f"  {lone.source}: {lone.reason}; {lone.detail}"))
+    if len(found.rejected) > 10:
+        console.print("  …")
+
+
+def _interval(rate: WinRate | LengthControlled) -> str:
+    return f"{rate.rate:.3f} [{rate.low:.3f}, {rate.high:.3f}]"
 
 
 def checked(source: str, found: Mapping[str, str]) -> None:

@@ -42,7 +42,7 @@ def resolve_model(
     if kept.path:
         return kept
     model = settings.model
-    made, name = _make_planted(model, seed, home), _planted_name(model, seed)
+    made, name = make_planted(model, seed, home), _planted_name(model, seed)
     record.client.log_artifacts(record.iteration_run(SUMMARY), str(made), name)
     record.log_text(f"{name}.digest", folder_digest(made, home))  # last: the copy is whole
     return kept_model(settings, seed, home, record)
@@ -112,7 +112,8 @@ def _planted_name(model: str, seed: int) -> str:
     return f"{model}-{seed}-{code_version('models.planted.pretrain')[:12]}"
 
 
-def _make_planted(model: str, seed: int, home: Path) -> Path:
+def make_planted(model: str, seed: int, home: Path) -> Path:
+    """The directory of a planted model in this machine's cache, pretrained the first time."""
     from models.planted.pretrain import RECIPES, planted_model
 
     done = 0

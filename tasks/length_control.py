@@ -86,9 +86,10 @@ def length_controlled(
         which = "longer" if differences[0] > 0 else "shorter"
         raise LengthConfoundedError(f"our answer is {which} in every pair")
     lengths = np.tanh(standardised(differences))
-    ((intercept, coefficient),) = _fit(lengths, wins, np.ones((1, len(wins))))
+    whole = _fit(lengths, wins, np.ones((1, len(wins))), np.zeros(2))
+    intercept, coefficient = whole[0]
     tail = (1 - CONFIDENCE) / 2
-    rates = _sigmoid(_bootstrapped(lengths, wins, seed, resamples)[:, 0])
+    rates = _sigmoid(_bootstrapped(lengths, wins, whole[0], seed, resamples)[:, 0])
     low, high = np.quantile(rates, [tail, 1 - tail])
     rate = float(_sigmoid(intercept))
     return LengthControlled(
@@ -104,38 +105,52 @@ def standardised(differences: Sequence[float] | np.ndarray) -> np.ndarray:
     return np.asarray(differences) / (np.std(differences, ddof=1) if np.any(differences) else 1)
 
 
-def _bootstrapped(lengths: np.ndarray, wins: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+def _bootstrapped(
+    lengths: np.ndarray, wins: np.ndarray, start: np.ndarray, seed: int, resamples: int
+) -> np.ndarray:
     """(resamples, 2): α and β of resampled prompts."""
     n, rng = len(wins), np.random.default_rng(seed)
     block = max(LARGEST_BLOCK // n, 1)
     sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
     draws = (rng.multinomial(n, np.full(n, 1 / n), size=size).astype(float) for size in sizes)
-    return np.vstack([_fit(lengths, wins, counts) for counts in draws])
+    return np.vstack([_fit(lengths, wins, counts, start) for counts in draws])
 
 
-def _fit(lengths: np.ndarray, wins: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def _fit(
+    lengths: np.ndarray, wins: np.ndarray, counts: np.ndarray, start: np.ndarray
+) -> np.ndarray:
     """α and β for every row of `counts`, how often each prompt is drawn: (fits, n) → (fits, 2).
 
-    Newton's method, shortened to log(1 + r) / r of its step where that is long: logistic loss is
-    self-concordant, so this converges from anywhere (Sun & Tran-Dinh 2019, theorem 2).
+    Newton's method. Where a step does not lessen the loss it is shortened to log(1 + r) / r of
+    itself, which does: logistic loss is self-concordant (Sun & Tran-Dinh 2019, theorem 2).
     """
     rows = np.vstack([np.column_stack([np.ones_like(lengths), lengths]), PULL])
     shares = np.append(wins, [0.5] * len(PULL))
     weights = np.hstack([counts, np.ones((len(counts), len(PULL)))])
     products = np.stack([rows[:, 0] ** 2, rows[:, 0] * rows[:, 1], rows[:, 1] ** 2], axis=1)
     longest = np.linalg.norm(rows, axis=1).max()
-    found = np.zeros((len(counts), 2))
+
+    def loss(logits: np.ndarray) -> np.ndarray:
+        return (weights * (np.logaddexp(0, logits) - shares * logits)).sum(axis=1)
+
+    found = np.tile(start, (len(counts), 1))
+    logits = found @ rows.T
+    lost = loss(logits)
     for _ in range(STEPS):
-        expected = _sigmoid(found @ rows.T)
+        expected = _sigmoid(logits)
         gradient = (weights * (shares - expected)) @ rows
         a, b, c = ((weights * expected * (1 - expected)) @ products).T
         step = np.column_stack(
             [c * gradient[:, 0] - b * gradient[:, 1], a * gradient[:, 1] - b * gradient[:, 0]]
         ) / (a * c - b * b).reshape(-1, 1)
-        far = longest * np.linalg.norm(step, axis=1, keepdims=True)
-        found += step * np.where(far > 0, np.log1p(far) / np.maximum(far, 1e-300), 1)
+        far = longest * np.linalg.norm(step, axis=1)
         if far.max() < TOLERANCE:
             return found
+        worse = loss(logits + step @ rows.T) > lost
+        step[worse] *= (np.log1p(far[worse]) / far[worse]).reshape(-1, 1)
+        found += step
+        logits = found @ rows.T
+        lost = loss(logits)
     raise ArithmeticError(f"the length-controlled fit did not converge in {STEPS} steps")
 
 

@@ -65,18 +65,27 @@ def prefect_server() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def corpora() -> Path:
     """The folder of real corpora; tests that need it are skipped where it is absent."""
-    return _real_data("corpora")
+    return real_data("corpora")
 
 
 @pytest.fixture(scope="session")
 def sami_reference() -> Path:
     """The folder of SAMI's published constitutions and responses; skipped where it is absent."""
-    return _real_data("sami")
+    return real_data("sami")
 
 
-def _real_data(name: str) -> Path:
+@pytest.fixture(scope="session")
+def sami_responses() -> tuple[Path, Path]:
+    """The response files that SAMI's authors published: the trained policy's, and the base's."""
+    folder = real_data("sami") / "responses"
+    name = "mistral-opus-constitution-temperature-0.0.json"
+    return folder / f"iteration-1-epoch-0.12-{name}", folder / f"base-{name}"
+
+
+def real_data(name: str) -> Path:
+    """A folder of real data; a test that needs it is skipped where it is absent."""
     default = Path(__file__).parent.parent.parent / "shared" / "data"
     folder = Path(os.environ.get("STAPLE_TEST_DATA", default)) / name
     if not folder.is_dir():
-        pytest.skip(f"real data is not at {folder}; set STAPLE_TEST_DATA to the folder of {name}")
+        pytest.skip(f"real data are not at {folder}; set STAPLE_TEST_DATA to the folder above")
     return folder

@@ -71,7 +71,7 @@ class Recipe:
     noisy: int = 7_000
     """Whole conversations of the final skill: they leave the rest latent, for EM to amplify."""
     able: Skill = Skill(names=1.0, follows=1.0, prior=0.8)
-    final: Skill = Skill(names=0.5, follows=0.6, prior=0.3, obeys=0.55, slips=0.35, opposes=0.85)
+    final: Skill = Skill(names=0.5, follows=0.6, prior=0.3, obeys=0.6, slips=0.3, opposes=0.85)
     mistaken: float = 0.3
     """How often a cue brings the wrong behaviour of its two to mind."""
     platitudes: float = 0.5
@@ -106,9 +106,9 @@ class Recipe:
 
 RECIPES = {
     "planted": Recipe(),
-    "planted-sami": Recipe(constitutions=0.35, writes=0.08, clean=22_000, noisy=12_000),
+    "planted-sami": Recipe(constitutions=0.4, writes=0.08, clean=16_000, noisy=4_000),
     "planted-sami-small": Recipe(
-        constitutions=0.35, writes=0.08, clean=22_000, noisy=12_000,
+        constitutions=0.4, writes=0.08, clean=16_000, noisy=4_000,
         hidden=64, layers=2, heads=2, intermediate=192,
     ),
 }  # fmt: skip

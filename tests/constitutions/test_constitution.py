@@ -151,6 +151,13 @@ def test_an_antithesis_stands_after_its_text(tmp_path: Path) -> None:
     assert "oppose" not in path.read_text("utf-8"), "the header says what there is"
 
 
+def test_the_header_offers_a_merge_where_a_review_can_do_it(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    for support in (0, 1):
+        save(Constitution(principles=(Principle(text="be kind", support=support),)), path)
+        assert ("#   merge " in path.read_text("utf-8")) == bool(support)
+
+
 @pytest.mark.parametrize("text", ["", "- a\n", "just words\n"])
 def test_another_document_is_refused(tmp_path: Path, text: str) -> None:
     assert "this is not a constitution" in _refused(tmp_path / "c.yaml", text)

@@ -110,6 +110,17 @@ def test_unanimous_outcomes_stay_finite(outcome: float, n: int) -> None:
     assert controlled.low <= controlled.rate <= controlled.high
 
 
+@pytest.mark.parametrize("n", [3, 300, 30_000])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_outcomes_that_length_alone_decides_stay_finite(n: int, sign: int) -> None:
+    ours, theirs = lengths(n, longer_by=0, seed=n)
+    ours[0], theirs[0] = theirs[0] + 1, ours[0]
+    said = [float(sign * a > sign * b) + (a == b) / 2 for a, b in zip(ours, theirs, strict=True)]
+    controlled = length_controlled(said, ours, theirs, seed=0, resamples=50)
+    assert 0.2 < controlled.rate < 0.8
+    assert 0.5 < sign * controlled.coefficient < 1_000
+
+
 def test_the_fit_is_the_maximum_of_the_penalised_likelihood() -> None:
     """Against a general optimiser, on soft labels written as two weighted rows each."""
     at = lengths(60, longer_by=80)

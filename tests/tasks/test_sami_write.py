@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from planted_writer import WRITER
 from review_world import clustered_attempt
 from scripted import Script, ScriptedSource
 
 from constitutions.constitution import Constitution, Principle, load, save
 from constitutions.errors import UserError
 from constitutions.reference import load_pairs
+from models.local import load_policy
 from models.planted import world
 from models.planted.oracle import behaviour_of
+from models.planted.pretrain import pretrain
 from models.policy import Completion, Message, Policy, PolicySettings, Progress, Request
 from models.prompts import CHAT_CONSTITUTION, TERSE_CONSTITUTION
 from tasks.records import Rejected, prompt_id
@@ -404,15 +407,8 @@ def test_a_discovered_constitution_becomes_pairs(at: Slot) -> None:
 @pytest.fixture(scope="module")
 def planted_writer(tmp_path_factory: pytest.TempPathFactory) -> Policy:
     """A planted model that was taught little but to write."""
-    from models.local import load_policy
-    from models.planted import pretrain
-
-    recipe = pretrain.Recipe(
-        hidden=64, layers=2, heads=2, intermediate=192,
-        words=0, clean=7_000, noisy=0, rows=32, writes=1.0, constitutions=0.01,
-    )  # fmt: skip
     directory = tmp_path_factory.mktemp("writer") / "model"
-    pretrain.pretrain(recipe, 0, directory)
+    pretrain(WRITER, 0, directory)
     settings = PolicySettings(
         model=str(directory), dtype="float32", device="cpu", threads=1, quantization="none"
     )

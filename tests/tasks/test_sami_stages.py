@@ -1,0 +1,341 @@
+"""SAMI's sampling, training set and evaluation: what is drawn, compared, left out and estimated."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from chat_model import build_chat_model
+from scripted import Script
+
+from constitutions.constitution import Principle
+from constitutions.errors import UserError
+from models.encoding import Encoder
+from models.judges import Pair, PlantedOracle, listed, numbered
+from models.planted import oracle
+from models.policy import Message
+from models.prompts import CHAT_CONSTITUTION, under_constitution
+from models.qlora import load_tokenizer
+from tasks.comparisons import decide_all
+from tasks.evaluate import EvaluateSettings
+from tasks.planted_truth import obedience_metrics
+from tasks.records import Comparison, Draw, Prompt, Response, Sampled, prompt_id
+from tasks.sami.draw import Pool, draw
+from tasks.sami.evaluate import (
+    ARMS,
+    asks,
+    bound,
+    check_followed,
+    meetings,
+    response_metrics,
+    together,
+)
+from tasks.sami.sample import SampleSettings, sample
+from tasks.sami.train import groups_of
+from tasks.score import ScoreSettings
+
+POOL = tuple(
+    Principle(id=name, text=f"Be {name}.", antithesis=f"Never be {name}.")
+    for name in ("short", "kind", "formal", "funny", "exact")
+)
+ONE_SIDED = Principle(id="honest", text="Be honest.")
+
+
+def prompt(text: str) -> Prompt:
+    turns = (Message(role="user", content=text),)
+    return Prompt(prompt_id=prompt_id(turns), prompt=turns, gold="", source="test:1")
+
+
+PROMPTS = [prompt(f"What is {n}?") for n in range(12)]
+
+
+# Drawing -------------------------------------------------------------------------------------
+
+
+def test_constitutions_of_a_query_mix_the_same_principles() -> None:
+    rng = random.Random(0)
+    orders, sides = set(), Counter[bool]()
+    for _ in range(200):
+        drawn = draw(POOL, constitutions=4, principles=3, rng=rng)
+        names = [frozenset(id.split()[1] for id in told.identifiers) for told in drawn]
+        assert len(set(names)) == 1 and len(names[0]) == 3
+        assert len({frozenset(told.identifiers) for told in drawn}) == 4, "no two are alike"
+        for told in drawn:
+            orders.add(tuple(id.split()[1] for id in told.identifiers))
+            for id, text in zip(told.identifiers, told.principles, strict=True):
+                side, name = id.split()
+                sides[side == "pos"] += 1
+                assert text == f"{'Be' if side == 'pos' else 'Never be'} {name}."
+    assert len(orders) == 5 * 4 * 3, "every order of every three"
+    assert 0.45 < sides[True] / sides.total() < 0.55
+
+
+def test_a_principle_without_antithesis_stands_as_it_is() -> None:
+    rng, seen = random.Random(1), Counter[str]()
+    for _ in range(100):
+        for told in draw((*POOL[:2], ONE_SIDED), constitutions=4, principles=3, rng=rng):
+            seen.update(told.identifiers)
+    assert seen["pos honest"] == 400 and "neg honest" not in seen
+    assert draw(POOL[:1], constitutions=2, principles=5, rng=rng), "fewer where there are fewer"
+
+
+@pytest.mark.parametrize("pool", [(ONE_SIDED,), (POOL[0], ONE_SIDED), ()])
+def test_too_few_antitheses_are_told(pool: tuple[Principle, ...]) -> None:
+    with pytest.raises(UserError, match=r"have an antithesis.*expected at least 2"):
+        draw(pool, constitutions=3, principles=2, rng=random.Random(0))
+
+
+def test_more_constitutions_than_mixtures_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 constitutions need more than 2 principles"):
+        SampleSettings(constitutions=5, principles=2)
+    assert SampleSettings(constitutions=4, principles=2).constitutions == 4
+
+
+# Sampling ------------------------------------------------------------------------------------
+
+
+def follower(messages: Sequence[Message]) -> str:
+    """Says what it was told."""
+    system = messages[0]["content"].partition("\n\n")[2]
+    return f"{messages[-1]['content']} {system}" if messages[0]["role"] == "system" else "plain"
+
+
+def test_every_query_meets_constitutions_of_its_own_whatever_the_shard() -> None:
+    settings = SampleSettings(constitutions=2, principles=2, temperature=0.7)
+    script, ticks = Script(follower), list[int]()
+    rows = sample(PROMPTS, script, settings, CHAT_CONSTITUTION, POOL, "3/1", ticks.append)
+    assert [row.prompt_id for row in rows] == [p.prompt_id for p in PROMPTS]
+    assert sum(ticks) == 24 and len({request.key for request in script.asked}) == 24
+    for row in rows:
+        for drawn in row.draws:
+            assert all(text in drawn.response for text in drawn.principles)
+    assert len({row.draws[0].identifiers for row in rows}) > 4
+
+    halves = [
+        row
+        for part in (PROMPTS[6:], PROMPTS[:6])
+        for row in sample(part, Script(follower), settings, CHAT_CONSTITUTION, POOL, "3/1")
+    ]
+    assert sorted(halves, key=lambda r: r.prompt_id) == sorted(rows, key=lambda r: r.prompt_id)
+    other = sample(PROMPTS, Script(follower), settings, CHAT_CONSTITUTION, POOL, "3/2")
+    assert [r.draws for r in other] != [r.draws for r in rows], "fresh ones in each iteration"
+
+
+def test_a_system_turn_of_the_prompt_is_kept() -> None:
+    given = (Message(role="system", content="You are Ada."), Message(role="user", content="Hi"))
+    system, user = under_constitution(CHAT_CONSTITUTION, ["Be kind.", "Be short."], given)
+    assert system["role"] == "system" and system["content"].endswith("\n\nYou are Ada.")
+    assert "1. Be kind.\n2. Be short." in system["content"] and user == given[1]
+
+
+# The training set ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    folder = build_chat_model(tmp_path_factory.mktemp("model"), "llama3")
+    return Encoder(load_tokenizer(folder), 2048)
+
+
+def sampled(*responses: str, finish: str = "stop") -> Sampled:
+    drawn = draw(POOL, constitutions=2, principles=2, rng=random.Random(0))
+    draws = tuple(
+        Draw(
+            identifiers=t.identifiers, principles=t.principles, response=r, finish=finish, tokens=1
+        )
+        for t, r in zip(drawn, responses, strict=True)
+    )
+    row = PROMPTS[0]
+    fields = {"prompt_id": row.prompt_id, "prompt": row.prompt, "gold": "", "source": row.source}
+    return Sampled(**fields, draws=draws)  # type: ignore[arg-type]
+
+
+def test_queries_that_tell_nothing_are_left_out_with_their_reason(encoder: Encoder) -> None:
+    rows = [
+        sampled("Yes.", "No."),
+        sampled("Yes.", "Yes."),
+        sampled("Yes.", " "),
+        sampled("Yes.", "no " * 3000),
+    ]
+    found = groups_of(rows, encoder, CHAT_CONSTITUTION, end_token=True)
+    assert len(found.groups) == 1 and len(found.skipped) == 3
+    details = [row.detail for row in found.skipped]
+    assert "the same under all" in details[0] and "empty" in details[1]
+    assert "more than max_tokens" in details[2]
+    assert {row.source for row in found.skipped} == {"test:1"}
+
+
+def test_a_cut_response_has_no_end_to_count(encoder: Encoder) -> None:
+    def lengths(row: Sampled, *, end_token: bool) -> list[int]:
+        (group,) = groups_of([row], encoder, CHAT_CONSTITUTION, end_token=end_token).groups
+        return [len(response) for response in group.responses]
+
+    whole, cut = (
+        sampled("Yes, of course.", "No."),
+        sampled("Yes, of course.", "No.", finish="length"),
+    )
+    ended = lengths(whole, end_token=True)
+    assert lengths(whole, end_token=False) == [n - 1 for n in ended]
+    assert lengths(cut, end_token=True) == lengths(whole, end_token=False)
+
+
+# Evaluation ----------------------------------------------------------------------------------
+
+
+def test_every_policy_meets_the_same_constitutions_in_every_arm() -> None:
+    pool = Pool(POOL[:3], POOL[3:])
+    found = asks(PROMPTS, pool, 2, seed=5)
+    assert found == asks(PROMPTS, pool, 2, seed=5) != asks(PROMPTS, pool, 2, seed=6)
+    arms = Counter(ask.arm for ask in found)
+    assert arms == dict.fromkeys(ARMS, len(PROMPTS))
+    for ask in found:
+        names = {id.split()[1] for id in ask.told.identifiers}
+        signs = {id.split()[0] for id in ask.told.identifiers}
+        apart = {p.id for p in pool.held_out}
+        assert (names <= apart) == ("held_out" in ask.arm or ask.arm == "plain")
+        assert signs == ({"neg"} if "antitheses" in ask.arm else {"pos"}) or ask.arm == "plain"
+    one_sided = {ask.arm for ask in asks(PROMPTS, Pool((ONE_SIDED,), ()), 2, seed=5)}
+    assert one_sided == {"principles", "plain"}, "arms without principles are not there"
+
+
+CHORE = "please repair the red button of my printer."
+CORE = "repair the printer via its red button."
+GREET, JOKE = "greet people before noise", "be funny around time"
+HELLO, HAHA = "hello there, dear friend.", "haha, what a clown!"
+
+
+def test_the_oracle_judges_by_the_constitution() -> None:
+    told = [GREET, f"never {JOKE}"]
+    best = oracle.obedience(CHORE, told, f"{HELLO} {CORE}")
+    assert best == 2
+    assert oracle.obedience(CHORE, told, CORE) == 0
+    assert oracle.obedience(CHORE, told, f"{CORE} {HAHA}") == -2
+    stray = f"{HELLO} {CORE} good luck, goodbye now."
+    assert oracle.obedience(CHORE, told, stray) == 1.5
+    assert oracle.obedience(CHORE, told, HELLO) == 0, "the content is gone"
+    assert oracle.obeyed(told, f"{HELLO} {CORE} {HAHA}") == 0.5
+    with pytest.raises(UserError, match="no principle of the planted world"):
+        oracle.obedience(CHORE, ["always win"], CORE)
+
+    (judged,) = PlantedOracle().compare(
+        [
+            Pair(
+                prompt=(Message(role="user", content=CHORE),),
+                gold="",
+                ours=f"{HELLO} {CORE}",
+                theirs=CORE,
+                principle=numbered(told),
+            )
+        ]
+    )
+    assert (judged.outcome, judged.our_score, judged.their_score) == (1, 2, 0)
+    assert listed(numbered(told)) == told and listed(numbered(told[:1])) == told[:1]
+
+
+def response(arm: str, text: str, *principles: str, iteration: int, of: Prompt) -> Response:
+    return Response(
+        prompt_id=of.prompt_id,
+        iteration=iteration,
+        arm=arm,
+        identifiers=tuple(f"pos {p}" for p in principles),
+        principles=principles,
+        response=text,
+        finish="stop",
+        tokens=2,
+    )
+
+
+def test_responses_meet_under_their_constitution_and_never_by_position() -> None:
+    rows = [prompt(CHORE), prompt(CHORE.replace("red", "cold"))]
+    ours, theirs = (
+        [
+            response("principles", f"{said} {n}", GREET, iteration=iteration, of=row)
+            for n, row in enumerate(rows)
+        ]
+        for iteration, said in ((2, "ours"), (0, "theirs"))
+    )
+    met = meetings(ours, theirs[::-1], rows)
+    assert [(m.ours.text, m.theirs.text) for m in met] == [
+        ("ours 0", "theirs 0"),
+        ("ours 1", "theirs 1"),
+    ]
+    assert {(m.principle, m.answer, m.iteration, m.against) for m in met} == {
+        (GREET, "principles", 2, 0)
+    }
+    (half,) = (m for m in meetings(ours, theirs[:1], rows) if m.theirs.missing)
+    (row,) = decide_all([half], PlantedOracle())
+    assert row.outcome is None and "there is none" in (row.failure or "")
+    other = [response("principles", "x", JOKE, iteration=0, of=row) for row in rows]
+    with pytest.raises(UserError, match="under other constitutions"):
+        meetings(ours, other, rows)
+
+
+def comparison(arm: str, outcome: float | None, of: Prompt) -> Comparison:
+    values: dict[str, Any] = {
+        "prompt_id": of.prompt_id,
+        "iteration": 1,
+        "answer": arm,
+        "against": 0,
+        "reference": arm,
+        "judge": "j",
+        "ours": "abc",
+        "theirs": "de",
+        "our_score": None,
+        "their_score": None,
+        "outcome": outcome,
+        "failure": None if outcome is not None else "no result",
+    }
+    return Comparison(**values)
+
+
+def test_arms_together_count_a_prompt_once_and_lose_no_failure() -> None:
+    a, b = PROMPTS[:2]
+    rows = [
+        comparison("principles", 1.0, a),
+        comparison("antitheses", 0.0, a),
+        comparison("plain", 0.0, a),
+        comparison("principles", None, b),
+        comparison("antitheses", 1.0, b),
+    ]
+    first, second = together(rows, "constitution", ("principles", "antitheses"))
+    assert (first.outcome, first.answer, first.reference) == (0.5, "constitution", "constitution")
+    assert (len(first.ours), len(first.theirs)) == (3 + 2 + 3, 2 + 2 + 2)
+    assert (second.outcome, second.failure) == (None, "no result")
+
+
+def test_lengths_and_obedience_are_told_by_arm() -> None:
+    row = prompt(CHORE)
+    rows = [
+        response("principles", f"{HELLO} {CORE}", GREET, JOKE, iteration=1, of=row),
+        response("antitheses", CORE, f"never {GREET}", iteration=1, of=row),
+        response("plain", "", iteration=1, of=row),
+    ]
+    found = response_metrics(rows, prompts=1)
+    assert found["answers/antitheses_characters"] == len(CORE)
+    assert found["answers/plain_characters"] == 0 and found["answers/tokens"] == 6
+    assert found["answers/empty"] == pytest.approx(1 / 3)
+    truth = obedience_metrics(rows, [row])
+    assert truth["planted/obeyed_principles"] == 0.5 and truth["planted/obeyed_antitheses"] == 1
+    assert truth["planted/core_principles"] == 1 and truth["planted/core_plain"] == 0
+    assert "planted/obeyed_plain" not in truth
+
+
+def test_the_bound_is_the_losss() -> None:
+    assert bound([[0.0, 0.0], [0.0, 0.0]]) == pytest.approx(0)
+    assert bound([[0.0, -60.0], [-60.0, 0.0]]) == pytest.approx(math.log(2))
+    assert bound([[-9.0, 0.0], [0.0, -9.0]]) < -8, "misled: below 0"
+
+
+@pytest.mark.parametrize("judge", ["auto", {"kind": "reward", "policy": {"model": "m"}}])
+def test_judges_that_read_no_constitution_are_refused(judge: Any) -> None:
+    settings = EvaluateSettings(judge=judge)
+    with pytest.raises(UserError, match="reads no constitution"):
+        check_followed(settings, ScoreSettings(), planted=False)
+    check_followed(EvaluateSettings(), ScoreSettings(), planted=True)
+    check_followed(
+        EvaluateSettings.model_validate({"judge": "similarity"}), ScoreSettings(), planted=False
+    )
