@@ -106,9 +106,9 @@ class Recipe:
 
 RECIPES = {
     "planted": Recipe(),
-    "planted-sami": Recipe(constitutions=0.4, writes=0.08, clean=16_000, noisy=4_000),
+    "planted-sami": Recipe(constitutions=0.4, writes=0.08, clean=26_000, noisy=4_000),
     "planted-sami-small": Recipe(
-        constitutions=0.4, writes=0.08, clean=16_000, noisy=4_000,
+        constitutions=0.4, writes=0.08, clean=26_000, noisy=4_000,
         hidden=64, layers=2, heads=2, intermediate=192,
     ),
 }  # fmt: skip
