@@ -346,8 +346,9 @@ def _told(settings: ExperimentSettings, history: Sequence[Metrics]) -> Table:
     name = settings.experiment
     table = _table(
         f"experiment {name}: win rates against iteration 0 under the same constitution",
-        ("iteration", "of principles", "of antitheses", "of held-out ones", "equal lengths"),
+        ("it.", "principles", "antitheses", "held out", "equal lengths"),
     )
+    table.padding = (0, 1, 0, 0)
     for iteration, metrics in enumerate(history):
         rates = [rate_text(metrics, f"win_rate/{arm}_vs_0") for arm in arms]
         controlled = rate_text(metrics, "win_rate/constitution_vs_0_length_controlled")
@@ -358,19 +359,21 @@ def _told(settings: ExperimentSettings, history: Sequence[Metrics]) -> Table:
 def _followed(history: Sequence[Metrics]) -> Table:
     """SAMI: the information, lengths; on the planted world, what is followed, what survives."""
     shown = {
-        "mi/per_token": ("I(Y; C | X)", ".3f"),
+        "mi/per_token": ("I(Y;C|X)", ".3f"),
         "mi/per_token_error": ("±", ".3f"),
         "answers/principles_characters": ("characters", ".0f"),
-        "answers/plain_characters": ("… untold", ".0f"),
-        "planted/obeyed_principles": ("obeyed", ".2f"),
-        "planted/obeyed_antitheses": ("… antitheses", ".2f"),
+        "answers/plain_characters": ("untold", ".0f"),
+        "planted/obeyed_principles": ("principles", ".2f"),
+        "planted/obeyed_antitheses": ("antitheses", ".2f"),
         "planted/core_principles": ("core", ".2f"),
-        "planted/core_plain": ("… untold", ".2f"),
+        "planted/core_plain": ("untold", ".2f"),
     }
     there = {n: how for n, how in shown.items() if any(n in metrics for metrics in history)}
     table = _table(
-        "information in nats, mean lengths, shares", ("iteration", *(t for t, _ in there.values()))
+        "information in nats, mean lengths, shares obeyed and kept",
+        ("it.", *(title for title, _ in there.values())),
     )
+    table.padding = (0, 1, 0, 0)
     for iteration, metrics in enumerate(history):
         cells = [_number(metrics, name, style) for name, (_, style) in there.items()]
         table.add_row(str(iteration), *cells)

@@ -134,6 +134,8 @@ NOTES = {
     "templates": "the prompt templates",
     "scoring": "a setting of score",
     "decisions": "the review's decisions",
+    "sampling": "a setting of sample",
+    "wording": "the writer's prompts",
     "judge": "the judge's model",
     "judge_wording": "the judge's prompts",
 }

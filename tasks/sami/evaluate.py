@@ -15,14 +15,14 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from constitutions.constitution import Principle
 from constitutions.errors import UserError
 from models.judges import numbered
 from models.load_judge import open_policy
 from models.policy import SILENT, Messages, Policy, Progress, Request, Scoring
-from models.pool import Pool
+from models.pool import Compute, Pool
 from models.prompts import ConstitutionWording, under_constitution
 from tasks.answers import Given
 from tasks.benchmarks.settings import about_principles
@@ -42,7 +42,7 @@ from tasks.evaluate import (
     open_benches,
     panel_of,
 )
-from tasks.panel import OpenPolicy, Panel
+from tasks.panel import Panel
 from tasks.planted_truth import obedience_metrics
 from tasks.policies import PolicySource
 from tasks.progress import progress
@@ -55,6 +55,7 @@ from tasks.stage import stage
 from tasks.store import Attempt, Slot
 from tasks.work import Metrics, Workspace, shards
 
+Row = TypeVar("Row")
 ARMS = ("principles", "antitheses", "held_out_principles", "held_out_antitheses", "plain")
 """The kinds of constitutions; "plain" has none. A pool without antitheses, or without principles
 that were held out, lacks those arms."""
@@ -100,50 +101,44 @@ def evaluate_stage(
     """held-out prompts, the pool, earlier policies' responses → responses, comparisons, metrics.
 
     `sampling` says how many principles a constitution holds, and what the estimate's mixtures are.
-    """
-    given = {"initial": initial, "previous": previous}
-    inputs = {name: attempt for name, attempt in given.items() if attempt is not None}
-    inputs |= {"held_out": held_out, "written": written}
-    return evaluate(at, settings, scoring, sampling, policy, inputs)
-
-
-def evaluate(
-    at: Slot,
-    settings: EvaluateSettings,
-    scoring: ScoreSettings,
-    sampling: SampleSettings,
-    policy: PolicySource,
-    inputs: Mapping[str, Attempt],
-    open_policy: OpenPolicy = open_policy,
-) -> Attempt:
-    """The stage on the attempts that there are, by name; `open_policy` opens an LLM judge's model.
 
     Raises:
         UserError: a judge is wrong (before anything is answered), or failed too often.
     """
+    given = {"initial": initial, "previous": previous}
+    references = {name: attempt for name, attempt in given.items() if attempt is not None}
 
     def compute(work: Workspace) -> Metrics:
-        prompts = inputs["held_out"].read("prompts", Prompt)
+        prompts = held_out.read("prompts", Prompt)
         planted = are_planted(prompts)
         check_followed(settings, scoring, planted)
-        pool = pool_of(inputs["written"])
+        pool = pool_of(written)
         asked = asks(prompts, pool, sampling.principles, at.seed)
+        respond = partial(_respond, settings, policy.wording, at.seed, at.iteration)
+        estimate = partial(
+            _estimate,
+            _on_policy(sampling, settings),
+            policy.wording,
+            pool.trained,
+            f"{at.seed}/information",
+        )
         with policy.pool() as engines:
-            responses = _responses(work, engines, asked, settings, policy.wording, at)
+            shard = _Shards(work, engines, settings.shard_size, at.iteration)
+            responses = shard.map("responses", Response, asked, respond)
             metrics = response_metrics(responses, len(prompts))
             if not policy.settings.endpoint:  # it tells no log-probabilities
-                metrics |= _information(
-                    work, engines, prompts, pool, settings, sampling, policy, at
-                )
+                metrics |= mi_metrics(shard.map("information", Estimate, prompts, estimate))
 
         with closing(open_benches(planted, scoring, at.seed, open_policy)) as benches:
             panel = panel_of(benches, settings, at, work)
-            metrics |= _compared(panel, settings, responses, inputs, prompts)
+            metrics |= _compared(panel, settings, responses, references, prompts)
         return metrics | (obedience_metrics(responses, prompts) if planted else {})
 
     where = noted_judges(policy.noted(at), _about_constitutions(settings), scoring)
-    where = replace(where, notes={**where.notes, "sampling": sampling.model_dump_json()})
-    return where.attempt("evaluate", settings, policy.inputs(**inputs), compute)
+    mixtures = sampling.model_dump_json(include={"constitutions", "principles"})
+    where = replace(where, notes={**where.notes, "sampling": mixtures})
+    inputs = policy.inputs(held_out=held_out, written=written, **references)
+    return where.attempt("evaluate", settings, inputs, compute)
 
 
 def check_followed(settings: EvaluateSettings, scoring: ScoreSettings, planted: bool) -> None:
@@ -193,23 +188,29 @@ def _constitutions(pool: Principles, size: int, key: str) -> Iterator[tuple[str,
     yield "plain", Told((), ())
 
 
-def _responses(
-    work: Workspace,
-    engines: Pool[Policy],
-    asked: Sequence[Ask],
-    settings: EvaluateSettings,
-    wording: ConstitutionWording,
-    at: Slot,
-) -> list[Response]:
-    job = partial(_respond, settings, wording, at.seed, at.iteration)
-    with progress(f"evaluate {at.iteration}: responses", len(asked), "responses") as tick:
-        return work.sharded(
-            "responses",
-            Response,
-            shards(asked, settings.shard_size),
-            lambda missing: engines.map(job, missing, tick),
-            found=lambda shard: tick(len(shard)),
-        )
+class _Shards(NamedTuple):
+    """Items of an evaluation, computed in shards by a policy's engines and kept."""
+
+    work: Workspace
+    engines: Pool[Policy]
+    size: int
+    iteration: int
+
+    def map(
+        self,
+        name: str,
+        row_type: type[Row],
+        items: Sequence[Any],
+        compute: Compute[Policy, Row],
+    ) -> list[Row]:
+        with progress(f"evaluate {self.iteration}: {name}", len(items), name) as tick:
+            return self.work.sharded(
+                name,
+                row_type,
+                shards(items, self.size),
+                lambda missing: self.engines.map(compute, missing, tick),
+                found=lambda shard: tick(len(shard)),
+            )
 
 
 def _respond(
@@ -275,39 +276,22 @@ def _by_arm(responses: Iterable[Response]) -> dict[str, list[Response]]:
 # The mutual information -----------------------------------------------------------------------
 
 
-def _information(
-    work: Workspace,
-    engines: Pool[Policy],
-    prompts: Sequence[Prompt],
-    pool: Principles,
-    settings: EvaluateSettings,
-    sampling: SampleSettings,
-    policy: PolicySource,
-    at: Slot,
-) -> Metrics:
-    """Means over the held-out prompts, with the standard error of the first: `mi/…`, in nats."""
-    on_policy = sampling.model_copy(
-        update={
-            "temperature": 1.0,
-            "top_p": 1.0,
-            "max_response_tokens": settings.max_response_tokens,
-        }
+def _on_policy(sampling: SampleSettings, settings: EvaluateSettings) -> SampleSettings:
+    """Mixtures as training has them; responses as the policy itself gives them."""
+    on_policy = {"temperature": 1.0, "top_p": 1.0}
+    return sampling.model_copy(
+        update={**on_policy, "max_response_tokens": settings.max_response_tokens}
     )
-    job = partial(_estimate, on_policy, policy.wording, pool.trained, f"{at.seed}/information")
-    with progress(f"evaluate {at.iteration}: information", len(prompts), "prompts") as tick:
-        found = work.sharded(
-            "information",
-            Estimate,
-            shards(prompts, settings.shard_size),
-            lambda missing: engines.map(job, missing, tick),
-            found=lambda shard: tick(len(shard)),
-        )
-    tokens = [row.per_token for row in found if row.per_token is not None]
-    metrics = {"mi/failed": float(len(found) - len(tokens))}
+
+
+def mi_metrics(estimates: Sequence[Estimate]) -> Metrics:
+    """Means over the prompts, in nats, and the standard error of that per token: `mi/…`."""
+    tokens = [row.per_token for row in estimates if row.per_token is not None]
+    metrics = {"mi/failed": float(len(estimates) - len(tokens))}
     if len(tokens) > 1:
         metrics["mi/per_token"] = fmean(tokens)
         metrics["mi/per_token_error"] = stdev(tokens) / math.sqrt(len(tokens))
-        metrics["mi/whole"] = fmean(row.whole for row in found if row.whole is not None)
+        metrics["mi/whole"] = fmean(row.whole for row in estimates if row.whole is not None)
     return metrics
 
 
@@ -411,13 +395,13 @@ def _compared(
     panel: Panel,
     settings: EvaluateSettings,
     responses: Sequence[Response],
-    inputs: Mapping[str, Attempt],
+    references: Mapping[str, Attempt],
     prompts: Sequence[Prompt],
 ) -> Metrics:
     """Win rates under the constitutions, also at equal lengths; and of the plain responses."""
     met = [
         meeting
-        for reference in _references(inputs)
+        for reference in _references(references)
         for meeting in meetings(responses, reference, prompts)
     ]
     if not met:
@@ -437,10 +421,9 @@ def _compared(
     }
 
 
-def _references(inputs: Mapping[str, Attempt]) -> list[list[Response]]:
+def _references(earlier: Mapping[str, Attempt]) -> list[list[Response]]:
     """The initial policy's responses and the previous one's, each once."""
-    earlier = [inputs[name] for name in ("initial", "previous") if name in inputs]
-    once = {a.run_id: a for a in earlier}  # one at iteration 1
+    once = {a.run_id: a for a in earlier.values()}  # one at iteration 1
     return [attempt.read("responses", Response) for attempt in once.values()]
 
 
