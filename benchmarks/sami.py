@@ -3,7 +3,8 @@ that a smaller model wrote.
 
     python -m benchmarks.sami --seeds 21 22 23 24 25
 
-Writes `benchmarks/sami.json` (figures of every iteration) and `benchmarks/sami.md`.
+Writes `benchmarks/sami.json` (figures of every iteration) and `benchmarks/sami.md`. An arm that is
+not run keeps the figures that it has there.
 """
 
 from __future__ import annotations
@@ -66,25 +67,27 @@ def main() -> None:
     options.add_argument("--folder", type=Path, default=Path(".staple/sami"))
     chosen = options.parse_args()
     arms = {name: ARMS[name] for name in chosen.arms}
-    runs = run_all(arms, chosen.seeds, chosen.folder, chosen.jobs, "planted-sami")
-    keep(runs, HERE / "sami.json")
+    file = HERE / "sami.json"
+    runs: Runs = json.loads(file.read_text()) if file.exists() else {}
+    runs |= run_all(arms, chosen.seeds, chosen.folder, chosen.jobs, "planted-sami")
+    keep(runs, file)
     (HERE / "sami.md").write_text(report(runs))
     print(report(runs))
 
 
 def report(runs: Runs) -> str:
     """The tables as Markdown."""
-    seeds = sorted({int(seed) for arm in runs.values() for seed in arm})
     lines = [
         "# SAMI on the planted world",
         "",
-        f"`python -m benchmarks.sami --seeds {' '.join(map(str, seeds))}`: {len(seeds)} seeds that "
-        "were not used for tuning; each has a model of its own. Win rates by the oracle against "
-        "the initial policy under the same constitution, on 100 held-out prompts; mean over seeds "
-        "± half a 95 % t-interval. How it is measured: `tasks/sami/evaluate.py`.",
+        "Seeds that were not used for tuning, each with a model of its own. Win rates by the oracle "
+        "against the initial policy under the same constitution, on 100 held-out prompts; mean over "
+        "seeds ± half a 95 % t-interval. How it is measured: `tasks/sami/evaluate.py`.",
     ]
-    for name, arm in runs.items():
-        lines += ["", f"## {TITLES[name]}", "", *_over_iterations(arm), "", *_last(arm)]
+    for name, arm in sorted(runs.items()):
+        command = f"python -m benchmarks.sami --arms {name} --seeds {' '.join(sorted(arm))}"
+        lines += ["", f"## {TITLES[name]}", "", f"`{command}`", ""]
+        lines += [*_over_iterations(arm), "", *_last(arm)]
     return "\n".join(lines) + "\n"
 
 
