@@ -80,9 +80,9 @@ def report(runs: Runs) -> str:
     lines = [
         "# SAMI on the planted world",
         "",
-        "Seeds that were not used for tuning, each with a model of its own. Win rates by the oracle "
-        "against the initial policy under the same constitution, on 100 held-out prompts; mean over "
-        "seeds ± half a 95 % t-interval. How it is measured: `tasks/sami/evaluate.py`.",
+        "Seeds that were not used for tuning, each with a model of its own. Win rates by the "
+        "oracle against the initial policy under the same constitution, on 100 held-out prompts; "
+        "mean over seeds ± half a 95 % t-interval. How it is measured: `tasks/sami/evaluate.py`.",
     ]
     for name, arm in sorted(runs.items()):
         command = f"python -m benchmarks.sami --arms {name} --seeds {' '.join(sorted(arm))}"
