@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.contrast import sami_vs_whole_rows
 from benchmarks.generation import generation_vs_batched, generation_vs_sequential
 from benchmarks.measure import Result
 from benchmarks.pool import ray_two_workers
@@ -30,6 +31,7 @@ BENCHMARKS: dict[str, Callable[[], Result]] = {
     "rouge_l_stem": rouge_l_stem,
     "training_vs_sft_trainer": training_vs_sft_trainer,
     "ray_two_workers": ray_two_workers,
+    "sami_vs_whole_rows": sami_vs_whole_rows,
 }
 
 
