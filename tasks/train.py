@@ -43,7 +43,7 @@ class TrainSettings(AdapterSettings):
     max_tokens: int = Field(4096, ge=16, le=1_000_000)
     """A longer conversation is left out, and reported: a cut one would teach cut answers."""
     kl: float = Field(0.0, ge=0, le=100)
-    """SAMI: weight of the divergence (KL, per token) from the policy that sampled the responses."""
+    """SAMI: weight of the divergence (KL, per token) from the policy that training starts from."""
     end_token: bool = True
     """SAMI: whether the token that ends a response counts as one of its tokens. The reference
     leaves it out."""

@@ -300,6 +300,17 @@ def test_training_raises_the_information_and_kl_holds_it_back(model: Path, tmp_p
     assert drifts[1] < drifts[0] / 2
 
 
+def test_all_weights_are_trained_too(model: Path, tmp_path: Path) -> None:
+    from models.qlora import attach_adapter
+
+    full = {"update": "full", "optimizer": "rmsprop", "learning_rate": 1e-3, "epochs": 4}
+    settings = SETTINGS.model_copy(update=full)
+    run(job(model, tmp_path, settings=settings, kl=0.1), GROUPS)
+    assert not (tmp_path / "adapter" / "adapter_config.json").exists()
+    before = estimate(base(model))
+    assert estimate(attach_adapter(base(model), tmp_path / "adapter").eval()) > before + 0.1
+
+
 def test_curve_is_the_mean_over_queries(model: Path, tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"batch_size": len(GROUPS)})
     finished: list[int] = []
