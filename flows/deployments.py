@@ -12,7 +12,6 @@ from typing import Annotated, Any
 from prefect import Flow, State, flow
 from prefect.states import Completed
 from pydantic import Field
-from tasks.sami.write import WriteSettings
 
 from flows.em import em_experiment
 from flows.experiment import note_settings, record_of, recorded_settings
@@ -29,6 +28,7 @@ from tasks.filter import FilterSettings
 from tasks.mine import MineSettings
 from tasks.prompts import PromptSettings
 from tasks.sami.sample import SampleSettings
+from tasks.sami.write import WriteSettings
 from tasks.score import ScoreSettings
 from tasks.train import TrainSettings
 

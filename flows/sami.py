@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from tasks.sami.write import write_stage
-
 from flows.experiment import Experiment
 from tasks.prompts import prompts_stage
 from tasks.sami.evaluate import evaluate_stage
 from tasks.sami.sample import sample_stage
 from tasks.sami.train import train_stage
+from tasks.sami.write import write_stage
 from tasks.store import Attempt
 
 

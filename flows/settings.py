@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError
-from tasks.sami.write import WriteSettings
 
 from constitutions.errors import UserError, UserErrors
 from models.policy import PolicySettings
@@ -25,6 +24,7 @@ from tasks.mine import MineSettings
 from tasks.prompts import PromptSettings
 from tasks.review import ReviewSettings
 from tasks.sami.sample import SampleSettings
+from tasks.sami.write import WriteSettings
 from tasks.score import ScoreSettings
 from tasks.train import TrainSettings
 
