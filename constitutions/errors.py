@@ -35,11 +35,17 @@ class UserError(Exception):
 
 
 class UserErrors(UserError):
-    """Several mistakes at once: all of a configuration's, or the first rows of a file's."""
+    """Several mistakes at once: all of a configuration's, or the first rows of a file's.
 
-    def __init__(self, errors: Sequence[UserError], *, more: int = 0) -> None:
+    Args:
+        within: what they are a part of; stands before each.
+    """
+
+    def __init__(self, errors: Sequence[UserError], *, more: int = 0, within: str = "") -> None:
         self.errors, self.more = tuple(errors), more
         lines = [str(error) for error in errors] + ([f"… and {more:,} more"] if more else [])
+        if within:
+            lines = [f"{within}: {line}" for text in lines for line in text.splitlines()]
         super().__init__("\n".join(lines))
 
 

@@ -76,12 +76,12 @@ def files_of(source: str | os.PathLike[str]) -> list[Path]:
         UserError: there is none.
     """
     name, path = str(source), Path(source).expanduser()
+    if name in shipped():
+        return [shipped()[name]]
     if path.is_dir():
         if found := sorted(p for p in path.glob("*.json") if p.is_file()):
             return found
         raise UserError("there is no JSON file in it", where=f"folder {path}", expected=EXPECTED)
-    if name in shipped():
-        return [shipped()[name]]
     if not path.exists():
         known = ", ".join(shipped())
         raise UserError(

@@ -80,7 +80,8 @@ def baseline_settings(
     settings: ExperimentSettings, name: str, tokens: int | None, changes: Mapping[str, Any]
 ) -> ExperimentSettings:
     """The settings of one baseline: the experiment's, its own, and the changes, the last wins."""
-    own = {"experiment": f"{settings.experiment}.{name}", "train.tokens": tokens}
+    own: dict[str, Any] = {"train.tokens": tokens, "then": {}}
+    own["experiment"] = f"{settings.experiment}.{name}"
     return with_changes(settings, {**own, **BASELINES[name], **changes})
 
 

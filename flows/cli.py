@@ -57,21 +57,18 @@ def run(
     place = parse_place(start, settings) if start else None
     from flows import show
     from flows.em import em_experiment
-    from flows.preflight import ask_server, check
-    from flows.settings import following
+    from flows.preflight import ask_server, check_all
     from flows.states import unchanged
     from flows.together import go_on
 
-    show.beginning(settings, check(settings))
-    if then := following(settings):
-        check(then)
+    show.beginning(settings, check_all(settings))
     note_settings(settings, list(parse_overrides(set_ or [])) if recorded else None)
     done = None if force or place else unchanged(settings)
     if done is None:
         ask_server(settings)
         done = em_experiment(settings, force, place)
     show.ending(settings, done)
-    if followed := go_on(settings, done, force):
+    if followed := go_on(settings, done, resume=recorded, force=force):
         show.ending(followed.settings, followed.done)
         typer.echo(f"Both in one report: {followed.report}")
 
@@ -337,12 +334,12 @@ def validate(
 ) -> None:
     """Check settings, data and model before anything is computed; report every mistake."""
     from flows import show
-    from flows.preflight import ask_server, check, check_data
+    from flows.preflight import ask_server, check_all, check_data
     from flows.settings import load_settings, presets
 
     if file in presets() or Path(file).suffix in ("", ".yaml", ".yml"):
         settings = load_settings(file, set_ or [])
-        found = check(settings)
+        found = check_all(settings)
         ask_server(settings)
         show.checked(file, found)
     else:

@@ -16,7 +16,7 @@ from pydantic import Field
 from flows.em import em_experiment
 from flows.experiment import note_settings, record_of, recorded_settings
 from flows.forms import Form, changes, form_of
-from flows.preflight import ask_server, check
+from flows.preflight import ask_server, check_all
 from flows.settings import ExperimentSettings, load_settings, with_changes
 from flows.stages import run_stage
 from flows.states import stage_states, unchanged
@@ -67,14 +67,17 @@ def experiment(
     known = resume and record_of(source).exists()
     given = recorded_settings(source) if known else load_settings(source)
     chosen = with_changes(given, wanted)
-    check(chosen)
+    check_all(chosen)
     note_settings(chosen, list(wanted) if resume else None)
-    if not force and (done := unchanged(chosen)):
-        stages = sum(map(len, done))
+    found = None if force else unchanged(chosen)
+    if found is None:
+        ask_server(chosen)
+    # in this very run, which the review can suspend
+    done = em_experiment.fn(chosen, force) if found is None else found
+    followed = go_on(chosen, done, resume=resume, force=force)
+    if found is not None and not (followed and followed.computed):
+        stages = sum(map(len, found))
         return _unchanged(f"all {stages} stages of {chosen.experiment} are as recorded")
-    ask_server(chosen)
-    done = em_experiment.fn(chosen, force)  # in this very run, which the review can suspend
-    go_on(chosen, done, force)
     return Completed(message=f"{chosen.experiment}: {chosen.iterations} iterations")
 
 

@@ -12,7 +12,13 @@ from pathlib import Path
 from constitutions.constitution import diff, load, load_draft, save
 from constitutions.errors import UserError
 from constitutions.review import decisions_between, described
-from flows.experiment import home, newest, open_experiment, recorded_settings
+from flows.experiment import (
+    check_discovers,
+    home,
+    newest,
+    open_experiment,
+    recorded_settings,
+)
 from flows.review import record_review
 from tasks.progress import say
 from tasks.review import Verdict, recorded_review
@@ -51,6 +57,7 @@ def edit(
         UserError: nothing was clustered; no editor; the edit is not valid (the file is kept).
     """
     opened = open_experiment(recorded_settings(experiment))
+    check_discovers(opened.settings)
     clustered = newest(opened.settings, "cluster", iteration)
     t = clustered.iteration
     decided_by = by or _login_name()

@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from constitutions.errors import UserError
-from flows.settings import ExperimentSettings, dump_settings, load_settings, with_changes
+from flows.settings import (
+    ExperimentSettings,
+    check_succession,
+    dump_settings,
+    load_settings,
+    with_changes,
+)
 from tasks.basemodels import BaseModelFiles, kept_model, resolve_model
 from tasks.policies import PolicySource
 from tasks.review import ReviewSettings, Verdict, recorded_verdict
@@ -122,18 +128,16 @@ class Experiment:
         """The finished experiment that this one goes on from, where it does.
 
         Raises:
-            UserError: there is none of this name, or it improves another model.
+            UserError: there is none of this name, it discovered nothing or trained nothing, or it
+                improves another model.
         """
         if not self.settings.after:
             return None
         settings = recorded_settings(self.settings.after)
-        if settings.policy.model != self.settings.policy.model:
-            raise UserError(
-                f"experiment {settings.experiment} improves another model",
-                where="setting 'after'",
-                expected=f"policy.model: {settings.policy.model}",
-            )
-        return open_experiment(settings)
+        check_succession(settings, self.settings)
+        found = open_experiment(settings)
+        found.newest("train")
+        return found
 
     def newest(self, stage: str) -> Attempt:
         """The current attempt of the newest iteration that finished a stage.
@@ -145,13 +149,14 @@ class Experiment:
 
     def discovered(self) -> Attempt | None:
         """The constitution that the experiment before this one ended with."""
-        if self.before is None or self.settings.write.constitution:
+        if self.before is None or self.settings_at(0).write.constitution:
             return None
         return self.before.constitution(self.before.newest("train").iteration)
 
     def writer(self) -> PolicySource:
         """Who writes principles: a model of its own, or the initial policy."""
-        settings = self.settings.write.writer
+        write = self.settings_at(0).write
+        settings = None if write.constitution else write.writer
         if settings is None:
             return self.policy(0)
         find = kept_model if self.look else resolve_model
@@ -255,6 +260,23 @@ def parse_place(place: str, settings: ExperimentSettings) -> Place:
             expected=f"one of {', '.join(there)}, and an iteration up to {last}, as in train:2",
         )
     return iteration, stage
+
+
+def check_discovers(settings: ExperimentSettings) -> None:
+    """Refuse an experiment without a constitution of its own discovery.
+
+    Raises:
+        UserError: its method has none.
+    """
+    if "cluster" in SKIPPED[settings.method]:
+        raise UserError(
+            f"method {settings.method} discovers no constitution",
+            where=f"experiment {settings.experiment}",
+            expected="an experiment with method: staple",
+            fix="SAMI's constitution is changed by write.constitution: a name or a file"
+            if settings.method == "sami"
+            else "",
+        )
 
 
 def newest(settings: ExperimentSettings, stage: str, iteration: int | None) -> Attempt:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 
+from constitutions.constitution import Constitution, Principle
 from constitutions.errors import UserError, UserErrors
 from constitutions.reference import load_pairs
-from flows.experiment import home
-from flows.settings import ExperimentSettings
+from flows.experiment import home, open_experiment
+from flows.settings import ExperimentSettings, following
 from models.endpoint import Limits, open_endpoint
+from models.planted.oracle import known
 from models.policy import PoolSettings
 from models.pool import check_pool
 from models.server import check_server
@@ -29,8 +31,26 @@ LEAST_FREE_BYTES = 512 << 20
 """Free disk that an experiment needs at least: database, rows, adapters, figures."""
 
 
-def check(settings: ExperimentSettings) -> dict[str, str]:
+def check_all(settings: ExperimentSettings) -> dict[str, str]:
+    """`check`, also of the experiment that goes on where this one ends.
+
+    Raises:
+        UserErrors: everything that is wrong.
+    """
+    found = check(settings)
+    if then := following(settings):
+        try:
+            check(then, follows=True)
+        except UserError as error:
+            raise UserErrors([error], within="then") from None
+    return found
+
+
+def check(settings: ExperimentSettings, *, follows: bool = False) -> dict[str, str]:
     """What will be run, by name, as text for people.
+
+    Args:
+        follows: the experiment that this one goes on from is still to be run.
 
     Raises:
         UserErrors: everything that is wrong.
@@ -48,7 +68,7 @@ def check(settings: ExperimentSettings) -> dict[str, str]:
     found = {
         "model": attempt(lambda: _model(settings)),
         "prompts": attempt(lambda: _prompts(settings)),
-        **({"write": attempt(lambda: _constitution(settings))} if sami else {}),
+        **({"write": attempt(lambda: _constitution(settings, follows))} if sami else {}),
         **({} if sami else {"score": attempt(lambda: _similarity(settings))}),
         "evaluate": attempt(lambda: _judges(settings)) + attempt(lambda: _benchmarks(settings)),
         "disk": attempt(_disk),
@@ -117,18 +137,36 @@ def _prompts(settings: ExperimentSettings) -> str:
     return f"{counts} {use}, {settings.prompts.held_out:,} held out{rejected}"
 
 
-def _constitution(settings: ExperimentSettings) -> str:
-    """Where the principles come from; of a given constitution, that there are mixtures enough."""
+def _constitution(settings: ExperimentSettings, follows: bool) -> str:
+    """Where the principles come from, and that there are mixtures enough of them."""
     write = settings.write
+    if settings.after and not follows:
+        assert open_experiment(settings).before, "it is there, and fits"
     if write.constitution is None:
+        if not settings.after:
+            pool = [Principle(text=f"{n}", antithesis=f"not {n}") for n in range(write.principles)]
+            _check_pool(settings, Constitution(principles=tuple(pool)))
         writer = check_model(write.writer) if write.writer else "the policy"
         found = f"discovered by {settings.after}, antitheses" if settings.after else "written"
         return f"{found} by {writer}"
     constitution = load_pairs(write.constitution)
-    trained, held_out = split_held_out(constitution, write.held_out, settings.seed)
-    pool = [p for p in constitution.principles if p.id in trained]
-    check_mixtures(settings.sample, pool)
-    return f"{len(trained)} principles of {write.constitution}, {len(held_out)} more held out"
+    if settings.prompts.sources == "planted" and not any(map(known, constitution.texts)):
+        raise UserError(
+            "none of these principles is about the planted world",
+            where=f"setting 'write.constitution' = {write.constitution}",
+            expected="principles such as 'greet people before noise'",
+            fix="write.constitution=planted",
+        )
+    trained, held_out = _check_pool(settings, constitution)
+    return f"{trained} principles of {write.constitution}, {held_out} more held out"
+
+
+def _check_pool(settings: ExperimentSettings, constitution: Constitution) -> tuple[int, int]:
+    """How many principles are trained on, and how many held out."""
+    share = settings.write.held_out
+    trained, held_out = split_held_out(constitution, share, settings.seed)
+    check_mixtures(settings.sample, [p for p in constitution.principles if p.id in trained])
+    return len(trained), len(held_out)
 
 
 def _similarity(settings: ExperimentSettings) -> str:

@@ -94,6 +94,8 @@ def record_review(experiment: Experiment, t: int, clustered: Attempt, verdict: V
         UserError: it cannot be followed, or leaves nothing to train on.
     """
     at = Slot(experiment.record, t, experiment.settings.seed)
+    if experiment.settings.review.which == "last":  # it may not stay the last one
+        experiment.record.change(t, {"review.which": "each"})
     return review_stage(at, ReviewSettings(enabled=True), clustered, verdict)
 
 

@@ -25,7 +25,8 @@ def steps(e: Experiment, t: int) -> Iterator[Attempt]:
     prompts under it.
     """
     at, settings = e.slot(t), e.settings_at(t)
-    measured = partial(evaluate_stage, at, settings.evaluate, settings.score, settings.sample)
+    mixtures = e.settings_at(0).sample  # every policy is measured on the same
+    measured = partial(evaluate_stage, at, settings.evaluate, settings.score, mixtures)
     yield (prompts := prompts_stage(at, settings.prompts))
     if t == 0:
         yield (written := write_stage(at, settings.write, e.writer(), e.discovered()))

@@ -157,6 +157,24 @@ def with_changes(settings: ExperimentSettings, changes: Mapping[str, Any]) -> Ex
     return changed
 
 
+def _wrong_succession(settings: ExperimentSettings, source: str) -> Iterator[UserError]:
+    """What is wrong in `then`."""
+    where = f"{source}, setting 'then'"
+    own = [name for name in ("experiment", "method", "after", "then") if name in settings.then]
+    if own:
+        yield UserError(f"it has its own {', '.join(own)}", where=where, expected="none of these")
+    if not settings.iterations:
+        yield UserError(
+            "nothing is trained before it", where=where, expected="iterations: 1 or more"
+        )
+    try:
+        then = following(settings)
+        if then:
+            check_succession(settings, then)
+    except UserError as error:
+        yield UserErrors([error], within=where)
+
+
 def following(settings: ExperimentSettings) -> ExperimentSettings | None:
     """The experiment that goes on where this one ends, as `then` has it; None without.
 
@@ -165,9 +183,64 @@ def following(settings: ExperimentSettings) -> ExperimentSettings | None:
     """
     if not settings.then:
         return None
-    name = settings.experiment
-    own = {"experiment": f"{name}.sami", "method": "sami", "after": name, "then": {}}
-    return with_changes(settings, {**_dotted(settings.then), **own})
+    name, prompts = settings.experiment, settings.prompts
+    values = _dotted(settings.then)
+    fewer = prompts.held_out - int(values.get("prompts.held_out", prompts.held_out))
+    mined = prompts.first + prompts.later * (settings.iterations - 1) + max(0, fewer)
+    own = {
+        "experiment": f"{name}.sami",
+        "method": "sami",
+        "after": name,
+        "then": {},
+        "review": {},
+        "prompts.skip": prompts.skip + mined,
+    }
+    return with_changes(settings, {**values, **own})
+
+
+def check_succession(before: ExperimentSettings, then: ExperimentSettings) -> None:
+    """Refuse an experiment that cannot go on where another one ended.
+
+    Raises:
+        UserErrors: all that does not fit.
+    """
+    one, other = (
+        {
+            **s.policy.model_dump(include={"model", "revision", "quantization"}),
+            "train.update": s.train.update,
+            "seed": s.seed,
+        }
+        for s in (before, then)
+    )
+    found = [
+        UserError(
+            f"experiment {before.experiment} has another {name}: {one[name]}",
+            where="setting 'after'",
+            expected=f"the same {name}, not {other[name]}",
+        )
+        for name in one
+        if one[name] != other[name]
+    ]
+    if before.method != "staple" and not then.write.constitution:
+        found.append(
+            UserError(
+                f"experiment {before.experiment} discovers no constitution",
+                where="setting 'after'",
+                expected="an experiment with method: staple, or a write.constitution of your own",
+            )
+        )
+    if before.prompts.held_out < then.prompts.held_out and then.prompts.sources != "planted":
+        found.append(
+            UserError(
+                f"experiment {before.experiment} mined prompts that would be held out",
+                where="setting 'prompts.held_out'",
+                expected=f"at most {before.prompts.held_out}",
+            )
+        )
+    if before.experiment == then.experiment:
+        found.append(UserError("it goes on from itself", where="setting 'after'"))
+    if found:
+        raise UserErrors(found)
 
 
 def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -183,10 +256,7 @@ def _contradictions(settings: ExperimentSettings, source: str) -> list[UserError
     """Settings of different parts that cannot hold together."""
     found: list[UserError] = []
     if settings.then and settings.method != "sami":
-        try:
-            following(settings)
-        except UserError as error:
-            found.append(error)
+        found += _wrong_succession(settings, source)
     if settings.train.update == "full" and settings.policy.quantization != "none":
         found.append(
             UserError(
@@ -215,6 +285,22 @@ def _sami_contradictions(settings: ExperimentSettings, source: str) -> Iterator[
                 expected="method: sami",
             )
         return
+    if settings.review.enabled:
+        yield UserError(
+            "nobody is asked to review a constitution that was given or written",
+            where=f"{source}, setting 'review.enabled'",
+            expected="false, with method: sami",
+            fix="staple constitution write, edit the file, --set write.constitution=FILE",
+        )
+    judges = settings.evaluate.judges
+    by_gold = any(judge.kind == "similarity" or judge.show_gold for judge in judges)
+    sources = settings.prompts.sources
+    if by_gold and sources != "planted" and not all(source.gold_column for source in sources):
+        yield UserError(
+            "a judge reads the golds, and there are none",
+            where=f"{source}, settings 'evaluate.judge', 'prompts.sources'",
+            expected="another judge, or a gold_column",
+        )
     if settings.train.lora_dropout:
         yield UserError(
             "dropout would compare responses by another policy in every pass",

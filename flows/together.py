@@ -25,15 +25,28 @@ class Followed(NamedTuple):
     done: list[Attempts]
     report: Path
 
+    @property
+    def computed(self) -> bool:
+        """Whether anything was not in the record yet."""
+        return not all(a.reused for attempts in self.done for a in attempts.values())
+
 
 def go_on(
-    settings: ExperimentSettings, done: Sequence[Mapping[str, Attempt]], force: bool = False
+    settings: ExperimentSettings,
+    done: Sequence[Mapping[str, Attempt]],
+    *,
+    resume: bool = False,
+    force: bool = False,
 ) -> Followed | None:
-    """Run what follows an experiment, where anything does and nobody's review is waited for."""
+    """Run what follows an experiment, where anything does and nobody's review is waited for.
+
+    Args:
+        resume: what was changed for its single iterations holds.
+    """
     then = following(settings)
     if then is None or (len(done) > 1 and "train" not in done[-1]):
         return None
-    note_settings(then)
+    note_settings(then, [] if resume else None)
     found = None if force else unchanged(then)
     further = em_experiment(then, force) if found is None else found
     return Followed(then, further, write_report([settings.experiment, then.experiment]))

@@ -13,7 +13,14 @@ from pydantic import ValidationError
 
 from constitutions.constitution import load, save
 from constitutions.errors import UserError, UserErrors
-from flows.experiment import Experiment, home, newest, open_experiment, recorded_settings
+from flows.experiment import (
+    Experiment,
+    check_discovers,
+    home,
+    newest,
+    open_experiment,
+    recorded_settings,
+)
 from models.planted import NAMES
 from models.planted.world import OBJECTS
 from models.policy import Policy, PolicySettings
@@ -96,6 +103,7 @@ def _check_place(out: Path, force: bool) -> None:
 
 def _newest_constitution(opened: Experiment) -> Attempt:
     """The newest that was discovered, reviewed where it was reviewed."""
+    check_discovers(opened.settings)
     clustered = newest(opened.settings, "cluster", None)
     return recorded_review(opened.record, clustered.iteration, clustered) or clustered
 

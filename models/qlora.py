@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
-from constitutions.errors import UserError
+from constitutions.errors import UserError, UserErrors
 from models.adapter import AdapterSettings
 
 if TYPE_CHECKING:
@@ -265,8 +265,32 @@ def trainable(
                 expected=f"{_provenance(previous)['kind']}, as in {previous}",
                 fix="train all iterations in the same way, or set train.start to base",
             )
+        if settings.update == "lora":
+            _check_shape(previous, settings)
         return continue_adapter(base, previous)
     return _all_weights(base) if settings.update == "full" else new_adapter(base, settings, seed)
+
+
+def _check_shape(adapter: Path, settings: AdapterSettings) -> None:
+    """An adapter is continued as it was begun.
+
+    Raises:
+        UserErrors: it has another rank, alpha or dropout.
+    """
+    recorded = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    names = {"r": "lora_rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+    differing = [
+        UserError(
+            f"the adapter that is continued has {recorded[key]}",
+            where=f"setting 'train.{name}' = {getattr(settings, name)}",
+            expected=f"{recorded[key]}, as in {adapter}",
+            fix="or set train.start to base",
+        )
+        for key, name in names.items()
+        if recorded[key] != getattr(settings, name)
+    ]
+    if differing:
+        raise UserErrors(differing)
 
 
 def new_adapter(base: PreTrainedModel, settings: AdapterSettings, seed: int) -> PeftModel:

@@ -49,10 +49,11 @@ def sami_loss(logprobs: Tensor) -> Tensor:
 
 
 def divergence(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """KL(π_θ ‖ reference) per token, estimated on the reference's own samples (a scalar, ≥ 0).
+    """How far the policy left the reference, per token (a scalar, ≥ 0, 0 where both are equal).
 
-    The mean of exp(r) − 1 − r with r = log π_ref − log π_θ: unbiased where π_θ sampled, never
-    negative, and 0 where both are equal.
+    The mean of exp(r) − 1 − r with r = log π_ref − log π_θ, as GRPO has it: an unbiased estimate of
+    KL(π_θ ‖ π_ref) where π_θ sampled the tokens. Here the policy that training starts from sampled
+    them, so that it is one to second order, and steeper for tokens that are given up.
     """
     ratio = reference - logprobs
     return (ratio.exp() - 1 - ratio).mean()

@@ -30,6 +30,7 @@ from tasks.benchmarks.settings import BenchmarkSettings, about_principles
 from tasks.comparisons import (
     Meeting,
     agreement_metrics,
+    length_metrics,
     meetings,
     order_metrics,
     principle_meetings,
@@ -257,6 +258,7 @@ def _compared(
     return {
         **win_rate_metrics(win_rates(rows, max_failed=panel.max_failed, **how)),
         **source_metrics(rows, prompts, **how),
+        **length_metrics(rows, seed=panel.seed),
         **order_metrics("judge", rows),
         **agreement_metrics(rows, [row for part in others for row in part]),
     }

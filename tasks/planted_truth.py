@@ -87,8 +87,8 @@ def planted_metrics(
 def obedience_metrics(responses: Iterable[Response], prompts: Iterable[Prompt]) -> dict[str, float]:
     """Of SAMI's responses, by the kind of constitution; shares in [0, 1].
 
-    - `planted/obeyed_<arm>`: of the principles and antitheses that a response was told, those that
-      it follows.
+    - `planted/obeyed_<arm>`: of the principles and antitheses that a response was told (and that
+      word a behaviour), those that it follows.
     - `planted/core_<arm>`: how much of the content survives, "plain" being without a constitution.
     """
     from models.planted import oracle
@@ -98,8 +98,7 @@ def obedience_metrics(responses: Iterable[Response], prompts: Iterable[Prompt]) 
     for row in responses:
         core = oracle.core_share(asked[row.prompt_id], row.response)
         shares.setdefault(f"core_{row.arm}", []).append(core)
-        if row.principles:
-            obeyed = oracle.obeyed(row.principles, row.response)
+        if (obeyed := oracle.obeyed(row.principles, row.response)) is not None:
             shares.setdefault(f"obeyed_{row.arm}", []).append(obeyed)
     return {f"planted/{name}": fmean(values) for name, values in shares.items()}
 

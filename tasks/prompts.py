@@ -30,6 +30,9 @@ class PromptSettings(Settings):
     """Prompts that iteration 1 mines."""
     later: int = Field(10_000, ge=1)
     """Prompts that each later iteration mines."""
+    skip: int = Field(0, ge=0)
+    """Prompts that are left out before those: what an earlier experiment mined, with the same seed
+    and as many held out."""
     held_out: int = Field(1_000, ge=2)
     """Prompts that are never mined, for evaluation."""
     shuffle_gold: bool = False
@@ -55,8 +58,10 @@ def prompt_sets(settings: PromptSettings, seed: int, iteration: int) -> PromptSe
         found = PromptSet(_planted(settings, seed, iteration), [])
     else:
         corpus = load_corpus(settings.sources, seed)
-        sizes = [settings.held_out, settings.first] + [settings.later] * max(iteration - 1, 0)
-        found = PromptSet(split(corpus.rows, sizes, seed)[iteration], corpus.rejected)
+        sizes = [settings.held_out, settings.skip, settings.first]
+        sizes += [settings.later] * max(iteration - 1, 0)
+        held_out, _, *mined = split(corpus.rows, sizes, seed)
+        found = PromptSet(mined[iteration - 1] if iteration else held_out, corpus.rejected)
     return replace(found, rows=shuffle_golds(found.rows, seed)) if settings.shuffle_gold else found
 
 
@@ -87,7 +92,8 @@ def _planted(settings: PromptSettings, seed: int, iteration: int) -> list[Prompt
         held = sample_examples(half, seed, "eval", "held")
         return rows(seen, "planted/seen") + rows(held, "planted/held")
     start = settings.first + (iteration - 2) * settings.later if iteration > 1 else 0
-    stop = settings.first + (iteration - 1) * settings.later
+    stop = settings.skip + settings.first + (iteration - 1) * settings.later
+    start += settings.skip
     try:
         return rows(sample_examples(stop, seed, "train", "seen"), "planted/train")[start:stop]
     except ValueError as error:

@@ -49,7 +49,7 @@ from tasks.progress import progress
 from tasks.records import Comparison, Prompt, Response, Sampled
 from tasks.sami.draw import Pool as Principles
 from tasks.sami.draw import Told, pool_of, tell
-from tasks.sami.sample import SampleSettings, sample
+from tasks.sami.sample import SampleSettings, check_mixtures, sample
 from tasks.score import ScoreSettings
 from tasks.stage import stage
 from tasks.store import Attempt, Slot
@@ -61,7 +61,7 @@ ARMS = ("principles", "antitheses", "held_out_principles", "held_out_antitheses"
 that were held out, lacks those arms."""
 CONDITIONED = ARMS[:2]
 """Together they are the rate "constitution": a policy that ignores what it is told wins half."""
-HELD_OUT = ARMS[2:4]
+APART = ARMS[2:4]
 """Together "held_out"."""
 
 
@@ -71,7 +71,7 @@ class Estimate:
 
     prompt_id: str
     per_token: float | None
-    """With the mean log-probability per token, as in training."""
+    """With the mean log-probability per token, as in training; the end of the turn counts."""
     whole: float | None
     """With that of the whole response: the bound that log-probabilities themselves give. Both None
     where a response is missing."""
@@ -113,6 +113,7 @@ def evaluate_stage(
         planted = are_planted(prompts)
         check_followed(settings, scoring, planted)
         pool = pool_of(written)
+        check_mixtures(sampling, pool.trained)
         asked = asks(prompts, pool, sampling.principles, at.seed)
         respond = partial(_respond, settings, policy.wording, at.seed, at.iteration)
         estimate = partial(
@@ -411,11 +412,11 @@ def _compared(
     rows, *others = panel.compare("comparisons", conditioned, judges)
     (unconditioned,) = panel.compare("plain-comparisons", plain, settings.judges[:1])
     counted = [*rows, *together(rows, "constitution", CONDITIONED), *unconditioned]
-    counted += together(rows, "held_out", HELD_OUT)
+    counted += together(rows, "held_out", APART)
     how = {"seed": panel.seed, "resamples": panel.resamples}
     return {
         **win_rate_metrics(win_rates(counted, max_failed=panel.max_failed, **how)),
-        **length_metrics(counted, **how),
+        **length_metrics(counted, seed=panel.seed),
         **order_metrics("judge", rows),
         **agreement_metrics(rows, [row for part in others for row in part]),
     }

@@ -32,7 +32,7 @@ class SampleSettings(Settings):
 
     constitutions: int = Field(2, ge=2, le=64)
     """C: constitutions a query, and responses. Each step compares C × C pairs."""
-    principles: int = Field(2, ge=1, le=64)
+    principles: int = Field(2, ge=1, le=32)
     """How many principles, as such or as their antitheses, a constitution holds."""
     temperature: float = Field(1.0, ge=0, le=2)
     """Sampling temperature; on-policy is 1, the paper's is 0."""

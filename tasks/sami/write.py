@@ -40,6 +40,7 @@ from models.settings import Settings
 from tasks.policies import PolicySource
 from tasks.progress import progress
 from tasks.records import Rejected, prompt_id
+from tasks.sami.draw import HELD_OUT
 from tasks.stage import stage
 from tasks.store import Attempt, Slot
 from tasks.work import Metrics, Workspace, file_sha256, text_sha256, write_text
@@ -235,7 +236,7 @@ def write_stage(
         )
         _, held_out = split_held_out(constitution, settings.held_out, at.seed)
         save(constitution, work.outputs / "constitution.yaml")
-        write_text(work.outputs / "held_out.json", json.dumps(held_out))
+        write_text(work.outputs / HELD_OUT, json.dumps(held_out))
         work.write("rejected", found.rejected, Rejected)
         return {
             "write/principles": float(len(principles)),

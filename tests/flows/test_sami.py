@@ -26,7 +26,7 @@ from flows.stages import run_stage
 from flows.states import stage_states, unchanged
 from models.planted.pretrain import planted_model
 from models.qlora import attach_adapter, load_base
-from tasks.records import Comparison, Response, Sampled
+from tasks.records import Comparison, Mined, Response, Sampled
 from tasks.winrate import win_rate
 
 ENGINE = {"dtype": "float32", "device": "cpu", "threads": 1}
@@ -155,10 +155,11 @@ def test_settings_that_cannot_hold_are_told_at_once(finished: ExperimentSettings
         "train.lora_dropout=0.1",
         "evaluate.benchmarks.ifeval.prompts=x.jsonl",
         "then.iterations=2",
+        "review.enabled=true",
     ]
     with pytest.raises(UserErrors) as told:
         load_settings("tldr.yaml", wrong)
-    for said in ("lora_dropout", "benchmarks", "'then'"):
+    for said in ("lora_dropout", "benchmarks", "'then'", "review.enabled"):
         assert said in str(told.value)
     with pytest.raises(UserErrors, match="goes on from no other experiment"):
         load_settings("planted", ["after=tldr"])
@@ -205,6 +206,7 @@ def test_staple_then_sami_ends_with_one_report(
     values = yaml.safe_load((tmp_path / "lineage.yaml").read_text())
     values["review"] = {"enabled": True, "which": "last"}
     values["then"] = {
+        "prompts": {"first": 4},  # 14 rows: 4 held out, 6 mined before
         "write": {
             "topics": ["time"],
             "writer": {**ENGINE, "model": str(writer), "templates": "terse"},
@@ -238,3 +240,32 @@ def test_staple_then_sami_ends_with_one_report(
     assert begun is not None and begun.record.experiment == "lineage"
     sampled = opened.record.needs("sample", 1)
     assert sampled.inputs["adapter"].digest == begun.digest
+    mined = {row.prompt_id for row in record_of("lineage").needs("mine", 1).read("mined", Mined)}
+    queries = {row.prompt_id for row in sampled.read("sampled", Sampled)}
+    assert len(queries) == 4 and not queries & mined, "fresh ones"
+
+
+@pytest.mark.parametrize(
+    ("then", "said"),
+    [
+        ({"experiment": "x"}, "it has its own experiment"),
+        ({"policy": {"model": "planted"}}, "has another model"),
+        ({"seed": 3}, "has another seed"),
+        ({"train": {"update": "full"}}, "all weights cannot be trained in nf4"),
+        ({"train": {"epoch": 3}}, "did you mean 'epochs'"),
+    ],
+)
+def test_what_cannot_follow_is_told_before_anything_runs(then: Any, said: str) -> None:
+    with pytest.raises(UserErrors) as told:
+        load_settings("staple-then-sami", [f"then={json.dumps(then)}"])
+    assert said in str(told.value) and "'then'" in str(told.value)
+
+
+def test_after_nothing_nothing_follows(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ran = staple(capsys, "validate", "planted-sami", "--set", "after=nobody")
+    assert ran.code == 2 and "nobody" in ran.err and "nothing was ever recorded" in ran.err
+    ran = staple(capsys, "validate", "planted-sami", "--set", "write.constitution=summaries")
+    assert ran.code == 2 and "none of these principles is about the planted world" in ran.err
+    few = ["--set", "write.constitution=null", "--set", "write.principles=3"]
+    ran = staple(capsys, "validate", "planted-sami", *few, "--set", "write.held_out=0.6")
+    assert ran.code == 2 and "have an antithesis" in ran.err

@@ -16,6 +16,7 @@ import pytest
 import torch
 from chat_model import Architecture, build_chat_model
 
+from constitutions.errors import UserError
 from models.adapter import AdapterSettings
 from models.encoding import Encoder, EncodingError, Group
 from models.policy import PolicySettings
@@ -372,3 +373,16 @@ def test_groups_are_shared_whole(model: Path, tmp_path: Path) -> None:
     groups = referred(base(model), list(GROUPS[:2]), WIDE)
     write_job(tmp_path / "job", wanted, groups)
     assert read_job(tmp_path / "job") == (wanted, groups)
+
+
+@pytest.mark.parametrize("change", [{"lora_rank": 4}, {"lora_alpha": 32}, {"lora_dropout": 0.1}])
+def test_an_adapter_is_continued_as_it_was_begun(
+    model: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    first = job(model, tmp_path / "first")
+    run(first, GROUPS[:3])
+    other = SETTINGS.model_copy(update=change)
+    again = job(model, tmp_path / "again", settings=other, previous=first.out)
+    with pytest.raises(UserError, match=f"train.{next(iter(change))}"):
+        run(again, GROUPS[:3])
+    run(replace(again, settings=SETTINGS), GROUPS[:3])

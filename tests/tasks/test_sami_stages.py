@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from models.qlora import load_tokenizer
 from tasks.comparisons import decide_all
 from tasks.evaluate import EvaluateSettings
 from tasks.planted_truth import obedience_metrics
+from tasks.prompts import PromptSettings, prompt_sets
 from tasks.records import Comparison, Draw, Prompt, Response, Sampled, prompt_id
 from tasks.sami.draw import Pool, draw
 from tasks.sami.evaluate import (
@@ -218,8 +220,8 @@ def test_the_oracle_judges_by_the_constitution() -> None:
     assert oracle.obedience(CHORE, told, stray) == 1.5
     assert oracle.obedience(CHORE, told, HELLO) == 0, "the content is gone"
     assert oracle.obeyed(told, f"{HELLO} {CORE} {HAHA}") == 0.5
-    with pytest.raises(UserError, match="no principle of the planted world"):
-        oracle.obedience(CHORE, ["always win"], CORE)
+    assert oracle.obedience(CHORE, ["always win", GREET], f"{HELLO} {CORE}") == 1
+    assert oracle.obeyed(["always win"], CORE) is None, "a platitude asks for nothing"
 
     (judged,) = PlantedOracle().compare(
         [
@@ -339,3 +341,15 @@ def test_judges_that_read_no_constitution_are_refused(judge: Any) -> None:
     check_followed(
         EvaluateSettings.model_validate({"judge": "similarity"}), ScoreSettings(), planted=False
     )
+
+
+def test_an_experiment_that_goes_on_leaves_out_what_was_mined(corpora: Path) -> None:
+    sources = [{"path": str(corpora / "tldr_first300.csv")}]
+    for source in ("planted", sources):
+        sizes = {"sources": source, "first": 20, "later": 10, "held_out": 12}
+        before = PromptSettings.model_validate(sizes)
+        after = PromptSettings.model_validate({**sizes, "skip": 30})
+        ids = [{r.prompt_id for r in prompt_sets(before, 4, t).rows} for t in range(3)]
+        then = [{r.prompt_id for r in prompt_sets(after, 4, t).rows} for t in range(3)]
+        assert then[0] == ids[0] and len(then[1]) == 20 and len(then[2]) == 10
+        assert not (then[1] | then[2]) & (ids[0] | ids[1] | ids[2])
