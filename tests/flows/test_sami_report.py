@@ -46,13 +46,13 @@ def test_the_page_shows_what_was_measured(taught: ExperimentSettings) -> None:
 def test_two_measures_are_not_one(taught: ExperimentSettings) -> None:
     """The held-out win rate is of answers without a constitution, as every other method's."""
     metrics = dict(gather(taught).history[1])
-    metrics |= {"win_rate/plain_vs_0": 0.125, "win_rate/constitution_vs_0": 0.875}
+    metrics |= {"win_rate/plain_vs_0": 0.123, "win_rate/constitution_vs_0": 0.877}
     e = gather(taught)
     shown = words(page([type(e)(**{**vars(e), "history": {0: e.history[0], 1: metrics}})], {}))
-    row = shown[shown.index("SAMI taught 1") :][:120]
-    assert row.index("12.5 %") < row.index("87.5 %"), "held-out win rate, then follows"
+    row = shown[shown.index("SAMI taught 1") :]
+    assert row.index("12.3 %") < row.index("87.7 %"), "held-out win rate, then follows"
     (headline,) = re.findall(r"After iteration 1, told a constitution.*?50 % is parity\.", shown)
-    assert "87.5 %" in headline and "12.5 %" not in headline
+    assert "87.7 %" in headline and "12.3 %" not in headline
 
 
 def test_constitution_and_examples(taught: ExperimentSettings) -> None:
