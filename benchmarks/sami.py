@@ -45,7 +45,7 @@ RATES = {
     "held out": "win_rate/held_out_vs_0",
 }
 FIGURES = {
-    "I(Y; C | X), nats": ("mi/per_token", 3),
+    "I(Y; C \\| X), nats": ("mi/per_token", 3),
     "obeyed": ("planted/obeyed_principles", 2),
     "… antitheses": ("planted/obeyed_antitheses", 2),
     "… held-out principles": ("planted/obeyed_held_out_principles", 2),
