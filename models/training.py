@@ -59,7 +59,7 @@ class Objective(Protocol[Item]):
 
     def parts(self, model: Any, batch: dict[str, Any]) -> list[Callable[[], torch.Tensor]]:
         """Scalars that add up to the micro-batch's loss, each computed when called: one at a time
-        is in memory."""
+        is in memory. Processes may have more or fewer of them: gradients meet at the last one."""
         ...
 
 
@@ -114,8 +114,8 @@ def train(
 def share(rows: Sequence[Item], processes: int, objective: Objective[Item]) -> list[Passes[Item]]:
     """One optimiser step's rows dealt to the processes, each share in micro-batches.
 
-    Every process gets rows of every length and equally many micro-batches: sharded weights are
-    gathered in each of them. What is lacking is filled up with idle items.
+    Every process gets rows of every length and equally many micro-batches; what is lacking is
+    filled up with idle items.
     """
     ordered = sorted(rows, key=objective.tokens)
     shares = [objective.micro_batches(ordered[r::processes]) for r in range(processes)]
