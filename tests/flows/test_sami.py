@@ -20,8 +20,9 @@ from planted_writer import WRITER
 from constitutions.constitution import load
 from constitutions.errors import UserErrors
 from constitutions.reference import load_pairs
-from flows.experiment import note_settings, open_experiment, record_of
-from flows.settings import ExperimentSettings, following, load_settings
+from flows import deployments
+from flows.experiment import note_settings, open_experiment, record_of, recorded_settings
+from flows.settings import ExperimentSettings, following, load_settings, with_changes
 from flows.stages import run_stage
 from flows.states import stage_states, unchanged
 from models.planted.pretrain import planted_model
@@ -243,6 +244,12 @@ def test_staple_then_sami_ends_with_one_report(
     mined = {row.prompt_id for row in record_of("lineage").needs("mine", 1).read("mined", Mined)}
     queries = {row.prompt_id for row in sampled.read("sampled", Sampled)}
     assert len(queries) == 4 and not queries & mined, "fresh ones"
+
+    assert deployments.experiment("lineage", return_state=True).name == "Unchanged"
+    changed = with_changes(recorded_settings("lineage"), {"then.train.kl": 0.3})
+    note_settings(changed)
+    assert deployments.experiment("lineage", return_state=True).name == "Completed"
+    assert opened.record.needs("train", 1).derivation().settings["kl"] == 0.3
 
 
 @pytest.mark.parametrize(
