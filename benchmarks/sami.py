@@ -86,7 +86,7 @@ def report(runs: Runs) -> str:
     ]
     for name, arm in sorted(runs.items()):
         command = f"python -m benchmarks.sami --arms {name} --seeds {' '.join(sorted(arm))}"
-        lines += ["", f"## {TITLES[name]}", "", f"`{command}`", ""]
+        lines += ["", f"## {TITLES[name]}", "", f"`{command}`", "", NOTES[name], ""]
         lines += [*_over_iterations(arm), "", *_last(arm)]
     return "\n".join(lines) + "\n"
 
@@ -94,6 +94,11 @@ def report(runs: Runs) -> str:
 TITLES = {
     "given": "A given constitution: 24 principles, six of them held out",
     "weak-to-strong": "Weak to strong: written by planted-sami-small, a fifth of the size",
+}
+NOTES = {
+    "given": "The antithesis of each is right; no two are about the same behaviour.",
+    "weak-to-strong": "Twenty are asked for. Some antitheses are of another behaviour, and several "
+    "principles word the same one: those that are held out may be about one that is trained.",
 }
 
 
