@@ -8,18 +8,19 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import small_job
 import torch
 from chat_model import Architecture, build_chat_model
 
 from constitutions.errors import UserError
 from models.adapter import AdapterSettings
 from models.encoding import Encoder, EncodingError, Group
-from models.policy import PolicySettings
 from models.prompts import CHAT_CONSTITUTION, under_constitution
 from models.qlora import load_base, load_tokenizer, new_adapter
 from models.sami import (
@@ -31,9 +32,8 @@ from models.sami import (
     sami_loss,
 )
 from models.training import share
-from models.training_job import Job, read_job, run, write_job
+from models.training_job import read_job, run, write_job
 
-POLICY = PolicySettings(quantization="none", dtype="float32", device="cpu")
 SETTINGS = AdapterSettings(
     lora_rank=8, lora_alpha=16, learning_rate=1e-2, batch_size=3, micro_batch_tokens=4096
 )
@@ -256,18 +256,7 @@ def test_what_cannot_be_compared_is_refused(model: Path) -> None:
 # Training --------------------------------------------------------------------------------------
 
 
-def job(model: Path, folder: Path, **changes: Any) -> Job:
-    values: dict[str, Any] = {
-        "model": str(model),
-        "policy": POLICY,
-        "previous": None,
-        "settings": SETTINGS,
-        "seed": 0,
-        "data_digest": "d",
-        "out": folder / "adapter",
-        "checkpoints": folder / "checkpoints",
-    }
-    return Job(**{**values, **changes})
+job = partial(small_job.job, settings=SETTINGS)
 
 
 def estimate(policy: Any) -> float:

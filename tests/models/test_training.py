@@ -8,10 +8,12 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_job
 import torch
 from chat_model import build_chat_model
 from safetensors.torch import load_file
@@ -19,15 +21,13 @@ from safetensors.torch import load_file
 from constitutions.errors import UserError
 from models.adapter import AdapterSettings
 from models.encoding import Example
-from models.policy import PolicySettings
 from models.qlora import attach_adapter, load_base, new_adapter
 from models.training import Likelihood, collate, share, weighted_loss
-from models.training_job import Job, run, write_job
+from models.training_job import run, write_job
 
 SETTINGS = AdapterSettings(
     lora_rank=8, lora_alpha=16, learning_rate=1e-2, batch_size=4, micro_batch_tokens=40
 )
-POLICY = PolicySettings(quantization="none", dtype="float32", device="cpu")
 
 
 def example(start: int, length: int, weight: float = 1.0) -> Example:
@@ -47,18 +47,7 @@ def base(model: Path, quantization: Any = "none") -> Any:
     return load_base(model, quantization=quantization, dtype="float32", device="cpu")[0]
 
 
-def job(model: Path, folder: Path, **changes: Any) -> Job:
-    values: dict[str, Any] = {
-        "model": str(model),
-        "policy": POLICY,
-        "previous": None,
-        "settings": SETTINGS,
-        "seed": 0,
-        "data_digest": "d",
-        "out": folder / "adapter",
-        "checkpoints": folder / "checkpoints",
-    }
-    return Job(**{**values, **changes})
+job = partial(small_job.job, settings=SETTINGS)
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -178,7 +167,7 @@ def test_kill_9_and_resume_give_the_bytes_of_one_never_killed(
     model: Path, tmp_path: Path, quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {
-        "policy": POLICY.model_copy(update={"quantization": quantization}),
+        "policy": small_job.POLICY.model_copy(update={"quantization": quantization}),
         "settings": SETTINGS.model_copy(update={"epochs": 4, "lora_dropout": 0.1}),
     }
     whole, killed = tmp_path / "whole", job(model, tmp_path / "killed", **changes)
