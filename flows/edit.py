@@ -75,7 +75,7 @@ def edit(
         again = f"{command} --file {file}" if file else command
         raise UserError(str(error), fix=f"mend {source}, then: {again}") from None
     if not opened.settings_at(t).review.enabled:
-        opened.record.change(t, {"review.enabled": True, "review.which": "each"})
+        opened.record.change(t, {"review.enabled": True})
     if source.absolute() == draft.absolute():
         draft.unlink()
     before, after = (load(attempt.path(FILE)) for attempt in (clustered, reviewed))

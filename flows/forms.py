@@ -50,9 +50,12 @@ class Form(BaseModel):
 
 @cache
 def form_of(settings: type[Settings]) -> type[Form]:
-    """The form of a Settings class; settings within it become forms within the form."""
+    """The form of a Settings class; settings within it become forms within the form. What has names
+    of its own (`then`) is for YAML."""
     fields: dict[str, Any] = {
-        name: _field(name, field) for name, field in settings.model_fields.items()
+        name: _field(name, field)
+        for name, field in settings.model_fields.items()
+        if get_origin(field.annotation) is not dict  # its form sends something for nothing
     }
     return create_model(
         settings.__name__.replace("Settings", "Form"),

@@ -127,4 +127,6 @@ def test_every_setting_has_its_field() -> None:
             found |= names(kind, f"{prefix}{name}.") if inner else {prefix + name}
         return found
 
-    assert names(form_of(ExperimentSettings)) == names(ExperimentSettings)
+    assert names(form_of(ExperimentSettings)) == names(ExperimentSettings) - {"then"}, (
+        "Prefect's page sends something for a mapping that was left empty"
+    )
