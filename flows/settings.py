@@ -198,17 +198,22 @@ def following(settings: ExperimentSettings) -> ExperimentSettings | None:
     return with_changes(settings, {**values, **own})
 
 
+BEGUN = ("update", "lora_rank", "lora_alpha", "lora_dropout")
+"""Settings of a training that hold for all that goes on from it."""
+
+
 def check_succession(before: ExperimentSettings, then: ExperimentSettings) -> None:
     """Refuse an experiment that cannot go on where another one ended.
 
     Raises:
         UserErrors: all that does not fit.
     """
+    goes_on = then.train.start == "previous"
     one, other = (
         {
             **s.policy.model_dump(include={"model", "revision", "quantization"}),
-            "train.update": s.train.update,
             "seed": s.seed,
+            **({f"train.{n}": getattr(s.train, n) for n in BEGUN} if goes_on else {}),
         }
         for s in (before, then)
     )

@@ -258,6 +258,7 @@ def test_staple_then_sami_ends_with_one_report(
         ({"experiment": "x"}, "it has its own experiment"),
         ({"policy": {"model": "planted"}}, "has another model"),
         ({"seed": 3}, "has another seed"),
+        ({"train": {"lora_rank": 64}}, "has another train.lora_rank"),
         ({"train": {"update": "full"}}, "all weights cannot be trained in nf4"),
         ({"train": {"epoch": 3}}, "did you mean 'epochs'"),
     ],
