@@ -188,6 +188,21 @@ def shown(text: str) -> str:
     return " ".join(text.split())
 
 
+STAYED_AND_ADDED = """text => [...text.children]
+    .filter(piece => piece.tagName !== "DEL").map(piece => piece.textContent).join("")"""
+"""What the card shows of a refinement: all but what was removed from the first response."""
+
+
+def squeezed(text: str) -> str:
+    """A text without white space: a difference never shows where that has changed."""
+    return "".join(text.split())
+
+
+def in_order(parts: list[str], text: str) -> bool:
+    """Whether all parts stand in a text, one after the other."""
+    return re.fullmatch(".*".join(["", *map(re.escape, parts), ""]), text) is not None
+
+
 def clustered(home: Path, t: int) -> Attempt:
     return Record("small", home / ".staple", f"sqlite:///{home / 'mlflow.db'}").needs("cluster", t)
 
@@ -250,8 +265,9 @@ def test_the_map_tells_what_it_is_pointed_at(browser: Any, home: Path) -> None:
         assert f"Kept in {row.support} trajector" in text
         assert f"Cluster {row.cluster + 1}, represented by: {row.representative}" in text
         example = kept[row.principle.rstrip(" .")]
-        inserted = " ".join(card.locator("ins").all_inner_texts())
-        assert inserted and set(inserted.split()) <= set(example.refined.split())
+        assert card.locator("ins, del").count(), "a refinement that improved is another text"
+        stretches = card.locator(".text").last.evaluate(STAYED_AND_ADDED).split("…")
+        assert in_order([squeezed(part) for part in stretches], squeezed(example.refined))
         assert shown_map.locator(".dot:not(.far)").count() == sum(
             other.cluster == row.cluster for other in rows.values()
         )
