@@ -439,10 +439,12 @@ def _explain(error: BaseException | None) -> str | None:
         if full or "database or disk is full" in text:
             return "the disk is full; free some space"
         if library in ("httpx", "httpcore") or "reach API at" in text:
-            return f"Prefect's server does not answer ({_first_line(text)})"
+            said = f"{_first_line(text)}{_through_proxy('PREFECT_API_URL')}"
+            return f"Prefect's server does not answer ({said})"
         outage = any(sign in text for sign in ("Max retries", "onnection"))
         if outage and library in ("mlflow", "requests", "sqlalchemy", "urllib3"):
-            return f"MLflow stopped answering ({_first_line(text)})"
+            said = f"{_first_line(text)}{_through_proxy('MLFLOW_TRACKING_URI')}"
+            return f"MLflow stopped answering ({said})"
         error = error.__cause__ or error.__context__
     return None
 
@@ -451,8 +453,17 @@ def _first_line(text: str) -> str:
     return text.strip().partition("\n")[0][:200]
 
 
+def _through_proxy(variable: str) -> str:
+    """Which proxy the server in the variable is asked through, for a message."""
+    from models.proxies import proxy_of
+
+    proxy = proxy_of(os.environ.get(variable, ""))
+    return f", asked through the proxy in {proxy.source}" if proxy else ""
+
+
 def _environment() -> None:
-    """Nothing phones home; Prefect's server may take its time on a slow first start.
+    """Nothing phones home, loopback is reached past proxies, and Prefect's server may take its
+    time on a slow first start.
 
     A server that is gone is asked for a quarter of a minute by each of three levels of runs.
     """
@@ -470,8 +481,11 @@ def _environment() -> None:
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
+    from models.proxies import keep_loopback_direct
+
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    keep_loopback_direct()
 
 
 def _fail(message: str, code: int) -> None:

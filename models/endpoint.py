@@ -30,6 +30,7 @@ from pydantic import BaseModel, Field, SecretStr, ValidationError, model_validat
 
 from constitutions.errors import UserError
 from models.policy import PolicySettings
+from models.proxies import proxy_of
 
 LARGEST_REPLY = 16 * 2**20
 """Bytes. 64 completions of 16,000 tokens are about 4 MiB."""
@@ -173,6 +174,9 @@ class Endpoint:
         self.limits = limits or Limits()
         self._key = key
         self._certificates = httpx.create_ssl_context()
+        self._proxy = proxy_of(self.base)
+        if self._proxy:
+            self.client()  # a proxy that httpx cannot use is said at once
 
     def __repr__(self) -> str:
         return f"Endpoint({self.url})"
@@ -183,17 +187,30 @@ class Endpoint:
         return f"{self.base}/chat/completions"
 
     def client(self) -> httpx.AsyncClient:
-        """Connections for one event loop."""
+        """Connections for one event loop, through the environment's proxy where it sets one."""
         headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key.get_secret_value()}"
-        return httpx.AsyncClient(
-            headers=headers,
-            verify=self._certificates,
-            follow_redirects=False,
-            timeout=httpx.Timeout(self.limits.timeout, connect=30.0),
-            limits=httpx.Limits(max_connections=self.limits.in_flight),
-        )
+        try:
+            if self._proxy and not _has_port(httpx.URL(self._proxy.address)):
+                raise ValueError("no such port")
+            return httpx.AsyncClient(
+                headers=headers,
+                verify=self._certificates,
+                follow_redirects=False,
+                timeout=httpx.Timeout(self.limits.timeout, connect=30.0),
+                limits=httpx.Limits(max_connections=self.limits.in_flight),
+                proxy=self._proxy.address if self._proxy else None,
+                trust_env=False,
+            )
+        except (ImportError, ValueError, httpx.InvalidURL):  # their texts may hold a password
+            assert self._proxy, "nothing else is given from outside"
+            raise UserError(
+                f"the proxy in {self._proxy.source} cannot be used",
+                where=self.url,
+                expected="http(s)://host:port; SOCKS needs the package httpx[socks]",
+                fix=f"mend {self._proxy.source}, or {self._without_proxy}",
+            ) from None
 
     async def ask(
         self, client: httpx.AsyncClient, body: Mapping[str, Any], patience: float | None = None
@@ -326,9 +343,17 @@ class Endpoint:
                 where=self.url,
                 fix="set key_variable to the name of an environment variable with a valid key",
             )
-        return UserError(
-            f"the server does not answer ({fault.reason})", where=self.url, fix=_advice(fault)
-        )
+        advice = _advice(fault)
+        if self._proxy:
+            advice = (
+                f"it is asked through the proxy in {self._proxy.source}: "
+                f"{self._without_proxy} if it needs none; else {advice}"
+            )
+        return UserError(f"the server does not answer ({fault.reason})", where=self.url, fix=advice)
+
+    @property
+    def _without_proxy(self) -> str:
+        return f"add {httpx.URL(self.base).host} to NO_PROXY"
 
 
 def _advice(fault: Fault) -> str:
@@ -349,7 +374,7 @@ def _base_url(address: str) -> str:
     except httpx.InvalidURL:
         url = httpx.URL("")
     plain = not (url.userinfo or url.query or url.fragment)
-    if url.scheme not in ("http", "https") or not url.host or not plain:
+    if url.scheme not in ("http", "https") or not url.host or not plain or not _has_port(url):
         raise UserError(  # the address is not shown: it may hold a password
             "this is not the address of a server",
             where="setting 'endpoint'",
@@ -360,6 +385,11 @@ def _base_url(address: str) -> str:
     if not re.search(r"/v\d\w*(/|\Z)", path):
         path += "/v1"
     return str(url.copy_with(path=path))
+
+
+def _has_port(url: httpx.URL) -> bool:
+    """Whether the port is one: httpx takes any number, and fails when it connects."""
+    return url.port is None or 0 < url.port < 2**16
 
 
 async def _read(response: httpx.Response) -> bytes:

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from constitutions.errors import UserError
 from models.policy import FINGERPRINT
+from models.proxies import proxy_of
 from models.settings import Settings
 from tasks import locks
 from tasks.code import code_version
@@ -178,13 +179,16 @@ class Record:
 
         address = urlsplit(self.tracking_uri)
         if address.scheme in ("http", "https") and address.hostname:
-            port = address.port or (443 if address.scheme == "https" else 80)
+            proxy = proxy_of(self.tracking_uri)
+            asked = urlsplit(proxy.address) if proxy else address
             try:
-                socket.create_connection((address.hostname, port), timeout=10).close()
-            except OSError as error:
+                port = asked.port or (443 if asked.scheme == "https" else 80)
+                socket.create_connection((asked.hostname or "", port), timeout=10).close()
+            except (OSError, ValueError) as error:
+                through = f" (asked through the proxy in {proxy.source})" if proxy else ""
                 raise UserError(
-                    f"MLflow does not answer: {error}",
-                    where=f"MLFLOW_TRACKING_URI, {address.hostname}:{port}",
+                    f"MLflow does not answer{through}: {error}",
+                    where=f"MLFLOW_TRACKING_URI, {address.netloc.rpartition('@')[2]}",
                     expected="a running MLflow server",
                     fix="start it (staple up starts one here), or unset MLFLOW_TRACKING_URI to "
                     "keep the record in a file",

@@ -787,6 +787,8 @@ def test_the_address_may_be_given_with_and_without_version(address: str, url: st
         "http://",
         "http://user:hunter2@example.com",
         "http://e.com/?key=hunter2",
+        "http://127.0.0.1:99999",
+        "http://127.0.0.1:0",
     ],
 )
 def test_what_is_no_plain_address_is_refused(address: str) -> None:
