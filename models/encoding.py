@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from models.chat import Chat, ChatError
-from models.policy import Message, Messages
+from models.chat import Answered, Chat, ChatError
+from models.policy import Message, Messages, PolicySettings
+from models.prompts import Templates, ask_refinement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,41 +56,69 @@ class Encoder:
     Args:
         tokenizer: a fast tokenizer with a chat template.
         max_tokens: longer conversations are refused: a cut one would teach cut answers.
+        settings: which template it is, and what it is told.
+
+    Raises:
+        UserError: the tokenizer has no template of that name.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
-        self.chat, self.max_tokens = Chat(tokenizer), max_tokens
-        self.added = set(tokenizer.get_added_vocab().values())
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        settings: PolicySettings | None = None,
+    ) -> None:
+        self.chat, self.max_tokens = Chat(tokenizer, settings), max_tokens
 
     def encode(
-        self, messages: Sequence[Message], trained: Sequence[int], weight: float = 1.0
+        self,
+        messages: Sequence[Message],
+        trained: Sequence[int],
+        weight: float = 1.0,
+        thoughts: Mapping[int, str] | None = None,
     ) -> list[Example]:
         """The conversation with loss on the assistant turns numbered `trained`, nothing else.
 
-        The loss is on a turn's tokens and its end-of-turn token. A template that renders a
-        turn differently once others follow (one that drops earlier reasoning, say) gives one
-        example per trained turn, each as the policy saw it; otherwise there is one example.
+        The loss is on a turn's tokens, its thoughts among them, and its end of turn: what was
+        sampled after exactly the prompt that it was sampled after. Where a later prompt shows a
+        turn otherwise (without its thoughts, say) there is one example for each trained turn;
+        otherwise there is one.
+
+        Args:
+            thoughts: what was sampled before the answer, by the number of the turn, "" where it
+                was nothing. A turn that is not there follows the template's empty thought.
 
         Raises:
             EncodingError: too long, a conversation that the template refuses, or a turn without
-                an end token.
+                an end.
         """
+        known = thoughts or {}
         try:
+            turns = [
+                self.chat.answered(messages[:turn], messages[turn]["content"], known.get(turn))
+                for turn in trained
+            ]
             whole = self.chat.conversation(messages)
-            spans = [self._span(messages, turn) for turn in trained]
         except ChatError as error:
             raise EncodingError(str(error)) from error
-        if all(_begins(whole, through) for _, through in spans):
-            return [self._example(whole, spans, weight)]
-        return [self._example(through, [(start, through)], weight) for start, through in spans]
+        lines = [[*turn.prompt, *turn.answer] for turn in turns]
+        for ids in (whole, max(lines, key=len)):
+            if all(_begins(ids, line) for line in lines):
+                return [self._example(ids, turns, weight)]
+        return [
+            self._example(line, [turn], weight) for line, turn in zip(lines, turns, strict=True)
+        ]
 
     def group(
         self, prompts: Sequence[Messages], responses: Sequence[str], ends: Sequence[bool]
     ) -> Group:
         """Prompts that differ in their constitution, and a response to each.
 
+        A response counts without its thoughts, after the template's empty one: thoughts quote the
+        constitution, and would tell it by themselves.
+
         Args:
-            ends: of each response, whether the token that ends the turn counts. (It says that
+            ends: of each response, whether the tokens that end the turn count. (They say that
                 nothing follows.)
 
         Raises:
@@ -106,40 +135,75 @@ class Encoder:
     def _answered(
         self, prompt: Messages, text: str, end: bool
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        messages = (*prompt, Message(role="assistant", content=text))
         try:
-            start, through = self._span(messages, len(prompt))
-            stop = self._end(through, start) - (not end)
+            ids, answer = self.chat.answered(prompt, text)
         except ChatError as error:
             raise EncodingError(str(error)) from error
-        if stop <= start:
+        response = answer if end else answer[:-1]
+        if not response:
             raise EncodingError("a response is empty")
-        return tuple(through[:start]), tuple(through[start:stop])
+        return tuple(ids), tuple(response)
 
-    def _span(self, messages: Sequence[Message], turn: int) -> tuple[int, list[int]]:
-        """Where a turn's first token stands, and the conversation up to the turn's end."""
-        before = self.chat.conversation(messages[:turn], ask=True)
-        through = self.chat.conversation(messages[: turn + 1])
-        if not _begins(through, before):
-            raise EncodingError(
-                "the chat template renders a prompt differently once it is answered"
-            )
-        return len(before), through
-
-    def _example(
-        self, ids: list[int], spans: Sequence[tuple[int, list[int]]], weight: float
-    ) -> Example:
+    def _example(self, ids: list[int], turns: Sequence[Answered], weight: float) -> Example:
         if len(ids) > self.max_tokens:
             raise EncodingError(f"{len(ids):,} tokens, more than max_tokens = {self.max_tokens:,}")
-        trained = {i for start, through in spans for i in range(start, self._end(through, start))}
+        trained = {len(prompt) + i for prompt, answer in turns for i in range(len(answer))}
         return Example(tuple(ids), tuple(i in trained for i in range(len(ids))), weight)
 
-    def _end(self, through: list[int], start: int) -> int:
-        """After the turn's end token (a line break may follow it)."""
-        ends = [i for i, token in enumerate(through) if i >= start and token in self.added]
-        if not ends:
-            raise EncodingError("the chat template ends no assistant turn with a token of its own")
-        return ends[-1] + 1
+
+def check_template(
+    tokenizer: PreTrainedTokenizerBase, settings: PolicySettings, templates: Templates
+) -> Chat:
+    """Try a model's chat template on what the project does with it; nothing is loaded.
+
+    A conversation with a system turn and the project's own follow-ups is rendered: every turn must
+    be shown, in order, and the answers must be told apart from what stands around them. One
+    training example is encoded whole.
+
+    Returns:
+        The template, ready for use: its `end_of_turn`, `stop_tokens` and `tags` can be told.
+
+    Raises:
+        UserError: there is no template of the name that the settings give.
+        ChatError, EncodingError: what the template refuses, drops or does not end.
+    """
+    encoder = Encoder(tokenizer, 1 << 30, settings)
+    chat = encoder.chat
+    asked: Messages = (
+        {"role": "system", "content": "Answer in plain words."},
+        {"role": "user", "content": "How do I bake bread?"},
+        {"role": "assistant", "content": "Do you have an oven?"},
+        {"role": "user", "content": "Yes, a small one."},
+    )
+    said = ("Mix flour with water.", "Name every quantity.", "Mix 500 g of flour with water.")
+    thought = "The quantities are missing."
+    last: Message = {"role": "assistant", "content": said[-1]}
+    turns = (*ask_refinement(templates, asked, said[0], said[1]), last)
+    shown = _letters(tokenizer, chat.prompt(turns[:-1]))
+    place = 0
+    for turn in turns[:-1]:
+        words = "".join(turn["content"].split())
+        place = shown.find(words, place)
+        if place < 0:
+            raise ChatError(f"the chat template drops a turn of the {turn['role']}")
+        place += len(words)
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"][1:]
+    known = {answers[-1]: thought if chat.tags else ""}
+    wanted = [turns[i]["content"] for i in answers] + [thought] * bool(chat.tags)
+    examples = encoder.encode(turns, answers, thoughts=known)
+    read = "".join(
+        _letters(tokenizer, [i for i, t in zip(e.ids, e.trained, strict=True) if t])
+        for e in examples
+    )
+    for words in wanted:
+        if "".join(words.split()) not in read:
+            raise EncodingError(f"the trained tokens lack an answer's own words ({words!r})")
+    return chat
+
+
+def _letters(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """What tokens spell, without white space: templates trim it."""
+    return "".join(str(tokenizer.decode(list(ids))).split())
 
 
 def _begins(ids: list[int], start: list[int]) -> bool:

@@ -95,7 +95,7 @@ def export(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     base, tokenizer = _load(model, policy)
-    tokens = _tokens(tokenizer, prompts)
+    tokens = _tokens(tokenizer, policy, prompts)
     wanted = _logits(attach_adapter(base, adapter), tokens)
     del base
     kind: Kind = "full"
@@ -215,9 +215,9 @@ def _load(model: str, policy: PolicySettings) -> tuple[Any, PreTrainedTokenizerB
     )
 
 
-def _tokens(tokenizer: Any, prompts: Sequence[Messages]) -> list[list[int]]:
+def _tokens(tokenizer: Any, policy: PolicySettings, prompts: Sequence[Messages]) -> list[list[int]]:
     """Prompts as the policy meets them, up to a number of tokens."""
-    chat = Chat(tokenizer)
+    chat = Chat(tokenizer, policy)
     return [chat.prompt(p)[:CHECKED_TOKENS] for p in prompts[:CHECKED_PROMPTS]]
 
 

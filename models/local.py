@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from models.policy import (
     Scoring,
 )
 from models.qlora import attach_adapter, load_base
+from models.thoughts import Told
 
 STATES = 1 << 15
 """Tokens in one pass for hidden states, padding included."""
@@ -55,7 +57,7 @@ def load_policy(settings: PolicySettings, model: Path | str, adapter: Path | Non
         whole = settings.quantization == "nf4" and (on_cpu or _has_room(base))
         held = cast(Any, base).dequantize() if whole else base
         held = attach_adapter(held, adapter) if adapter else held
-    return LocalPolicy(held.eval(), tokenizer, batch_rows=settings.batch_rows)
+    return LocalPolicy(held.eval(), tokenizer, settings)
 
 
 def _has_room(base: PreTrainedModel) -> bool:
@@ -68,20 +70,22 @@ class LocalPolicy:
     """`Policy` over a transformers causal language model and its chat template.
 
     Args:
-        batch_rows: samples decoded together; None: as many as the memory holds.
+        settings: how many samples are decoded together, which chat template is used and what it is
+            told, and what stands around thoughts.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_rows: int | None = None,
+        settings: PolicySettings | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.chat = model, tokenizer, Chat(tokenizer)
-        self.stop = _stop_tokens(model, tokenizer)
+        settings = settings or PolicySettings()
+        self.model, self.tokenizer, self.chat = model, tokenizer, Chat(tokenizer, settings)
+        self.thought_tokens = settings.thought_tokens if self.chat.tags else 0
+        self.stop = self.chat.stop_tokens | _stop_tokens(model, tokenizer)
         self.context = int(getattr(model.config, "max_position_embeddings", 1 << 30))
-        self.decoder = Decoder(model, self.stop, batch_rows, self._spell)
+        self.decoder = Decoder(model, self.stop, settings.batch_rows, self._spell)
 
     def use(self, adapter: Path | None) -> None:
         """Answer with another adapter, or with none, on the same base, which stays in memory.
@@ -107,6 +111,7 @@ class LocalPolicy:
         Raises:
             UserError: the model's logits are finite for none of the requests.
         """
+        requests = [self._with_room(request) for request in requests]
         prompts = [self._prompt(request) for request in requests]
         fitting = [i for i, prompt in enumerate(prompts) if isinstance(prompt, list)]
         answers: list[list[Completion | None]] = [
@@ -114,9 +119,12 @@ class LocalPolicy:
             for request, prompt in zip(requests, prompts, strict=True)
         ]
 
+        inside = {i: self._opened(requests[i], cast("list[int]", prompts[i])) for i in fitting}
+
         def ended(sample: Sample) -> None:
             owner = fitting[sample.request]
-            answers[owner][sample.number] = self._completion(sample, requests[owner])
+            opened = inside[owner]
+            answers[owner][sample.number] = self._completion(sample, requests[owner], opened)
             if progress and None not in answers[owner]:
                 progress(1)
 
@@ -129,9 +137,8 @@ class LocalPolicy:
         return done
 
     def logprobs(self, pairs: Sequence[tuple[Messages, str]]) -> list[Scoring]:
-        """See `Policy.logprobs`. The response is tokenised after its prompt, its end included."""
-        rows = [(self.chat.prompt(messages), self._response(text)) for messages, text in pairs]
-        scored = self.decoder.score(rows)
+        """See `Policy.logprobs`. The response is tokenised as training has it, its end included."""
+        scored = self.decoder.score([self.chat.answered(*pair) for pair in pairs])
         return [Scoring(logprob=sum(steps), tokens=len(steps)) for steps in scored]
 
     @torch.inference_mode()
@@ -146,9 +153,17 @@ class LocalPolicy:
             found[part] = self.decoder.states([ids[i] for i in part])
         return found
 
-    def _response(self, text: str) -> list[int]:
-        ids = self.chat.words(text)
-        return [*ids, *sorted(self.stop)[:1]]
+    def _with_room(self, request: Request) -> Request:
+        """The request with room for thoughts, and with the end of a turn that no token is."""
+        if isinstance(request.messages, str):
+            return request
+        room, ends = request.max_tokens + self.thought_tokens, self.chat.stop_texts
+        return replace(request, max_tokens=room, stop=(*request.stop, *ends))
+
+    def _opened(self, request: Request, prompt: Sequence[int]) -> bool | None:
+        """Whether the prompt has opened a thought; None where thoughts are not told apart."""
+        raw = isinstance(request.messages, str)
+        return None if raw or not self.chat.tags else self.chat.opens_thought(prompt)
 
     def _prompt(self, request: Request) -> list[int] | Completion:
         """The prompt's tokens, or why there will be no text."""
@@ -162,17 +177,21 @@ class LocalPolicy:
     def _spell(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
-    def _completion(self, sample: Sample, request: Request) -> Completion:
+    def _completion(self, sample: Sample, request: Request, opened: bool | None) -> Completion:
         if sample.finish in SILENT:
             return _silent(sample.finish)
-        text = self._spell(sample.tokens)
+        told = Told("", self._spell(sample.tokens))
+        if opened is not None:
+            told = self.chat.tell_apart(sample.tokens, opened=opened)
+        text = told.answer
         for stop in request.stop:
             text = text.partition(stop)[0]
         return Completion(
             text=text.strip(),
+            thoughts=told.thoughts,
             tokens=len(sample.tokens),
             logprob=sample.logprob,
-            finish=sample.finish,
+            finish=sample.finish if told.whole else "length",
         )
 
     def _check_finite(self, completions: Sequence[Completion]) -> None:
@@ -189,7 +208,7 @@ def _silent(finish: str) -> Completion:
 
 
 def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token that ends a turn: the generation configuration's and the tokenizer's."""
+    """What else ends a turn: the generation configuration's tokens and the tokenizer's."""
     found = getattr(model.generation_config, "eos_token_id", None)
     ids = {*found} if isinstance(found, list | tuple) else {found}
     return frozenset(int(i) for i in {*ids, tokenizer.eos_token_id} if i is not None)

@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     SerializationInfo,
     SerializerFunctionWrapHandler,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -59,12 +60,16 @@ class Completion:
     where the engine does not tell it."""
 
     text: str
+    """The answer alone; empty where its thoughts were never closed."""
     tokens: int
     logprob: float
     finish: str
-    """"stop", "length" (cut at max_tokens), or why there is no text: "overflow" (the prompt left no
-    room), "invalid" (the model's logits were not finite) or "refused" (the prompt, by the chat
-    template or by a server)."""
+    """"stop", "length" (cut at max_tokens, or inside its thoughts), or why there is no text:
+    "overflow" (the prompt left no room), "invalid" (the model's logits were not finite) or
+    "refused" (the prompt, by the chat template or by a server)."""
+    thoughts: str = ""
+    """What was said before the answer, as it was sampled: tags and line breaks included, so that
+    thoughts + text is what was sampled. A server that takes the tags off tells it without."""
 
 
 SILENT = {
@@ -134,6 +139,30 @@ PLACING = frozenset({"device", "batch_rows", "threads", "pool", "endpoint", "key
 """Where and how fast a policy runs."""
 
 
+Argument = bool | int | float | str
+TAKEN = frozenset(
+    {
+        "conversation",
+        "messages",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "tokenize",
+        "padding",
+        "continue_final_message",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "tokenizer_kwargs",
+        "return_assistant_tokens_mask",
+        "sanitize_control_tokens",
+    }
+)
+"""What a chat template is given otherwise."""
+
+
 class PolicySettings(Settings):
     """The policy that is improved, and how it is held in memory."""
 
@@ -155,6 +184,16 @@ class PolicySettings(Settings):
     endpoint, requests in flight; unset: 32."""
     threads: int | None = Field(None, ge=1, le=512)
     """CPU threads. Unset: torch's choice. For very small models 1 is as fast, and steadier."""
+    chat_template: str | None = Field(None, min_length=1)
+    """Which of the tokenizer's named chat templates is used. Unset: "default", or the only one."""
+    template_arguments: dict[str, Argument] = Field(default_factory=dict)
+    """What the chat template is told beside the conversation, `{enable_thinking: false}` say; an
+    endpoint is told it as `chat_template_kwargs`."""
+    thought_tags: Literal["auto", "none"] | tuple[str, str] = "auto"
+    """What stands around thoughts, [open, close]; they are kept apart from answers. "auto": of
+    the usual ones ("<think>", "</think>") those that the chat template or the vocabulary has."""
+    thought_tokens: int = Field(0, ge=0, le=131_072)
+    """Tokens that an answer may take beyond its own limit where the model thinks first."""
     endpoint: str | None = Field(None, pattern=r"^https?://[^@?#]+$")
     """An OpenAI-compatible server that answers for the model; it is still trained in process, and
     the server loads each iteration's adapter (vLLM does). Unset: answers in process, too."""
@@ -166,6 +205,21 @@ class PolicySettings(Settings):
 
     pool: PoolSettings = PoolSettings()
     """Where its shards are computed: nothing of what comes out depends on it."""
+
+    @field_validator("template_arguments")
+    @classmethod
+    def _names_of_variables(cls, given: dict[str, Argument]) -> dict[str, Argument]:
+        for name in given:
+            if name in TAKEN or not name.isidentifier():
+                raise ValueError(f"'{name}' is no variable that a chat template can be told")
+        return given
+
+    @field_validator("thought_tags")
+    @classmethod
+    def _tags_are_texts(cls, given: str | tuple[str, str]) -> str | tuple[str, str]:
+        if isinstance(given, tuple) and not all(tag.strip() for tag in given):
+            raise ValueError('a tag is empty: set two texts, "auto" or "none"')
+        return given
 
     @property
     def served_name(self) -> str:

@@ -93,7 +93,8 @@ def load_base(
 
 
 def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base, with its chat template.
+    """The tokenizer of a base, with its chat template; the end of a text that it does not name is
+    the generation configuration's.
 
     Raises:
         UserError: as `load_base`.
@@ -101,9 +102,10 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrained
     from transformers import AutoTokenizer
 
     with _loading(model):
-        tokenizer = AutoTokenizer.from_pretrained(
-            find_base(model, revision), trust_remote_code=False
-        )
+        directory = find_base(model, revision)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    if tokenizer.eos_token_id is None and (end := _configured_end(directory)) is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     if tokenizer.chat_template is None:
         raise UserError(
             "the tokenizer has no chat template",
@@ -112,6 +114,17 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrained
             fix="take the model's instruction-tuned version",
         )
     return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def _configured_end(directory: Path) -> int | None:
+    """The first token that the generation configuration ends a text with."""
+    from transformers import GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(directory).eos_token_id
+    except (OSError, ValueError):
+        return None
+    return next(iter(found), None) if isinstance(found, list) else found
 
 
 @contextmanager

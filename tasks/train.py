@@ -115,7 +115,7 @@ def train(
         )
     from models.qlora import load_tokenizer
 
-    encoder = Encoder(load_tokenizer(model, policy.revision), settings.max_tokens)
+    encoder = Encoder(load_tokenizer(model, policy.revision), settings.max_tokens, policy)
     data = training_set(lessons, encoder)
     if not data.examples:
         raise none_to_train_on(data.skipped, "conversations", settings)

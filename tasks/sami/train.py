@@ -94,7 +94,7 @@ def train_stage(
 
         rows = sampled.read("sampled", Sampled)
         tokenizer = load_tokenizer(policy.model, policy.settings.revision)
-        encoder = Encoder(tokenizer, settings.max_tokens)
+        encoder = Encoder(tokenizer, settings.max_tokens, policy.settings)
         data = groups_of(rows, encoder, policy.wording, end_token=settings.end_token)
         if not data.groups:
             raise none_to_train_on(data.skipped, "queries", settings)

@@ -131,7 +131,11 @@ def test_a_conversation_that_the_template_refuses_has_the_templates_reason(
         with pytest.raises(EncodingError, match="System role not supported"):
             Encoder(tokenizer, 1000).encode(CONVERSATION, [6])
         tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        (example,) = Encoder(tokenizer, 1000).encode(CONVERSATION, [6])
+        assert trained_text(tokenizer, example) == CONVERSATION[6]["content"] + "<|end|>"
+        eos, tokenizer.eos_token = tokenizer.eos_token, None
         with pytest.raises(EncodingError, match="ends no assistant turn"):
             Encoder(tokenizer, 1000).encode(CONVERSATION, [6])
+        tokenizer.eos_token = eos
     finally:
         tokenizer.chat_template = original
