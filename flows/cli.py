@@ -425,6 +425,10 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail("stopped; what was finished is kept, the same command goes on from there", 130)
     except Exception as error:
+        from tasks.database import damage_behind
+
+        if damage := damage_behind(error):
+            _fail(str(damage), 2)
         explained = _explain(error)
         if explained is None:
             raise

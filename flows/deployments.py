@@ -7,17 +7,19 @@ record already has everything, a run ends in the state "Unchanged".
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import Flow, State, flow
 from prefect.states import Completed
 from pydantic import Field
 
+from constitutions.errors import UserError
 from flows.em import em_experiment
 from flows.experiment import note_settings, record_of, recorded_settings
 from flows.forms import Form, changes, form_of
 from flows.preflight import ask_server, check_all
-from flows.settings import ExperimentSettings, load_settings, with_changes
+from flows.settings import ExperimentSettings, load_settings, presets, with_changes
 from flows.stages import run_stage
 from flows.states import stage_states, unchanged
 from flows.together import go_on
@@ -64,7 +66,7 @@ def experiment(
         force: Compute again what the record has.
     """
     wanted = changes(settings)
-    known = resume and record_of(source).exists()
+    known = resume and _was_run(source)
     given = recorded_settings(source) if known else load_settings(source)
     chosen = with_changes(given, wanted)
     check_all(chosen)
@@ -122,6 +124,16 @@ write = stage_flow("write", WriteSettings)
 sample = stage_flow("sample", SampleSettings)
 train = stage_flow("train", TrainSettings)
 evaluate = stage_flow("evaluate", EvaluateSettings)
+
+
+def _was_run(source: str) -> bool:
+    """Whether an experiment of this name was run; a deleted one hides no preset or file."""
+    try:
+        return record_of(source).exists()
+    except UserError:
+        if source in presets() or Path(source).is_file():
+            return False
+        raise
 
 
 def _unchanged(message: str) -> State[Any]:

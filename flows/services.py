@@ -157,7 +157,10 @@ def _up(starting: _Starting, prefect_port: int | None, mlflow_port: int | None) 
     if not tracking.startswith(("http:", "https:")):
         from filelock import FileLock
 
+        from tasks import database
+
         with FileLock(_home() / "mlflow.lock"):  # two that make its database at once break it
+            database.ready(database.tracking_uri())
             starting.server("mlflow", mlflow_port, _mlflow_server)
             starting.wait_for("mlflow", lambda url: _answers(f"{url}/health"))
     starting.wait_for("prefect", lambda url: _answers(f"{url}/api/health"))
@@ -271,12 +274,13 @@ def _prefect_server(port: int) -> tuple[list[str], dict[str, str]]:
 
 def _mlflow_server(port: int) -> tuple[list[str], dict[str, str]]:
     """Over the database and folder that the command line uses here without a server."""
-    database = f"sqlite:///{Path('mlflow.db').absolute()}"
+    from tasks import database
+
     options = {
         "--host": HOST,
         "--port": str(port),
         "--workers": "1",
-        "--backend-store-uri": os.environ.get("MLFLOW_TRACKING_URI", database),
+        "--backend-store-uri": database.tracking_uri(),
         "--default-artifact-root": str(Path("mlruns").absolute()),
     }
     command = ["mlflow", "server", *(word for option in options.items() for word in option)]

@@ -26,7 +26,7 @@ from constitutions.errors import UserError
 from models.policy import FINGERPRINT
 from models.proxies import proxy_of
 from models.settings import Settings
-from tasks import locks
+from tasks import database, locks
 from tasks.code import code_version
 from tasks.progress import say
 from tasks.records import from_table
@@ -34,7 +34,7 @@ from tasks.work import Done, Metrics, Workspace, file_sha256, manifest_digest, t
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
 
 Row = TypeVar("Row")
 
@@ -142,36 +142,56 @@ class Record:
     def __init__(self, experiment: str, home: Path, tracking_uri: str | None = None) -> None:
         self.experiment = experiment
         self.home = home
-        self.tracking_uri = tracking_uri or os.environ.get(
-            "MLFLOW_TRACKING_URI", f"sqlite:///{Path('mlflow.db').absolute()}"
-        )
+        self.tracking_uri = tracking_uri or database.tracking_uri()
         self._verified: dict[Path, tuple[int, int]] = {}
 
     @cached_property
     def client(self) -> MlflowClient:
-        """The MLflow client; the database is created under a lock (two creators break it)."""
+        """The MLflow client; what is missing is created, under a lock (two creators break it).
+
+        Raises:
+            UserError: the experiment was deleted, or the record cannot be used.
+        """
         from filelock import FileLock
 
         self.home.mkdir(parents=True, exist_ok=True)
         with FileLock(self.home / "mlflow.lock"):
+            database.ready(self.tracking_uri)
             client = self._connect()
-            if client.get_experiment_by_name(self.experiment) is None:
+            if self._find(client) is None:
                 _create(client, self.experiment)
         return client
 
     @cached_property
     def experiment_id(self) -> str:
         """MLflow's identifier of the experiment."""
-        found = self.client.get_experiment_by_name(self.experiment)
+        found = self._find(self.client)
         assert found is not None, "the client creates it"
         return str(found.experiment_id)
 
     def exists(self) -> bool:
-        """Whether anything was ever recorded under this name (creates nothing)."""
-        file = self.tracking_uri.removeprefix("sqlite:///")
-        if file != self.tracking_uri and not Path(file).exists():
+        """Whether anything was ever recorded under this name (creates nothing).
+
+        Raises:
+            UserError: the experiment was deleted, or the record cannot be used.
+        """
+        file = database.sqlite_file(self.tracking_uri)
+        if file is not None and not database.is_whole(file):
             return False
-        return self._connect().get_experiment_by_name(self.experiment) is not None
+        return self._find(self._connect()) is not None
+
+    def _find(self, client: MlflowClient) -> Experiment | None:
+        """The MLflow experiment; None where there is none of this name."""
+        found = client.get_experiment_by_name(self.experiment)
+        if found is None or found.lifecycle_stage != "deleted":
+            return found
+        place = "" if "@" in self.tracking_uri else f"MLFLOW_TRACKING_URI={self.tracking_uri} "
+        raise UserError(
+            "this experiment was deleted in MLflow",
+            where=f"experiment {self.experiment}",
+            fix=f"take another name (--set experiment=NAME), or restore it: {place}"
+            f"mlflow experiments restore --experiment-id {found.experiment_id}",
+        )
 
     def _connect(self) -> MlflowClient:
         """A client whose server is there: MLflow itself would try for two minutes, silently."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from command import staple
 from in_turn import in_turn
 
 from constitutions.errors import UserError
@@ -167,3 +168,34 @@ def test_asking_whether_it_exists_creates_nothing(tmp_path: Path) -> None:
     database = tmp_path / "none.db"
     assert not Record("e", tmp_path, f"sqlite:///{database}").exists()
     assert not database.exists()
+
+
+def test_a_deleted_experiment_is_named_with_the_way_back(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Deleted in MLflow's page, as people do, then asked for by every command."""
+    record = Record("gone", workplace / ".staple")
+    record.log_text("settings.yaml", "experiment: gone\n")
+    number = record.experiment_id
+    record.client.delete_experiment(number)
+    commands = (
+        ["run", "planted", "--set", "experiment=gone"],
+        ["run", "gone", "--resume"],
+        ["stage", "mine", "--experiment", "gone", "--iteration", "1"],
+        ["status", "gone"],
+        ["compare", "gone:1", "gone:2"],
+        ["report", "gone"],
+        ["constitution", "show", "gone"],
+        ["export", "gone"],
+    )
+    for words in commands:
+        ran = staple(capsys, *words)
+        assert ran.code == 2, words
+        assert "experiment gone: this experiment was deleted in MLflow" in ran.err, words
+        assert "take another name" in ran.err
+        uri = f"sqlite:///{workplace / 'mlflow.db'}"
+        way_back = f"MLFLOW_TRACKING_URI={uri} mlflow experiments restore --experiment-id {number}"
+        assert way_back in ran.err
+
+    record.client.restore_experiment(number)
+    assert Record("gone", workplace / ".staple").exists()
