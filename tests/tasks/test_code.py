@@ -2,49 +2,122 @@
 
 from __future__ import annotations
 
-import importlib
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from constitutions.errors import UserError
 from tasks import code
+
+PACKAGE = Path(code.__file__).parent
+VERSION = "from tasks.code import code_version; print(code_version('tasks.own'))"
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package `tasks_fake` whose stage imports a helper inside a function."""
-    package = tmp_path / "tasks_fake"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "helper.py").write_text("def twice(x):\n    return 2 * x\n")
-    (package / "stage.py").write_text(
-        "def run(x):\n    from tasks_fake.helper import twice\n    return twice(x)\n"
+def project(tmp_path: Path) -> Path:
+    """The packages of a project whose stage imports a helper inside a function."""
+    tasks, errors = tmp_path / "project" / "tasks", tmp_path / "project" / "constitutions"
+    for package in (tasks, errors):
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+    shutil.copy(PACKAGE / "code.py", tasks)
+    shutil.copy(PACKAGE.parent / "constitutions" / "errors.py", errors)
+    (tasks / "helper.py").write_text("def twice(x):\n    return 2 * x\n")
+    (tasks / "own.py").write_text(
+        "def run(x):\n    from tasks.helper import twice\n    return twice(x)\n"
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return package
+    return tmp_path / "project"
 
 
-def version() -> str:
-    for cached in (code._source, code._imports, code._tree):
-        cached.cache_clear()
-    importlib.invalidate_caches()
-    for name in [n for n in sys.modules if n.startswith("tasks_fake")]:
-        del sys.modules[name]
-    return code.code_version("tasks_fake.stage")
+def version(project: Path, *before: Path, script: str = VERSION) -> str:
+    """What a process says whose search path has other folders before the project."""
+    search = os.pathsep.join(map(str, (*before, project)))
+    ran = subprocess.run(
+        [sys.executable, "-S", "-c", script],
+        cwd="/",
+        env={"PYTHONPATH": search},
+        capture_output=True,
+        text=True,
+    )
+    return ran.stdout.strip() or ran.stderr.strip().splitlines()[-1]
 
 
 def test_a_changed_helper_changes_the_version(project: Path) -> None:
-    before = version()
-    (project / "helper.py").write_text("def twice(x):\n    return 3 * x\n")
-    assert version() != before
+    before = version(project)
+    (project / "tasks" / "helper.py").write_text("def twice(x):\n    return 3 * x\n")
+    assert len(before) == len(version(project)) == 64
+    assert version(project) != before
 
 
 def test_comments_docstrings_and_touching_do_not(project: Path) -> None:
-    before = version()
-    (project / "stage.py").touch()
-    (project / "helper.py").write_text('def twice(x):\n    """Two x."""\n    return 2 * x  # why\n')
-    assert version() == before
+    before = version(project)
+    (project / "tasks" / "own.py").touch()
+    (project / "tasks" / "helper.py").write_text(
+        'def twice(x):\n    """Two x."""\n    return 2 * x  # why\n'
+    )
+    assert version(project) == before
+
+
+EDITABLE = """
+import sys
+from importlib.machinery import PathFinder
+
+class Editable:  # as setuptools installs a checkout: asked after the search path
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        parent, _, _ = name.rpartition(".")
+        if name in ("tasks", "constitutions"):
+            return PathFinder.find_spec(name, [sys.argv[1]])
+        return PathFinder.find_spec(name, [f"{sys.argv[1]}/{parent}"]) if parent else None
+
+sys.meta_path.append(Editable)
+import tasks.own
+from tasks.code import code_version
+print(code_version("tasks.own"))
+"""
+
+
+@pytest.mark.parametrize("regular", [True, False], ids=["package", "folder"])
+def test_a_folder_of_the_same_name_hides_nothing(
+    project: Path, tmp_path: Path, regular: bool
+) -> None:
+    """The version of what runs, or a refusal; never that of nothing."""
+    other = tmp_path / "other" / "tasks"
+    other.mkdir(parents=True)
+    if regular:
+        (other / "__init__.py").touch()
+
+    def shadowed() -> str:
+        ran = subprocess.run(
+            [sys.executable, "-S", "-c", EDITABLE, str(project)],
+            cwd="/",
+            env={"PYTHONPATH": str(other.parent)},
+            capture_output=True,
+            text=True,
+        )
+        return ran.stdout.strip() or ran.stderr.strip().splitlines()[-1]
+
+    assert shadowed() == version(project), "all that runs is the project's own"
+    (other / "helper.py").write_text("def twice(x):\n    return 3 * x\n")
+    said = shadowed()
+    assert "UserError" in said and "tasks.helper" in said
+    assert str(other) in said and f"sys.path, {other.parent}" in said and "PYTHONPATH" in said
+
+
+def test_a_stage_of_ones_own_is_covered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_stage.py").write_text("def run(x):\n    return x\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match="my_stage"):
+        code.code_version("my_stage")  # not loaded: nobody knows what it would be
+    import my_stage  # type: ignore[import-not-found]
+
+    assert my_stage.run(1) == 1
+    code._source.cache_clear()
+    assert code.code_version("my_stage") != code.code_version("tasks.mine")
 
 
 def test_the_stages_have_different_versions() -> None:
