@@ -20,6 +20,7 @@ from constitutions.errors import UserError, UserErrors
 from flows.experiment import home
 from flows.settings import load_settings, parse_override
 from models.endpoint import Limits
+from models.files import file_sha256, text_sha256, write_text
 from models.judges import JudgeSettings
 from models.load_judge import open_policy
 from models.policy import FINGERPRINT, Policy
@@ -33,7 +34,7 @@ from tasks.evaluate import EvaluateSettings
 from tasks.judging import check_judge, judge_notes
 from tasks.length_control import LengthConfoundedError, LengthControlled
 from tasks.panel import Benches, Judges, Panel
-from tasks.records import Comparison, Rejected, to_table
+from tasks.records import Comparison, Rejected
 from tasks.sami.responses import (
     JudgedRow,
     Met,
@@ -43,8 +44,9 @@ from tasks.sami.responses import (
     with_constitution,
 )
 from tasks.score import ScoreSettings
+from tasks.tables import write_rows
 from tasks.winrate import WinRate
-from tasks.work import Metrics, Workspace, file_sha256, text_sha256, write_text
+from tasks.work import Metrics, Workspace
 
 T = TypeVar("T")
 SETTINGS = ("judge", "max_failed", "resamples", "shard_size")
@@ -283,6 +285,4 @@ def _write(out: Path, rows: Sequence[JudgedRow]) -> None:
     if out.suffix == ".json":
         write_text(out, json.dumps([asdict(row) for row in rows], indent=1))
         return
-    import pyarrow.parquet as pq
-
-    pq.write_table(to_table(rows, JudgedRow), out)
+    write_rows(out, rows, JudgedRow)

@@ -22,10 +22,10 @@ from flows.experiment import record_of, recorded_settings, stages_of
 from flows.publish import Attempts, iteration_metrics, log_figures
 from flows.settings import ExperimentSettings, dump_settings
 from flows.states import stage_states
+from models.files import write_text
 from tasks.report.document import page, table
 from tasks.report.recorded import Recorded, Stage
 from tasks.store import Attempt
-from tasks.work import write_text
 
 PACKAGE = "staple-em"
 """The distribution whose dependencies are listed."""

@@ -22,6 +22,8 @@ from models.adapter import AdapterSettings, Step
 from models.encoding import Example, Group
 from models.policy import PolicySettings, Progress
 
+GROUP_ROWS = 1 << 10
+"""Examples of at most a million tokens: Arrow counts those of a row group with 32 bits."""
 ROOT = Path(__file__).parent.parent
 STEP = "step"
 """What the first process prints after each optimiser step."""
@@ -172,7 +174,8 @@ def write_job(folder: Path, job: Job, examples: Examples) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     rows = list(map(asdict, examples))
-    pq.write_table(pa.Table.from_pylist(rows), folder / "examples.parquet")
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, folder / "examples.parquet", row_group_size=GROUP_ROWS)
     values = {**asdict(job), "policy": job.policy.model_dump(mode="json")}
     values["settings"] = job.settings.model_dump(include=set(AdapterSettings.model_fields))
     (folder / "job.json").write_text(json.dumps(values, default=str, indent=1), "utf-8")
@@ -187,7 +190,9 @@ def read_job(folder: Path) -> tuple[Job, Examples]:
     values["previous"] = Path(values["previous"]) if values["previous"] else None
     values["policy"] = PolicySettings.model_validate(values["policy"])
     values["settings"] = AdapterSettings.model_validate(values["settings"])
-    rows = pq.read_table(folder / "examples.parquet").to_pylist()
+    with pq.ParquetFile(folder / "examples.parquet") as file:
+        groups = [file.read_row_group(n) for n in range(file.num_row_groups)]
+    rows = [row for group in groups for row in group.to_pylist()]
     kind = Group if "responses" in rows[0] else Example
     examples = [kind(**{name: _tuples(value) for name, value in row.items()}) for row in rows]
     return Job(**values), cast(Examples, examples)

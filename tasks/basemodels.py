@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from constitutions.errors import UserError
+from models.files import text_sha256
 from models.planted import NAMES
 from models.policy import PolicySettings
 from models.weights import file_hashes
 from tasks.code import code_version
 from tasks.progress import progress
 from tasks.store import SUMMARY, Record
-from tasks.work import text_sha256
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ from pydantic import BaseModel, ConfigDict
 from constitutions.constitution import Constitution, Principle, diff, load, principle_key, save
 from constitutions.errors import UserError
 from constitutions.review import Decision, apply, described, effective
+from models.files import write_text
 from models.settings import Settings
 from tasks.records import Labelled, Rejected
 from tasks.stage import stage
 from tasks.store import Attempt, Record, Slot
-from tasks.work import Metrics, Workspace, write_text
+from tasks.work import Metrics, Workspace
 
 DROPPED = "principle dropped in review"
 BY, NOTE = "review.by", "review.note"

@@ -20,17 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-import pyarrow.parquet as pq
-
 from constitutions.errors import UserError
+from models.files import file_sha256, text_sha256
 from models.policy import FINGERPRINT
 from models.proxies import proxy_of
 from models.settings import Settings
 from tasks import database, locks
 from tasks.code import code_version
 from tasks.progress import say
-from tasks.records import from_table
-from tasks.work import Done, Metrics, Workspace, file_sha256, manifest_digest, text_sha256
+from tasks.tables import read_rows
+from tasks.work import Done, Metrics, Workspace, manifest_digest
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -123,7 +122,7 @@ class Attempt:
 
     def read(self, name: str, row_type: type[Row]) -> list[Row]:
         """The rows of `<name>.parquet`."""
-        return from_table(pq.read_table(self.path(f"{name}.parquet")), row_type)
+        return read_rows(self.path(f"{name}.parquet"), row_type)
 
     def derivation(self) -> Derivation:
         """What its outputs were made from."""

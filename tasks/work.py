@@ -7,7 +7,6 @@ says what this machine computed and what it found again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,10 +15,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from constitutions.errors import UserError
+from models.files import (
+    Damaged,
+    bytes_sha256,
+    file_sha256,
+    read_sealed,
+    remove,
+    text_sha256,
+    write_sealed,
+    written,
+)
 from models.pool import Finished, Shards
-from tasks.records import from_table, to_table
+from tasks.progress import say
+from tasks.tables import read_rows, rows_as_bytes, write_rows
 
 Row = TypeVar("Row")
 Metrics = dict[str, float]
@@ -57,7 +69,7 @@ class Workspace:
 
     def write(self, name: str, rows: Iterable[Any], row_type: type) -> None:
         """Write `<name>.parquet` whole or not at all."""
-        _write_parquet(self.outputs / f"{name}.parquet", rows, row_type)
+        write_rows(self.outputs / f"{name}.parquet", rows, row_type)
 
     def sharded(
         self,
@@ -74,33 +86,42 @@ class Workspace:
             compute: yields shards as they are finished; `Pool.map` does.
             found: is told of each shard that an earlier, killed attempt had finished.
         """
-        parts = [self.parts / f"{name}-{number:05}.parquet" for number in range(len(shards))]
-        missing = {n: shard for n, shard in enumerate(shards) if not parts[n].exists()}
+        parts = [Part(self.parts, f"{name}-{number:05}") for number in range(len(shards))]
+        missing = {n: shard for n, shard in enumerate(shards) if not parts[n].is_finished()}
         for number, shard in enumerate(shards):
             if number not in missing:
                 found(shard)
         for done in compute(missing):
             part = parts[done.number]
-            _write_parquet(part, done.rows, row_type)
-            self.note("shard", name=part.stem, seconds=done.seconds)
-        rows = [row for part in parts for row in from_table(pq.read_table(part), row_type)]
+            part.write(done.rows, row_type)
+            self.note("shard", name=part.name, seconds=done.seconds)
+        rows = [row for part in parts for row in part.read(row_type)]
         self.write(name, rows, row_type)
         return rows
 
     def finish(self, metrics: Metrics, seconds: float) -> Done:
         """Mark the outputs as whole: from now on only recording them is left to do."""
         done = Done(metrics, seconds, manifest(self.outputs))
-        write_text(self._done, json.dumps(done._asdict()))
+        write_sealed(self._done, done._asdict())
         self.note("computed", seconds=seconds)
         return done
 
     def finished(self) -> Done | None:
         """What an attempt computed that ended but was not recorded, if it is intact."""
         try:
-            done = Done(**json.loads(self._done.read_text()))
-        except (FileNotFoundError, ValueError):
+            done = Done(**read_sealed(self._done))
+        except FileNotFoundError:
             return None
-        return done if done.manifest == manifest(self.outputs) else None
+        except Damaged as error:
+            say(f"{error}; what it stood for is computed again")
+        else:
+            if is_intact(self.outputs, done.manifest):
+                return done
+            say(f"{self.outputs} was damaged; it is computed again")
+        for left in (self._done, self.outputs):
+            remove(left)
+        self.outputs.mkdir()
+        return None
 
     def note(self, event: str, **facts: Any) -> None:
         """Append a line to this machine's journal: one write, so that several processes may."""
@@ -119,10 +140,70 @@ class Workspace:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+class Part:
+    """A finished shard on disk. Its digest is in the file's name, so that both are there at once;
+    it covers the shard's own name, so that no other shard can be taken for it."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+
+    def is_finished(self) -> bool:
+        """Whether it is there and intact; one that was damaged is removed, and said."""
+        files = sorted(self.folder.glob(f"{self.name}.*parquet"))
+        intact = [file for file in files if self._content(file) is not None]
+        for file in files:
+            if file not in intact[:1]:
+                say(f"{file} was damaged; this shard is computed again")
+                remove(file)
+        return bool(intact)
+
+    def write(self, rows: Iterable[Any], row_type: type) -> None:
+        """Keep the shard's rows."""
+        content = rows_as_bytes(rows, row_type)
+        with written(self._place(content)) as sink:
+            sink.write(content)
+
+    def read(self, row_type: type[Row]) -> list[Row]:
+        """The shard's rows.
+
+        Raises:
+            UserError: the disk does not give back what was written to it.
+        """
+        for file in self.folder.glob(f"{self.name}.*parquet"):
+            content = self._content(file)
+            if content is not None:
+                return read_rows(pa.BufferReader(content), row_type)
+        raise UserError(
+            "a finished shard was damaged while the stage was at work",
+            where=str(self.folder / self.name),
+            expected="what was written to it a moment ago",
+            fix="look after the disk; the same command computes this shard again",
+        )
+
+    def _content(self, file: Path) -> bytes | None:
+        try:
+            content = file.read_bytes()
+        except OSError:
+            return None
+        return content if file == self._place(content) else None
+
+    def _place(self, content: bytes) -> Path:
+        digest = bytes_sha256(self.name.encode() + b"\0" + content)[:32]
+        return self.folder / f"{self.name}.{digest}.parquet"
+
+
 def manifest(folder: Path) -> Manifest:
     """The files of a folder, by sorted relative path."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {str(p.relative_to(folder)): _describe(p) for p in files}
+
+
+def is_intact(folder: Path, manifest: Manifest) -> bool:
+    """Whether a folder holds the files of a manifest, byte for byte, and no others."""
+    files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    return files == manifest.keys() and all(
+        file_sha256(folder / name) == facts["sha256"] for name, facts in manifest.items()
+    )
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
@@ -136,44 +217,8 @@ def shards(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as sink:
-            sink.write(text)
-            sink.flush()
-            os.fsync(sink.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_parquet(path: Path, rows: Iterable[Any], row_type: type) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as sink:
-            pq.write_table(to_table(rows, row_type), sink)
-            sink.flush()
-            os.fsync(sink.fileno())
-        temporary.replace(path)
-    finally:  # a full disk must not be left fuller
-        temporary.unlink(missing_ok=True)
-
-
 def _describe(path: Path) -> dict[str, Any]:
     described: dict[str, Any] = {"sha256": file_sha256(path)}
     if path.suffix == ".parquet":
         described["rows"] = pq.read_metadata(path).num_rows
     return described
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 (hex) of a file's bytes."""
-    with path.open("rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()
-
-
-def text_sha256(text: str) -> str:
-    """sha256 (hex) of a text's UTF-8."""
-    return hashlib.sha256(text.encode()).hexdigest()

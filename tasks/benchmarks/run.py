@@ -12,12 +12,13 @@ from typing import Any, Protocol
 
 from pydantic import Field
 
+from models.files import file_sha256
 from models.judges import JudgeSettings
 from models.settings import Settings
 from tasks.answers import Respondent, Which
 from tasks.benchmarks.rows import HUB
 from tasks.panel import Panel
-from tasks.work import Metrics, file_sha256
+from tasks.work import Metrics
 
 LLM = ("pairwise", "absolute")
 """The kinds of judges that an LLM is."""

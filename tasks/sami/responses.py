@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 from constitutions.errors import UserError, UserErrors
 from models.chat import fold_system
+from models.files import write_text
 from models.policy import Message
 from tasks.answers import Given
 from tasks.comparisons import OUTSIDE, Meeting
 from tasks.records import Comparison, Prompt, Rejected, fields, prompt_id
-from tasks.work import write_text
 
 COLUMNS = ("constitution", "question", "response")
 """In the order in which the reference writes them."""

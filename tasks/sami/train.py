@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from models.encoding import Encoder, EncodingError, Group
+from models.files import text_sha256
 from models.prompts import ConstitutionWording, under_constitution
 from tasks.policies import PolicySource
 from tasks.progress import progress
@@ -25,7 +26,7 @@ from tasks.train import (
     none_to_train_on,
     shared_by_one,
 )
-from tasks.work import Metrics, Workspace, text_sha256
+from tasks.work import Metrics, Workspace
 
 
 class Groups(NamedTuple):

@@ -21,6 +21,7 @@ from rapidfuzz import fuzz
 from constitutions.constitution import Constitution, Principle, load, principle_key, save
 from constitutions.errors import UserError
 from constitutions.reference import files_of, load_pairs
+from models.files import file_sha256, text_sha256, write_text
 from models.policy import (
     SILENT,
     Completion,
@@ -43,7 +44,7 @@ from tasks.records import Rejected, prompt_id
 from tasks.sami.draw import HELD_OUT
 from tasks.stage import stage
 from tasks.store import Attempt, Slot
-from tasks.work import Metrics, Workspace, file_sha256, text_sha256, write_text
+from tasks.work import Metrics, Workspace
 
 LONGEST = 300
 """Characters of the longest principle or antithesis that is taken."""

@@ -172,7 +172,7 @@ def test_the_disk_is_full(small_disk: Path, workplace: Path) -> None:
         count(at, compute)
     assert _explain(full.value) == "the disk is full; free some space"
     (left,) = [p.name for p in (small_disk / "home" / "work").rglob("numbers-*")]
-    assert left == "numbers-00000.parquet", "the finished shard is kept, half a shard is not"
+    assert left.startswith("numbers-00000."), "the finished shard is kept, half a shard is not"
 
     ballast.unlink()
     ballast.touch()

@@ -1,0 +1,90 @@
+"""Files that are whole or absent, and tell when they were damaged.
+
+The record, the caches and the parts of a killed stage are kept with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+class Damaged(ValueError):
+    """A file does not hold what was written to it."""
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a file's bytes."""
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
+
+
+def bytes_sha256(content: bytes) -> str:
+    """sha256 (hex)."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def text_sha256(text: str) -> str:
+    """sha256 (hex) of a text's UTF-8."""
+    return bytes_sha256(text.encode())
+
+
+@contextmanager
+def written(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which becomes `path` at the end of the block, or leaves nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as sink:
+            yield sink
+            sink.flush()
+            os.fsync(sink.fileno())
+        temporary.replace(path)
+    finally:  # a full disk must not be left fuller
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with written(path) as sink:
+        sink.write(text.encode())
+
+
+def write_sealed(path: Path, value: Any) -> None:
+    """Write a JSON value with its digest beside it, whole or not at all."""
+    write_text(path, json.dumps({"sha256": _json_sha256(value), "value": value}))
+
+
+def read_sealed(path: Path) -> Any:
+    """What `write_sealed` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        Damaged: it cannot be read, or is not what was written.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        if found["sha256"] == _json_sha256(found["value"]):
+            return found["value"]
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise Damaged(f"{path} is damaged: {error or type(error).__name__}") from error
+    raise Damaged(f"{path} is damaged: its digest differs")
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, or nothing at all, is there no longer."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _json_sha256(value: Any) -> str:
+    return text_sha256(json.dumps(value, sort_keys=True))
