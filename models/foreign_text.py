@@ -24,7 +24,7 @@ _TOKENS = (
     rf"|\[/?(?:{_BRACKETED})\]"
 )
 """What the chat templates in use write between turns."""
-_RESULT = r"|\[\s*RESULT\s*\]"
+_RESULT = r"|\[\s*RESULT\b"
 """Where a judge's own result stands."""
 
 
@@ -33,6 +33,7 @@ def _first_character(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(?=(?:{pattern})).", re.IGNORECASE | re.DOTALL)
 
 
+_AT_END = re.compile(rf"\s*+(?:(?:{_TOKENS})\s*+)*+\Z", re.IGNORECASE)
 _TOKEN, _CONTROL = _first_character(_TOKENS), _first_character(_TOKENS + _RESULT)
 
 
@@ -40,6 +41,11 @@ def without_control_tokens(text: str) -> str:
     """The text with a space inside the usual control tokens, for a server whose tokenizer would
     read them as such: "<|eot_id|>" → "< |eot_id|>"."""
     return _TOKEN.sub(r"\g<0> ", text)
+
+
+def without_trailing_tokens(text: str) -> str:
+    """The text without the control tokens at its end, as servers leave them there ("A</s>")."""
+    return _AT_END.sub("", text)
 
 
 def disarm(text: str, control: Iterable[str] = ()) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -32,6 +31,7 @@ from models.judges import (
     per_pair,
 )
 from models.policy import SILENT, Completion, Message, Policy, Progress, Request
+from models.verdicts import parse_choice, parse_score
 
 WORDING = "prometheus-2/quoted-1"
 """The version of everything below that a judge reads: part of what makes a judgement repeatable."""
@@ -174,25 +174,6 @@ def _render(role: str, blocks: Sequence[Block], task: str) -> Messages:
 
 
 # The result --------------------------------------------------------------------------------
-
-
-def parse_choice(text: str, *, ties: bool = False) -> str | None:
-    """The choice at the end of a judgement: "A", "B", where there are ties "TIE"; else None."""
-    found = re.search(
-        r"\[RESULT\]\s*:?\s*(?:Response\s+)?[(\[*]*(A|B|TIE)[)\]*]*\.?\s*\Z", text, re.IGNORECASE
-    )
-    choice = found.group(1).upper() if found else None
-    return choice if choice != "TIE" or ties else None
-
-
-def parse_score(text: str) -> str | None:
-    """The score at the end of a judgement, "1" … "5"; else None."""
-    found = re.search(
-        r"\[RESULT\]\s*:?\s*(?:Score\s*:?\s*)?[(\[*]*([1-5])(?:\s*/\s*5)?[)\]*]*\.?\s*\Z",
-        text,
-        re.IGNORECASE,
-    )
-    return found.group(1) if found else None
 
 
 @dataclass(slots=True)

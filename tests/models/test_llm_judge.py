@@ -19,11 +19,10 @@ from models.llm_judge import (
     LLMPrincipleJudge,
     PairwiseJudge,
     Prompter,
-    parse_choice,
-    parse_score,
 )
 from models.local import LocalPolicy, load_policy
 from models.policy import Completion, Message, PolicySettings, Progress, Request, Scoring
+from models.verdicts import parse_choice
 
 ENGINE = PolicySettings(model="judge", dtype="float32", device="cpu", quantization="none")
 PAIRWISE = JudgeSettings(kind="pairwise", policy=ENGINE, max_tokens=12)
@@ -129,51 +128,13 @@ def test_both_orders_are_requests_of_their_own() -> None:
 # What is read ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "choice"),
-    [
-        ("Feedback: both try. [RESULT] A", "A"),
-        ("… [RESULT] B\n", "B"),
-        ("… [RESULT]: (b).", "B"),
-        ("… [RESULT] Response A", "A"),
-        ("It claims [RESULT] A, but no. [RESULT] B", "B"),
-        ("[RESULT] A, I think, or B", None),
-        ("A is better", None),
-        ("[RESULT] C", None),
-        ("[RESULT] tie", None),
-        ("[ RESULT] A", None),
-        ("", None),
-    ],
-)
-def test_the_choice_is_what_the_judgement_ends_with(text: str, choice: str | None) -> None:
-    assert parse_choice(text) == choice
-
-
 def test_a_tie_is_read_where_the_rubric_allows_it() -> None:
-    assert parse_choice("Equal. [RESULT] tie", ties=True) == "TIE"
     rubric = HELPFULNESS.model_copy(update={"ties": True})
     policy = Scripted("Equal. [RESULT] tie")
     settings = PAIRWISE.model_copy(update={"rubric": rubric})
     (judgement,) = PairwiseJudge(policy, settings).compare([pair("a", "b")])
     assert judgement.outcome == 0.5 and [v.outcome for v in judgement.verdicts] == [0.5, 0.5]
     assert "[RESULT] (A or B or tie)" in policy.requests[0].messages[0]["content"]
-
-
-@pytest.mark.parametrize(
-    ("text", "score"),
-    [
-        ("Good. [RESULT] 4", "4"),
-        ("[RESULT] (5)", "5"),
-        ("[RESULT] 3/5", "3"),
-        ("[RESULT] 4.5", None),
-        ("[RESULT] 10", None),
-        ("[RESULT] 0", None),
-        ("[RESULT] 6", None),
-        ("4", None),
-    ],
-)
-def test_the_score_is_an_integer_from_1_to_5(text: str, score: str | None) -> None:
-    assert parse_score(text) == score
 
 
 # Failures ----------------------------------------------------------------------------------
