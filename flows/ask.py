@@ -13,7 +13,7 @@ from constitutions.constitution import Constitution, Principle, load, principle_
 from constitutions.errors import UserError
 from flows.experiment import Experiment, newest, open_experiment
 from flows.settings import ExperimentSettings
-from models.policy import SILENT, Completion, Message, Messages, Request
+from models.policy import SILENT, UNFINISHED, Completion, Message, Messages, Request
 from models.prompts import under_constitution
 from tasks.answers import answer
 from tasks.records import Answer, Prompt, prompt_id
@@ -119,6 +119,8 @@ def _first_trained(experiment: Experiment) -> tuple[str, ...]:
 def _text(completion: Completion) -> str:
     if completion.finish in SILENT:
         return f"(no response: {SILENT[completion.finish]})"
+    if completion.thoughts and not completion.text:
+        return f"(no response: {UNFINISHED})"
     return completion.text
 
 

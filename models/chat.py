@@ -204,7 +204,7 @@ class Chat:
             closed = self.tags.close in self._spelt(tokens[:middle])
             low, high = (low, middle) if closed else (middle + 1, high)
         begun = self._spelt(tokens[:low]).partition(self.tags.close)[2]
-        return told._replace(answer=begun + self._said(tokens[low:]))
+        return told._replace(answer=(begun + self._said(tokens[low:])).lstrip())
 
     def answered(
         self, messages: Sequence[Message], text: str, thoughts: str | None = None

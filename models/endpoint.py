@@ -26,11 +26,12 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import httpx
-from pydantic import BaseModel, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, SecretStr, ValidationError
 
 from constitutions.errors import UserError
-from models.policy import PolicySettings
+from models.policy import Argument, PolicySettings
 from models.proxies import proxy_of
+from models.replies import Reply
 
 LARGEST_REPLY = 16 * 2**20
 """Bytes. 64 completions of 16,000 tokens are about 4 MiB."""
@@ -65,67 +66,6 @@ class Limits:
     backoff: float = 1.0
     """The first pause; each is up to twice the one before."""
     longest_backoff: float = 60.0
-
-
-class _Message(BaseModel):
-    content: str | None = None
-
-
-class _Token(BaseModel):
-    logprob: float
-
-
-class _Logprobs(BaseModel):
-    """A chat has one in `content` for each token, a continued text in `token_logprobs`."""
-
-    content: list[_Token] | None = None
-    token_logprobs: list[float] | None = None
-
-
-class Choice(BaseModel):
-    """One answer: a chat's `message`, or the `text` that continues a given one."""
-
-    message: _Message | None = None
-    text: str | None = None
-    finish_reason: str | None = None
-    logprobs: Any = None
-
-    @model_validator(mode="after")
-    def _is_an_answer(self) -> Choice:
-        if self.message is None and self.text is None:
-            raise ValueError("neither a message nor a text")
-        return self
-
-    @property
-    def said(self) -> str:
-        """Its text, as the server gives it."""
-        return (self.message.content if self.message else self.text) or ""
-
-    @property
-    def token_logprobs(self) -> list[float]:
-        """log p of each generated token (nats); empty where the server does not tell them."""
-        try:
-            told = _Logprobs.model_validate(self.logprobs)
-        except ValidationError:
-            return []
-        return told.token_logprobs or [token.logprob for token in told.content or []]
-
-
-class _Usage(BaseModel):
-    completion_tokens: int = Field(ge=0)
-
-
-class Reply(BaseModel):
-    """What is read of a completion; a reply without it counts as a fault."""
-
-    model: str | None = None
-    choices: list[Choice] = Field(min_length=1)
-    usage: _Usage
-
-    @property
-    def texts(self) -> list[str]:
-        """What the choices say, without white space around it."""
-        return [choice.said.strip() for choice in self.choices]
 
 
 class Card(BaseModel):
@@ -169,8 +109,10 @@ class Endpoint:
         key: SecretStr | None = None,
         key_variable: str | None = None,
         limits: Limits | None = None,
+        template_arguments: Mapping[str, Argument] | None = None,
     ) -> None:
         self.base, self.key_variable = _base_url(address), key_variable
+        self.template_arguments = dict(template_arguments or {})
         self.limits = limits or Limits()
         self._key = key
         self._certificates = httpx.create_ssl_context()
@@ -223,6 +165,8 @@ class Endpoint:
             Fault: one that does not pass, or not within `patience` seconds.
         """
         path = "completions" if "prompt" in body else "chat/completions"
+        if self.template_arguments and "messages" in body:
+            body = {**body, "chat_template_kwargs": self.template_arguments}
 
         async def attempt() -> Reply:
             return self._read_as(Reply, await self._send(client, path, body))
@@ -316,7 +260,7 @@ class Endpoint:
         try:
             return kind.model_validate_json(raw)
         except ValidationError:
-            what = "completion with its usage" if kind is Reply else "list of models"
+            what = "completion" if kind is Reply else "list of models"
             reason = f"HTTP 200, but no {what}: {_error(200, raw)[1]}"
             raise Fault(self.clean(reason), status=200, again=True) from None
 
@@ -444,7 +388,13 @@ def open_endpoint(settings: PolicySettings, limits: Limits | None = None) -> End
     key = _key(variable) if variable else None
     if limits is None and settings.batch_rows:
         limits = Limits(in_flight=settings.batch_rows)
-    return Endpoint(settings.endpoint, key=key, key_variable=variable, limits=limits)
+    return Endpoint(
+        settings.endpoint,
+        key=key,
+        key_variable=variable,
+        limits=limits,
+        template_arguments=settings.template_arguments,
+    )
 
 
 def _key(variable: str) -> SecretStr:

@@ -78,6 +78,8 @@ SILENT = {
     "refused": "its prompt was refused, by the chat template or by the server",
 }
 """Why there is no text, by how its generation finished."""
+UNFINISHED = "its thoughts were not finished"
+"""Why there is no text where there are thoughts."""
 
 
 def finish_of(parts: Iterable[Completion]) -> str:

@@ -17,7 +17,8 @@ from pathlib import Path
 import httpx
 
 from constitutions.errors import UserError
-from models.endpoint import Card, Choice, Endpoint, Fault
+from models.endpoint import Card, Endpoint, Fault
+from models.replies import Choice
 
 MISSING = frozenset({404, 405, 501})
 """How a server answers that has no such address."""

@@ -32,10 +32,12 @@ import httpx
 import numpy as np
 
 from constitutions.errors import UserError
-from models.endpoint import Choice, Endpoint, Fault, Limits, Reply, open_endpoint, run_async
+from models.endpoint import Endpoint, Fault, Limits, open_endpoint, run_async
 from models.foreign_text import without_control_tokens
 from models.policy import Completion, Message, Messages, PolicySettings, Progress, Request, Scoring
+from models.replies import Choice, Reply
 from models.served_adapter import MISSING, ServedAdapter, no_adapters
+from models.thoughts import KNOWN, Tags, Told, tell_apart_unseen
 
 PROBE: Message = {"role": "user", "content": "Write a random number between one and a million."}
 PROBE_TOKENS = 16
@@ -121,7 +123,10 @@ class ServerPolicy:
         model: str,
         support: Support,
         adapter: ServedAdapter | None = None,
+        settings: PolicySettings | None = None,
     ) -> None:
+        self._tags = tags_of(settings or PolicySettings())
+        self._thought_tokens = settings.thought_tokens if settings else 0
         self.endpoint, self.support, self.adapter = endpoint, support, adapter
         self.model = adapter.name if adapter else model
         self._answered, self._refusal = False, cast("Fault | None", None)
@@ -214,7 +219,7 @@ class ServerPolicy:
         body = self.support.body(
             self.model,
             request.messages,
-            request.max_tokens,
+            request.max_tokens + (0 if isinstance(request.messages, str) else self._thought_tokens),
             n=n,
             stop=request.stop,
             seed=_seed(request.key, first),
@@ -226,7 +231,7 @@ class ServerPolicy:
         except Fault as fault:
             return [await self._failed(client, fault)] * n
         self._answered = True
-        return self._completions(reply, request.stop)[:n]
+        return self._completions(reply, request)[:n]
 
     async def reply(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> Reply:
         """The reply to a body that names our model.
@@ -267,25 +272,43 @@ class ServerPolicy:
         self._refusal = fault
         return Completion(text="", tokens=0, logprob=0.0, finish="refused")
 
-    def _completions(self, reply: Reply, stop: Sequence[str]) -> list[Completion]:
+    def _completions(self, reply: Reply, request: Request) -> list[Completion]:
         told = [len(choice.token_logprobs) for choice in reply.choices]
         sizes = told if all(told) else [len(text) for text in reply.texts]
-        shares = _shares(reply.usage.completion_tokens, sizes)
+        shares = _shares(reply.tokens, sizes)
         return [
-            self._completion(choice, tokens, stop)
+            self._completion(choice, tokens, request.stop)
             for choice, tokens in zip(reply.choices, shares, strict=True)
         ]
 
     def _completion(self, choice: Choice, tokens: int, stop: Sequence[str]) -> Completion:
-        text = _until(choice.said, stop)
-        whole = text == choice.said
-        told = choice.token_logprobs if whole else []
+        told = self._told_apart(choice)
+        text = _until(told.answer, stop)
+        cut = text != told.answer
+        logprobs = [] if cut else choice.token_logprobs
+        ended = cut or choice.finish_reason in STOPPED
         return Completion(
             text=self.endpoint.completion(text.strip()),
+            thoughts=self.endpoint.completion(told.thoughts),
             tokens=tokens,
-            logprob=math.fsum(told) if told else math.nan,
-            finish="stop" if not whole or choice.finish_reason in STOPPED else "length",
+            logprob=math.fsum(logprobs) if logprobs else math.nan,
+            finish="stop" if ended and told.whole else "length",
         )
+
+    def _told_apart(self, choice: Choice) -> Told:
+        """Thoughts and answer: as the server tells them apart, or by the tags in what it says."""
+        if choice.message is None:  # a text that was continued
+            return Told("", choice.said)
+        if choice.thoughts:
+            return Told(choice.thoughts, choice.said, whole=bool(choice.said.strip()))
+        return tell_apart_unseen(choice.said, self._tags)
+
+
+def tags_of(settings: PolicySettings) -> tuple[Tags, ...]:
+    """The tags that thoughts may have: the template that the server uses is not seen here."""
+    if settings.thought_tags == "auto":
+        return KNOWN
+    return () if settings.thought_tags == "none" else (Tags(*settings.thought_tags),)
 
 
 def _until(text: str, stop: Sequence[str]) -> str:
@@ -324,10 +347,11 @@ def open_server(
         UserError: no such address, no key where one is named, no usable answer, or an adapter that
             cannot be loaded or is not what answers.
     """
-    return run_async(_open(open_endpoint(settings, limits), settings.served_name, adapter))
+    return run_async(_open(open_endpoint(settings, limits), settings, adapter))
 
 
-async def _open(endpoint: Endpoint, base: str, adapter: Path | None) -> ServerPolicy:
+async def _open(endpoint: Endpoint, settings: PolicySettings, adapter: Path | None) -> ServerPolicy:
+    base = settings.served_name
     async with endpoint.client() as client:
         support = await _probe(endpoint, client, base)
         if not support.varies:
@@ -338,10 +362,10 @@ async def _open(endpoint: Endpoint, base: str, adapter: Path | None) -> ServerPo
                 base,
             )
         if adapter is None:
-            return ServerPolicy(endpoint, base, support)
+            return ServerPolicy(endpoint, base, support, settings=settings)
         served = ServedAdapter.of(adapter, base)
         await served.load(endpoint, client, endpoint.limits.start)
-        policy = ServerPolicy(endpoint, base, support, served)
+        policy = ServerPolicy(endpoint, base, support, served, settings)
         await _check_adapter(policy, served, client)
         return policy
 

@@ -105,13 +105,16 @@ def answer(
 
 
 def _answer(prompt: Prompt, iteration: int, parts: Sequence[Completion]) -> Answer:
-    initial, principle, refined = (part.text for part in parts)
+    initial, principle, refined = parts
     return Answer(
         prompt_id=prompt.prompt_id,
         iteration=iteration,
-        initial=initial,
-        principle=principle,
-        refined=refined,
+        initial=initial.text,
+        initial_thoughts=initial.thoughts,
+        principle=principle.text,
+        principle_thoughts=principle.thoughts,
+        refined=refined.text,
+        refined_thoughts=refined.thoughts,
         finish=finish_of(parts),
         tokens=sum(part.tokens for part in parts),
     )

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from models.policy import SILENT
+from models.policy import SILENT, UNFINISHED
 from models.settings import Settings
 from tasks.records import Prompt, Rejected, Scored, ScoredCandidate, Trajectory
 from tasks.stage import stage
@@ -93,10 +93,13 @@ def filter_stage(
 def _filter_row(
     row: Scored, settings: FilterSettings, key: str, guided: bool
 ) -> tuple[list[Trajectory], list[Rejected]]:
-    if row.initial_score is None:
-        whole = _reject_prompt(row, "unscored", row.initial_unscored or "")
-        return [], [*(_reject(row, c, "unscored", "the first response") for c in row.candidates),
-                    whole]  # fmt: skip
+    unfinished = bool(row.initial_thoughts) and not row.initial
+    if unfinished or row.initial_score is None:
+        reason = "truncated" if unfinished else "unscored"
+        detail = UNFINISHED if unfinished else row.initial_unscored or ""
+        whole = _reject_prompt(row, reason, detail)
+        each = [_reject(row, c, reason, "the first response") for c in row.candidates]
+        return [], [*each, whole]
     faults = {c.sample: _fault(row, c, settings, guided) for c in row.candidates}
     sound = [c for c in row.candidates if faults[c.sample] is None]
     shares = weights([c.score or 0.0 for c in sound], row.initial_score, settings.temperature)
@@ -135,6 +138,8 @@ def _fault(
     if candidate.finish in SILENT:
         reason = "prompt too long" if candidate.finish == "overflow" else candidate.finish
         return reason, SILENT[candidate.finish]
+    if _unfinished(candidate):
+        return "truncated", UNFINISHED
     if candidate.finish == "length" and not settings.keep_truncated:
         return "truncated", "cut at its token limit"
     if guided and (malformed := _malformed(candidate.principle, settings)):
@@ -147,6 +152,16 @@ def _fault(
     if gain <= settings.min_gain:
         return "not better", f"gain {gain:.4f}"
     return None
+
+
+def _unfinished(candidate: ScoredCandidate) -> bool:
+    """Whether a part of it is thoughts that came to no answer."""
+    parts = (
+        (candidate.principle_thoughts, candidate.principle),
+        (candidate.critique_thoughts, candidate.critique),
+        (candidate.refined_thoughts, candidate.refined),
+    )
+    return any(thoughts and not text for thoughts, text in parts)
 
 
 def _malformed(principle: str, settings: FilterSettings) -> str:
@@ -178,8 +193,11 @@ def _trajectory(row: Scored, candidate: ScoredCandidate, weight: float) -> Traje
         **{name: getattr(row, name) for name in Prompt.__dataclass_fields__},
         sample=candidate.sample,
         initial=row.initial,
+        initial_thoughts=row.initial_thoughts,
         principle=candidate.principle,
+        principle_thoughts=candidate.principle_thoughts,
         refined=candidate.refined,
+        refined_thoughts=candidate.refined_thoughts,
         initial_score=row.initial_score,
         score=candidate.score,
         weight=weight,

@@ -90,6 +90,7 @@ def mine(
             initial=y1.text,
             initial_finish=y1.finish,
             initial_tokens=y1.tokens,
+            initial_thoughts=y1.thoughts,
             candidates=tuple(islice(candidates, settings.samples)),
         )
         for row, y1 in zip(rows, initials, strict=True)
@@ -235,6 +236,9 @@ def _candidate(draft: _Draft, critique: Completion, refined: Completion) -> Cand
         refined=refined.text,
         finish=finish_of(parts),
         tokens=sum(part.tokens for part in parts),
+        principle_thoughts=draft.principle.thoughts,
+        critique_thoughts=critique.thoughts,
+        refined_thoughts=refined.thoughts,
     )
 
 

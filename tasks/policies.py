@@ -16,6 +16,9 @@ from models.pool import LocalPool, Pool, Where, open_pool
 from models.prompts import CONSTITUTION_WORDINGS, TEMPLATES, ConstitutionWording, Templates
 from tasks.store import Attempt, Slot
 
+TEMPLATE = ("chat_template", "template_arguments", "thought_tags", "thought_tokens")
+"""Settings that say how the chat template is used."""
+
 
 @dataclass(frozen=True)
 class PolicySource:
@@ -95,6 +98,7 @@ class PolicySource:
         else:
             held = self.settings.model_dump(include={"quantization", "dtype", "revision"})
         notes = {"base": self.base_digest, "templates": wording, **_texts(held)}
+        notes |= _texts(self.settings.model_dump(include=set(TEMPLATE), exclude_defaults=True))
         return replace(at, notes={**at.notes, **notes}, device=self.settings.answers_on)
 
 

@@ -1,6 +1,8 @@
 """The rows that travel through the loop, and their Arrow schemas.
 
-A prompt is one row; each stage adds columns and joins by `prompt_id`, never by position.
+A prompt is one row; each stage adds columns and joins by `prompt_id`, never by position. What a
+policy thought before it answered stands in columns of its own, as it was sampled, tags included;
+records without them are of policies that did not think.
 Every stage and the store import this module; it imports no torch.
 """
 
@@ -46,7 +48,10 @@ class Candidate:
     finish: str
     """"stop" when every part ended by itself, "length" when one was cut at its token limit."""
     tokens: int
-    """Generated tokens of all parts."""
+    """Generated tokens of all parts, thoughts included."""
+    principle_thoughts: str = ""
+    critique_thoughts: str = ""
+    refined_thoughts: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +61,7 @@ class Mined(Prompt):
     initial: str
     initial_finish: str
     initial_tokens: int
+    initial_thoughts: str = ""
     candidates: tuple[Candidate, ...]
 
 
@@ -87,6 +93,10 @@ class Trajectory(Prompt):
     initial_score: float
     score: float
     weight: float
+    initial_thoughts: str = ""
+    principle_thoughts: str = ""
+    """They may quote the gold, which was in view: they are never trained on."""
+    refined_thoughts: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +130,7 @@ class Draw:
     response: str
     finish: str
     tokens: int
+    thoughts: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +163,9 @@ class Answer:
     refined: str
     finish: str
     tokens: int
+    initial_thoughts: str = ""
+    principle_thoughts: str = ""
+    refined_thoughts: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,6 +59,9 @@ class Lesson:
     messages: tuple[Message, ...]
     turns: tuple[int, ...]
     weight: float = 1.0
+    thoughts: tuple[str | None, ...] = ()
+    """Of each of `turns`, what was sampled before its answer, and is trained with it; None: the
+    answer follows the template's empty thought."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,13 +231,21 @@ def lesson(row: Trajectory, label: str, templates: Templates, settings: TrainSet
     """x, y1, z, y2 as the policy meets them without gold, or x, y1, y2; z is the label."""
     asked = ask_refinement(templates, row.prompt, row.initial, label)
     places = _places(len(row.prompt), templates.guided)
+    as_sampled = label == row.principle and not row.principle_thoughts
+    thoughts: dict[Turn, str | None] = {
+        "initial": row.initial_thoughts,
+        "principle": "" if as_sampled else None,  # they may quote the gold, or name another one
+        "refined": row.refined_thoughts,
+    }
+    trained = [turn for turn in places if turn in settings.loss_on]  # in their order
     return Lesson(
         prompt_id=row.prompt_id,
         sample=row.sample,
         source=row.source,
         messages=(*asked, {"role": "assistant", "content": row.refined}),
-        turns=tuple(sorted(places[turn] for turn in settings.loss_on if turn in places)),
+        turns=tuple(places[turn] for turn in trained),
         weight=row.weight,
+        thoughts=tuple(thoughts[turn] for turn in trained),
     )
 
 
@@ -268,7 +279,12 @@ def training_set(lessons: Iterable[Lesson], encoder: Encoder) -> TrainingSet:
     skipped: list[Rejected] = []
     for row in lessons:
         try:
-            examples += encoder.encode(row.messages, row.turns, row.weight)
+            known = {
+                turn: thoughts
+                for turn, thoughts in zip(row.turns, row.thoughts, strict=False)
+                if thoughts is not None
+            }
+            examples += encoder.encode(row.messages, row.turns, row.weight, known)
         except EncodingError as error:
             skipped.append(_skip(row, str(error)))
     return TrainingSet(examples=tuple(examples), skipped=tuple(skipped))

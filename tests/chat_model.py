@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,10 +120,25 @@ def build_chat_model(
 
 
 def _tokenizer(architecture: str, text: Iterable[str], vocabulary: int) -> Any:
+    template, end, control = TEMPLATES[architecture]
+    return build_tokenizer(
+        template, end, control, bos=BEGIN.get(architecture), text=text, vocabulary=vocabulary
+    )
+
+
+def build_tokenizer(
+    template: str | dict[str, str],
+    end: str,
+    control: Sequence[str],
+    *,
+    bos: str | None = None,
+    text: Iterable[str] = TEXT,
+    vocabulary: int = 600,
+) -> Any:
+    """A byte-level BPE tokenizer with a chat template; `end` is its eos, `control` is special."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    template, end, control = TEMPLATES[architecture]
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -136,10 +151,10 @@ def _tokenizer(architecture: str, text: Iterable[str], vocabulary: int) -> Any:
     core.train_from_iterator(text, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
-        bos_token=BEGIN.get(architecture),
+        bos_token=bos,
         eos_token=end,
         pad_token="<|pad|>",
-        additional_special_tokens=control,
+        additional_special_tokens=list(control),
         chat_template=template,
         model_max_length=8192,
     )

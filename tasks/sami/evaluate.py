@@ -46,7 +46,7 @@ from tasks.panel import Panel
 from tasks.planted_truth import obedience_metrics
 from tasks.policies import PolicySource
 from tasks.progress import progress
-from tasks.records import Comparison, Prompt, Response, Sampled
+from tasks.records import Comparison, Draw, Prompt, Response, Sampled
 from tasks.sami.draw import Pool as Principles
 from tasks.sami.draw import Told, pool_of, tell
 from tasks.sami.sample import SampleSettings, check_mixtures, sample
@@ -243,6 +243,7 @@ def _respond(
             response=given.text,
             finish=given.finish,
             tokens=given.tokens,
+            thoughts=given.thoughts,
         )
         for ask, (given, *_) in zip(asked, policy.generate(requests, advance), strict=True)
     ]
@@ -324,13 +325,18 @@ def _estimate(
 
 
 def _estimate_of(row: Sampled, cells: Sequence[Sequence[Scoring]]) -> Estimate:
-    if any(draw.finish in SILENT for draw in row.draws):
+    if any(draw.finish in SILENT or _unfinished(draw) for draw in row.draws):
         return Estimate(prompt_id=row.prompt_id, per_token=None, whole=None)
     return Estimate(
         prompt_id=row.prompt_id,
         per_token=bound([[cell.logprob / cell.tokens for cell in line] for line in cells]),
         whole=bound([[cell.logprob for cell in line] for line in cells]),
     )
+
+
+def _unfinished(draw: Draw) -> bool:
+    """Whether it thought, and came to no response."""
+    return bool(draw.thoughts) and not draw.response
 
 
 def bound(matrix: Sequence[Sequence[float]]) -> float:

@@ -120,6 +120,7 @@ def _answered(constitution: Told, response: Completion) -> Draw:
         response=response.text,
         finish=response.finish,
         tokens=response.tokens,
+        thoughts=response.thoughts,
     )
 
 

@@ -477,7 +477,7 @@ def test_a_wait_beyond_patience_is_an_error_at_once(ours: str, after: str) -> No
         (fails(503, "overloaded"), "HTTP 503: overloaded"),
         ("cut", "RemoteProtocolError"),
         ("hang", "no whole reply within 0.5 s"),
-        (PlainTextResponse("<html>"), "no completion with its usage: <html>"),
+        (PlainTextResponse("<html>"), "no completion: <html>"),
         (says(), "no completion"),
         (JSONResponse({"error": {"code": 503, "message": "upstream"}}), "HTTP 503: upstream"),
     ],
