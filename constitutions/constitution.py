@@ -13,6 +13,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -20,9 +21,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from constitutions.errors import UserError, UserErrors
+from constitutions.parse import LARGE, line_of, parse_yaml, read_text, yaml_tree
 
 Text = Annotated[str, Field(strict=True, pattern=r"\S")]
 Count = Annotated[int, Field(strict=True, ge=0)]
+AT_ONCE = 1_000
+"""Principles of a file that are checked together."""
+REPORTED = 20
+"""Mistakes of a file that are named."""
 
 
 class Principle(BaseModel):
@@ -223,20 +229,37 @@ def load_draft(path: str | os.PathLike[str]) -> Draft:
 
 
 def _load(path: str | os.PathLike[str], kind: type[Document]) -> Document:
-    source = _read(Path(path))
-    data = _parse(source, path)
+    source = read_text(path, expected="a YAML file")
+    fix = "start each principle with '- '; put a text that holds ': ' or '#' in quotes"
+    data = parse_yaml(source, str(path), LARGE, fix=fix)
     if not isinstance(data, dict):
         raise UserError(
             "this is not a constitution", where=str(path), expected="a mapping with 'principles:'"
         )
-    try:
-        constitution = kind.model_validate(data)
-    except ValidationError as error:
-        raise _as_user_errors(error, source, path, kind) from None
-    if repeated := list(repetitions(data["principles"])):
-        root = yaml.compose(source, Loader=_Loader)
+    constitution = _validated(data, source, path, kind)
+    if repeated := list(islice(repetitions(data["principles"]), REPORTED)):
+        root = yaml_tree(source)
         raise UserErrors([_repetition(r, root, path) for r in repeated])
     return constitution
+
+
+def _validated(
+    data: dict[str, Any], source: str, path: str | os.PathLike[str], kind: type[Document]
+) -> Document:
+    """The document; its principles are checked by and by, for every mistake takes memory."""
+    entries = data.get("principles")
+    there = entries if isinstance(entries, list) else []
+    found: list[Any] = []
+    document: Document | None = None
+    for start in range(0, max(len(there), 1), AT_ONCE):
+        part = data | {"principles": there[start : start + AT_ONCE]} if there else data
+        try:
+            document = kind.model_validate(part)
+        except ValidationError as error:
+            raise _as_user_errors(error, start, source, path, kind) from None
+        found += document.principles
+    assert document is not None, "there is at least one part"
+    return document if len(there) <= AT_ONCE else kind(**data | {"principles": found})
 
 
 def repetitions(entries: Sequence[Mapping[str, Any]]) -> Iterator[Repetition]:
@@ -275,7 +298,7 @@ def _repetition(
     found: Repetition, root: yaml.Node | None, path: str | os.PathLike[str]
 ) -> UserError:
     location = ("principles", found.index, found.field)
-    where = f"{path}, line {_line(root, location)}, {_spelled(location)}"
+    where = f"{path}, line {line_of(root, location)}, {_spelled(location)}"
     return UserError(found.what, where=where, fix=found.fix)
 
 
@@ -347,62 +370,31 @@ def _others(principle: Principle, limit: int) -> str:
     return " · ".join(others[:limit]) + more
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """A safe loader that refuses a key given twice: YAML would silently drop the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key.value}' is given twice in one entry", key.start_mark
-                )
-            seen.add(key.value)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
-        return mapping
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError("there is no such file", where=str(path)) from None
-    except IsADirectoryError:
-        raise UserError("this is a directory", where=str(path), expected="a YAML file") from None
-    except UnicodeDecodeError as error:
-        where = f"{path}, byte {error.start}"
-        raise UserError("the text is not UTF-8", where=where, expected="UTF-8") from None
-
-
-def _parse(source: str, path: str | os.PathLike[str]) -> Any:
-    try:
-        return yaml.load(source, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(
-            error.problem or "this is not YAML",
-            where=f"{path}{line}",
-            fix="start each principle with '- '; put a text that holds ': ' or '#' in quotes",
-        ) from None
-    except yaml.YAMLError as error:
-        raise UserError(f"this is not YAML ({error})", where=str(path)) from None
-
-
 def _as_user_errors(
     error: ValidationError,
+    start: int,
     source: str,
     path: str | os.PathLike[str],
     document: type[Constitution],
 ) -> UserErrors:
-    root = yaml.compose(source, Loader=_Loader)
-    return UserErrors([_as_user_error(e, root, path, document) for e in error.errors()])
+    root = yaml_tree(source)
+    found = error.errors(include_url=False, include_context=False)
+    shown = [_as_user_error(e, start, root, path, document) for e in found[:REPORTED]]
+    return UserErrors(shown, more=len(found) - len(shown))
 
 
 def _as_user_error(
-    error: Any, root: yaml.Node | None, path: str | os.PathLike[str], document: type[Constitution]
+    error: Any,
+    start: int,
+    root: yaml.Node | None,
+    path: str | os.PathLike[str],
+    document: type[Constitution],
 ) -> UserError:
+    """A mistake; its principles are counted from `start` on."""
     kind, location = error["type"], error["loc"]
-    where = f"{path}, line {_line(root, location)}, {_spelled(location)}"
+    if location[:1] == ("principles",) and len(location) > 1:
+        location = ("principles", location[1] + start, *location[2:])
+    where = f"{path}, line {line_of(root, location)}, {_spelled(location)}"
     if kind == "extra_forbidden":
         entry = Entry if document is Draft else Principle
         keys = ", ".join((entry if "principles" in location else document).model_fields)
@@ -429,20 +421,3 @@ def _spelled(location: Sequence[str | int]) -> str:
             return ", ".join([f"principle {index + 1}", *(f"'{name}'" for name in rest[:1])])
         case _:
             return f"'{location[0]}'" if location else "the file"
-
-
-def _line(node: yaml.Node | None, location: Sequence[str | int]) -> int:
-    """The 1-based line of a location, or of its nearest ancestor that is in the file."""
-    for step in location:
-        found = next((child for name, child in _children(node) if name == step), None)
-        if found is None:
-            break
-        node = found
-    return int(node.start_mark.line) + 1 if node else 1
-
-
-def _children(node: yaml.Node | None) -> Iterator[tuple[str | int, yaml.Node]]:
-    if isinstance(node, yaml.SequenceNode):
-        yield from enumerate(node.value)
-    elif isinstance(node, yaml.MappingNode):
-        yield from ((key.value, value) for key, value in node.value)

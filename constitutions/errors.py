@@ -8,6 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from constitutions.untrusted import hide_passwords
+
+LONGEST = 2_000
+"""Characters of one line of a message: who wrote a key of 2 MB knows its beginning."""
+MOST_LINES = 200
+REPORTED = 50
+"""Mistakes that are shown at once; the rest are counted."""
+
 
 class UserError(Exception):
     """A mistake in what the user gave: what happened, where, what was expected, what to do.
@@ -27,7 +35,10 @@ class UserError(Exception):
         head = f"{self.where}: {self.what}" if self.where else self.what
         tail = [f"expected {self.expected}"] if self.expected else []
         tail += [self.fix] if self.fix else []
-        return "; ".join([head, *tail])
+        lines = "; ".join([head, *tail]).split("\n")
+        more = len(lines) - MOST_LINES
+        lines[MOST_LINES:] = [f"… and {more:,} more lines"] if more > 0 else []
+        return hide_passwords("\n".join(map(_clipped, lines)))
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle by parts: Prefect carries exceptions between processes."""
@@ -42,11 +53,17 @@ class UserErrors(UserError):
     """
 
     def __init__(self, errors: Sequence[UserError], *, more: int = 0, within: str = "") -> None:
-        self.errors, self.more = tuple(errors), more
-        lines = [str(error) for error in errors] + ([f"… and {more:,} more"] if more else [])
+        more += max(len(errors) - REPORTED, 0)
+        self.errors, self.more = tuple(errors[:REPORTED]), more
+        lines = [str(e) for e in self.errors] + ([f"… and {more:,} more"] if more else [])
         if within:
             lines = [f"{within}: {line}" for text in lines for line in text.splitlines()]
         super().__init__("\n".join(lines))
+
+
+def _clipped(line: str) -> str:
+    half = LONGEST // 2
+    return line if len(line) <= LONGEST else f"{line[:half]} … {line[-half:]}"
 
 
 def _rebuild(kind: type[UserError], state: dict[str, object]) -> UserError:

@@ -12,7 +12,6 @@ The reference's file holds two constitutions as numbered text, and says which it
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from constitutions.constitution import (
     repetitions,
 )
 from constitutions.errors import UserError, UserErrors
+from constitutions.parse import parse_json, read_text
 
 HERE = Path(__file__).parent
 SIDES = ("positive", "negative")
@@ -161,15 +161,7 @@ def _items(path: Path, problems: list[UserError]) -> list[_Item]:
 
 
 def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_bytes().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        where = f"{path}, byte {error.start}"
-        raise UserError("the text is not UTF-8", where=where, expected="UTF-8") from None
-    except OSError as error:
-        raise UserError(f"it cannot be read: {error.strerror}", where=str(path)) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"this is not JSON ({error})", where=str(path)) from None
+    data = parse_json(read_text(path, expected="a JSON file"), str(path))
     fields = {*SIDES, "identifiers"}
     if not isinstance(data, dict) or set(data) != fields:
         given = f"the fields {', '.join(data) or 'none'}" if isinstance(data, dict) else "no object"

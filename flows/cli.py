@@ -1,19 +1,25 @@
 """`staple`: run an experiment, re-run a stage, look at what came out.
 
-Only Typer is imported here; each command imports what it needs, so that `--help` is quick.
+Only Typer and the consoles are imported here; each command imports what it needs, so that `--help`
+is quick.
 """
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from constitutions.errors import UserError
+from constitutions.terminal import fail, say
+from constitutions.untrusted import clean
 
 app = typer.Typer(
     name="staple",
@@ -29,6 +35,9 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a setting, as in --set mine.samples=8. Repeatable."),
 ]
+Iteration = typer.Option(min=1, max=100, help="Default: the newest.")
+Seed = typer.Option(min=0, max=2**32 - 1, help="The same one gives the same.")
+Port = typer.Option(min=1, max=65535, help="Default: the usual one, or a free one.")
 Force = Annotated[bool, typer.Option("--force", help="Compute again what the record has.")]
 Name = Annotated[str, typer.Argument(help="The experiment's name.")]
 
@@ -70,7 +79,7 @@ def run(
     show.ending(settings, done)
     if followed := go_on(settings, done, resume=recorded, force=force):
         show.ending(followed.settings, followed.done)
-        typer.echo(f"Both in one report: {followed.report}")
+        say(f"Both in one report: {followed.report}")
 
 
 @app.command()
@@ -113,7 +122,7 @@ def stage(
         ),
     ],
     experiment: Annotated[str, typer.Option(help="The experiment's name.")],
-    iteration: Annotated[int, typer.Option(min=0, help="The EM iteration.")],
+    iteration: Annotated[int, typer.Option(min=0, max=100, help="The EM iteration.")],
     set_: Set = None,
     force: Force = False,
 ) -> None:
@@ -142,7 +151,7 @@ def status(experiment: Name) -> None:
 @constitutions.command("show")
 def constitution_show(
     experiment: Name,
-    iteration: Annotated[int | None, typer.Option(min=1, help="Default: the newest.")] = None,
+    iteration: Annotated[int | None, Iteration] = None,
 ) -> None:
     """Print the principles that the policy discovered, the best supported first.
 
@@ -160,7 +169,7 @@ def constitution_show(
 @constitutions.command("edit")
 def constitution_edit(
     experiment: Name,
-    iteration: Annotated[int | None, typer.Option(min=1, help="Default: the newest.")] = None,
+    iteration: Annotated[int | None, Iteration] = None,
     file: Annotated[
         Path | None, typer.Option(help="An edited file. Default: opens $VISUAL or $EDITOR.")
     ] = None,
@@ -172,10 +181,10 @@ def constitution_edit(
 
     done = edit(experiment, iteration, file, by, note)
     for change in done.changes or ["approved as it is"]:
-        typer.echo(f"  {change}")
+        say(f"  {change}")
     t = done.reviewed.iteration
-    typer.echo(f"Recorded as the review of iteration {t}, by {done.verdict.by}.")
-    typer.echo(f"Next: staple run {experiment} --resume")
+    say(f"Recorded as the review of iteration {t}, by {done.verdict.by}.")
+    say(f"Next: staple run {experiment} --resume")
 
 
 @constitutions.command("write")
@@ -184,7 +193,7 @@ def constitution_write(
         list[str] | None, typer.Option("--topic", help="What principles are about. Repeatable.")
     ] = None,
     principles: Annotated[
-        int | None, typer.Option(min=2, help="How many are wanted. Default: 8.")
+        int | None, typer.Option(min=2, max=1000, help="How many are wanted. Default: 8.")
     ] = None,
     source: Annotated[
         str,
@@ -200,7 +209,7 @@ def constitution_write(
     endpoint: Annotated[
         str, typer.Option(help="An OpenAI-compatible server that answers for the model.")
     ] = "",
-    seed: Annotated[int, typer.Option(min=0, help="The same one writes the same.")] = 0,
+    seed: Annotated[int, Seed] = 0,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -225,7 +234,7 @@ def constitution_write(
     }
     given = parse_overrides(set_ or []) | {name: o for name, o in options.items() if o}
     show.written(write_constitution(out, given, experiment=source, seed=seed, force=force))
-    typer.echo(f"Wrote {out}: edit it as you like.")
+    say(f"Wrote {out}: edit it as you like.")
 
 
 @app.command()
@@ -251,13 +260,13 @@ def report(
     from flows.report import write_report
 
     path = write_report(experiments, out)
-    typer.echo(f"Wrote {path}, {path.stat().st_size / 1000:,.0f} kB: open it in a browser.")
+    say(f"Wrote {path}, {path.stat().st_size / 1000:,.0f} kB: open it in a browser.")
 
 
 @app.command()
 def export(
     experiment: Name,
-    iteration: Annotated[int | None, typer.Option(min=1, help="Default: the newest.")] = None,
+    iteration: Annotated[int | None, Iteration] = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="A complete model in bfloat16, not a PEFT adapter.")
     ] = False,
@@ -276,7 +285,9 @@ def export(
 def ask(
     experiment: Name,
     prompt: Annotated[str, typer.Argument(help="What to ask the policy.")],
-    iteration: Annotated[int | None, typer.Option(min=0, help="Default: the newest.")] = None,
+    iteration: Annotated[
+        int | None, typer.Option(min=0, max=100, help="Default: the newest.")
+    ] = None,
     principle: Annotated[
         list[str] | None,
         typer.Option(
@@ -309,7 +320,7 @@ def judge(
             "--set", help="A setting of evaluate, as in --set judge.kind=pairwise. Repeatable."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap and a sampled judge.")] = 0,
+    seed: Annotated[int, Seed] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Write the comparisons too: a .parquet or .json file.")
     ] = None,
@@ -324,7 +335,7 @@ def judge(
 
     show.judged(judge_files(ours, theirs, set_ or [], seed=seed, out=out, force=force))
     if out:
-        typer.echo(f"Wrote {out}.")
+        say(f"Wrote {out}.")
 
 
 @app.command()
@@ -360,7 +371,8 @@ def plan(
         typer.Option(min=0.01, max=1, help="Share of its token limit that a turn takes."),
     ] = None,
     accepted: Annotated[
-        float | None, typer.Option(min=0.001, help="Trajectories kept for each mined prompt.")
+        float | None,
+        typer.Option(min=0.001, max=256, help="Trajectories kept for each mined prompt."),
     ] = None,
     set_: Set = None,
 ) -> None:
@@ -372,6 +384,9 @@ def plan(
     from flows.settings import following, load_settings
     from flows.workload import Assumed
 
+    for name, number in (("filled", filled), ("accepted", accepted)):
+        if number is not None and not math.isfinite(number):
+            raise UserError("this is no number", where=f"--{name} {number}")
     settings = load_settings(source, set_ or [])
     known = planning.like(like) if like else Assumed()
     assumed = replace(known, filled=filled or known.filled, accepted=accepted or known.accepted)
@@ -382,20 +397,16 @@ def plan(
 
 @app.command()
 def up(
-    port: Annotated[
-        int | None, typer.Option(help="Prefect's. Default: 4200 or a free one.")
-    ] = None,
-    mlflow_port: Annotated[
-        int | None, typer.Option(help="MLflow's. Default: 5000 or a free one.")
-    ] = None,
+    port: Annotated[int | None, Port] = None,
+    mlflow_port: Annotated[int | None, Port] = None,
 ) -> None:
     """Start Prefect, MLflow and workers here: schedules, forms and runs in the browser."""
     from flows import services
 
     found = services.up(port, mlflow_port)
-    typer.echo(f"Prefect  {found.prefect}  runs, schedules and every stage's form")
-    typer.echo(f"MLflow   {found.mlflow}  experiments side by side")
-    typer.echo(f"Logs     {found.folder}" if found.started else "All of it was up already.")
+    say(f"Prefect  {found.prefect}  runs, schedules and every stage's form")
+    say(f"MLflow   {found.mlflow}  experiments side by side")
+    say(f"Logs     {found.folder}" if found.started else "All of it was up already.")
 
 
 @app.command()
@@ -403,7 +414,7 @@ def down() -> None:
     """End what `staple up` started, and nothing else."""
     from flows import services
 
-    typer.echo(f"Ended: {', '.join(services.down()) or 'nothing, nothing was up'}.")
+    say(f"Ended: {', '.join(services.down()) or 'nothing, nothing was up'}.")
 
 
 @app.callback()
@@ -418,10 +429,18 @@ def adopt(command: typer.Context) -> None:
 def main() -> None:
     """Entry point: a user's mistake is one message and exit code 2, never a traceback."""
     _environment()
+    warnings.formatwarning = _cleaned(warnings.formatwarning)
     try:
-        app()
+        ended = app(standalone_mode=False)
+        if ended == 130:  # what Typer makes of a Ctrl-C
+            raise KeyboardInterrupt
+        if ended:
+            sys.exit(ended)
     except UserError as error:
         _fail(str(error), 2)
+    except typer.TyperException as error:
+        said = error.format_message()  # empty where it was the help, which is printed
+        _fail(str(UserError(said, fix="see --help")) if said else "", error.exit_code)
     except KeyboardInterrupt:
         _fail("stopped; what was finished is kept, the same command goes on from there", 130)
     except Exception as error:
@@ -429,10 +448,31 @@ def main() -> None:
 
         if damage := damage_behind(error):
             _fail(str(damage), 2)
+        if unusable := _unusable(error):
+            _fail(unusable, 2)
         explained = _explain(error)
         if explained is None:
             raise
         _fail(f"{explained}; what was finished is kept: staple run EXPERIMENT --resume", 1)
+
+
+UNUSABLE = (
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+)
+"""What the system says of a path that a person gave, or of a folder that may not be written to."""
+
+
+def _unusable(error: Exception) -> str:
+    """What is wrong with a path; "": the error is about none."""
+    if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename:
+        return str(UserError(str(error.strerror), where=os.fsdecode(error.filename)))
+    return ""
+
+
+def _cleaned(form: Callable[..., str]) -> Callable[..., str]:
+    """Warnings quote what they are about."""
+    return lambda *args, **how: clean(form(*args, **how))
 
 
 def _explain(error: BaseException | None) -> str | None:
@@ -493,10 +533,8 @@ def _environment() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    Console(stderr=True).print(Text.assemble(("staple: ", "bold red"), message), soft_wrap=True)
+    if message:
+        fail(message)
     sys.exit(code)
 
 

@@ -71,7 +71,7 @@ def compare(left: str, right: str) -> Compared:
 
 
 def _side(reference: str) -> Side:
-    match = re.fullmatch(r"([^:@]+)(?::(\d+)(?::([a-z]+)(?:@(\d+))?)?)?", reference)
+    match = re.fullmatch(r"([^:@]+)(?::([0-9]{1,4})(?::([a-z]+)(?:@([0-9]{1,6}))?)?)?", reference)
     if not match:
         raise UserError("this names nothing", where=reference, expected=REFERENCE)
     name, iteration, stage, number = match.groups()

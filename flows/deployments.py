@@ -16,7 +16,7 @@ from pydantic import Field
 
 from constitutions.errors import UserError
 from flows.em import em_experiment
-from flows.experiment import note_settings, record_of, recorded_settings
+from flows.experiment import is_recorded, note_settings, recorded_settings
 from flows.forms import Form, changes, form_of
 from flows.preflight import ask_server, check_all
 from flows.settings import ExperimentSettings, load_settings, presets, with_changes
@@ -129,7 +129,7 @@ evaluate = stage_flow("evaluate", EvaluateSettings)
 def _was_run(source: str) -> bool:
     """Whether an experiment of this name was run; a deleted one hides no preset or file."""
     try:
-        return record_of(source).exists()
+        return is_recorded(source)
     except UserError:
         if source in presets() or Path(source).is_file():
             return False

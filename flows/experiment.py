@@ -7,6 +7,7 @@ which settings hold in which iteration: the experiment's, with what was changed 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,6 +16,7 @@ from typing import Any
 
 from constitutions.errors import UserError
 from flows.settings import (
+    NAME,
     ExperimentSettings,
     check_succession,
     dump_settings,
@@ -44,6 +46,7 @@ SKIPPED = {
 """The stages that a method does without."""
 
 SETTINGS_FILE = "settings.yaml"
+NAMES = "up to 100 letters, digits, dots, dashes and underscores"
 Place = tuple[int, str]
 """(iteration, stage)"""
 
@@ -231,15 +234,21 @@ def recorded_settings(experiment: str, overrides: Sequence[str] = ()) -> Experim
     Raises:
         UserError: nothing was ever recorded under this name.
     """
-    record = record_of(experiment)
-    text = record.read_text(SETTINGS_FILE) if record.exists() else None
+    text = record_of(experiment).read_text(SETTINGS_FILE) if is_recorded(experiment) else None
     if text is None:
+        could_be = re.fullmatch(NAME, experiment)
         raise UserError(
             "nothing was ever recorded under this name",
             where=f"experiment {experiment}",
-            fix=f"run: staple run PRESET --set experiment={experiment}",
+            expected="" if could_be else NAMES,
+            fix=f"run: staple run PRESET --set experiment={experiment}" if could_be else "",
         )
     return load_settings(f"experiment {experiment}", overrides, text=text)
+
+
+def is_recorded(experiment: str) -> bool:
+    """Whether anything was ever recorded under a name, which may be none that one could have."""
+    return bool(re.fullmatch(NAME, experiment)) and record_of(experiment).exists()
 
 
 def parse_place(place: str, settings: ExperimentSettings) -> Place:
@@ -249,8 +258,9 @@ def parse_place(place: str, settings: ExperimentSettings) -> Place:
         UserError: there is no such stage or iteration.
     """
     stage, _, number = place.partition(":")
-    iteration = int(number) if number.isdigit() else int(stage != "write")
-    wrong = number and not number.isdigit()
+    counted = re.fullmatch(r"[0-9]{1,4}", number)
+    iteration = int(number) if counted else int(stage != "write")
+    wrong = number and not counted
     last, method = settings.iterations, settings.method
     if wrong or iteration > last or stage not in stages_of(iteration, method):
         there = [s for s in STAGES if s not in SKIPPED[method]]

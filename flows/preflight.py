@@ -130,6 +130,8 @@ def check_data(path: str) -> dict[str, str]:
 
 def _prompts(settings: ExperimentSettings) -> str:
     last = prompt_sets(settings.prompts, settings.seed, settings.iterations)
+    if settings.prompts.sources == "planted" and settings.iterations:
+        prompt_sets(settings.prompts, settings.seed, 0)  # a corpus is split in one go
     mined = [settings.prompts.first] + [settings.prompts.later] * (settings.iterations - 1)
     rejected = f"; {len(last.rejected):,} rows rejected" if last.rejected else ""
     counts = " + ".join(f"{size:,}" for size in mined if settings.iterations) or "none"

@@ -280,11 +280,13 @@ def _mlflow_server(port: int) -> tuple[list[str], dict[str, str]]:
         "--host": HOST,
         "--port": str(port),
         "--workers": "1",
-        "--backend-store-uri": database.tracking_uri(),
         "--default-artifact-root": str(Path("mlruns").absolute()),
     }
     command = ["mlflow", "server", *(word for option in options.items() for word in option)]
-    return command, {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return command, {
+        "MLFLOW_BACKEND_STORE_URI": database.tracking_uri(),  # its password is to be no argument
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
 
 
 def _environment() -> dict[str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,7 +15,8 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import Field, ValidationError
 
-from constitutions.errors import UserError, UserErrors
+from constitutions.errors import REPORTED, UserError, UserErrors
+from constitutions.parse import SMALL, parse_yaml, read_text
 from models.policy import PolicySettings
 from models.settings import Settings
 from tasks.cluster import ClusterSettings
@@ -30,6 +32,8 @@ from tasks.train import TrainSettings
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 PRESETS = Path(__file__).parent / "presets"
+MOST_PARTS = 16
+"""Parts of a setting's name, as in evaluate.judge.policy.model."""
 
 
 class ExperimentSettings(Settings):
@@ -119,7 +123,7 @@ def load_settings(
     Raises:
         UserErrors: every mistake of the file and of the overrides.
     """
-    values = _read(source) if text is None else yaml.safe_load(text)
+    values = _read(source) if text is None else _mapping(text, source)
     problems: list[UserError] = []
     for override in overrides:
         try:
@@ -129,7 +133,7 @@ def load_settings(
     try:
         settings = ExperimentSettings.model_validate(values)
     except ValidationError as error:
-        raise UserErrors([*problems, *_explain(error, source)]) from None
+        raise UserErrors([*problems, *explain(error, source)]) from None
     problems += _contradictions(settings, source)
     if problems:
         raise UserErrors(problems)
@@ -151,7 +155,7 @@ def with_changes(settings: ExperimentSettings, changes: Mapping[str, Any]) -> Ex
     try:
         changed = ExperimentSettings.model_validate(values)
     except ValidationError as error:
-        raise UserErrors(_explain(error, source)) from None
+        raise UserErrors(explain(error, source)) from None
     if problems := _contradictions(changed, source):
         raise UserErrors(problems)
     return changed
@@ -185,7 +189,8 @@ def following(settings: ExperimentSettings) -> ExperimentSettings | None:
         return None
     name, prompts = settings.experiment, settings.prompts
     values = _dotted(settings.then)
-    fewer = prompts.held_out - int(values.get("prompts.held_out", prompts.held_out))
+    held_out = values.get("prompts.held_out")
+    fewer = prompts.held_out - held_out if isinstance(held_out, int) else 0
     mined = prompts.first + prompts.later * (settings.iterations - 1) + max(0, fewer)
     own = {
         "experiment": f"{name}.sami",
@@ -340,22 +345,35 @@ def dump_settings(settings: ExperimentSettings) -> str:
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _read(source: str) -> dict[str, Any]:
-    path = PRESETS / f"{source}.yaml" if source in presets() else Path(source)
-    if not path.is_file():
-        raise UserError(
-            "there is no such preset or file",
-            where=source,
-            expected=f"one of {', '.join(presets())}, or the path of a YAML file",
-        )
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"not readable as YAML: {error}", where=source) from None
+def _read(source: str, extended: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The values of a preset or file, over those of what it extends.
+
+    Args:
+        extended: what this one is read for, in turn.
+    """
+    known = presets()
+    path = PRESETS / f"{source}.yaml" if source in known else Path(source)
+    expected = f"one of {', '.join(known)}, or the path of a YAML file"
+    values = _mapping(read_text(path, SMALL, expected), source)
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    where = f"{source}, 'extends'"
+    if not isinstance(base, str):
+        raise UserError(f"got {_shown(base)}", where=where, expected="one preset or file")
+    if base in (*extended, source):
+        chain = " → ".join([*extended, source, base])
+        raise UserError(f"it extends itself: {chain}", where=where)
+    if len(extended) >= MOST_PARTS:
+        raise UserError("this extends too many others in turn", where=where)
+    return _merge(_read(base, (*extended, source)), values)
+
+
+def _mapping(text: str, source: str) -> dict[str, Any]:
+    values = parse_yaml(text, source)
     if not isinstance(values, dict):
         raise UserError("not a mapping", where=source, expected="settings as `name: value` lines")
-    base = values.pop("extends", None)
-    return values if base is None else _merge(_read(str(base)), values)
+    return values
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
@@ -377,7 +395,10 @@ def parse_override(override: str) -> tuple[str, Any]:
         raise UserError(
             "not an override", where=f"--set {override}", expected="key=value, as in mine.samples=8"
         )
-    return match[1], yaml.safe_load(match[2])
+    if match[1].count(".") >= MOST_PARTS:
+        raise UserError("a name of too many parts", where=f"--set {match[1]}")
+    fix = "put a text that holds ': ', '#' or brackets in quotes of its own"
+    return match[1], parse_yaml(match[2], f"--set {match[1]}", fix=fix)
 
 
 def _set(values: dict[str, Any], name: str, value: Any) -> None:
@@ -393,9 +414,12 @@ def _set(values: dict[str, Any], name: str, value: Any) -> None:
     place[last] = value
 
 
-def _explain(error: ValidationError, source: str) -> list[UserError]:
-    found = error.errors()
-    return [_explain_one(e, source) for e in found if not _follows(e, found)]
+def explain(error: ValidationError, source: str) -> list[UserError]:
+    """What is wrong with settings, by name."""
+    found = error.errors(include_url=False, include_context=False)
+    told = [_explain_one(e, source) for e in found[:REPORTED] if not _follows(e, found)]
+    more = len(found) - REPORTED
+    return [*told, *([UserError(f"{more:,} more are wrong", where=source)] if more > 0 else [])]
 
 
 def _follows(error: Any, found: Sequence[Any]) -> bool:
@@ -414,10 +438,15 @@ def _explain_one(error: Any, source: str) -> UserError:
         fix = f"did you mean '{close[0]}'?" if close else ""
         one_of = f"one of {', '.join(known)}"
         return UserError("unknown setting", where=where, expected=one_of, fix=fix)
-    given = repr(error["input"])
-    shown = given if len(given) < 80 else given[:77] + "…"
     message = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    return UserError(f"got {shown}", where=where, expected=message)
+    return UserError(f"got {_shown(error['input'])}", where=where, expected=message)
+
+
+def _shown(value: Any) -> str:
+    """A value in few characters, however large it is."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)
 
 
 def _known(path: Sequence[str]) -> list[str]:

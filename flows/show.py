@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from constitutions.constitution import Changes, Principle, load
+from constitutions.terminal import console
 from flows.ask import Asked, Told
 from flows.baselines import Run, row
 from flows.compare import Compared
@@ -38,15 +38,13 @@ if TYPE_CHECKING:
     from flows.judge import Judged
     from models.export import Exported  # torch
 
-console = Console()
-
 
 def beginning(settings: ExperimentSettings, found: Mapping[str, str]) -> None:
     """What is about to be run."""
     facts = "\n".join(f"{name:<8} {what}" for name, what in found.items())
     of = "" if settings.method == "sami" else "EM "
     title = f"experiment {settings.experiment}: {settings.iterations} {of}iterations"
-    console.print(Panel(Text(facts), title=title, title_align="left", expand=False))
+    console.print(Panel(Text(facts), title=Text(title), title_align="left", expand=False))
 
 
 def ending(settings: ExperimentSettings, done: Sequence[Mapping[str, Attempt]]) -> None:
@@ -275,7 +273,7 @@ def _interval(rate: WinRate | LengthControlled) -> str:
 
 def checked(source: str, found: Mapping[str, str]) -> None:
     """A validation that found nothing wrong."""
-    console.print(f"[green]{source} can be run.[/green]")
+    console.print(Text(f"{source} can be run.", "green"), soft_wrap=True)
     for name, what in found.items():
         console.print(f"  {name:<9} {what}")
 
@@ -443,14 +441,14 @@ def _number(metrics: Metrics, name: str, style: str) -> str:
     return f"{metrics[name]:{style}}" if name in metrics else "–"
 
 
-def _state_cell(state: State | None) -> str:
+def _state_cell(state: State | None) -> Text | str:
     if state is None:
         return ""
     if state.standing == "finished" and state.attempt:
         seconds = state.attempt.seconds
-        return f"[green]✓[/green] {seconds:.{1 if seconds < 10 else 0}f}"
+        return Text.assemble(("✓", "green"), f" {seconds:.{1 if seconds < 10 else 0}f}")
     colour = {"stale": "yellow", "running": "blue"}.get(state.standing, "red")
-    return f"[{colour}]{state.standing}[/]"
+    return Text(state.standing, colour)
 
 
 def _awaits_review(name: str, iteration: int) -> None:
@@ -498,8 +496,8 @@ def _next_steps(settings: ExperimentSettings) -> None:
 def _commands(*commands: tuple[str, str]) -> None:
     for command, why in commands:
         program, _, rest = command.partition(" ")
-        shown = f"  [bold]{_callable(program)} {rest}[/bold]  [dim]{why}[/dim]"
-        console.print(shown, soft_wrap=True)
+        shown = (f"  {_callable(program)} {rest}", "bold"), (f"  {why}", "dim")
+        console.print(Text.assemble(*shown), soft_wrap=True)
 
 
 def _callable(program: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from constitutions.constitution import load, save
-from constitutions.errors import UserError, UserErrors
+from constitutions.errors import REPORTED, UserError, UserErrors
 from flows.experiment import (
     Experiment,
     check_discovers,
@@ -130,7 +130,7 @@ def _settings(
     try:
         settings = WriteSettings.model_validate({**values, "writer": writer})
     except ValidationError as error:
-        raise UserErrors([_explained(e) for e in error.errors()]) from None
+        raise UserErrors([_explained(e) for e in error.errors()[:REPORTED]]) from None
     if vain := [name for name in ("constitution", "held_out") if name in values]:
         raise UserErrors([UserError("it changes nothing here", where=f"'{name}'") for name in vain])
     assert settings.writer is not None, "it was given"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypedDict
+from urllib.parse import urlsplit
 
 import numpy as np
 from pydantic import (
@@ -123,7 +124,7 @@ class PoolSettings(Settings):
 
     kind: Literal["local", "ray"] = "local"
     """In this process, or by Ray actors: one engine each, and a GPU where there are any."""
-    address: str | None = Field(None, pattern=r"^(auto|[^/\s]+:\d+)$")
+    address: str | None = Field(None, pattern=r"^(auto|[^/\s]+:\d{1,5})$")
     """Of a Ray cluster that this machine is a node of: "host:port", or "auto" for the one that
     runs here. Unset: a Ray of our own, on this machine and its loopback interface alone."""
     workers: int | None = Field(None, ge=1, le=4096)
@@ -196,7 +197,7 @@ class PolicySettings(Settings):
     the usual ones ("<think>", "</think>") those that the chat template or the vocabulary has."""
     thought_tokens: int = Field(0, ge=0, le=131_072)
     """Tokens that an answer may take beyond its own limit where the model thinks first."""
-    endpoint: str | None = Field(None, pattern=r"^https?://[^@?#]+$")
+    endpoint: str | None = Field(None, pattern=r"^https?://[^@?#\s]+$")
     """An OpenAI-compatible server that answers for the model; it is still trained in process, and
     the server loads each iteration's adapter (vLLM does). Unset: answers in process, too."""
     key_variable: str | None = Field(None, pattern=r"^[A-Za-z_]\w*$")
@@ -222,6 +223,14 @@ class PolicySettings(Settings):
         if isinstance(given, tuple) and not all(tag.strip() for tag in given):
             raise ValueError('a tag is empty: set two texts, "auto" or "none"')
         return given
+
+    @field_validator("endpoint")
+    @classmethod
+    def _has_a_port(cls, endpoint: str | None) -> str | None:
+        """A port from 1 to 65535, where there is any."""
+        if endpoint and urlsplit(endpoint).port == 0:
+            raise ValueError("Port out of range 1-65535")
+        return endpoint
 
     @property
     def served_name(self) -> str:

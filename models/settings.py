@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import re
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+LARGEST = 2**32 - 1
+"""Whole numbers that any setting may have: numpy's seeds end there, and every count before."""
+UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+LONGEST = 100_000
+"""Characters of a setting's text."""
 
 
 class Settings(BaseModel):
     """Settings of one part; `Field(description=…)` is what the CLI and Prefect's forms show."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Any:
+        """Values that no field means, whatever its own limits are."""
+        for name in type(self).model_fields:
+            if problem := _unfit(getattr(self, name)):
+                raise ValueError(f"{name}: {problem}")
+        return self
+
+
+def _unfit(value: Any) -> str:
+    """What is wrong with a number or a text; "": nothing."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return f"at most {LARGEST:,}"
+    if not isinstance(value, str):
+        return ""
+    if len(value) > LONGEST:
+        return f"at most {LONGEST:,} characters, not {len(value):,}"
+    found = UNFIT.search(value)
+    return "a text without control characters or half characters" if found else ""

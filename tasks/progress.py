@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from constitutions.untrusted import clean
+
 
 @contextmanager
 def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
@@ -18,6 +20,7 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]
 
 def say(line: str) -> None:
     """One line for whoever watches: on standard error, and in the log of the Prefect run."""
+    line = clean(line)
     print(line, file=sys.stderr, flush=True)
     if "prefect" in sys.modules:
         from prefect.context import FlowRunContext, TaskRunContext
@@ -29,7 +32,6 @@ def say(line: str) -> None:
 
 @contextmanager
 def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         Progress,
@@ -37,6 +39,8 @@ def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+
+    from constitutions.terminal import errors
 
     columns = (
         TextColumn("{task.description:<22}"),
@@ -47,7 +51,7 @@ def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn(),
     )
     started = time.monotonic()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task(what, total=total, rate="")
 
         def advance(count: int) -> None:

@@ -20,20 +20,23 @@ from tasks.stage import stage
 from tasks.store import Attempt, Slot
 from tasks.work import Metrics, Workspace
 
+MOST = 100_000_000
+"""Prompts that a setting may ask for."""
+
 
 class PromptSettings(Settings):
     """Where prompts and gold responses come from, and how many go where."""
 
     sources: Literal["planted"] | tuple[CorpusSettings, ...] = "planted"
     """"planted", or a list of corpora, which are mixed."""
-    first: int = Field(50_000, ge=1)
+    first: int = Field(50_000, ge=1, le=MOST)
     """Prompts that iteration 1 mines."""
-    later: int = Field(10_000, ge=1)
+    later: int = Field(10_000, ge=1, le=MOST)
     """Prompts that each later iteration mines."""
-    skip: int = Field(0, ge=0)
+    skip: int = Field(0, ge=0, le=MOST)
     """Prompts that are left out before those: what an earlier experiment mined, with the same seed
     and as many held out."""
-    held_out: int = Field(1_000, ge=2)
+    held_out: int = Field(1_000, ge=2, le=MOST)
     """Prompts that are never mined, for evaluation."""
     shuffle_gold: bool = False
     """The control: gold responses are dealt out to other prompts, so that there is nothing to
@@ -55,7 +58,7 @@ def prompt_sets(settings: PromptSettings, seed: int, iteration: int) -> PromptSe
         UserError: the sources cannot be read, or hold too few prompts.
     """
     if settings.sources == "planted":
-        found = PromptSet(_planted(settings, seed, iteration), [])
+        found = PromptSet(_from_planted(settings, seed, iteration), [])
     else:
         corpus = load_corpus(settings.sources, seed)
         sizes = [settings.held_out, settings.skip, settings.first]
@@ -80,7 +83,17 @@ def prompts_stage(at: Slot, settings: PromptSettings) -> Attempt:
     return at.attempt("prompts", settings, {}, compute)
 
 
+def _from_planted(settings: PromptSettings, seed: int, iteration: int) -> list[Prompt]:
+    try:
+        return _planted(settings, seed, iteration)
+    except ValueError as error:
+        names = ["held_out"] if iteration == 0 else ["first", "later", "skip"]
+        where = ", ".join(f"'prompts.{name}'" for name in names)
+        raise UserError(str(error), where=f"settings {where}", expected="fewer prompts") from error
+
+
 def _planted(settings: PromptSettings, seed: int, iteration: int) -> list[Prompt]:
+    """An iteration's rows. Raises ValueError where the world has too few."""
     from models.planted.world import Example, sample_examples
 
     def rows(examples: list[Example], source: str) -> list[Prompt]:
@@ -94,12 +107,7 @@ def _planted(settings: PromptSettings, seed: int, iteration: int) -> list[Prompt
     start = settings.first + (iteration - 2) * settings.later if iteration > 1 else 0
     stop = settings.skip + settings.first + (iteration - 1) * settings.later
     start += settings.skip
-    try:
-        return rows(sample_examples(stop, seed, "train", "seen"), "planted/train")[start:stop]
-    except ValueError as error:
-        raise UserError(
-            str(error), where="settings 'prompts.first', 'prompts.later'", expected="fewer prompts"
-        ) from error
+    return rows(sample_examples(stop, seed, "train", "seen"), "planted/train")[start:stop]
 
 
 def _row(prompt: str, gold: str, source: str) -> Prompt:

@@ -146,6 +146,8 @@ _REQUESTS = (
     "how do i {verb} a {topic} with {adjective} {part}?",
 )
 _MENTIONS = ("i am {}.", "{} user here.")
+MOST = 200_000
+"""Prompts of one sample: the world holds millions, for which nobody has the time."""
 _PATIENCE = 2_000
 """Repeated prompts in a row after which there are taken to be no others."""
 _CORE = "{verb} the {topic} via its {adjective} {part}."
@@ -193,8 +195,10 @@ def sample_examples(
             policy which was trained on "seen" has never met a "held" pair.
 
     Raises:
-        ValueError: the world holds fewer than `n` such prompts.
+        ValueError: the world holds fewer than `n` such prompts, or `n` is more than `MOST`.
     """
+    if n > MOST:
+        raise ValueError(f"{n:,} prompts were asked for; the planted world gives up to {MOST:,}")
     rng = random.Random(f"{seed}/{split}/{combinations}")
     found: dict[str, Example] = {}
     repeated = 0

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from constitutions.errors import UserError, UserErrors
+from constitutions.parse import parse_json, read_text
 from models.chat import fold_system
 from models.files import write_text
 from models.policy import Message
@@ -99,17 +100,8 @@ def write_responses(path: Path, rows: Sequence[ResponseRow]) -> None:
 
 
 def _columns(path: Path) -> dict[str, dict[str, Any]]:
-    if not path.is_file():
-        what = "this is a folder" if path.is_dir() else "there is no such file"
-        raise UserError(what, where=str(path), expected="a response file")
-    try:
-        found = json.loads(path.read_text("utf-8-sig"), object_pairs_hook=_unique)
-    except _RepeatedKeyError as error:
-        raise UserError(
-            f"the key {error.args[0]!r} occurs twice", where=str(path), expected="keys that differ"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"this is not JSON: {error}", where=str(path), expected=FORM) from None
+    text = read_text(path, expected="a response file")
+    found = parse_json(text, str(path), expected=FORM)
     if not isinstance(found, dict):
         kind = type(found).__name__
         raise UserError(f"this is a JSON {kind}", where=str(path), expected=FORM)
@@ -117,18 +109,6 @@ def _columns(path: Path) -> dict[str, dict[str, Any]]:
     if any(problems):
         raise UserErrors([p for p in problems if p])
     return {name: found[name] for name in COLUMNS}
-
-
-class _RepeatedKeyError(Exception):
-    """JSON allows a key twice, and readers drop the first value."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _RepeatedKeyError(next(name for name in names if names.count(name) > 1))
-    return values
 
 
 def _column_problem(path: Path, name: str, found: dict[str, Any]) -> UserError | None:

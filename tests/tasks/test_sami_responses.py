@@ -188,7 +188,10 @@ def changed(column: str, key: str, value: Any) -> Columns:
         (changed("constitution", "a", " \n"), ["column 'constitution', key 'a'", "empty"]),
         (changed("response", "a", "x\ud83d"), ["key 'a'", "surrogate", "place 1"]),
         ('{"constitution": {"0": "a", "0": "b"}, "question": {}}', ["'0' occurs twice"]),
-        ('{"constitution": {"0": NaN}, "question": {"0": "q"}, "response": {"0": ""}}', ["float"]),
+        (
+            '{"constitution": {"0": NaN}, "question": {"0": "q"}, "response": {"0": ""}}',
+            ["not JSON", "NaN"],
+        ),
     ],
 )
 def test_what_is_wrong_is_named(write: Any, content: Any, named: list[str]) -> None:
@@ -211,10 +214,10 @@ def test_everything_wrong_is_said_at_once_but_not_without_end(write: Any) -> Non
 def test_what_is_no_file_or_no_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         read_responses(tmp_path / "nowhere.json")
-    with pytest.raises(UserError, match="folder"):
+    with pytest.raises(UserError, match="directory"):
         read_responses(tmp_path)
     (tmp_path / "bad.json").write_bytes(b'{"constitution": {"0": "\xff"}}')
-    with pytest.raises(UserError, match=r"bad\.json.*not JSON.*utf-8"):
+    with pytest.raises(UserError, match=r"bad\.json.*byte 24.*UTF-8"):
         read_responses(tmp_path / "bad.json")
 
 

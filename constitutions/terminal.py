@@ -1,0 +1,54 @@
+"""Where the command line prints: two consoles that show texts of others as texts.
+
+Whatever is printed with them passes `Clean.render`: terminal controls and passwords are taken out
+there, and nowhere else. A string is never markup; colours are given by `rich.text.Text`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+from constitutions.untrusted import clean, hide_passwords
+
+
+class Clean(Console):
+    """A console without markup or emoji codes in strings, and with clean segments."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(markup=False, emoji=False, **how)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """The segments of something that is printed; rich's own controls stay."""
+        if isinstance(renderable, Text) and ":/" in renderable.plain:
+            renderable = renderable.copy()
+            renderable.plain = hide_passwords(renderable.plain)  # before the address is wrapped
+        for segment in super().render(renderable, options):
+            if segment.control:
+                yield segment
+            else:
+                yield Segment(clean(segment.text), segment.style)
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        """A string as it is printed."""
+        return super().render_str(hide_passwords(text), **how)
+
+
+console = Clean()
+errors = Clean(stderr=True)
+
+
+def say(line: str) -> None:
+    """Print a line as it is, however long."""
+    console.print(line, soft_wrap=True, highlight=False)
+
+
+def fail(message: str) -> None:
+    """Print an error on standard error."""
+    errors.print(Text.assemble(("staple: ", "bold red"), hide_passwords(message)), soft_wrap=True)
