@@ -90,7 +90,9 @@ class Chat:
         Raises:
             ChatError: the template refuses it.
         """
-        return self._apply(self._shown(messages), ask)
+        ids = self._apply(self._shown(messages), ask)
+        self._check_answers(messages, ids)
+        return ids
 
     def words(self, text: str) -> list[int]:
         """Token ids of what an assistant says: no control token is among them."""
@@ -234,6 +236,21 @@ class Chat:
             return Answered(before + self._thinking(silent), self.words(text) + end)
         rendered = self._rendered(messages, text, before)
         return Answered(before, rendered or self.words(text) + end)
+
+    def _check_answers(self, messages: Sequence[Message], ids: Sequence[int]) -> None:
+        """Templates cut what stands before a closing tag: thoughts, but also an answer about it."""
+        close = self.tags.close if self.tags else None
+        said = [m["content"] for m in messages if m["role"] == "assistant"]
+        quoting = [text for text in said if close and close in text]
+        if not quoting:
+            return
+        assert self.tags is not None
+        opened = self.opens_thought(self._apply([_user(ASKED)], ask=True))
+        shown = "".join(self._spelt(ids).split())
+        for text in quoting:
+            answer = tell_apart(text, self.tags, opened=opened).answer
+            if "".join(answer.split()) not in shown:
+                raise ChatError(f"the chat template cuts an answer with {close} in it")
 
     def _rendered(
         self, messages: Sequence[Message], text: str, before: list[int]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from constitutions.errors import UserError
+from models.chat import Chat
 from models.foreign_text import control_strings, disarm
 from models.judges import Grade, Judgement, Pair, decide, per_pair
 from models.policy import Message, PolicySettings, Progress
@@ -38,7 +39,9 @@ def load_reward_model(settings: PolicySettings, *, tie: float = 1e-4) -> RewardM
     if settings.threads:
         torch.set_num_threads(settings.threads)
     name = settings.model.rstrip("/").rsplit("/", 1)[-1]
-    return RewardModel(model, tokenizer, name=name, tie=tie, batch_rows=settings.batch_rows or 64)
+    chat = Chat(tokenizer, settings)
+    rows = settings.batch_rows or 64
+    return RewardModel(model, tokenizer, chat=chat, name=name, tie=tie, batch_rows=rows)
 
 
 def _load(
@@ -122,12 +125,13 @@ class RewardModel:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        chat: Chat,
         name: str,
         tie: float,
         batch_rows: int,
     ) -> None:
         self.model, self.tokenizer, self.tie, self.batch_rows = model, tokenizer, tie, batch_rows
-        self.name = f"reward:{name}"
+        self.chat, self.name = chat, f"reward:{name}"
         self.context = int(getattr(model.config, "max_position_embeddings", 1 << 30))
         self._control = control_strings(tokenizer)
         self._pad_given = model.config.pad_token_id
@@ -162,8 +166,8 @@ class RewardModel:
         """Token ids of the conversation; control tokens in its texts are broken (`disarm`)."""
         turns: list[Message] = [*prompt, {"role": "assistant", "content": response}]
         safe = [{**t, "content": disarm(t["content"], self._control)} for t in turns]
-        text = self.tokenizer.apply_chat_template(
-            cast("list[dict[str, str]]", safe), tokenize=False
+        text = cast(Any, self.tokenizer).apply_chat_template(
+            safe, tokenize=False, chat_template=self.chat.template, **self.chat.arguments
         )
         return list(self.tokenizer(cast(str, text), add_special_tokens=False)["input_ids"])
 

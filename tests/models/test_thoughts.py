@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,6 +132,34 @@ def test_a_thought_that_the_prompt_opened_is_no_answer(directory: Path) -> None:
     assert all(c.text and not c.thoughts for some in off.generate(requests) for c in some)
     room = policy_of(directory, thought_tokens=5)
     assert max(c.tokens for some in room.generate(requests) for c in some) == 17
+
+
+def test_an_end_that_is_spelt_in_words_stops_an_answer(directory: Path, tmp_path: Path) -> None:
+    """No token of its own ends a turn: the end is found in the text, and is not in the answer."""
+    policy = policy_of(copy_with(directory, tmp_path / "chatml", CHATML))
+    request = Request(messages=USER, key="k", temperature=0.0, max_tokens=24)
+    ((whole,),) = policy.generate([request])
+    mark = re.findall("[a-z]{3,6}", whole.text)[-1]
+    said = "<|im_start|>assistant\n{{ m['content'] }}"
+    endless = CHATML.replace(f"{said}<|im_end|>", said + mark)
+    policy.chat = type(policy.chat)(policy.tokenizer)
+    policy.chat.template = endless
+    assert policy.chat.stop_texts == (mark,) and not policy.chat.stop_tokens
+    ((cut,),) = policy.generate([request])
+    assert (cut.text, cut.finish) == (whole.text.partition(mark)[0].strip(), "stop")
+    assert policy.tokenizer.decode(policy.chat.answered(USER, "Fig.").answer) == "Fig." + mark
+
+
+def test_an_answer_about_the_tags_is_not_cut_in_silence(directory: Path) -> None:
+    """Templates drop what stands before a closing tag in an earlier answer."""
+    policy = policy_of(directory, template_arguments={"enable_thinking": False})
+    again = {"role": "user", "content": "Again."}
+    quoting = {"role": "assistant", "content": "Write </think> to close."}
+    thinking = {"role": "assistant", "content": "<think>hm</think>Fig."}
+    for said, finish in ((quoting, {"refused"}), (thinking, {"length", "stop"})):
+        messages = (*USER, said, again)
+        ((found,),) = policy.generate([Request(messages=messages, key="k", max_tokens=4)])  # type: ignore[arg-type]
+        assert {found.finish} <= finish
 
 
 def test_a_given_response_is_scored_after_an_empty_thought(directory: Path) -> None:
