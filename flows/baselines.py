@@ -14,7 +14,7 @@ from prefect.artifacts import create_table_artifact
 
 from constitutions.errors import UserError
 from flows.em import em_experiment
-from flows.experiment import note_settings
+from flows.experiment import note_settings, writing
 from flows.publish import Attempts, iteration_metrics, rate_text
 from flows.settings import ExperimentSettings, parse_override, with_changes
 from flows.states import unchanged
@@ -131,9 +131,10 @@ def row(run: Run) -> dict[str, str]:
 
 
 def _run(settings: ExperimentSettings) -> list[Attempts]:
-    note_settings(settings)
-    found = unchanged(settings)
-    return em_experiment(settings) if found is None else found
+    with writing(settings.experiment, f"staple baselines ({settings.experiment})"):
+        note_settings(settings)
+        found = unchanged(settings)
+        return em_experiment(settings) if found is None else found
 
 
 def _trained_tokens(done: Sequence[Attempts]) -> int | None:

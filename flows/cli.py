@@ -58,7 +58,7 @@ def run(
     force: Force = False,
 ) -> None:
     """Run an experiment: its iterations, then a table. What the record has is not recomputed."""
-    from flows.experiment import note_settings, parse_place, recorded_settings
+    from flows.experiment import note_settings, parse_place, recorded_settings, writing
     from flows.settings import load_settings, parse_overrides
 
     recorded = resume or bool(start)
@@ -71,15 +71,18 @@ def run(
     from flows.together import go_on
 
     show.beginning(settings, check_all(settings))
-    note_settings(settings, list(parse_overrides(set_ or [])) if recorded else None)
-    done = None if force or place else unchanged(settings)
-    if done is None:
-        ask_server(settings)
-        done = em_experiment(settings, force, place)
-    show.ending(settings, done)
-    if followed := go_on(settings, done, resume=recorded, force=force):
-        show.ending(followed.settings, followed.done)
-        say(f"Both in one report: {followed.report}")
+    with writing(settings.experiment, f"staple run {settings.experiment}"):
+        if recorded:  # as a run that was waited for has left them
+            settings = recorded_settings(source, set_ or [])
+        note_settings(settings, list(parse_overrides(set_ or [])) if recorded else None)
+        done = None if force or place else unchanged(settings)
+        if done is None:
+            ask_server(settings)
+            done = em_experiment(settings, force, place)
+        show.ending(settings, done)
+        if followed := go_on(settings, done, resume=recorded, force=force):
+            show.ending(followed.settings, followed.done)
+            say(f"Both in one report: {followed.report}")
 
 
 @app.command()

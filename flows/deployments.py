@@ -16,7 +16,7 @@ from pydantic import Field
 
 from constitutions.errors import UserError
 from flows.em import em_experiment
-from flows.experiment import is_recorded, note_settings, recorded_settings
+from flows.experiment import is_recorded, note_settings, recorded_settings, writing
 from flows.forms import Form, changes, form_of
 from flows.preflight import ask_server, check_all
 from flows.settings import ExperimentSettings, load_settings, presets, with_changes
@@ -70,13 +70,16 @@ def experiment(
     given = recorded_settings(source) if known else load_settings(source)
     chosen = with_changes(given, wanted)
     check_all(chosen)
-    note_settings(chosen, list(wanted) if resume else None)
-    found = None if force else unchanged(chosen)
-    if found is None:
-        ask_server(chosen)
-    # in this very run, which the review can suspend
-    done = em_experiment.fn(chosen, force) if found is None else found
-    followed = go_on(chosen, done, resume=resume, force=force)
+    with writing(chosen.experiment, f"the form of {chosen.experiment}"):
+        if known:  # as a run that was waited for has left them
+            chosen = with_changes(recorded_settings(source), wanted)
+        note_settings(chosen, list(wanted) if resume else None)
+        found = None if force else unchanged(chosen)
+        if found is None:
+            ask_server(chosen)
+        # in this very run, which the review can suspend
+        done = em_experiment.fn(chosen, force) if found is None else found
+        followed = go_on(chosen, done, resume=resume, force=force)
     if found is not None and not (followed and followed.computed):
         stages = sum(map(len, found))
         return _unchanged(f"all {stages} stages of {chosen.experiment} are as recorded")

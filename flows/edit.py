@@ -18,6 +18,7 @@ from flows.experiment import (
     newest,
     open_experiment,
     recorded_settings,
+    writing,
 )
 from flows.review import record_review
 from tasks.progress import say
@@ -68,14 +69,15 @@ def edit(
         _begin(draft, standing)
         _open_editor(draft, command)
     source = file or draft
-    try:
-        verdict = _verdict(clustered, standing, source, decided_by, note)
-        reviewed = record_review(opened, t, clustered, verdict)
-    except UserError as error:
-        again = f"{command} --file {file}" if file else command
-        raise UserError(str(error), fix=f"mend {source}, then: {again}") from None
-    if not opened.settings_at(t).review.enabled:
-        opened.record.change(t, {"review.enabled": True})
+    with writing(experiment, f"staple constitution edit {experiment}"):
+        try:
+            verdict = _verdict(clustered, standing, source, decided_by, note)
+            reviewed = record_review(opened, t, clustered, verdict)
+        except UserError as error:
+            again = f"{command} --file {file}" if file else command
+            raise UserError(str(error), fix=f"mend {source}, then: {again}") from None
+        if not opened.settings_at(t).review.enabled:
+            opened.record.change(t, {"review.enabled": True})
     if source.absolute() == draft.absolute():
         draft.unlink()
     before, after = (load(attempt.path(FILE)) for attempt in (clustered, reviewed))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from prefect import flow
 
 from flows import review, sami
-from flows.experiment import Experiment, Place, open_experiment
+from flows.experiment import Experiment, Place, open_experiment, writing
 from flows.publish import Attempts, publish_experiment, publish_iteration
 from flows.settings import ExperimentSettings
 from tasks.cluster import cluster_stage
@@ -68,7 +68,7 @@ def steps(e: Experiment, t: int) -> Iterator[Attempt]:
 def em_experiment(
     settings: ExperimentSettings, force: bool = False, start: Place | None = None
 ) -> list[Attempts]:
-    """T EM iterations, after the initial policy's own answers (iteration 0).
+    """T EM iterations, after the initial policy's own answers (iteration 0); alone on its record.
 
     Where a person has to review and cannot be asked from here, the answer ends with the iteration
     that waits; it lacks "train".
@@ -77,17 +77,18 @@ def em_experiment(
         force: compute again what the record has.
         start: compute again from this stage on; all before it as the record has it.
     """
-    experiment = open_experiment(settings, force=force, start=start)
-    done: list[Attempts] = []
-    for t in range(settings.iterations + 1):
-        done.append(em_iteration(settings, t, force, start))
-        if t and "train" not in done[t]:
-            if not review.can_ask():
-                return done
-            review.ask(experiment, t, done[t]["cluster"])
-            done[t] = em_iteration(settings, t, force, start)
-    publish_experiment(experiment, done)
-    return done
+    with writing(settings.experiment, f"staple run {settings.experiment}"):
+        experiment = open_experiment(settings, force=force, start=start)
+        done: list[Attempts] = []
+        for t in range(settings.iterations + 1):
+            done.append(em_iteration(settings, t, force, start))
+            if t and "train" not in done[t]:
+                if not review.can_ask():
+                    return done
+                review.ask(experiment, t, done[t]["cluster"])
+                done[t] = em_iteration(settings, t, force, start)
+        publish_experiment(experiment, done)
+        return done
 
 
 @flow(name="em-iteration", flow_run_name="{settings.experiment} iteration {iteration}")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from flows.settings import (
 from tasks.basemodels import BaseModelFiles, kept_model, resolve_model
 from tasks.policies import PolicySource
 from tasks.review import ReviewSettings, Verdict, recorded_verdict
-from tasks.store import Attempt, Looker, Mode, Record, Slot
+from tasks.store import Attempt, Attempts, Looker, Mode, Record, Slot
+from tasks.writer import made
+from tasks.writer import writing as hold
 
 STAGES = (
     *("prompts", "write", "mine", "score", "filter", "cluster", "review"),
@@ -65,6 +68,8 @@ class Experiment:
     only: Place | None = None
     start: Place | None = None
     look: Looker | None = None
+    made: Attempts = field(default_factory=dict, compare=False, repr=False)
+    """What this run has made or found so far: it feeds on that, whatever is current by now."""
 
     @cached_property
     def model(self) -> BaseModelFiles:
@@ -87,7 +92,7 @@ class Experiment:
     def slot(self, iteration: int) -> Slot:
         """Where an iteration's stages run."""
         mode = partial(self._mode, iteration)
-        return Slot(self.record, iteration, self.settings.seed, mode, self.look)
+        return Slot(self.record, iteration, self.settings.seed, mode, self.look, made=self.made)
 
     def _mode(self, iteration: int, stage: str) -> Mode:
         if self.only and (iteration, stage) != self.only:
@@ -98,14 +103,16 @@ class Experiment:
         return "force" if self.force else "ask"
 
     def needs(self, stage: str, iteration: int) -> Attempt:
-        """The current attempt of a stage; when one only looks, a placeholder where there is none.
+        """The attempt of a stage that this run made, found or read first, else the current one.
+
+        When one only looks, a placeholder where there is none.
 
         Raises:
             UserError: it was never finished.
         """
         if self.look:
             return self.look.attempt(stage, iteration)
-        return self.record.needs(stage, iteration)
+        return self.slot(iteration).needs(stage, iteration)
 
     def policy(self, iteration: int, t: int | None = None) -> PolicySource:
         """The policy that an iteration's training left, held as iteration `t` (or it) asks.
@@ -138,17 +145,20 @@ class Experiment:
             return None
         settings = recorded_settings(self.settings.after)
         check_succession(settings, self.settings)
-        found = open_experiment(settings)
+        found = open_experiment(settings, made=self.made)
         found.newest("train")
         return found
 
     def newest(self, stage: str) -> Attempt:
-        """The current attempt of the newest iteration that finished a stage.
+        """The attempt of the newest iteration that finished a stage, as this run found it first.
 
         Raises:
             UserError: none did.
         """
-        return newest(self.settings, stage, None)
+        key = self.settings.experiment, f"newest {stage}", 0
+        if key not in self.made:
+            self.made[key] = newest(self.settings, stage, None)
+        return self.made[key]
 
     def discovered(self) -> Attempt | None:
         """The constitution that the experiment before this one ended with."""
@@ -209,7 +219,13 @@ def record_of(experiment: str) -> Record:
 
 def open_experiment(settings: ExperimentSettings, **how: Any) -> Experiment:
     """Open the record of an experiment; `how` as `Experiment` has it."""
-    return Experiment(settings, record_of(settings.experiment), **how)
+    record = record_of(settings.experiment)
+    return Experiment(settings, record, **{"made": made(record), **how})
+
+
+def writing(experiment: str, command: str) -> AbstractContextManager[None]:
+    """Be the only one that writes an experiment, as `tasks.writer.writing`."""
+    return hold(record_of(experiment), command)
 
 
 def note_settings(settings: ExperimentSettings, keep_changes: Sequence[str] | None = None) -> None:

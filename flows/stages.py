@@ -19,6 +19,7 @@ from flows.experiment import (
     record_of,
     recorded_settings,
     stages_of,
+    writing,
 )
 from flows.publish import publish_iteration
 from flows.settings import ExperimentSettings, with_changes
@@ -35,6 +36,8 @@ def run_stage(
 ) -> Attempt:
     """Run one stage of one iteration, from the recorded outputs of the stages before it.
 
+    While another run writes the experiment, it waits.
+
     Args:
         changes: settings that hold in this iteration from now on: "cluster.max_principles" → 8.
         force: compute again what the record has.
@@ -43,10 +46,18 @@ def run_stage(
         UserError: no such experiment, stage or setting; something that it reads was never
             finished.
     """
-    settings = recorded_settings(experiment)
-    _check_place(settings, stage, iteration)
+    _check_place(recorded_settings(experiment), stage, iteration)
+    _check_changes(stage, changes or {})
+    where = f"--experiment {experiment} --iteration {iteration}"
+    with writing(experiment, f"staple stage {stage} {where}"):
+        return _run_stage(experiment, stage, iteration, changes, force)
+
+
+def _run_stage(
+    experiment: str, stage: str, iteration: int, changes: Mapping[str, Any] | None, force: bool
+) -> Attempt:
+    settings = recorded_settings(experiment)  # once they are nobody else's to change
     if changes:
-        _check_changes(stage, changes)
         record = record_of(experiment)
         with_changes(settings, {**record.changes(iteration), **changes})  # refuses what is wrong
         record.change(iteration, changes)

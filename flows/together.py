@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flows.em import em_experiment
-from flows.experiment import note_settings
+from flows.experiment import note_settings, writing
 from flows.publish import Attempts
 from flows.report import write_report
 from flows.settings import ExperimentSettings, following
@@ -46,7 +46,8 @@ def go_on(
     then = following(settings)
     if then is None or (len(done) > 1 and "train" not in done[-1]):
         return None
-    note_settings(then, [] if resume else None)
-    found = None if force else unchanged(then)
-    further = em_experiment(then, force) if found is None else found
-    return Followed(then, further, write_report([settings.experiment, then.experiment]))
+    with writing(then.experiment, f"staple run {then.experiment}"):
+        note_settings(then, [] if resume else None)
+        found = None if force else unchanged(then)
+        further = em_experiment(then, force) if found is None else found
+        return Followed(then, further, write_report([settings.experiment, then.experiment]))

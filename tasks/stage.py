@@ -29,11 +29,13 @@ def stage(name: str) -> Callable[[Stage[P]], Stage[P]]:
 
         @wraps(function)
         def run(at: Slot, /, *args: P.args, **kwargs: P.kwargs) -> Attempt:
-            if at.look is None and at.mode(name) == "take":
-                return at.record.needs(name, at.iteration)
-            if at.look is not None or FlowRunContext.get() is None:
+            if at.look is not None:
                 return function(at, *args, **kwargs)
-            return as_task(at, *args, **kwargs)
+            if at.mode(name) == "take":
+                return at.needs(name, at.iteration)
+            attempt = (as_task if FlowRunContext.get() else function)(at, *args, **kwargs)
+            at.made[attempt.key] = attempt
+            return attempt
 
         return run
 

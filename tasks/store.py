@@ -95,6 +95,10 @@ class Looker(Protocol):
     def attempt(self, stage: str, iteration: int) -> Attempt: ...
 
 
+AttemptKey = tuple[str, str, int]
+"""(experiment, stage, iteration)"""
+
+
 @dataclass(frozen=True)
 class Attempt:
     """A finished attempt of a stage: a reference to what it wrote, never the data itself."""
@@ -112,6 +116,11 @@ class Attempt:
     reused: bool
     record: Record = field(repr=False, compare=False)
 
+    @property
+    def key(self) -> AttemptKey:
+        """(experiment, stage, iteration)."""
+        return self.record.experiment, self.stage, self.iteration
+
     def path(self, name: str) -> Path:
         """Local path of an output file or folder, fetched when the store is remote.
 
@@ -127,6 +136,10 @@ class Attempt:
     def derivation(self) -> Derivation:
         """What its outputs were made from."""
         return self.record.derivation(self.run_id)
+
+
+Attempts = dict[AttemptKey, Attempt]
+"""What a run has made or found so far, and feeds on."""
 
 
 class Record:
@@ -473,8 +486,21 @@ class Slot:
     """What the stage computes on: an accelerator is held while it does."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """What else the outputs depend on, by name: the base model's digest."""
+    made: Attempts = field(default_factory=dict)
+    """What the run has made or found so far: it goes on from that, whatever is current by now."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """What is worth knowing of an attempt and changes nothing: who asked for it."""
+
+    def needs(self, stage: str, iteration: int) -> Attempt:
+        """What this run made, found or read first; else the current attempt, from now on.
+
+        Raises:
+            UserError: it was never finished.
+        """
+        key = self.record.experiment, stage, iteration
+        if key not in self.made:
+            self.made[key] = self.record.needs(stage, iteration)
+        return self.made[key]
 
     def attempt(
         self,

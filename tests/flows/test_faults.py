@@ -455,7 +455,7 @@ def test_runs_side_by_side(tmp_path: Path, migrated_database: Path) -> None:
         typed(tmp_path, "run", "lineage.yaml", "--set", f"experiment={name}", PREFECT_HOME=home)
         for name, home in (("one", "first"), ("one", "second"), ("two", "third"))
     ]
-    said = [process.communicate(timeout=300)[0] for process in runs]
+    said = [process.communicate(timeout=1200)[0] for process in runs]
     assert [process.returncode for process in runs] == [0, 0, 0], said
     done = recorded(tmp_path / ".staple" / "work" / JOURNAL)
     assert sorted(done) == sorted(2 * list(dict.fromkeys(done))), "once for each experiment"

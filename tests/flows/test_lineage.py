@@ -15,7 +15,8 @@ from command import staple
 from small_loop import run
 
 from constitutions.constitution import load, save
-from flows.experiment import open_experiment, recorded_settings
+from flows.em import steps
+from flows.experiment import open_experiment, recorded_settings, writing
 from flows.settings import ExperimentSettings, with_changes
 from flows.states import stage_states
 from models import prompts
@@ -78,6 +79,27 @@ def test_from_a_stage_on(at_home: ExperimentSettings) -> None:
 def test_one_stage_alone_reads_what_is_recorded(at_home: ExperimentSettings) -> None:
     changed = with_changes(at_home, {"mine.samples": 1, "cluster.distance_threshold": 0.31})
     assert run(changed, only=(1, "cluster")) == {("cluster", 1)}
+
+
+def test_a_run_feeds_on_what_it_made_itself(at_home: ExperimentSettings) -> None:
+    """Between two of its stages another writer, who asks nobody, finishes the same with others."""
+    with writing("lineage", "a run"):
+        first = open_experiment(at_home)
+        (answers,) = (a for a in steps(first, 0) if a.stage == "evaluate")
+        rest = steps(first, 1)
+        trained = next(attempt for attempt in rest if attempt.stage == "train")
+
+        changed = with_changes(at_home, {"train.epochs": 2, "evaluate.temperature": 0.7})
+        assert {("evaluate", 0), ("train", 1)} <= run(changed, made={})
+        current = [first.record.needs(*place) for place in (("evaluate", 0), ("train", 1))]
+        assert [a.digest for a in current] != [answers.digest, trained.digest]
+
+        (evaluated,) = rest
+        assert evaluated.inputs["initial"].digest == answers.digest
+        second = open_experiment(at_home)  # the part of a run that is the next iteration
+        assert second.policy(1, 2).adapter == trained
+    later = open_experiment(at_home).policy(1, 2).adapter
+    assert later and later.run_id == current[1].run_id
 
 
 def stale(settings: ExperimentSettings) -> dict[tuple[str, int], tuple[str, ...]]:
