@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Result, interleaved
-from models.decoding import Decoder, Sample
+from models.decoding import Decoder
+from models.engine import Sample
 from models.policy import Request
 
 PROMPTS, LENGTH, SAMPLES, NEW = 16, 200, 16, 64

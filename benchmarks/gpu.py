@@ -23,8 +23,9 @@ import torch
 from models import qlora
 from models import training as training_loop
 from models.adapter import AdapterSettings
-from models.decoding import Decoder, Sample, key_value_bytes
+from models.decoding import Decoder
 from models.encoding import Example
+from models.engine import Sample, key_value_bytes
 from models.policy import Request
 
 SHAPES: dict[str, dict[str, Any]] = {

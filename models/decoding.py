@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, product
 from typing import Any
 
-import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from constitutions.errors import UserError
+from models.engine import PASS_TOKENS, SCORED_LOGITS, Ended, Engine, Sample, Wanted
 from models.graphs import Steps
 from models.output_layer import output_only
 from models.policy import Request
@@ -26,18 +24,10 @@ from models.shared_prefix import PrefixCache, unsupported, use_shared_prefixes
 
 Tensor = torch.Tensor
 
-PASS_TOKENS = 8192
-"""Prompt tokens in one forward pass, padding included: more gains nothing, and takes memory."""
-SCORED_LOGITS = 1 << 28
-"""Logits in one pass over given responses (4 bytes each)."""
 REFILL = 0.25
 """New families are taken in when this share of the rows is free: each time, the cache is copied."""
 COMPACT = 0.125
 """Ended rows are dropped when they are this share of all."""
-MEMORY_SHARE = 0.8
-"""Of the free memory, what the rows may fill."""
-MOST_ROWS = {"cpu": 256, "cuda": 512}
-"""More rows at once gain nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +61,6 @@ class Family:
                   for a, c in zip(self.asks, cuts, strict=True)]  # fmt: skip
         first, second = (tuple(a for a in half if a.samples) for half in zip(*halves, strict=True))
         return replace(self, asks=first), replace(self, asks=second)
-
-
-@dataclass(slots=True)
-class Sample:
-    """One sample in the making."""
-
-    request: int
-    number: int
-    tokens: list[int] = field(default_factory=list)
-    logprob: float = 0.0
-    finish: str = ""
-    """Empty while it goes on."""
 
 
 def families(prompts: Sequence[Sequence[int]], wanted: Sequence[Collection[int]]) -> list[Family]:
@@ -179,15 +157,11 @@ class _Batch:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
-class Decoder:
-    """Samples from a model, many rows at once.
+class Decoder(Engine):
+    """The fast engine; `prompt_tokens` counts each shared token once.
 
-    Args:
-        model: of any architecture that `use_shared_prefixes` takes.
-        stop: tokens that end a turn.
-        rows: samples decoded together; None: as many as the free memory holds. Halved, for good,
-            when memory runs out all the same.
-        spell: token ids as text, to find the requests' stop strings in.
+    Raises:
+        UserError: the model's attention cannot be replaced.
     """
 
     def __init__(
@@ -197,69 +171,41 @@ class Decoder:
         rows: int | None,
         spell: Callable[[Sequence[int]], str],
     ) -> None:
-        self.model, self.stop, self.rows, self.spell = model, frozenset(stop), rows, spell
-        self.prompt_tokens = 0
-        """Prompt tokens computed so far, each shared one once."""
-        self.steps = 0
-        """Forward passes so far that made a token for each of their rows."""
-        self.fitted = 0
-        """Rows at once in the last call."""
+        super().__init__(model, stop, rows, spell)
         use_shared_prefixes(model)
         self.recorded = Steps(self._one_more, {p.device for p in model.parameters()})
+        self.longest: int | None = None
+        """No text may be longer where positions beyond would change the numbers of all rows; those
+        of padding, and of rows that have ended, do not go beyond."""
+        self.windows: dict[int, int | None] = {}
+        """The window that each layer told in the last pass over rows."""
 
-    @torch.inference_mode()
-    def sample(
+    def _make(
         self,
         prompts: Sequence[Sequence[int]],
         requests: Sequence[Request],
-        ended: Callable[[Sample], None],
+        wanted: Wanted,
+        end: Ended,
     ) -> None:
-        """Every sample of every request, told to `ended` as they end, in no order.
-
-        Raises:
-            UserError: not even one row fits into the memory.
-        """
-        wanted = [set(range(request.n)) for request in requests]
-
-        def end(sample: Sample) -> None:
-            wanted[sample.request].discard(sample.number)
-            ended(sample)
-
-        while any(wanted):
-            left = families(prompts, wanted)
-            rows = self.fitted = self.rows or self._fitting(left, requests)
-            try:
-                self._serve(deque(left), requests, rows, end)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                self.rows = self._fewer(rows)
-            finally:
-                self.recorded.forget()
+        left = families(prompts, wanted)
+        longest = max(
+            len(ask.tail) + requests[ask.request].max_tokens for f in left for ask in f.asks
+        )
+        prefix = max(len(f.prefix) / f.rows for f in left)
+        rows = self.fitted = self.rows or self._fitting(longest + prefix)
+        try:
+            self._serve(deque(left), requests, rows, end)
+        finally:
+            self.recorded.forget()
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[list[float]]:
-        """log p of each token of a response after its prompt, prompts that begin alike shared.
-
-        Args:
-            pairs: (prompt, response), one token each at least.
-        """
+        """See `Engine.score`. What texts begin with is computed once."""
         texts = [[*prompt, *response] for prompt, response in pairs]
         found: dict[int, list[float]] = {}
         passed = min(PASS_TOKENS, SCORED_LOGITS // self.model.config.get_text_config().vocab_size)
         for part in _within(families(texts, [{0}] * len(texts)), passed):
             found |= self._score(part, [len(prompt) for prompt, _ in pairs])
         return iter([found[i] for i in range(len(pairs))])
-
-    def states(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
-        """Mean last-layer hidden state of each text, (texts, hidden), float32."""
-        tokens = self._padded(texts)
-        out = self.model(
-            input_ids=tokens, logits_to_keep=1, output_hidden_states=True, use_cache=False
-        )
-        lengths = self._column([len(text) for text in texts])[:, None]
-        there = (torch.arange(tokens.shape[1], device=tokens.device) < lengths)[..., None]
-        states = out.hidden_states[-1].float().masked_fill(~there, 0.0)
-        return (states.sum(1) / lengths).cpu().numpy()
 
     # One batch ------------------------------------------------------------------------------
 
@@ -268,7 +214,7 @@ class Decoder:
         waiting: deque[Family],
         requests: Sequence[Request],
         rows: int,
-        end: Callable[[Sample], None],
+        end: Ended,
     ) -> None:
         batch: _Batch | None = None
         while waiting or batch:
@@ -314,9 +260,7 @@ class Decoder:
             cache.select(index)
         return _Batch(cache, samples, requests, logits[index])
 
-    def _step(
-        self, batch: _Batch, requests: Sequence[Request], end: Callable[[Sample], None]
-    ) -> _Batch | None:
+    def _step(self, batch: _Batch, requests: Sequence[Request], end: Ended) -> _Batch | None:
         """One more token for every row; None when the last one ended."""
         self.steps += 1
         chosen, tokens, logprobs = batch.choose()
@@ -333,21 +277,6 @@ class Decoder:
             batch = self._compacted(batch)
         batch.logits = self.recorded.step(batch.cache, chosen)
         return batch
-
-    def _append(self, sample: Sample, request: Request, token: int, logprob: float) -> None:
-        """Write a token down, and whether it was the last one."""
-        if logprob != logprob:
-            sample.finish = "invalid"
-            return
-        sample.logprob += logprob
-        if token in self.stop:
-            sample.finish = "stop"
-            return
-        sample.tokens.append(token)
-        if request.stop and any(text in self.spell(sample.tokens) for text in request.stop):
-            sample.finish = "stop"
-        elif len(sample.tokens) >= request.max_tokens:
-            sample.finish = "length"
 
     def _compacted(self, batch: _Batch) -> _Batch:
         batch.select([row for row, going in enumerate(batch.going) if going])
@@ -403,7 +332,14 @@ class Decoder:
     def _forward(
         self, cache: PrefixCache, tokens: Tensor, new: Tensor, last: bool = True
     ) -> Tensor:
-        logits = self._call(cache, tokens, cache.begin(tokens.shape[1], new))
+        positions = cache.begin(tokens.shape[1], new)
+        if self.longest is not None:
+            positions = positions.clamp(max=self.longest - 1)
+        logits = self._call(cache, tokens, positions)
+        if len(cache.reached) != len(cache.prefix):
+            reached = f"{len(cache.reached)} of {len(cache.prefix)}"
+            raise unsupported(self.model, f"lets the engine's attention reach {reached} layers")
+        self.windows = cache.reached
         return (logits[:, -1] if last else logits[0]).float()
 
     def _one_more(self, cache: PrefixCache, tokens: Tensor) -> Tensor:
@@ -417,64 +353,6 @@ class Decoder:
             shared=cache,
             use_cache=True,
         ).logits
-
-    def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Padded on the right, where no token sees it."""
-        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(
-            self.model.device
-        )
-
-    def _column(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.model.device)
-
-    # Memory ---------------------------------------------------------------------------------
-
-    def _fitting(self, left: Sequence[Family], requests: Sequence[Request]) -> int:
-        """How many rows the free memory holds when each becomes as long as it may."""
-        longest = max(
-            len(ask.tail) + requests[ask.request].max_tokens for f in left for ask in f.asks
-        )
-        prefix = max(len(f.prefix) / f.rows for f in left)
-        config = self.model.config.get_text_config()
-        token = key_value_bytes(config, self.model.dtype.itemsize)
-        row = (longest + prefix) * token + 32 * config.vocab_size
-        room = MEMORY_SHARE * free_bytes(self.model.device)
-        most = MOST_ROWS.get(self.model.device.type, MOST_ROWS["cpu"])
-        return max(1, min(most, int(room / row)))
-
-    def _fewer(self, rows: int) -> int:
-        if rows == 1:
-            raise UserError(
-                "the memory does not hold a single sample",
-                where=f"policy, on {self.model.device}",
-                fix="lower the token limits, or take a smaller or a quantised model",
-            )
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return rows // 2
-
-
-def key_value_bytes(config: Any, itemsize: int) -> int:
-    """Bytes of one token's keys and values in all layers."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * size * itemsize)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on the device: what torch holds in reserve counts."""
-    if device.type == "cuda":
-        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0] + reserve)
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: torch has a class for it on GPUs, and words on CPUs."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
 
 
 def _within(all_: Sequence[Family], tokens: int) -> Iterator[list[Family]]:

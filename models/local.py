@@ -1,7 +1,7 @@
 """A policy in process: a transformers model directory, optionally NF4, with one LoRA adapter.
 
 `load_policy` in this module is what the stages call. Conversations become tokens in
-`models/chat.py`; `models/decoding.py` samples, with the prompts that N samples share computed once.
+`models/chat.py`; `models/exact.py` opens the engine that samples from the model exactly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from constitutions.errors import UserError
 from models.chat import Chat, ChatError
-from models.decoding import Decoder, Sample, free_bytes
+from models.engine import Engine, Sample, free_bytes
+from models.exact import open_engine
 from models.policy import (
     SILENT,
     Completion,
@@ -51,13 +52,14 @@ def load_policy(settings: PolicySettings, model: Path | str, adapter: Path | Non
         revision=settings.revision,
     )
     on_cpu = base.device.type == "cpu"
+    digest = f"{cast(Any, base).identity.base_digest} {settings.quantization}"
     if adapter and on_cpu:
         held = attach_adapter(base, adapter, merge=True)
     else:
         whole = settings.quantization == "nf4" and (on_cpu or _has_room(base))
         held = cast(Any, base).dequantize() if whole else base
         held = attach_adapter(held, adapter) if adapter else held
-    return LocalPolicy(held.eval(), tokenizer, settings)
+    return LocalPolicy(held.eval(), tokenizer, settings, digest)
 
 
 def _has_room(base: PreTrainedModel) -> bool:
@@ -70,8 +72,12 @@ class LocalPolicy:
     """`Policy` over a transformers causal language model and its chat template.
 
     Args:
-        settings: how many samples are decoded together, which chat template is used and what it is
-            told, and what stands around thoughts.
+        settings: the engine, how many samples it decodes together, which chat template is used and
+            what it is told, and what stands around thoughts.
+        digest: of the model's files, by which the check of the engine is remembered.
+
+    Raises:
+        UserError: no engine, or not the one asked for, gives the numbers of a plain forward pass.
     """
 
     def __init__(
@@ -79,13 +85,27 @@ class LocalPolicy:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         settings: PolicySettings | None = None,
+        digest: str | None = None,
     ) -> None:
-        settings = settings or PolicySettings()
-        self.model, self.tokenizer, self.chat = model, tokenizer, Chat(tokenizer, settings)
-        self.thought_tokens = settings.thought_tokens if self.chat.tags else 0
+        self.settings, self._digest = settings or PolicySettings(), digest
+        self.model, self.tokenizer = model, tokenizer
+        self.chat = Chat(tokenizer, self.settings)
+        self.thought_tokens = self.settings.thought_tokens if self.chat.tags else 0
         self.stop = self.chat.stop_tokens | _stop_tokens(model, tokenizer)
         self.context = int(getattr(model.config, "max_position_embeddings", 1 << 30))
-        self.decoder = Decoder(model, self.stop, settings.batch_rows, self._spell)
+        self._attention = model.config._attn_implementation
+        self.decoder = self._open(self.settings.batch_rows)
+
+    def _open(self, rows: int | None) -> Engine:
+        return open_engine(
+            self.model,
+            self.stop,
+            rows,
+            self._spell,
+            choice=self.settings.engine,
+            special=self.tokenizer.all_special_ids,
+            digest=self._digest,
+        )
 
     def use(self, adapter: Path | None) -> None:
         """Answer with another adapter, or with none, on the same base, which stays in memory.
@@ -99,8 +119,9 @@ class LocalPolicy:
             base = base.unload()
         if not hasattr(base, "identity"):
             raise ValueError("an adapter was merged into this base")
+        base.set_attn_implementation(self._attention)
         self.model = (attach_adapter(base, adapter) if adapter else base).eval()
-        self.decoder.model = self.model
+        self.decoder = self._open(self.decoder.rows)
 
     def generate(
         self, requests: Sequence[Request], progress: Progress | None = None
@@ -145,13 +166,13 @@ class LocalPolicy:
     def hidden_states(self, texts: Sequence[str]) -> np.ndarray:
         """See `Policy.hidden_states`."""
         ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] or [0] for text in texts]
-        found = np.zeros((len(ids), self.model.config.get_text_config().hidden_size), np.float32)
+        found: dict[int, np.ndarray] = {}
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
         while order:
             rows = max(1, STATES // len(ids[order[0]]))
             part, order = order[:rows], order[rows:]
-            found[part] = self.decoder.states([ids[i] for i in part])
-        return found
+            found |= zip(part, self.decoder.states([ids[i] for i in part]), strict=True)
+        return np.stack([found[i] for i in range(len(ids))])
 
     def _with_room(self, request: Request) -> Request:
         """The request with room for thoughts, and with the end of a turn that no token is."""

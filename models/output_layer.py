@@ -15,6 +15,25 @@ from torch.nn.parallel import DistributedDataParallel
 Tensor = torch.Tensor
 
 
+def last_states(model: Any, ids: Tensor) -> Tensor:
+    """What the output layer would be given after each token of some texts, (texts, length, hidden).
+
+    Not the model's own list of hidden states: not every architecture has one of that shape.
+    """
+    found: list[Tensor] = []
+
+    def keep(_: Any, states: tuple[Tensor]) -> tuple[Tensor]:
+        found.append(states[0])
+        return (states[0][:1, :1],)
+
+    hook = bare(model).get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        hook.remove()
+    return found[0]
+
+
 @contextmanager
 def output_only(model: Any, row: Tensor, place: Tensor) -> Iterator[None]:
     """Let the output layer see these states only: its input becomes (1, places, hidden).

@@ -138,7 +138,9 @@ class PoolSettings(Settings):
 
 FINGERPRINT = {"for": "fingerprint"}
 """Context of a dump (`model_dump`) that holds what results depend on, and nothing else."""
-PLACING = frozenset({"device", "batch_rows", "threads", "pool", "endpoint", "key_variable"})
+PLACING = frozenset(
+    {"device", "batch_rows", "threads", "engine", "pool", "endpoint", "key_variable"}
+)
 """Where and how fast a policy runs."""
 
 
@@ -182,6 +184,10 @@ class PolicySettings(Settings):
     """Compute type. float32 on a CPU without bfloat16 units."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes the GPU when there is one."""
+    engine: Literal["auto", "shared", "plain"] = "auto"
+    """What generates here: the fast engine, which computes shared prompts once, or transformers'
+    own `generate`. Auto takes the fast one where its numbers are those of a plain forward pass,
+    which is tried once for each model. Both give the same samples, up to rounding."""
     batch_rows: int | None = Field(None, ge=1, le=4096)
     """Samples that are decoded together. Unset: as many as the free memory holds. Behind an
     endpoint, requests in flight; unset: 32."""

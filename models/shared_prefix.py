@@ -49,7 +49,7 @@ def unsupported(model: PreTrainedModel, why: str) -> UserError:
         f"{type(model).__name__} {why}",
         where="policy.model",
         expected="a decoder whose layers all have full or sliding-window attention",
-        fix="serve it behind an OpenAI-compatible endpoint",
+        fix="leave policy.engine at auto, or serve it behind an OpenAI-compatible endpoint",
     )
 
 
@@ -74,6 +74,8 @@ class PrefixCache:
         """An upper bound of `lengths`, known without asking the device."""
         self.call: _Call | None = None
         """The forward pass over rows at work; None: over the prefixes."""
+        self.reached: dict[int, int | None] = {}
+        """The layers whose attention read from here in this pass over rows, and their windows."""
         self._changes = 0
         self._whole = False
 
@@ -125,6 +127,7 @@ class PrefixCache:
         Returns:
             Their positions in the whole texts (rows, width).
         """
+        self.reached.clear()
         extent = self._capacity if self._whole else self.longest + width
         self.call = _Call(self, self.seats, width, extent)
         self.lengths += new  # in place: a recording knows tensors by their address
@@ -326,6 +329,7 @@ def attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if shared is not None and shared.call is not None:
         layer = cast(int, module.layer_idx)
+        shared.reached[layer] = sliding_window
         call = shared.call.on(query.device)
         return call.attend(layer, query, scaling, sliding_window, softcap), None
     if softcap is not None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from models.decoding import Ask, Decoder, Family, Sample
+from models.decoding import Ask, Decoder, Family
+from models.engine import Sample
 from models.policy import Request
 from models.shared_prefix import PrefixCache, _Call
 
