@@ -16,7 +16,7 @@ RESERVED = 1.0
 FRAGMENTED = 0.05
 """Share of the memory that the allocator cannot use."""
 PASS_TOKENS = 8192
-"""As `models.decoding` has it: tokens of prompts that go through the layers together."""
+"""As `models.engine` has it: tokens of prompts that go through the layers together."""
 MEMORY_SHARE = 0.8
 """The same: of what the weights leave, the share that rows may fill."""
 MOST_ROWS = 512
@@ -132,7 +132,7 @@ class Held:
         }
 
     def rows_that_fit(self, tokens: float) -> int:
-        """So many samples are decoded together where no setting says, as `models.decoding` reckons,
+        """So many samples are decoded together where no setting says, as `models.engine` reckons,
         and fit; 0: not one.
         """
         parts = self.sampling_memory(1, tokens)

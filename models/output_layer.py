@@ -1,6 +1,6 @@
 """Only the logits that somebody asks for: the output layer of a large vocabulary is dear.
 
-`models/decoding.py` asks for those after prompts, `models/training.py` for those of trained tokens.
+The engines ask for those after prompts, `models/training.py` for those of trained tokens.
 """
 
 from __future__ import annotations

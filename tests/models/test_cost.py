@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.efficiency import fit
-from models import decoding
+from models import engine
 from models.adapter import AdapterSettings
 from models.cost import (
     GIB,
@@ -168,15 +168,16 @@ def test_rows_are_those_that_the_engine_takes(
     decoder = load_policy(settings, directory, None).decoder
     gpu = Gpu("small", RESERVED + 0.5, 1, 1, 1)
     held = Held(shape=shape_of(settings), quantization="none", dtype="float32", rank=0, gpu=gpu)
-    monkeypatch.setattr(decoding, "free_bytes", lambda _: int(GIB / 2 - held.weights))
+    monkeypatch.setattr(engine, "free_bytes", lambda _: int(GIB / 2 - held.weights))
     request = Request(messages="", key="k", n=300, max_tokens=5000)
-    waiting = decoding.families([[1] * 601], [range(300)])
-    assert decoder._fitting(waiting, [request]) == held.rows_that_fit(5001 + 600 / 300) < 256
+    monkeypatch.setattr(decoder, "_serve", lambda *_: None)
+    decoder._make([[1] * 601], [request], [range(300)], lambda _: None)
+    assert decoder.fitted == held.rows_that_fit(5001 + 600 / 300) < 256
 
 
 def test_what_is_known_of_the_engine_is_so() -> None:
-    assert (PASS_TOKENS, MEMORY_SHARE) == (decoding.PASS_TOKENS, decoding.MEMORY_SHARE)
-    assert decoding.MOST_ROWS["cuda"] == MOST_ROWS
+    assert (PASS_TOKENS, MEMORY_SHARE) == (engine.PASS_TOKENS, engine.MEMORY_SHARE)
+    assert engine.MOST_ROWS["cuda"] == MOST_ROWS
 
 
 def test_what_a_step_costs() -> None:
