@@ -18,7 +18,7 @@ from models.planted.oracle import known
 from models.policy import PoolSettings
 from models.pool import check_pool
 from models.server import check_server
-from tasks.basemodels import check_model
+from tasks.basemodels import open_model
 from tasks.corpus import CorpusSettings, load_corpus
 from tasks.evaluate import check_judges
 from tasks.judging import check_judge
@@ -94,7 +94,7 @@ def ask_server(settings: ExperimentSettings) -> None:
 
 def _model(settings: ExperimentSettings) -> str:
     policy = settings.policy
-    found = check_model(policy)
+    found = open_model(policy, home(), "trained" if settings.iterations else "sampled")
     if not policy.endpoint:
         return found
     open_endpoint(policy)  # its address and key
@@ -148,7 +148,7 @@ def _constitution(settings: ExperimentSettings, follows: bool) -> str:
         if not settings.after:
             pool = [Principle(text=f"{n}", antithesis=f"not {n}") for n in range(write.principles)]
             _check_pool(settings, Constitution(principles=tuple(pool)))
-        writer = check_model(write.writer) if write.writer else "the policy"
+        writer = open_model(write.writer, home(), "sampled") if write.writer else "the policy"
         found = f"discovered by {settings.after}, antitheses" if settings.after else "written"
         return f"{found} by {writer}"
     constitution = load_pairs(write.constitution)
@@ -173,7 +173,7 @@ def _check_pool(settings: ExperimentSettings, constitution: Constitution) -> tup
 
 def _similarity(settings: ExperimentSettings) -> str:
     judge = settings.score.judge
-    graded = f" ({check_judge(judge)})" if judge else ""
+    graded = f" ({check_judge(judge, home())})" if judge else ""
     return f"similarity {settings.score.similarity}{graded}"
 
 
@@ -181,7 +181,7 @@ def _judges(settings: ExperimentSettings) -> str:
     evaluate = settings.evaluate
     check_them = check_followed if settings.method == "sami" else check_judges
     check_them(evaluate, settings.score, planted=settings.prompts.sources == "planted")
-    models = [check_judge(judge) for judge in evaluate.all_judges if judge.policy]
+    models = [check_judge(judge, home()) for judge in evaluate.all_judges if judge.policy]
     kinds = ", ".join(judge.kind for judge in evaluate.judges)
     return f"judge {kinds}" + (f" ({'; '.join(dict.fromkeys(models))})" if models else "")
 

@@ -24,6 +24,8 @@ import torch
 
 from constitutions.errors import UserError, UserErrors
 from models.adapter import AdapterSettings
+from models.checkpoint import check_listing, read_object
+from models.model_check import check_loading, first_line, own_code
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -76,14 +78,17 @@ def load_base(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
     )
     with _loading(model):
-        base = AutoModelForCausalLM.from_pretrained(
+        base, loading = cast(Any, AutoModelForCausalLM).from_pretrained(
             directory,
             quantization_config=nf4 if quantization == "nf4" else None,
             dtype=compute,
             device_map=_placement(device),
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
+    quantised = "quantization_config" in read_object(directory / "config.json")
+    check_loading(loading, type(base).__name__, f"model {model}", quantised=quantised)
     base.requires_grad_(False)
     keep_unpacked(base)
     name = directory.resolve().name if Path(model).expanduser().is_dir() else str(model)
@@ -131,23 +136,16 @@ def _configured_end(directory: Path) -> int | None:
 def _loading(model: str | Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
-        own_code = _brings_code(find_base(model))
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # each library raises its own kinds for a file that is malformed
+        if "auto_map" in read_object(find_base(model) / "config.json"):
+            raise own_code(model) from error
         raise UserError(
-            "the model asks to run its own code (auto_map in config.json), which is refused"
-            if own_code
-            else f"the model cannot be loaded: {_first_line(error)}",
+            f"the model cannot be loaded: {first_line(error)}",
             where=str(model),
             expected="a causal language model of an architecture that transformers knows",
-            fix="serve it behind an OpenAI-compatible endpoint" if own_code else "",
         ) from error
-
-
-def _brings_code(directory: Path) -> bool:
-    try:
-        return "auto_map" in json.loads((directory / "config.json").read_text("utf-8"))
-    except ValueError:
-        return False
 
 
 def _placement(device: str) -> str | dict[str, str | int]:
@@ -167,16 +165,7 @@ def find_base(model: str | Path, revision: str | None = None) -> Path:
     directory = Path(model).expanduser()
     if not directory.is_dir():
         directory = _fetch(str(model), revision)
-    wanted = {
-        "config.json": "a model configuration",
-        "*.safetensors": "safetensors weights (pickled weights are not loaded)",
-        "tokenizer*": "a tokenizer",
-    }
-    for pattern, meaning in wanted.items():
-        if not any(directory.glob(pattern)):
-            raise UserError(
-                f"no {pattern} in the model directory", where=str(model), expected=meaning
-            )
+    check_listing(directory)
     return directory
 
 
@@ -227,14 +216,10 @@ def _fetch(name: str, revision: str | None) -> Path:
         )
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise UserError(
-            f"the model is neither a directory nor available from the hub: {_first_line(error)}",
+            f"the model is neither a directory nor available from the hub: {first_line(error)}",
             where=name,
             fix="check the name, the revision and the network, or give a local directory",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _sampled_blocks(file: Path) -> Iterator[bytes]:

@@ -91,7 +91,7 @@ def shape_of(settings: PolicySettings) -> Shape:
         known = PUBLISHED.get(settings.model.lower().removesuffix("-instruct"))
         if known is not None:
             return read_shape(known, settings.model)
-        file = _cached(settings)
+        file = cached_config(settings)
     if file is None:
         raise UserError(
             "the sizes of this model are not known here, and nothing is downloaded to plan",
@@ -150,7 +150,8 @@ def read_shape(config: Mapping[str, Any], model: str) -> Shape:
     )
 
 
-def _cached(settings: PolicySettings) -> Path | None:
+def cached_config(settings: PolicySettings) -> Path | None:
+    """The `config.json` of a hub's model in the cache of this machine, if it is there."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from constitutions.errors import UserError
+from models.checkpoint import check_listing
 from models.files import text_sha256
+from models.model_check import Use, check_directory, located
 from models.planted import NAMES
 from models.policy import PolicySettings
 from models.weights import file_hashes
@@ -36,8 +38,9 @@ def resolve_model(
     arithmetic might make another one.
 
     Raises:
-        UserError: the directory lacks what transformers needs.
+        UserError: the model cannot be sampled from exactly; see `open_model`.
     """
+    open_model(settings, home, "sampled")
     kept = kept_model(settings, seed, home, record)
     if kept.path:
         return kept
@@ -73,7 +76,7 @@ def check_model(settings: PolicySettings) -> str:
         return "the planted world's, pretrained here the first time (a few minutes at most)"
     directory = Path(settings.model).expanduser()
     if directory.is_dir():
-        _check_directory(directory)
+        check_listing(directory)
         return f"directory {directory}"
     if directory.is_absolute() or settings.model.startswith((".", "~")):
         raise UserError(
@@ -83,6 +86,22 @@ def check_model(settings: PolicySettings) -> str:
             + ", ".join(NAMES),
         )
     return f"{settings.model} from the hub, revision {settings.revision or 'main'}"
+
+
+def open_model(settings: PolicySettings, home: Path, use: Use = "trained") -> str:
+    """`check_model`, with the model's files looked into where they are on this machine.
+
+    It takes some seconds the first time, in a process of its own; what was found good is
+    remembered under `home`. The planted models are our own, and are not looked into.
+
+    Raises:
+        UserError: as `check_model` and `models.model_check.check_directory`.
+    """
+    found = check_model(settings)
+    if settings.model in NAMES:
+        return found
+    directory = located(settings)
+    return f"{found}: {check_directory(directory, settings, use, home)}" if directory else found
 
 
 def folder_digest(folder: Path, home: Path) -> str:
@@ -126,21 +145,3 @@ def make_planted(model: str, seed: int, home: Path) -> Path:
             done = percent
 
         return planted_model(home / "planted", seed, advance, RECIPES[model])
-
-
-def _check_directory(directory: Path) -> None:
-    where = f"model directory {directory}"
-    needs = {
-        "config.json": ["config.json"],
-        "a tokenizer": ["tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"],
-        "safetensors weights": ["model.safetensors", "model.safetensors.index.json"],
-    }
-    missing = [
-        what for what, names in needs.items() if not any((directory / n).exists() for n in names)
-    ]
-    if missing:
-        raise UserError(
-            f"lacks {' and '.join(missing)}",
-            where=where,
-            expected="a directory as `save_pretrained` writes it, tokenizer included",
-        )

@@ -13,7 +13,7 @@ from constitutions.errors import UserError
 from models import llm_judge
 from models.endpoint import open_endpoint
 from models.judges import JudgeSettings
-from tasks.basemodels import check_model, folder_digest
+from tasks.basemodels import check_model, folder_digest, open_model
 from tasks.store import Slot
 
 
@@ -50,8 +50,11 @@ def noted(at: Slot, settings: JudgeSettings | None) -> Slot:
     return replace(at, notes=notes, device=device if at.device == "cpu" else at.device)
 
 
-def check_judge(settings: JudgeSettings) -> str:
+def check_judge(settings: JudgeSettings, home: Path | None = None) -> str:
     """What the judge's model is, in words; makes and loads nothing, and asks nobody.
+
+    Args:
+        home: where it is remembered what was found good; None: the model's files are not opened.
 
     Raises:
         UserError: there is no such directory, or it lacks what transformers needs; an endpoint
@@ -63,7 +66,11 @@ def check_judge(settings: JudgeSettings) -> str:
         if settings.policy.endpoint:
             open_endpoint(settings.policy)  # its address and key
             return f"{settings.policy.served_name} at {settings.policy.endpoint}"
-        return check_model(settings.policy)
+        if home is None:
+            return check_model(settings.policy)
+        return open_model(
+            settings.policy, home, "reward" if settings.kind == "reward" else "sampled"
+        )
     except UserError as error:
         raise UserError(
             error.what, where=f"judge: {error.where}", expected=error.expected, fix=error.fix
