@@ -12,16 +12,15 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from constitutions.errors import UserError
+from models.architecture import NAMED, Use, compare, first_line, read_config
 from models.bounded import DATA_BYTES, Step, ask, serve
 from models.checkpoint import (
-    Tensor,
     check_listing,
     digest_parts,
     read_object,
@@ -37,26 +36,11 @@ if TYPE_CHECKING:
 
     from models.chat import Chat
 
-Use = Literal["trained", "sampled", "reward"]
-"""What is done with a model: sampled from and trained, only sampled from, or asked for rewards."""
-
-HARMLESS = re.compile(
-    r"inv_freq$|masked_bias$|\.attn(\.attention)?\.bias$|attention\.bias$|position_ids$"
-    r"|_extra_state$|(^|\.)(mtp|nextn|vision\w*|visual|audio\w*|multi_modal\w*|mm_\w+|embed_vision)\."
-)
-"""Tensors that checkpoints carry and no causal language model computes with: buffers that are
-derived anew, heads that predict further tokens, towers for images and sound."""
-OTHER_TASK = re.compile(r"For(?!CausalLM|ConditionalGeneration)[A-Z]\w+$")
-"""Names of architectures that were trained to do something else than to go on with a text."""
 MEDIA = re.compile("image|audio|video|vision", re.IGNORECASE)
-LARGEST_BUFFERS = 1 << 30
-"""Bytes of tables that an architecture computes for itself (positions, masks)."""
 LONGEST_TEXT = 1 << 20
 """Characters that a template may write around a conversation of a few hundred."""
 CHECKED = "checked"
 """Folder below the home: what was found of model directories, a file each."""
-NAMED = 4
-"""How many of several faulty names a message tells."""
 
 
 def check_directory(
@@ -98,7 +82,16 @@ def check_directory(
     return known
 
 
-SOURCES = ("model_check", "checkpoint", "bounded", "chat", "thoughts", "encoding", "prompts")
+SOURCES = (
+    "model_check",
+    "architecture",
+    "checkpoint",
+    "bounded",
+    "chat",
+    "thoughts",
+    "encoding",
+    "prompts",
+)
 """Modules that decide what is found good: another version looks again."""
 _good: dict[str, str] = {}
 """What was found of directories in this process, by `_key`."""
@@ -138,6 +131,24 @@ def _moved(error: UserError, directory: Path) -> UserError:
     where = error.where.replace(real, str(directory)) or f"model directory {directory}"
     what = error.what.replace(real, str(directory))
     return UserError(what, where=where, expected=error.expected, fix=error.fix)
+
+
+def located(settings: PolicySettings) -> Path | None:
+    """The model's files on this machine: a directory, or a hub's model that is whole in its cache.
+
+    None: they are yet to be fetched, or made.
+    """
+    directory = Path(settings.model).expanduser()
+    if directory.is_dir():
+        return directory
+    config = cached_config(settings)
+    if config is None:
+        return None
+    try:
+        check_listing(config.parent)
+        return config.parent if shards_there(config.parent) else None
+    except UserError:
+        return None
 
 
 # In the child --------------------------------------------------------------------------------
@@ -187,220 +198,6 @@ def examine(
     step("rendering the chat template", 8)
     ends = _check_chat(directory, tokenizer, settings, use, rows)
     return f"{name}, {parameters:,} parameters{ends}"
-
-
-def read_config(directory: Path, settings: PolicySettings, use: Use) -> PreTrainedConfig:
-    """The configuration, of an architecture that transformers has for this use.
-
-    Raises:
-        UserError: it has not, or the file names other weights, or holds no configuration.
-    """
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-        AutoConfig,
-    )
-
-    file = directory / "config.json"
-    told = read_object(file)
-    mapping = (
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-        if use == "reward"
-        else MODEL_FOR_CAUSAL_LM_MAPPING
-    )
-    if "transformers_weights" in told:
-        raise UserError("names weights of its own (transformers_weights)", where=str(file))
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        known = type(config) in mapping
-    except Exception as error:  # of any kind: each architecture checks its configuration itself
-        if "auto_map" in told:
-            raise own_code(directory) from None
-        raise UserError(
-            f"holds no configuration that transformers knows: {first_line(error)}", where=str(file)
-        ) from None
-    other = [n for n in told.get("architectures") or () if OTHER_TASK.search(str(n))]
-    if not known or (other and use != "reward"):
-        if "auto_map" in told and not known:
-            raise own_code(directory)
-        raise UserError(
-            f"describes {other[0] if other else f'a {config.model_type} model'}",
-            where=str(file),
-            expected="a sequence-classification model"
-            if use == "reward"
-            else "a causal language model of an architecture that transformers knows",
-        )
-    already = _quantised(config)
-    if settings.quantization == "nf4" and already not in ("", "bitsandbytes"):
-        raise UserError(
-            f"the weights are quantised already ({already})",
-            where=str(file),
-            fix="set quantization to none, or take the version that is not quantised",
-        )
-    return cast("PreTrainedConfig", config)
-
-
-def located(settings: PolicySettings) -> Path | None:
-    """The model's files on this machine: a directory, or a hub's model that is whole in its cache.
-
-    None: they are yet to be fetched, or made.
-    """
-    directory = Path(settings.model).expanduser()
-    if directory.is_dir():
-        return directory
-    config = cached_config(settings)
-    if config is None:
-        return None
-    try:
-        check_listing(config.parent)
-        return config.parent if shards_there(config.parent) else None
-    except UserError:
-        return None
-
-
-def own_code(model: str | Path) -> UserError:
-    """A model that asks to run code that it brings."""
-    return UserError(
-        "the model asks to run its own code (auto_map in config.json), which is refused",
-        where=str(model),
-        expected="a causal language model of an architecture that transformers knows",
-        fix="serve it behind an OpenAI-compatible endpoint",
-    )
-
-
-def compare(config: PreTrainedConfig, held: Mapping[str, Tensor], use: Use) -> tuple[str, int, int]:
-    """Hold the tensors of a checkpoint against the architecture of its configuration.
-
-    Names and shapes go through the renaming, fusing and tying that `from_pretrained` applies:
-    it loads them, on a device without memory.
-
-    Returns:
-        The architecture's name, its number of parameters and of rows in its embedding.
-
-    Raises:
-        UserError: tensors are missing, unexpected or of another shape; or the configuration
-            describes no model.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    auto = AutoModelForSequenceClassification if use == "reward" else AutoModelForCausalLM
-    where = f"model directory {config.name_or_path}"
-    quantised = _quantised(config)
-    if quantised:
-        del config.quantization_config
-    try:
-        with torch.device("meta"):
-            shell = auto.from_config(config, trust_remote_code=False)
-        tensors = {
-            name: torch.empty(tensor.shape, dtype=_dtype(tensor.kind), device="meta")
-            for name, tensor in held.items()
-        }
-        model, loading = type(shell).from_pretrained(
-            None,
-            config=shell.config,
-            state_dict=tensors,
-            device_map={"": "meta"},
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    except MemoryError:
-        raise
-    except ImportError as error:
-        raise UserError(
-            f"needs a package that is not installed: {' '.join(str(error).split())[:300]}",
-            where=where,
-        ) from None
-    except Exception as error:  # whatever an architecture makes of sizes that do not go together
-        raise UserError(
-            f"config.json describes no model that can be built: {first_line(error)}", where=where
-        ) from None
-    check_loading(loading, type(model).__name__, where, quantised=bool(quantised))
-    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    if buffers > LARGEST_BUFFERS:
-        raise UserError(
-            f"config.json asks for tables of {buffers >> 20:,} MiB beside the weights",
-            where=where,
-            expected=f"{LARGEST_BUFFERS >> 20:,} MiB at most",
-        )
-    embedding = model.get_input_embeddings()
-    rows = int(embedding.weight.shape[0]) if hasattr(embedding, "weight") else 1 << 40
-    return type(model).__name__, int(model.num_parameters()), rows
-
-
-def check_loading(
-    loading: Mapping[str, Any], name: str, where: str, *, quantised: bool = False
-) -> None:
-    """See that every tensor of a model came from its checkpoint, and none was left over.
-
-    Args:
-        loading: what `from_pretrained` tells with `output_loading_info`.
-        name: of the architecture.
-        quantised: the checkpoint holds weights in pieces; only those without any are missing.
-
-    Raises:
-        UserError: tensors are missing, unexpected or of another shape.
-    """
-    missing = set(loading["missing_keys"])
-    unexpected = {key for key in loading["unexpected_keys"] if not HARMLESS.search(key)}
-    wrong = {key: (there, here) for key, there, here in loading["mismatched_keys"]}
-    if quantised:  # in pieces: codes, scales and zero points stand for a weight
-        pieces = {key.rpartition(".")[0] for key in unexpected}
-        pieces |= {re.sub("_(blocks|scales)$", "", key) for key in unexpected}
-        missing = {k for k in missing if k not in pieces and k.rpartition(".")[0] not in pieces}
-        unexpected, wrong = set(), {}
-    shapes = [
-        f"{key} is {_size(there)}, not {_size(here)}"
-        for key, (there, here) in sorted(wrong.items())
-    ]
-    faults = [
-        *(_listed("lack", missing) if missing else ()),
-        *(_listed("have", unexpected, "that it does not know") if unexpected else ()),
-        *([f"{len(wrong):,} of another shape ({'; '.join(shapes[:NAMED])})"] if wrong else ()),
-        *[first_line(message) for message in loading.get("error_msgs") or ()][:NAMED],
-        *[
-            f"{key}: {first_line(message)}"
-            for key, message in (loading.get("conversion_errors") or {}).items()
-        ][:NAMED],
-    ]
-    if faults:
-        raise UserError(
-            f"the weights do not fit {name}: they {' and '.join(faults)}",
-            where=where,
-            expected="every tensor of the architecture that config.json describes, and no other: "
-            "none is made up",
-            fix="fetch the model again, or mend config.json",
-        )
-
-
-def _listed(verb: str, names: Iterable[str], why: str = "") -> list[str]:
-    found = sorted(names)
-    more = f", … and {len(found) - NAMED:,} more" if len(found) > NAMED else ""
-    tail = f" {why}" if why else ""
-    return [f"{verb} {len(found):,} tensors{tail} ({', '.join(found[:NAMED])}{more})"]
-
-
-def _size(shape: Any) -> str:
-    return "x".join(map(str, shape)) or "a number"
-
-
-def _quantised(config: PreTrainedConfig) -> str:
-    """How a checkpoint's weights are quantised; empty where they are not."""
-    told = getattr(config, "quantization_config", None) or {}
-    found = told.get("quant_method") if isinstance(told, dict) else told.quant_method
-    return str(getattr(found, "value", found) or "in a way of its own") if told else ""
-
-
-def _dtype(kind: str) -> Any:
-    import torch
-
-    names = {
-        **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16},
-        **{"BF16": torch.bfloat16, "C64": torch.complex64, "BOOL": torch.bool},
-        **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
-    }
-    return names.get(kind, torch.uint8)
 
 
 # Tokens and templates --------------------------------------------------------------------------
@@ -536,19 +333,13 @@ def _length(chat: Chat, turns: Messages) -> int:
             cast("list[dict[str, str]]", list(turns)),
             tokenize=False,
             chat_template=chat.template,
-            **chat.arguments,
+            **cast("dict[str, Any]", chat.arguments),
         )
     except MemoryError:
         raise
     except Exception:  # it is told where the conversation is needed
         return 0
     return len(cast(str, text))
-
-
-def first_line(error: object) -> str:
-    """What an error says, on one line of at most 300 characters."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]
 
 
 if __name__ == "__main__":

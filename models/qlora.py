@@ -24,8 +24,8 @@ import torch
 
 from constitutions.errors import UserError, UserErrors
 from models.adapter import AdapterSettings
+from models.architecture import check_loading, first_line, own_code
 from models.checkpoint import check_listing, read_object
-from models.model_check import check_loading, first_line, own_code
 
 if TYPE_CHECKING:
     from peft import PeftModel

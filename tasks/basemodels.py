@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from constitutions.errors import UserError
+from models.architecture import Use
 from models.checkpoint import check_listing
 from models.files import text_sha256
-from models.model_check import Use, check_directory, located
+from models.model_check import check_directory, located
 from models.planted import NAMES
 from models.policy import PolicySettings
 from models.weights import file_hashes
