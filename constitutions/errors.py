@@ -38,7 +38,7 @@ class UserError(Exception):
         lines = "; ".join([head, *tail]).split("\n")
         more = len(lines) - MOST_LINES
         lines[MOST_LINES:] = [f"… and {more:,} more lines"] if more > 0 else []
-        return hide_passwords("\n".join(map(_clipped, lines)))
+        return "\n".join(map(_clipped, lines))
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle by parts: Prefect carries exceptions between processes."""
@@ -62,8 +62,14 @@ class UserErrors(UserError):
 
 
 def _clipped(line: str) -> str:
-    half = LONGEST // 2
-    return line if len(line) <= LONGEST else f"{line[:half]} … {line[-half:]}"
+    """A line without passwords, and of bounded length; hidden first, for a cut one is not known."""
+    line = hide_passwords(_cut(line, 10 * LONGEST))
+    return _cut(line, LONGEST)
+
+
+def _cut(line: str, length: int) -> str:
+    half = length // 2
+    return line if len(line) <= length else f"{line[:half]} … {line[-half:]}"
 
 
 def _rebuild(kind: type[UserError], state: dict[str, object]) -> UserError:

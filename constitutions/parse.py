@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from constitutions.errors import UserError
+from constitutions.untrusted import hide_passwords
 
 DEEPEST = 64
 """Lists and mappings within one another."""
@@ -88,6 +89,19 @@ def _not_regular(mode: int) -> str:
     if stat.S_ISDIR(mode):
         return "this is a directory"
     return "" if stat.S_ISREG(mode) else "this is no regular file"
+
+
+def whole(text: str, where: str) -> str:
+    """A text from the command line or a form, which can be written down.
+
+    Raises:
+        UserError: it holds NUL, or half a character (a lone surrogate: bytes that are no UTF-8).
+    """
+    torn = next((n for n, c in enumerate(text) if c == "\0" or "\ud800" <= c <= "\udfff"), None)
+    if torn is not None:
+        said = f"place {torn + 1} is half a character, or NUL"
+        raise UserError(said, where=where, expected="text that is UTF-8")
+    return text
 
 
 # YAML -------------------------------------------------------------------------------------------
@@ -239,7 +253,7 @@ def _code(error: yaml.reader.ReaderError) -> int:
 
 
 def _short(value: Any) -> str:
-    shown = str(value)
+    shown = hide_passwords(str(value)[:1_000])
     return shown if len(shown) <= 60 else f"{shown[:57]}…"
 
 

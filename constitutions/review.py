@@ -21,6 +21,7 @@ from constitutions.constitution import (
     principle_key,
 )
 from constitutions.errors import UserError, UserErrors
+from constitutions.parse import whole
 
 Action = Literal["approve", "reword", "merge", "drop"]
 Places = Mapping[str, str | None]
@@ -213,6 +214,11 @@ def _wording_mistakes(
     first: dict[str, str] = {}
     for where, text, fix in worded:
         key = principle_key(text)
+        try:
+            whole(text, where)
+        except UserError as error:
+            yield error
+            continue
         if not key:
             yield UserError("the wording is empty", where=where, expected="a text")
         elif key in first:

@@ -14,9 +14,10 @@ _CONTROLS = re.compile(
     "\U000e0000-\U000e007f]"  # tags: text that nobody sees
 )
 _HALVES = re.compile("[\ud800-\udfff]")
-_SCHEME = r"(\b[A-Za-z][\w+.-]+:/{1,3})"  # a path makes one slash of two
-_USER = re.compile(_SCHEME + r"[^\s/?#'\"<>]*@")
-_TORN_USER = re.compile(_SCHEME + r"[^\s@:'\"<>]*:[^\s@'\"<>]*@")
+_SCHEME = r"(?<=\w)(:/{1,3})"  # a path makes one slash of two
+# bounded, so that a text of a million ":/" takes no hour
+_USER = re.compile(_SCHEME + r"[^\s/?#'\"<>]{0,400}@")
+_TORN_USER = re.compile(_SCHEME + r"[^\s@:'\"<>]{0,200}:[^\s@'\"<>]{0,200}@")
 _SECRET = re.compile(
     r"(?i)(?<=[?&;])((?:[\w.-]*(?:password|passwd|secret|token)|pwd|key|api[_-]?key)=)[^&\s'\"#]+"
 )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from constitutions.constitution import Constitution, Principle, load, principle_key
 from constitutions.errors import UserError
+from constitutions.parse import whole
 from flows.experiment import Experiment, newest, open_experiment
 from flows.settings import ExperimentSettings
 from models.policy import SILENT, UNFINISHED, Completion, Message, Messages, Request
@@ -88,7 +89,7 @@ def tell_policy(
             expected="an experiment with method: sami",
             fix="leave it out",
         )
-    if not all(principle.strip() for principle in principles):
+    if not all(whole(principle, "--principle").strip() for principle in principles):
         raise UserError("the principle is empty", where="--principle", expected="a text")
     turns, at = _turns(prompt), _iteration(settings, iteration)
     experiment = open_experiment(settings)
@@ -125,7 +126,7 @@ def _text(completion: Completion) -> str:
 
 
 def _turns(prompt: str) -> tuple[Message, ...]:
-    if not prompt.strip():
+    if not whole(prompt, "the prompt").strip():
         raise UserError("the prompt is empty", expected="something to ask")
     return (Message(role="user", content=prompt.strip()),)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from constitutions.constitution import diff, load, load_draft, save
 from constitutions.errors import UserError
+from constitutions.parse import whole
 from constitutions.review import decisions_between, described
 from flows.experiment import (
     check_discovers,
@@ -61,7 +62,7 @@ def edit(
     check_discovers(opened.settings)
     clustered = newest(opened.settings, "cluster", iteration)
     t = clustered.iteration
-    decided_by = by or _login_name()
+    decided_by, note = whole(by or _login_name(), "--by"), whole(note, "--note")
     command = f"staple constitution edit {experiment} --iteration {t}"
     standing = (recorded_review(opened.record, t, clustered) or clustered).path(FILE)
     draft = home() / "edits" / f"{experiment}-{t}-{clustered.digest[:12]}.yaml"

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 
 from constitutions.errors import REPORTED, UserError, UserErrors
 from constitutions.parse import SMALL, parse_yaml, read_text
+from constitutions.untrusted import hide_passwords
 from models.policy import PolicySettings
 from models.settings import Settings
 from tasks.cluster import ClusterSettings
@@ -360,7 +361,7 @@ def _read(source: str, extended: tuple[str, ...] = ()) -> dict[str, Any]:
         return values
     where = f"{source}, 'extends'"
     if not isinstance(base, str):
-        raise UserError(f"got {_shown(base)}", where=where, expected="one preset or file")
+        raise UserError(f"got {short(base)}", where=where, expected="one preset or file")
     if base in (*extended, source):
         chain = " → ".join([*extended, source, base])
         raise UserError(f"it extends itself: {chain}", where=where)
@@ -439,14 +440,20 @@ def _explain_one(error: Any, source: str) -> UserError:
         one_of = f"one of {', '.join(known)}"
         return UserError("unknown setting", where=where, expected=one_of, fix=fix)
     message = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    return UserError(f"got {_shown(error['input'])}", where=where, expected=message)
+    return UserError(f"got {short(error['input'])}", where=where, expected=message)
 
 
-def _shown(value: Any) -> str:
+def short(value: Any) -> str:
     """A value in few characters, however large it is."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 80
-    return short.repr(value)
+    form = _Short()
+    form.maxstring = form.maxother = 80
+    return form.repr(value)
+
+
+class _Short(reprlib.Repr):
+    def repr_str(self, x: str, level: int) -> str:
+        """A text without passwords: once it is cut, they are not known as such."""
+        return super().repr_str(hide_passwords(x[:10_000]), level)
 
 
 def _known(path: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ from flows.experiment import (
     open_experiment,
     recorded_settings,
 )
+from flows.settings import short
 from models.planted import NAMES
 from models.planted.world import OBJECTS
 from models.policy import Policy, PolicySettings
@@ -145,7 +146,7 @@ def _explained(error: Any) -> UserError:
         return UserError("unknown setting", where=f"'{'.'.join(path)}'", expected=expected)
     expected = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
     return UserError(
-        f"got {error['input']!r:.80}", where=f"setting '{'.'.join(path)}'", expected=expected
+        f"got {short(error['input'])}", where=f"setting '{'.'.join(path)}'", expected=expected
     )
 
 

@@ -32,6 +32,8 @@ class Settings(BaseModel):
 
 def _unfit(value: Any) -> str:
     """What is wrong with a number or a text; "": nothing."""
+    if isinstance(value, tuple):
+        return next(filter(None, map(_unfit, value)), "")
     if isinstance(value, int) and abs(value) > LARGEST:
         return f"at most {LARGEST:,}"
     if not isinstance(value, str):

@@ -26,6 +26,7 @@ class Case:
     """What is called in place of a command."""
     files: Mapping[str, Content] = field(default_factory=dict)
     """Made in the working directory first."""
+    env: Mapping[str, str] = field(default_factory=dict)
     says: str = ""
     """A part of the message."""
     code: int = 2

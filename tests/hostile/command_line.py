@@ -232,4 +232,56 @@ USAGE = [
     ),
 ]
 
-CASES = [*names(), *numbers(), *sets(), *map(at, PLACES), *PATHS, *USAGE]
+
+def at_work(what: str, call: Callable[[], Any], says: str) -> Case:
+    return Case(f"text: {what}", call=call, says=says)
+
+
+def asked(prompt: str, *principles: str) -> Callable[[], Any]:
+    def ask() -> Any:
+        from flows.ask import ask_policy, tell_policy
+        from flows.settings import load_settings
+
+        if principles:
+            return tell_policy(load_settings("planted-sami"), prompt, 0, principles)
+        return ask_policy(load_settings("planted"), prompt, 0)
+
+    return ask
+
+
+def reviewed(**how: Any) -> Callable[[], Any]:
+    def decide() -> Any:
+        from constitutions.constitution import Constitution, Principle
+        from constitutions.review import Decision, apply
+
+        there = Constitution(principles=(Principle(id="a", text="be kind"),))
+        return apply(there, [Decision(id="a", **how)], how.get("added", ()))
+
+    return decide
+
+
+TEXTS = [
+    at_work("half a character is asked", asked("a\udcff"), "half a character"),
+    at_work("nothing is asked", asked(" \n"), "empty"),
+    at_work("half a principle", asked("Why?", "a\ud800"), "half a character"),
+    at_work("half a wording", reviewed(action="reword", text="a\ud800"), "half a character"),
+    at_work("no wording", reviewed(action="reword", text=" "), "empty"),
+    at_work("merged into red", reviewed(action="merge", into="\x1b[31m"), "not there"),
+]
+ENVIRONMENT = {
+    "no store": {"MLFLOW_TRACKING_URI": "foo://bar"},
+    "no address": {"MLFLOW_TRACKING_URI": "sqlite:[1"},
+    "an open bracket": {"MLFLOW_TRACKING_URI": "http://[::1"},
+    "a port beyond": {"MLFLOW_TRACKING_URI": "http://127.0.0.1:99999"},
+    "a database that is none": {"MLFLOW_TRACKING_URI": f"nosql://u:{SECRET}@h/db"},
+    "a long home": {"STAPLE_HOME": "x" * 5_000},
+    "a home in a file": {"STAPLE_HOME": "/dev/null/x"},
+}
+
+
+def surroundings() -> Iterator[Case]:
+    for what, env in ENVIRONMENT.items():
+        yield Case(f"environment: {what}", ("status", "x"), env=env)
+
+
+CASES = [*names(), *numbers(), *sets(), *map(at, PLACES), *PATHS, *USAGE, *TEXTS, *surroundings()]

@@ -94,6 +94,7 @@ def begin(case: Any, folder: Path) -> int:
         os.setsid()
         os.chdir(folder)
         os.environ["STAPLE_HOME"] = str(folder / ".staple")
+        os.environ.update(case.env)
         for name, content in case.files.items():
             make(Path(name), content)
         before = peak()
