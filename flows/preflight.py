@@ -8,11 +8,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 
+from pydantic import ValidationError
+
 from constitutions.constitution import Constitution, Principle
 from constitutions.errors import UserError, UserErrors
 from constitutions.reference import load_pairs
 from flows.experiment import home, open_experiment
-from flows.settings import ExperimentSettings, following
+from flows.settings import ExperimentSettings, explain, following
 from models.endpoint import Limits, open_endpoint
 from models.planted.oracle import known
 from models.policy import PoolSettings
@@ -124,7 +126,11 @@ def check_data(path: str) -> dict[str, str]:
     Raises:
         UserErrors: the rows that cannot be used.
     """
-    corpus = load_corpus((CorpusSettings(path=path),), seed=0)
+    try:
+        source = CorpusSettings(path=path)
+    except ValidationError as error:
+        raise UserErrors(explain(error, path)) from None
+    corpus = load_corpus((source,), seed=0)
     return {"rows": f"{len(corpus.rows):,} usable", "rejected": f"{len(corpus.rejected):,}"}
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from constitutions.errors import UserError
 
@@ -21,14 +22,41 @@ FILE = "mlflow.db"
 """Where the record is kept when the environment names no other place: in the working directory."""
 FRESH = {"alembic_version": "0", "workspaces": "0", "experiments": "name != 'Default'"}
 """Tables in which a new database has rows, and the condition for rows that are a user's."""
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+OTHER_STORES = ("http", "https", "file", "databricks", "databricks-uc", "uc")
 BUSY_SECONDS = 30
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 """What the system says of a place where this user cannot write."""
 
 
 def tracking_uri() -> str:
-    """The record's place: MLFLOW_TRACKING_URI, or SQLite in the working directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(FILE).absolute()}"
+    """The record's place: MLFLOW_TRACKING_URI, or SQLite in the working directory.
+
+    Raises:
+        UserError: the variable holds no address that MLflow could use.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if given and not _is_address(given):
+        raise UserError(
+            f"this is no address of a record: {given}",
+            where="MLFLOW_TRACKING_URI",
+            expected="http(s)://HOST:PORT, sqlite:///FILE, or that of another database",
+        )
+    return given or f"sqlite:///{Path(FILE).absolute()}"
+
+
+def _is_address(uri: str) -> bool:
+    """Whether MLflow knows this kind of store, and the address has a form."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    kind = uri.partition(":")[0].partition("+")[0]
+    try:
+        if kind in DATABASES:
+            make_url(uri)
+        return kind in DATABASES or (kind in OTHER_STORES and urlsplit(uri).port != 0)
+    except (ArgumentError, ValueError):
+        return False
 
 
 def sqlite_file(uri: str) -> Path | None:
