@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pytest
 from prefect.utilities.callables import parameter_schema
@@ -121,12 +121,13 @@ def test_every_setting_has_its_field() -> None:
         found = set()
         for name, field in model.model_fields.items():
             kind: Any = field.annotation
+            if get_origin(kind) is dict:
+                continue  # Prefect's page sends something for a mapping that was left empty
             if type(None) in get_args(kind):  # X | None
                 kind = get_args(kind)[0]
             inner = isinstance(kind, type) and issubclass(kind, BaseModel)
             found |= names(kind, f"{prefix}{name}.") if inner else {prefix + name}
         return found
 
-    assert names(form_of(ExperimentSettings)) == names(ExperimentSettings) - {"then"}, (
-        "Prefect's page sends something for a mapping that was left empty"
-    )
+    assert names(form_of(ExperimentSettings)) == names(ExperimentSettings)
+    assert "then" not in form_of(ExperimentSettings).model_fields
