@@ -23,6 +23,9 @@ from tasks.store import BEATS_MISSED, Attempts, Record
 CLAIM = "writer."
 """Tags of the MLflow experiment: who writes it, or wants to; one tag each."""
 
+CLAIMED = ("place", "pid", "what", "held")
+"""What a claim says, beside the time of its last heartbeat."""
+
 _HELD: dict[tuple[str, str], Attempts] = {}
 """What this process holds, and what its runs have made or found meanwhile."""
 
@@ -104,6 +107,8 @@ class _Claim:
                 continue  # and look again
             if any(other["held"] for other in others.values()) or min(others) < self._tag:
                 self.withdraw()
+            elif self._claims:
+                self.beat()  # who waits for the other to withdraw lives
             if not told:
                 first = others[min(others)]
                 say(f"waiting for process {first['pid']}: {first['what']}")
@@ -127,12 +132,15 @@ class _Claim:
     def _others(self) -> dict[str, dict[str, Any]]:
         """The other claims that live; what dead ones left is taken away."""
         tags = self._record.client.get_experiment(self._record.experiment_id).tags
-        there = {tag: json.loads(said) for tag, said in tags.items() if tag.startswith(CLAIM)}
-        there.pop(self._tag, None)
-        for tag in [tag for tag, said in there.items() if not self._lives(tag, said)]:
-            del there[tag]
-            self._drop(tag)
-        return there
+        living: dict[str, dict[str, Any]] = {}
+        for tag in tags:
+            if tag.startswith(CLAIM) and tag != self._tag:
+                said = _read(tags[tag])
+                if said and self._lives(tag, said):
+                    living[tag] = said
+                else:
+                    self._drop(tag)
+        return living
 
     def _lives(self, tag: str, said: dict[str, Any]) -> bool:
         """Whether its heartbeat goes on, whatever the two clocks say; here we hold its lock."""
@@ -150,3 +158,12 @@ class _Claim:
 
         with suppress(MlflowException):  # another one took it away in the same moment
             self._record.client.delete_experiment_tag(self._record.experiment_id, tag)
+
+
+def _read(text: str) -> dict[str, Any] | None:
+    """What a claim says; None: it is none of ours."""
+    try:
+        said = json.loads(text)
+        return {**said, "beat": float(said["beat"]), **{n: said[n] for n in CLAIMED}}
+    except (ValueError, TypeError, KeyError):
+        return None

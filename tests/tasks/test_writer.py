@@ -105,6 +105,7 @@ def test_a_dead_machines_claim_is_free_and_a_living_ones_is_not(
             number, f"{CLAIM}x", json.dumps({**claim, "beat": time.time() - 3600 + passed})
         )
 
+    client.set_experiment_tag(number, f"{CLAIM}none-of-ours", "[")
     beat(0)
     entered = threading.Event()
 
