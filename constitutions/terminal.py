@@ -6,6 +6,9 @@ there, and nowhere else. A string is never markup; colours are given by `rich.te
 
 from __future__ import annotations
 
+import logging
+import os
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,6 +45,32 @@ class Clean(Console):
 
 console = Clean()
 errors = Clean(stderr=True)
+
+
+def clean_logs() -> None:
+    """Clean what libraries warn of and log in this process: they quote paths and replies, too."""
+    warnings.formatwarning = _clean_warning
+    logging.setLogRecordFactory(_clean_record)
+
+
+_warning, _record = warnings.formatwarning, logging.getLogRecordFactory()
+
+
+def _clean_warning(*args: Any, **how: Any) -> str:
+    return clean(_warning(*args, **how))
+
+
+def _clean_record(*args: Any, **how: Any) -> logging.LogRecord:
+    record: logging.LogRecord = _record(*args, **how)
+    if isinstance(record.msg, str):
+        record.msg = clean(record.msg)
+    if isinstance(record.args, tuple):
+        record.args = tuple(clean(str(a)) if isinstance(a, QUOTED) else a for a in record.args)
+    return record
+
+
+QUOTED = (str, os.PathLike, BaseException)
+"""What a log line may quote; numbers keep their types."""
 
 
 def say(line: str) -> None:

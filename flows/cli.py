@@ -10,16 +10,13 @@ import errno
 import math
 import os
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from constitutions.errors import UserError
-from constitutions.terminal import fail, say
-from constitutions.untrusted import clean
+from constitutions.terminal import clean_logs, fail, say
 
 app = typer.Typer(
     name="staple",
@@ -432,7 +429,7 @@ def adopt(command: typer.Context) -> None:
 def main() -> None:
     """Entry point: a user's mistake is one message and exit code 2, never a traceback."""
     _environment()
-    warnings.formatwarning = _cleaned(warnings.formatwarning)
+    clean_logs()
     try:
         ended = app(standalone_mode=False)
         if ended == 130:  # what Typer makes of a Ctrl-C
@@ -471,11 +468,6 @@ def _unusable(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename:
         return str(UserError(str(error.strerror), where=os.fsdecode(error.filename)))
     return ""
-
-
-def _cleaned(form: Callable[..., str]) -> Callable[..., str]:
-    """Warnings quote what they are about."""
-    return lambda *args, **how: clean(form(*args, **how))
 
 
 def _explain(error: BaseException | None) -> str | None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
+import warnings
+from pathlib import Path
 
 import pytest
 from rich.panel import Panel
@@ -10,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from constitutions.errors import UserError, UserErrors
-from constitutions.terminal import Clean
+from constitutions.terminal import Clean, clean_logs
 from constitutions.untrusted import clean, hide_passwords
 
 HOSTILE = "a\x1b[31mb\x9b2J\u202ec[/green]\x07:smile:"
@@ -63,6 +66,22 @@ def test_passwords_of_addresses_are_hidden(text: str, shown: str) -> None:
 
 def test_an_address_that_is_wrapped_hides_its_password_too() -> None:
     assert "PW" not in printed(Text("postgresql://someone:PWPWPW@host.example.org/db"), width=20)
+
+
+def test_libraries_log_and_warn_without_controls(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    factory = logging.getLogRecordFactory()
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    try:
+        clean_logs()
+        clean_logs()
+        logging.getLogger("a library").warning("cannot read %s, row %d", Path(HOSTILE), 7)
+        shown = warnings.formatwarning(UserWarning(HOSTILE), UserWarning, "x.py", 1, "")
+    finally:
+        logging.setLogRecordFactory(factory)
+    assert caplog.messages == [f"cannot read {SHOWN}, row 7"]
+    assert SHOWN in shown and "\x1b" not in shown
 
 
 def test_half_characters_can_be_printed() -> None:

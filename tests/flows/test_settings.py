@@ -78,3 +78,35 @@ def test_a_setting_of_an_optional_part_can_be_set_and_misspelt() -> None:
     assert settings.score.judge is not None and settings.score.judge.policy is not None
     with pytest.raises(UserErrors, match="did you mean 'retries'"):
         load_settings("planted", [*judge, "score.judge.retry=1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("seed", 2**40, "at most 4,294,967,295"),
+        ("prompts.first", 10**12, "less than or equal to 100000000"),
+        ("mine.temperature", float("inf"), "finite"),
+        ("policy.model", "a\0b", "control characters"),
+        ("policy.model", "a\x1b[31mb", "control characters"),
+        ("policy.model", "a\ud800", "half characters"),
+        ("policy.model", "x" * 100_001, "at most 100,000 characters"),
+        ("policy.endpoint", "http://127.0.0.1:99999", "Port out of range"),
+        ("policy.endpoint", "http://127.0.0.1:0", "Port out of range"),
+        ("then", {"prompts": {"held_out": "many"}}, "prompts.held_out"),
+    ],
+    ids=lambda value: str(value)[:20].encode("ascii", "replace").decode(),
+)
+def test_a_form_gives_values_that_no_setting_may_have(name: str, value: object, said: str) -> None:
+    """Forms of Prefect give JSON, which no parser of ours has read."""
+    with pytest.raises(UserErrors) as caught:
+        with_changes(load_settings("planted"), {name: value})
+    assert name.split(".")[0] in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_a_file_that_extends_itself_is_named(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
+    one.write_text(f"extends: {other}\n")
+    other.write_text(f"extends: {one}\n")
+    with pytest.raises(UserError, match=r"extends itself: .*one\.yaml → .*other\.yaml → .*one"):
+        load_settings(str(one))

@@ -74,6 +74,8 @@ def test_more_prompts_than_there_are_is_an_error(monkeypatch: pytest.MonkeyPatch
     assert len(world.sample_examples(500, 0, "eval", "held")) == 500
     with pytest.raises(ValueError, match="distinct eval prompts"):
         world.sample_examples(50_000, 0, "eval", "held")
+    with pytest.raises(ValueError, match="up to 200,000"):  # at once
+        world.sample_examples(10**12, 0)
 
 
 def test_the_oracle_reads_the_truth_back() -> None:
