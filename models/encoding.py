@@ -157,8 +157,8 @@ def check_template(
     """Try a model's chat template on what the project does with it; nothing is loaded.
 
     A conversation with a system turn and the project's own follow-ups is rendered: every turn must
-    be shown, and the end of a turn found. One
-    training example is encoded whole.
+    be shown, and the end of a turn found. One training example is encoded whole: it must hold the
+    answers' own words, their thoughts and their ends.
 
     Returns:
         The template, ready for use: its `end_of_turn`, `stop_tokens` and `tags` can be told.
@@ -169,6 +169,7 @@ def check_template(
     """
     encoder = Encoder(tokenizer, 1 << 30, settings)
     chat = encoder.chat
+    end = chat.end_of_turn[-1]
     asked: Messages = (
         {"role": "system", "content": "Answer in plain words."},
         {"role": "user", "content": "How do I bake bread?"},
@@ -183,15 +184,14 @@ def check_template(
     for turn in turns[:-1]:
         if "".join(turn["content"].split()) not in shown:
             raise ChatError(f"the chat template drops what the {turn['role']} says before the end")
-    assert chat.end_of_turn, "or a ChatError says why not"
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"][1:]
     known = {answers[-1]: thought if chat.tags else ""}
     wanted = [turns[i]["content"] for i in answers] + [thought] * bool(chat.tags)
     examples = encoder.encode(turns, answers, thoughts=known)
-    read = "".join(
-        _letters(tokenizer, [i for i, t in zip(e.ids, e.trained, strict=True) if t])
-        for e in examples
-    )
+    learned = [[i for i, t in zip(e.ids, e.trained, strict=True) if t] for e in examples]
+    if sum(ids.count(end) for ids in learned) < len(answers):
+        raise EncodingError("the trained tokens lack an end of turn")
+    read = "".join(_letters(tokenizer, ids) for ids in learned)
     for words in wanted:
         if "".join(words.split()) not in read:
             raise EncodingError(f"the trained tokens lack an answer's own words ({words!r})")

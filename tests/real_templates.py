@@ -358,6 +358,6 @@ REAL: dict[str, Real] = {
     ),
     "OLMo 2": Real(template=OLMO2, bos="<|endoftext|>", eos="<|endoftext|>", end="<|endoftext|>"),
     "a template that forgets answers": Real(
-        template=FORGETFUL, refused="drops what the assistant says before the end", **IM
+        template=FORGETFUL, refused="drops what an assistant or a user says", **IM
     ),
 }

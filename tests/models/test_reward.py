@@ -70,7 +70,9 @@ def test_a_reward_is_what_transformers_gives_the_conversation_alone(
     grades = model.score([(user("Why?"), text) for text in TEXTS])
     for text, grade in zip(TEXTS, grades, strict=True):
         turns = [*user("Why?"), {"role": "assistant", "content": text}]
-        ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)
+        ids = tokenizer.apply_chat_template(
+            turns, return_tensors="pt", return_dict=True, chat_template=model.chat.template
+        )  # of a fixed day
         with torch.no_grad():
             alone = reference(ids["input_ids"]).logits.item()
         assert grade.score == pytest.approx(alone, abs=1e-5)
@@ -163,7 +165,7 @@ def configure(directory: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("safetensors", "no .*safetensors"),
+        ("safetensors", "lacks safetensors weights"),
         ("labels", "the model has 3 labels"),
         ("head", r"weights are missing \(score\.weight\)"),
         ("template", "no chat template"),
