@@ -18,12 +18,15 @@ from pydantic import Field, model_validator
 
 from constitutions.errors import UserError, UserErrors
 from models.settings import Settings
-from tasks.corpus_files import Record, Records, RowError, checked_file, file_records, hub_data
-from tasks.corpus_formats import ADAPTERS, Adapter, Columns, detected
+from tasks.corpus_files import checked_file, file_records, hub_data
+from tasks.corpus_formats import ADAPTERS, Adapter, Columns, Format, detected
+from tasks.corpus_rows import Record, Records, RowError
 from tasks.records import Prompt, Rejected, prompt_id
 
 REPORTED = 20
 """So many bad rows are named; the rest are counted."""
+MOST_BAD_ROWS = {"stop": 1_000, "reject": 10_000}
+"""After so many a source is read no further, unless bad ones are left out and some are good."""
 
 
 class CorpusSettings(Settings):
@@ -39,8 +42,8 @@ class CorpusSettings(Settings):
     """Split of the named data set."""
     revision: str | None = None
     """Commit or tag of the named data set; the newest when empty."""
-    format: Literal["auto", "plain", "hh-rlhf", "ultrafeedback", "tldr", "hotpotqa"] = "auto"
-    """Whose columns these are; "auto" tells by the first row."""
+    format: Literal["auto", Format] = "auto"
+    """Whose columns these are; "auto" tells row by row, by names and types of the values."""
     prompt_column: str = "prompt"
     """Column with the prompt, as text or chat messages (plain format)."""
     gold_column: str = "gold"
@@ -91,6 +94,9 @@ def load_corpus(sources: Sequence[CorpusSettings], seed: int = 0) -> Corpus:
                 named = problems[: 1 if _all_alike(rows, problems) else REPORTED]
                 errors += [_error(source, *problem) for problem in named]
                 more += len(problems) - len(named)
+                if len(problems) == MOST_BAD_ROWS["stop"]:
+                    what = f"reading stopped after {len(problems):,} bad rows"
+                    errors.append(UserError(what, where=str(source.path or source.name)))
                 continue
             corpus.rows.extend(_drawn(rows, source.rows, seed))
             corpus.rejected.extend(_rejected(source, *problem) for problem in problems)
@@ -199,17 +205,27 @@ def _all_alike(rows: Sequence[Prompt], problems: Problems) -> bool:
 def _load(source: CorpusSettings, seen: dict[str, str]) -> tuple[list[Prompt], Problems]:
     """The good rows and the bad; `seen` maps the prompt ids of all sources to where they were."""
     rows, problems, number = list[Prompt](), Problems(), 0
-    adapt: Adapter | None = None
+    most = MOST_BAD_ROWS[source.on_bad_row]
+    columns = Columns(source.prompt_column, source.gold_column)
+    usual: Format | None = None if source.format == "auto" else source.format
     for number, record in _records(source):
         try:
             if isinstance(record, RowError):
                 raise record
-            adapt = adapt or _adapter(record, source)
+            found = detected(record, columns) if source.format == "auto" else usual
+            usual = usual or found  # of a row that lacks the column to tell it by
+            adapt = ADAPTERS[found or usual or "plain"]
             rows.append(_prompt(record, adapt, source, number, seen))
         except RowError as problem:
+            problem.__traceback__ = None  # it would keep the row
             problems.append((number, problem))
+        if len(problems) == most and (source.on_bad_row == "stop" or not rows):
+            break
     if not number:
         raise UserError("there are no rows", where=str(source.path or source.name))
+    if len(problems) == most and not rows and source.on_bad_row == "reject":
+        what = f"none of the first {most:,} rows can be used: {problems[0][1].detail}"
+        raise UserError(what, where=str(source.path or source.name))
     return rows, problems
 
 
@@ -250,12 +266,6 @@ def _prompt(
         )
     seen[row_id] = where
     return Prompt(prompt_id=row_id, prompt=prompt, gold=gold, source=where)
-
-
-def _adapter(first: Record, source: CorpusSettings) -> Adapter:
-    if source.format != "auto":
-        return ADAPTERS[source.format]
-    return ADAPTERS[detected(first, Columns(source.prompt_column, source.gold_column))]
 
 
 def _records(source: CorpusSettings) -> Records:

@@ -1,55 +1,31 @@
 """Records from the user's files and data sets, row by row; a row that cannot be read says why.
 
 Read by `tasks.corpus`. A record is what a row holds, by column; what the columns mean is the
-business of `tasks.corpus_formats`.
+business of `tasks.corpus_formats`. JSON has a reader of its own, `tasks.corpus_json`.
 """
 
 from __future__ import annotations
 
 import csv
-import gzip
 import itertools
-import json
+import re
+import stat
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from constitutions.errors import UserError
+from tasks.corpus_json import json_rows
+from tasks.corpus_rows import Record, Records, RowError, repeated
+from tasks.corpus_text import EXPANSION, LONGEST_ROW, SMALL, Lines, open_text
 
-Record = Mapping[str, Any]
-Records = Iterator[tuple[int, "Record | RowError"]]
-"""Row numbers, from 1 (lines, in JSON Lines), each with its record or what is wrong with it."""
-
-
-class RowError(Exception):
-    """What is wrong with one row.
-
-    Args:
-        reason: a short class of problems, to count by ("duplicate").
-        detail: this problem, as a clause without a full stop.
-        field: the column, and the place in it.
-        expected: what would have been right.
-        row_id: the row's prompt_id, where it has come so far.
-    """
-
-    def __init__(
-        self, reason: str, detail: str, *, field: str = "", expected: str = "", row_id: str = ""
-    ) -> None:
-        super().__init__(detail)
-        self.reason, self.detail, self.field, self.expected = reason, detail, field, expected
-        self.row_id = row_id
-
-
-def wrong_type(value: object, field: str, expected: str) -> RowError:
-    """The error of a value that is of no such type."""
-    kind = "null" if value is None else type(value).__name__
-    return RowError("wrong type", f"the value is of type {kind}", field=field, expected=expected)
+EXPECTED = "a file with prompts and gold responses"
 
 
 def file_records(path: Path) -> Records:
-    """The rows of a JSONL, JSON, CSV or Parquet file.
+    """The rows of a JSON Lines, JSON, CSV or Parquet file.
 
     Raises:
         UserError: the file as a whole cannot be read.
@@ -65,17 +41,25 @@ def checked_file(path: Path) -> Path:
     """The path of a file of a kind that can be read.
 
     Raises:
-        UserError: there is no such file, or it is of another kind.
+        UserError: there is no such file, it is of another kind, or it is none that ends (a named
+            pipe, a device).
     """
-    path = path.expanduser()
-    if not path.is_file():
-        what = "this is a folder" if path.is_dir() else "there is no such file"
-        raise UserError(what, where=str(path), expected="a file with prompts and gold responses")
+    try:
+        path = path.expanduser()
+        mode = path.stat().st_mode
+    except (OSError, ValueError, RuntimeError) as error:  # also "~nobody", NUL, a long name
+        why = getattr(error, "strerror", None) or str(error)
+        absent = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        what = "there is no such file" if absent else f"the file cannot be read: {why}"
+        raise UserError(what, where=str(path), expected=EXPECTED) from None
+    if not stat.S_ISREG(mode):
+        what = "this is a folder" if stat.S_ISDIR(mode) else "this is a pipe or a device"
+        raise UserError(what, where=str(path), expected=EXPECTED)
     if _kind(path) not in _READERS:
         raise UserError(
             f"files of type {path.suffix or 'none'} cannot be read",
             where=str(path),
-            expected=".jsonl, .json, .csv (each also .gz) or .parquet",
+            expected=".jsonl, .json, .csv, .tsv (each also .gz) or .parquet",
         )
     return path
 
@@ -84,69 +68,81 @@ def _kind(path: Path) -> str:
     return path.name.removesuffix(".gz").rpartition(".")[2].lower()
 
 
-def _open(path: Path, newline: str = "\n") -> IO[str]:
-    """Broken bytes become lone surrogates, which the field that holds them reports."""
-    opener: Callable[..., IO[str]] = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
-
-
-def _jsonl(path: Path) -> Records:
-    with _open(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield number, _parsed(line)
-
-
-def _parsed(line: str) -> Record | RowError:
-    try:
-        return _object(json.loads(line))
-    except (ValueError, RecursionError) as error:
-        return RowError(
-            "broken JSON", f"this is not JSON: {error}", expected="one JSON object a line"
-        )
-
-
-def _object(value: object) -> Record | RowError:
-    return value if isinstance(value, dict) else wrong_type(value, "", "a JSON object")
-
-
-def _json(path: Path) -> Records:
-    """A list of objects; or JSON Lines under the wrong name, as hubs have it."""
-    with _open(path) as file:
-        if not file.read(4096).lstrip().startswith("["):
-            yield from _jsonl(path)
-            return
-        file.seek(0)
-        try:
-            values = json.load(file)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"this is not JSON: {error}", where=str(path)) from None
-    for number, value in enumerate(values, start=1):
-        yield number, _object(value)
+# CSV ------------------------------------------------------------------------------------------
 
 
 def _csv(path: Path) -> Records:
-    csv.field_size_limit(sys.maxsize)  # A field that is too long is a bad row, not the end.
-    with _open(path, newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+    """Fields between commas; or semicolons, tabs or bars, where the header has no comma."""
+    csv.field_size_limit(sys.maxsize)  # a field that is too long is a bad row, not the end
+    with open_text(path, newline="") as file:
+        lines = _RowLines(Lines(file, path))
+        first = next(lines, "")
+        told = re.fullmatch(r"sep=(.)\s*", first)  # as Excel writes it
+        first = next(lines, "") if told else first
+        delimiter = told[1] if told else _delimiter(first)
+        reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
         try:
-            for number, record in enumerate(reader, start=1):
-                yield number, _whole(record, len(reader.fieldnames or ()))
+            header = _header(next(reader, []), path)
+            rows = (fields for fields in reader if fields)
+            for number, fields in enumerate(rows, start=1):
+                yield number, _record(header, fields)
+                lines.size = 0
         except csv.Error as error:
             where = f"{path}, line {reader.line_num}"
             raise UserError(f"this is not CSV: {error}", where=where) from None
 
 
-def _whole(record: Record, columns: int) -> Record | RowError:
-    """The record, unless it has more or fewer fields than the header."""
-    extra = len(record.get(None, ()))  # type: ignore[call-overload]
-    missing = sum(value is None for value in record.values())
-    if extra or missing:
-        found = columns + extra - missing
-        return RowError(
-            "broken CSV", f"the row has {found} fields", expected=f"{columns}, as the header has"
+class _RowLines(Iterator[str]):
+    """Lines for `csv`, of which a quoted field may take several. `size`: characters of this row."""
+
+    def __init__(self, lines: Lines) -> None:
+        self._lines, self.size = lines, 0
+
+    def __next__(self) -> str:
+        line = self._lines.read(blank=True)
+        if not line:
+            raise StopIteration
+        self.size += len(line)
+        if self.size > LONGEST_ROW:
+            raise UserError(
+                f"the row has more than {LONGEST_ROW:,} characters",
+                where=self._lines.where,
+                expected="short rows (is a quotation mark missing further up?)",
+            )
+        return line
+
+
+def _delimiter(header: str) -> str:
+    for delimiter in ",;\t|":
+        if len(next(csv.reader([header], delimiter=delimiter), [])) > 1:
+            return delimiter
+    return ","
+
+
+def _header(names: list[str], path: Path) -> list[str]:
+    twice = repeated(filter(None, names))
+    if twice is not None:
+        places = [i for i, name in enumerate(names, start=1) if name == twice]
+        raise UserError(
+            f"the column {twice!r} occurs twice (columns {places[0]} and {places[1]})",
+            where=f"{path}, header",
+            expected="each name once",
         )
-    return record
+    return names
+
+
+def _record(header: list[str], fields: list[str]) -> Record | RowError:
+    """The record, unless it has more or fewer fields than the header."""
+    if len(fields) != len(header):
+        return RowError(
+            "broken CSV",
+            f"the row has {len(fields)} fields",
+            expected=f"{len(header)}, as the header has",
+        )
+    return dict(zip(header, fields, strict=True))
+
+
+# Parquet --------------------------------------------------------------------------------------
 
 
 def _parquet(path: Path) -> Records:
@@ -156,30 +152,79 @@ def _parquet(path: Path) -> Records:
     number = itertools.count(1)
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
+            shared = _shared_texts(file, path)
+        with pq.ParquetFile(path, read_dictionary=shared) as file:
+            for batch in file.iter_batches(batch_size=256):
+                lengths = _lengths(batch)
                 for i in range(batch.num_rows):
-                    yield next(number), _row(batch.slice(i, 1))
+                    yield next(number), _row(batch, i, lengths)
     except pa.ArrowException as error:
         raise UserError(f"this is not Parquet: {error}", where=str(path)) from None
+    except MemoryError:
+        raise UserError("the file needs more memory than there is", where=str(path)) from None
 
 
-def _row(batch: Any) -> Record | RowError:
-    """The one row of a batch."""
+def _shared_texts(file: Any, path: Path) -> list[str]:
+    """The columns whose texts are stored once and referred to: read so, a long text that a million
+    rows refer to stays one text.
+
+    Raises:
+        UserError: a column occurs twice, or the file would expand too far.
+    """
+    twice = repeated(file.schema_arrow.names)
+    if twice is not None:
+        what = f"the column {twice!r} occurs twice"
+        raise UserError(what, where=str(path), expected="each name once")
+    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+    most = max(SMALL, EXPANSION * path.stat().st_size)
+    if sum(max(group.total_byte_size, 0) for group in groups) > most:
+        raise UserError(
+            f"the file expands to more than {most >> 20:,} MiB",
+            where=str(path),
+            expected=f"at most {EXPANSION} times its size",
+        )
+    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+    texts = {str(f.name) for f in file.schema_arrow if str(f.type) in ("string", "large_string")}
+    return sorted({c.path_in_schema for c in columns if c.has_dictionary_page} & texts)
+
+
+def _lengths(batch: Any) -> dict[str, list[int | None]]:
+    """The bytes of each text, by column."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    found = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        shared = pa.types.is_dictionary(column.type)
+        texts = column.dictionary if shared else column
+        if pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type):
+            lengths = pc.binary_length(texts)
+            found[name] = (lengths.take(column.indices) if shared else lengths).to_pylist()
+    return found
+
+
+def _row(batch: Any, i: int, lengths: dict[str, list[int | None]]) -> Record | RowError:
     row = {}
-    for name in batch.schema.names:
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if name in lengths and (lengths[name][i] or 0) > LONGEST_ROW:
+            what = f"the text has more than {LONGEST_ROW:,} bytes"
+            return RowError("too long", what, field=name, expected="a shorter text")
         try:
-            row[name] = batch.column(name)[0].as_py()
+            row[name] = column[i].as_py()
         except UnicodeDecodeError as error:
             what = f"byte 0x{error.object[error.start]:02x} at byte {error.start + 1}"
             return RowError("broken text", f"{what} is not valid UTF-8", field=name)
+        except (ValueError, OverflowError) as error:
+            return RowError("wrong type", f"the value cannot be read: {error}", field=name)
     return row
 
 
 _READERS: dict[str, Callable[[Path], Records]] = {
-    "jsonl": _jsonl,
-    "ndjson": _jsonl,
-    "json": _json,
+    "jsonl": json_rows,
+    "ndjson": json_rows,
+    "json": json_rows,
     "csv": _csv,
+    "tsv": _csv,
     "parquet": _parquet,
 }
 

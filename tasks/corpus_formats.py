@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import itertools
 import re
-import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from models.policy import Message
-from tasks.corpus_files import Record, RowError, wrong_type
+from tasks.corpus_messages import filled, text_of, turns_of, unpacked, value_of, writable
+from tasks.corpus_rows import Record, RowError, wrong_type
 
-Format = Literal["plain", "hh-rlhf", "ultrafeedback", "tldr", "hotpotqa"]
+Format = Literal["plain", "chat", "hh-rlhf", "ultrafeedback", "tldr", "hotpotqa"]
 Messages = tuple[Message, ...]
 
 
@@ -29,9 +29,9 @@ Adapter = Callable[[Record, Columns], tuple[Messages, str]]
 """From a record to its prompt and gold response; raises RowError where there is none."""
 
 
-def detected(first: Record, columns: Columns) -> Format:
-    """Whose columns these are, by those of the first record."""
-    names = set(first)
+def detected(record: Record, columns: Columns) -> Format | None:
+    """Whose columns these are, by a record's names and the types of its values; None: nobody's."""
+    names = set(record)
     if set(filter(None, columns)) <= names:
         return "plain"
     if {"question", "context", "answer"} <= names:
@@ -39,18 +39,39 @@ def detected(first: Record, columns: Columns) -> Format:
     if "query" in names and names & set(_TLDR_GOLD):
         return "tldr"
     if "chosen" in names:
-        return "ultrafeedback" if "prompt" in names else "hh-rlhf"
-    return "plain"
+        dialogue = "prompt" not in names and isinstance(record["chosen"], str)
+        return "hh-rlhf" if dialogue and not _LIST.match(record["chosen"]) else "ultrafeedback"
+    if any(isinstance(record.get(name), list | str) for name in _CHATS):
+        return "chat"
+    return None
+
+
+_LIST = re.compile(r"\s*[\[{]")
 
 
 def _plain(record: Record, columns: Columns) -> tuple[Messages, str]:
-    gold = _text(record, columns.gold) if columns.gold else ""
-    return _messages(record, columns.prompt), gold
+    prompt = _messages(record, columns.prompt)
+    return prompt, _gold(record, columns.gold) if columns.gold else ""
+
+
+_CHATS = ("messages", "conversations")
+
+
+def _chat(record: Record, columns: Columns) -> tuple[Messages, str]:
+    """A dialogue in `messages`, or in ShareGPT's `conversations`; its last answer is the gold."""
+    column = next((name for name in _CHATS if name in record), _CHATS[0])
+    turns = turns_of(record, column)
+    if isinstance(system := record.get("system"), str) and system.strip():
+        turns = [_message("system", filled(system, "system")), *turns]
+    if not columns.gold and turns[-1]["role"] == "user":
+        return _dialogue(turns, column), ""
+    gold = _last_answer(turns, column)
+    return _dialogue(turns[:-1], column), gold if columns.gold else ""
 
 
 def _hh_rlhf(record: Record, columns: Columns) -> tuple[Messages, str]:
     """A dialogue "\\n\\nHuman: … \\n\\nAssistant: …"; the last turn is the gold response."""
-    dialogue = _text(record, "chosen")
+    dialogue = text_of(record, "chosen")
     before, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", dialogue)
     turns = [
         _message("user" if speaker == "Human" else "assistant", text.strip())
@@ -63,23 +84,29 @@ def _hh_rlhf(record: Record, columns: Columns) -> tuple[Messages, str]:
             field="chosen",
             expected='turns "\\n\\nHuman: …" and "\\n\\nAssistant: …"',
         )
-    return _dialogue(turns[:-1], "chosen"), _filled(turns[-1]["content"], "chosen")
+    return _dialogue(turns[:-1], "chosen"), filled(turns[-1]["content"], "chosen")
 
 
 def _ultrafeedback(record: Record, columns: Columns) -> tuple[Messages, str]:
-    """`chosen` is the gold response, or a list of messages that ends with it."""
-    if isinstance(record.get("chosen"), str):
-        return _messages(record, "prompt"), _text(record, "chosen")
-    turns = _turns(record, "chosen")
+    """`chosen` is the gold response, or messages that end with it; the prompt may be in them."""
+    if isinstance(record.get("chosen"), str) and unpacked(record["chosen"], "chosen") is None:
+        return _messages(record, "prompt"), text_of(record, "chosen")
+    turns = turns_of(record, "chosen")
+    gold, before = _last_answer(turns, "chosen"), turns[:-1]
+    if not before or before[0]["role"] == "assistant":  # the prompt stands before them
+        before = [*_messages(record, "prompt"), *before]
+    return _dialogue(before, "chosen"), gold
+
+
+def _last_answer(turns: Sequence[Message], field: str) -> str:
     if turns[-1]["role"] != "assistant":
         raise RowError(
             "wrong dialogue",
             "the last message is not the assistant's",
-            field="chosen",
+            field=field,
             expected="messages that end with the gold response",
         )
-    prompt = _dialogue(turns[:-1], "chosen") if len(turns) > 1 else _messages(record, "prompt")
-    return prompt, _filled(turns[-1]["content"], "chosen")
+    return filled(turns[-1]["content"], field)
 
 
 _TLDR_GOLD = ("reference_responses", "reference_response")
@@ -90,12 +117,12 @@ def _tldr(record: Record, columns: Columns) -> tuple[Messages, str]:
     column = next((c for c in _TLDR_GOLD if c in record), _TLDR_GOLD[0])
     gold = record.get(column)
     first = {column: gold[0]} if isinstance(gold, list) and gold else record
-    return _user(_text(record, "query").strip()), _text(first, column).strip()
+    return _user(text_of(record, "query").strip()), text_of(first, column).strip()
 
 
 def _hotpotqa(record: Record, columns: Columns) -> tuple[Messages, str]:
     """The paragraphs, then the question; `context` in the release's form or the hub's."""
-    context = _value(record, "context")
+    context = value_of(record, "context")
     try:
         pairs = (
             list(zip(context["title"], context["sentences"], strict=True))
@@ -110,13 +137,14 @@ def _hotpotqa(record: Record, columns: Columns) -> tuple[Messages, str]:
             field="context",
             expected="pairs of a title and a list of sentences",
         ) from None
-    question = "\n\n".join([*paragraphs, f"Question: {_text(record, 'question').strip()}"])
-    _encodable(question, "context")
-    return _user(question), _text(record, "answer").strip()
+    question = "\n\n".join([*paragraphs, f"Question: {text_of(record, 'question').strip()}"])
+    writable(question, "context")
+    return _user(question), text_of(record, "answer").strip()
 
 
 ADAPTERS: dict[Format, Adapter] = {
     "plain": _plain,
+    "chat": _chat,
     "hh-rlhf": _hh_rlhf,
     "ultrafeedback": _ultrafeedback,
     "tldr": _tldr,
@@ -124,88 +152,42 @@ ADAPTERS: dict[Format, Adapter] = {
 }
 
 
-# Fields
-
-
-def _value(record: Record, field: str) -> Any:
-    if field not in record:
-        columns = textwrap.shorten(", ".join(map(str, record)), 100, placeholder=" …") or "none"
-        raise RowError(
-            "missing field",
-            f"the field is missing (fields here: {columns})",
-            field=field,
-            expected="a field of this name, or set prompt_column, gold_column or format",
-        )
-    return record[field]
-
-
-def _text(record: Record, field: str) -> str:
-    value = _value(record, field)
-    if not isinstance(value, str):
-        raise wrong_type(value, field, "a text")
-    return _filled(value, field)
-
-
-def _filled(text: str, field: str) -> str:
-    _encodable(text, field)
-    if not text.strip():
-        raise RowError("empty", "the text is empty", field=field, expected="a non-empty text")
-    return text
-
-
-def _encodable(text: str, field: str) -> None:
-    """Bytes that were no UTF-8 are lone surrogates by now (`surrogateescape`)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
-        raise RowError(
-            "broken text",
-            f"{what} at character {error.start + 1} is not valid UTF-8",
-            field=field,
-            expected="text in UTF-8",
-        ) from None
+# Prompts and golds
 
 
 def _messages(record: Record, field: str) -> Messages:
     """A prompt as text or as chat messages."""
-    value = _value(record, field)
-    if isinstance(value, str):
-        return _user(_filled(value, field))
-    if not isinstance(value, list):
+    value = value_of(record, field)
+    if isinstance(value, str) and unpacked(value, field) is None:
+        return _user(filled(value, field))
+    if not isinstance(value, str | list):
         raise wrong_type(value, field, "a text or a list of chat messages")
-    return _dialogue(_turns(record, field), field)
+    return _dialogue(turns_of(record, field), field)
 
 
-def _turns(record: Record, field: str) -> list[Message]:
-    value = _value(record, field)
-    if not isinstance(value, list):
-        raise wrong_type(value, field, "a list of chat messages")
-    if not value:
-        raise RowError("empty", "there are no messages", field=field, expected="chat messages")
-    return [_turn(turn, f"{field}[{i}]") for i, turn in enumerate(value)]
-
-
-def _turn(turn: object, field: str) -> Message:
-    if not isinstance(turn, dict):
-        raise wrong_type(turn, field, 'a message {"role": …, "content": …}')
-    parts = {f"{field}.{name}": value for name, value in turn.items()}
-    role, content = _text(parts, f"{field}.role"), _text(parts, f"{field}.content")
-    if role not in ("system", "user", "assistant"):
+def _gold(record: Record, field: str) -> str:
+    """A gold response as text, or as the one message of the assistant."""
+    value = value_of(record, field)
+    messages = unpacked(value, field) if isinstance(value, str) else value
+    if isinstance(value, str) and messages is None:
+        return filled(value, field)
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+        raise wrong_type(value, field, "a text, or a list of the one message of the assistant")
+    turns = turns_of(record, field)
+    if len(turns) > 1:
         raise RowError(
-            "unknown role",
-            f"the role is {role[:40]!r}",
+            "wrong dialogue",
+            f"the gold response is of {len(turns)} messages",
             field=field,
-            expected='"system", "user" or "assistant"',
+            expected="one message, the assistant's",
         )
-    return _message(role, content)
+    return _last_answer(turns, field)
 
 
 def _dialogue(turns: Sequence[Message], field: str) -> Messages:
     """Turns that a policy can answer: none empty, the user's last, same speakers joined."""
     for turn in turns:
-        _filled(turn["content"], field)
+        filled(turn["content"], field)
     joined = [
         _message(role, "\n\n".join(turn["content"] for turn in group))
         for role, group in itertools.groupby(turns, key=lambda turn: turn["role"])

@@ -20,7 +20,7 @@ import numpy as np
 
 from constitutions.errors import UserError
 from tasks.benchmarks.rows import Source, read_records
-from tasks.corpus_files import Record, RowError, wrong_type
+from tasks.corpus_rows import Record, RowError, wrong_type
 from tasks.length_control import standardised
 
 # Files

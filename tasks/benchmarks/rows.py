@@ -16,7 +16,8 @@ from pydantic import BaseModel, ValidationError
 
 from constitutions.errors import UserError, UserErrors
 from models.policy import Message
-from tasks.corpus_files import Record, Records, RowError, file_records, hub_data
+from tasks.corpus_files import file_records, hub_data
+from tasks.corpus_rows import Record, Records, RowError
 from tasks.records import Prompt, prompt_id
 from tasks.winrate import CONFIDENCE
 
@@ -28,6 +29,8 @@ HUB = "hub:"
 
 REPORTED = 20
 """Bad rows that an error names; the rest are counted."""
+MOST_BAD_ROWS = 10_000
+"""After so many a file is read no further."""
 
 
 class Mean(NamedTuple):
@@ -73,10 +76,7 @@ def records(source: Source) -> Records:
     """
     if str(source).startswith(HUB):
         return enumerate(_hub(str(source)), start=1)
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise UserError("there is no such file", where=str(source), expected="a benchmark's file")
-    return file_records(path)
+    return file_records(Path(source))
 
 
 def _hub(source: str) -> Any:
@@ -119,6 +119,8 @@ def read_records(
             rows.append(row)
         except UserError as error:
             errors.append(error)
+            if len(errors) == MOST_BAD_ROWS:
+                break
     if errors:
         raise UserErrors(errors[:REPORTED], more=max(len(errors) - REPORTED, 0))
     if not rows:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hostile.cases import Case, Content, fifo, folder, row, sparse
+from hostile.data_inputs import INPUTS
 
 GOOD = row(prompt="What is it?", gold="It is that.")
 
@@ -118,6 +119,14 @@ def cases() -> Iterator[Case]:
     for what, content in OTHERS.items():
         name = what.partition(":")[0]
         yield Case(f"file {what!r}", ("validate", name), files={name: content})
+    for given in INPUTS:
+        yield Case(
+            f"data: {given.name}",
+            ("validate", given.file),
+            files={given.file: given.content},
+            says=given.says[0] if given.says else "",
+            code=2 if given.says else 0,
+        )
 
 
 CASES = list(cases())

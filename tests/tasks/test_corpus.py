@@ -338,3 +338,45 @@ def test_the_real_corpora_are_read_and_every_row_accounted_for(
     total = 2312 if rejected else rows
     assert len(corpus.rows) + len(corpus.rejected) == total
     assert all(r.gold.strip() and r.prompt[-1]["role"] == "user" for r in corpus.rows)
+
+
+def test_a_row_that_is_too_long_is_left_out_and_the_next_ones_are_read(tmp_path: Path) -> None:
+    long = b'{"prompt": "' + b"x" * 9_000_000 + b'"}'
+    source = jsonl(tmp_path / "a.jsonl", [GOOD, long, *ROWS])
+    corpus = load_corpus([source.model_copy(update={"on_bad_row": "reject"})])
+    assert prompts(corpus.rows) == ["fine", *(r["prompt"] for r in ROWS)]
+    assert [(r.source, r.reason) for r in corpus.rejected] == [("a.jsonl:2", "too long")]
+
+
+def test_a_file_of_nothing_but_bad_rows_is_not_read_to_its_end(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", ["hello"] * 12_000)
+    said = refusal(source.model_copy(update={"on_bad_row": "reject"}))
+    assert "none of the first 10,000 rows can be used: this is not JSON" in said
+    assert "reading stopped after 1,000 bad rows" in refusal(source)
+
+
+def test_a_dialogue_keeps_all_its_turns(tmp_path: Path) -> None:
+    turns = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "Hello."},
+        {"from": "gpt", "value": "Hi."},
+        {"from": "human", "value": "Why?"},
+        {"from": "gpt", "value": "Because."},
+    ]
+    for chat in (turns, json.dumps(turns), str(turns)):
+        (row,) = load_corpus([jsonl(tmp_path / "a.jsonl", [{"conversations": chat}])]).rows
+        assert [(m["role"], m["content"]) for m in row.prompt] == [
+            ("system", "Be brief."),
+            ("user", "Hello."),
+            ("assistant", "Hi."),
+            ("user", "Why?"),
+        ]
+        assert row.gold == "Because."
+
+
+def test_a_dialogue_needs_no_answer_where_there_are_no_golds(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A"}]
+    for turns in (chat, chat[:1]):
+        path = jsonl(tmp_path / "a.jsonl", [{"messages": turns}]).path
+        (row,) = load_corpus([CorpusSettings(path=path, gold_column="")]).rows
+        assert (prompts([row]), row.gold) == (["Q?"], "")
