@@ -458,15 +458,23 @@ def main() -> None:
 
 UNUSABLE = (
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR),
-    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
 )
 """What the system says of a path that a person gave, or of a folder that may not be written to."""
 
 
-def _unusable(error: Exception) -> str:
-    """What is wrong with a path; "": the error is about none."""
-    if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename:
-        return str(UserError(str(error.strerror), where=os.fsdecode(error.filename)))
+def _unusable(error: BaseException | None) -> str:
+    """What is wrong with a path, and what to do; "": the error is about none."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename:
+            refused = UserError(
+                str(error.strerror),
+                where=os.fsdecode(error.filename),
+                expected="a path that this user can read and write",
+                fix="make it so or move it away, then give the same command again",
+            )
+            return str(refused)
+        error = error.__cause__ or error.__context__
     return ""
 
 

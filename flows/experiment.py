@@ -24,8 +24,10 @@ from flows.settings import (
     load_settings,
     with_changes,
 )
+from models.files import Damaged
 from tasks.basemodels import BaseModelFiles, kept_model, resolve_model
 from tasks.policies import PolicySource
+from tasks.progress import say
 from tasks.review import ReviewSettings, Verdict, recorded_verdict
 from tasks.store import Attempt, Attempts, Looker, Mode, Record, Slot
 from tasks.writer import made
@@ -237,7 +239,12 @@ def note_settings(settings: ExperimentSettings, keep_changes: Sequence[str] | No
     """
     record = record_of(settings.experiment)
     text = dump_settings(settings)
-    if record.read_text(SETTINGS_FILE) != text:
+    try:
+        unchanged = record.read_text(SETTINGS_FILE) == text
+    except Damaged as error:
+        say(f"{error}; it is written again")
+        unchanged = False
+    if not unchanged:
         record.log_text(SETTINGS_FILE, text)
     for iteration, changes in record.all_changes().items():
         dropped = [name for name in changes if keep_changes is None or name in keep_changes]
@@ -250,7 +257,16 @@ def recorded_settings(experiment: str, overrides: Sequence[str] = ()) -> Experim
     Raises:
         UserError: nothing was ever recorded under this name.
     """
-    text = record_of(experiment).read_text(SETTINGS_FILE) if is_recorded(experiment) else None
+    try:
+        text = record_of(experiment).read_text(SETTINGS_FILE) if is_recorded(experiment) else None
+    except Damaged as error:
+        raise UserError(
+            error.what,
+            where=error.where,
+            expected="the settings as they were recorded",
+            fix=f"restore the file, or run the experiment with its settings once more, which "
+            f"writes it again: staple run FILE --set experiment={experiment}",
+        ) from error
     if text is None:
         could_be = re.fullmatch(NAME, experiment)
         raise UserError(

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from constitutions.errors import UserError
+from models.files import remove
+from models.notices import say
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -35,6 +37,8 @@ MARK = "STAPLE_SERVICE"
 POOLS = {"gpu": 1, "cpu": 2}
 """Work pools and how many runs each has at a time."""
 DEPLOYMENTS = Path(__file__).parent.parent / "prefect.yaml"
+URL = "STAPLE_SERVICE_URL"
+"""Environment variable of a service: where it answers."""
 HOST = "127.0.0.1"
 PORTS = {"prefect": 4200, "mlflow": 5000}
 START_SECONDS = 180
@@ -243,7 +247,11 @@ class _Starting:
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
-                env={**_environment(), **environment, MARK: mark},
+                env={
+                    **_environment(),
+                    **environment,
+                    **{MARK: mark, URL: url, "STAPLE_HOME": str(_home())},
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -423,11 +431,37 @@ def _new_mark(name: str) -> str:
 
 
 def _noted() -> list[Service]:
+    """What runs, as it was noted; where the note is damaged, as the processes themselves say."""
+    path = _folder() / "services.json"
     try:
-        text = (_folder() / "services.json").read_text("utf-8")
+        return [Service(**entry) for entry in json.loads(path.read_bytes())]
     except FileNotFoundError:
         return []
-    return [Service(**entry) for entry in json.loads(text)]
+    except (OSError, ValueError, TypeError) as error:
+        found = list(_marked())
+        names = ", ".join(service.name for service in found) or "nothing"
+        say(f"{path} is damaged ({error}); of its services {names} runs, which is noted anew")
+        with suppress(OSError):  # what cannot be noted can be ended all the same
+            remove(path)
+            _note(found)
+        return found
+
+
+def _marked() -> Iterator[Service]:
+    """The services of this home among the processes that run."""
+    import psutil
+
+    for process in psutil.process_iter():
+        try:
+            own, parent = process.environ(), process.parent()
+            mark = own.get(MARK, "")
+            first = parent is None or parent.environ().get(MARK) != mark
+        except (psutil.Error, OSError):
+            continue
+        if mark and first and own.get("STAPLE_HOME") == str(_home()):
+            name = mark.rpartition("-")[0]
+            log = str(_folder() / f"{name}.log")
+            yield Service(name, mark, process.pid, log, own.get(URL, ""))
 
 
 def _note(services: Any) -> None:

@@ -137,6 +137,7 @@ NOTES = {
     "sampling": "a setting of sample",
     "wording": "the writer's prompts",
     "judge": "the judge's model",
+    "threads": "policy.threads",
     "judge_wording": "the judge's prompts",
 }
 """What the notes of a derivation are, in words."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from constitutions.errors import UserError
+from models.threads import pinned
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -63,7 +64,8 @@ def sentence_embedder(
         ) from error
 
     def embed(texts: Sequence[str]) -> np.ndarray:
-        vectors = encoder.encode(list(texts), batch_size=batch_size, show_progress_bar=False)
+        with pinned(None):
+            vectors = encoder.encode(list(texts), batch_size=batch_size, show_progress_bar=False)
         return unit_rows(np.asarray(vectors, dtype=np.float32), texts)
 
     return embed
@@ -124,6 +126,7 @@ def centred(vectors: np.ndarray) -> np.ndarray:
     return offsets
 
 
+@pinned()
 def combine(blocks: Sequence[Any], seed: int = 0) -> Features:
     """Blocks of features side by side, each of the same weight.
 

@@ -14,9 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from constitutions.errors import UserError
 
-class Damaged(ValueError):
+SEAL = "# sha256 of what follows: "
+
+
+class Damaged(UserError):
     """A file does not hold what was written to it."""
+
+    def __init__(self, path: Path, why: object) -> None:
+        super().__init__(f"the file is damaged ({why})", where=str(path))
 
 
 def file_sha256(path: Path) -> str:
@@ -74,8 +81,28 @@ def read_sealed(path: Path) -> Any:
     except FileNotFoundError:
         raise
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise Damaged(f"{path} is damaged: {error or type(error).__name__}") from error
-    raise Damaged(f"{path} is damaged: its digest differs")
+        raise Damaged(path, error or type(error).__name__) from error
+    raise Damaged(path, "its digest differs")
+
+
+def seal(text: str) -> str:
+    """A text under a line with its digest: a comment in YAML."""
+    return f"{SEAL}{text_sha256(text)}\n{text}"
+
+
+def unseal(path: Path) -> str:
+    """The text of a file that `seal` made.
+
+    Raises:
+        Damaged: it cannot be read, or is not what was written.
+    """
+    try:
+        line, _, text = path.read_bytes().decode().partition("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Damaged(path, error) from error
+    if line != f"{SEAL}{text_sha256(text)}":
+        raise Damaged(path, "its digest differs")
+    return text
 
 
 def remove(path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from constitutions.errors import UserError
+from models import threads
 from models.chat import Chat, ChatError
 from models.engine import Engine, Sample, free_bytes
 from models.exact import open_engine
@@ -42,8 +43,7 @@ def load_policy(settings: PolicySettings, model: Path | str, adapter: Path | Non
     function up to rounding, without unpacking four-bit weights at every token. On a GPU it is
     dequantised where its 16 bits take at most half of the free memory, for the same reason.
     """
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    threads.use(settings.threads)
     base, tokenizer = load_base(
         model,
         quantization=settings.quantization,

@@ -192,7 +192,8 @@ class PolicySettings(Settings):
     """Samples that are decoded together. Unset: as many as the free memory holds. Behind an
     endpoint, requests in flight; unset: 32."""
     threads: int | None = Field(None, ge=1, le=512)
-    """CPU threads. Unset: torch's choice. For very small models 1 is as fast, and steadier."""
+    """CPU threads. Unset: as many as there are physical cores, whatever OMP_NUM_THREADS says. For
+    very small models 1 is as fast, and steadier."""
     chat_template: str | None = Field(None, min_length=1)
     """Which of the tokenizer's named chat templates is used. Unset: "default", or the only one."""
     template_arguments: dict[str, Argument] = Field(default_factory=dict)

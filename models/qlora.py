@@ -460,8 +460,8 @@ def _provenance(adapter: Path) -> dict[str, str]:
         UserError: there is none, or the weights beside it are pickled or missing.
     """
     try:
-        record = json.loads((adapter / PROVENANCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        record = dict(json.loads((adapter / PROVENANCE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"no adapter with a readable {PROVENANCE}",
             where=str(adapter),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from constitutions.errors import UserError
+from models import threads
 from models.chat import Chat
 from models.foreign_text import control_strings, disarm
 from models.judges import Grade, Judgement, Pair, decide, per_pair
@@ -36,8 +37,7 @@ def load_reward_model(settings: PolicySettings, *, tie: float = 1e-4) -> RewardM
     """
     directory = find_base(settings.model, settings.revision)
     model, tokenizer = _load(directory, settings)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    threads.use(settings.threads)
     name = settings.model.rstrip("/").rsplit("/", 1)[-1]
     chat = Chat(tokenizer, settings)
     rows = settings.batch_rows or 64

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from constitutions.errors import UserError
 from models.adapter import AdapterSettings, Step, plan_batches
+from models.checkpoints import keep, newest
 from models.encoding import Example
 from models.output_layer import output_only
 from models.policy import Progress
@@ -104,7 +105,8 @@ def train(
         arguments=_arguments(model, settings, len(steps), seed, checkpoints),
         progress=progress,
     )
-    trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
+    begun = newest(checkpoints)
+    trainer.train(resume_from_checkpoint=str(begun) if begun else None)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -238,6 +240,11 @@ def _trainer(
             if progress:
                 progress(1)
 
+        def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            trainer.accelerator.wait_for_everyone()  # each has written what is its own
+            if state.is_world_process_zero:
+                keep(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
     trainer = WeightedTrainer(
         model=model,
         args=arguments,
@@ -272,7 +279,6 @@ def _arguments(
         optim=_optimiser(settings, on_gpu=on_gpu),
         weight_decay=0.0,
         save_steps=CHECKPOINT_STEPS,
-        save_total_limit=1,
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to="none",
@@ -290,12 +296,6 @@ def _optimiser(settings: AdapterSettings, *, on_gpu: bool) -> str:
     if settings.optimizer == "rmsprop":
         return "rmsprop"
     return "paged_adamw_8bit" if on_gpu else "adamw_torch"
-
-
-def _last_checkpoint(checkpoints: Path) -> str | None:
-    """The newest complete checkpoint: its state file is written last."""
-    done = [file.parent for file in checkpoints.glob("checkpoint-*/trainer_state.json")]
-    return str(max(done, key=lambda d: int(d.name.split("-")[1]))) if done else None
 
 
 def _curve(logs: list[dict[str, float]], steps: list[list[int]], lengths: list[int]) -> list[Step]:

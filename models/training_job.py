@@ -19,8 +19,10 @@ from typing import Any, cast
 
 from constitutions.errors import UserError
 from models.adapter import AdapterSettings, Step
+from models.checkpoints import drop_damaged
 from models.encoding import Example, Group
 from models.policy import PolicySettings, Progress
+from models.threads import cores, pinned
 
 GROUP_ROWS = 1 << 10
 """Examples of at most a million tokens: Arrow counts those of a row group with 32 bits."""
@@ -64,6 +66,7 @@ def run(job: Job, examples: Examples, progress: Progress | None = None) -> list[
         UserError: a base that cannot be loaded; a previous adapter of another base; a training
             that diverged; a process of several that failed.
     """
+    drop_damaged(job.checkpoints)
     several = job.settings.processes > 1
     curve = (_run_in_processes if several else fit)(job, examples, progress)
     shutil.rmtree(_folder(job), ignore_errors=True)  # of several processes, or of killed ones
@@ -83,8 +86,10 @@ def fit(
         device=job.policy.device,
         revision=job.policy.revision,
     )
-    model = qlora.trainable(base, job.settings, job.seed, job.previous)
-    curve = _train(model, job, examples, progress)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    with pinned(max(1, (job.policy.threads or cores()) // processes)):
+        model = qlora.trainable(base, job.settings, job.seed, job.previous)
+        curve = _train(model, job, examples, progress)
     if write:
         digest = job.data_digest
         qlora.save_adapter(model, job.out, data_digest=digest, tokenizer=tokenizer)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from constitutions.errors import UserError
+from models.files import Damaged, file_sha256, read_sealed, remove, write_sealed
+from models.notices import say
 
 PIECE = 64 << 20
 """Bytes that travel at once."""
@@ -52,18 +54,28 @@ def file_hashes(folder: Path, home: Path) -> dict[str, str]:
     hashing 16 GB takes longer than everything else at start-up. Touching a file changes nothing.
     """
     memory = home / "digests.json"
-    known: dict[str, str] = json.loads(memory.read_text()) if memory.exists() else {}
+    known = _remembered(memory)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and ".git" not in p.parts)
     digests = {}
     for path in files:
         stat = path.stat()
         key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-        known[key] = digests[str(path.relative_to(folder))] = known.get(key) or _sha256(path)
+        known[key] = digests[str(path.relative_to(folder))] = known.get(key) or file_sha256(path)
     home.mkdir(parents=True, exist_ok=True)
-    scratch = memory.with_name(f".{memory.name}.{os.getpid()}.tmp")
-    scratch.write_text(json.dumps(known))
-    scratch.replace(memory)
+    write_sealed(memory, known)
     return digests
+
+
+def _remembered(memory: Path) -> dict[str, str]:
+    """The digests that are known; none where the file is damaged, which costs time only."""
+    try:
+        return dict(read_sealed(memory))
+    except FileNotFoundError:
+        return {}
+    except Damaged as error:
+        say(f"{error}; it is made anew, the models' files are hashed again")
+        remove(memory)
+        return {}
 
 
 def bring(folder: Folder, home: Path, read: Read) -> Path:
@@ -96,7 +108,7 @@ def _fetch(folder: Folder, to: Path, read: Read) -> None:
         with path.open("wb") as sink:
             while piece := read(name, sink.tell()):
                 sink.write(piece)
-        if _sha256(path) != sha256:
+        if file_sha256(path) != sha256:
             raise UserError(
                 f"the copy of {name} is not the file that was sent: its sha256 differs",
                 where=str(to),
@@ -118,8 +130,3 @@ class Shelf:
         with Path(path, name).open("rb") as source:
             source.seek(offset)
             return source.read(PIECE)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()

@@ -12,13 +12,13 @@ from pathlib import Path
 from constitutions.errors import UserError
 from models.architecture import Use
 from models.checkpoint import check_listing
-from models.files import text_sha256
+from models.files import Damaged, text_sha256
 from models.model_check import check_directory, located
 from models.planted import NAMES
 from models.policy import PolicySettings
 from models.weights import file_hashes
 from tasks.code import code_version
-from tasks.progress import progress
+from tasks.progress import progress, say
 from tasks.store import SUMMARY, Record
 
 
@@ -113,7 +113,11 @@ def folder_digest(folder: Path, home: Path) -> str:
 def _kept_planted(model: str, seed: int, home: Path, record: Record) -> BaseModelFiles:
     """The planted model as the record has it."""
     name = _planted_name(model, seed)
-    digest = record.read_text(f"{name}.digest")
+    try:
+        digest = record.read_text(f"{name}.digest")
+    except Damaged as error:
+        say(f"{error}; the model is recorded again")
+        digest = None
     if digest is None:
         return BaseModelFiles("", "not made yet")
     folder = record.fetch_folder(name)

@@ -22,6 +22,7 @@ from models import embedders, prompts
 from models.embedders import Embed, Features
 from models.policy import Policy
 from models.settings import Settings
+from models.threads import pinned
 from tasks.policies import PolicySource
 from tasks.records import Labelled, Scored, Trajectory
 from tasks.stage import stage
@@ -166,11 +167,12 @@ def cluster_stage(
     """trajectories, all scored candidates, earlier constitutions → labelled, constitution, map."""
 
     def compute(work: Workspace) -> Metrics:
+        asked = policy.load() if settings.needs_policy else None
         done = cluster(
             trajectories.read("trajectories", Trajectory),
             scored.read("scored", Scored),
             settings,
-            policy=policy.load() if settings.needs_policy else None,
+            policy=asked,
             templates=policy.templates,
             seed=at.seed,
             experiment=at.record.experiment,
@@ -191,6 +193,9 @@ def cluster_stage(
     noted = policy.noted(at)
     if not settings.needs_policy:
         noted = replace(noted, device="cpu")
+    elif policy.settings.device != "cuda":
+        threads = str(policy.settings.threads or "cores")
+        noted = replace(noted, notes={**noted.notes, "threads": threads})
     return noted.attempt("cluster", settings, inputs, compute)
 
 
@@ -259,6 +264,7 @@ def principle_features(
     return embedders.combine([block(feature) for feature in settings.features], seed)
 
 
+@pinned()
 def group(features: Features, threshold: float, at_most: int | None = None) -> np.ndarray:
     """Cluster numbers (n,), 0 … k-1 in order of first appearance.
 
@@ -319,6 +325,7 @@ def agglomerate(vectors: np.ndarray, threshold: float = math.inf, block: int = 5
     return merges
 
 
+@pinned()
 def representatives(
     distinct: Sequence[Distinct], groups: np.ndarray, features: Features | None, how: str
 ) -> list[int]:
@@ -628,9 +635,11 @@ def _umap(vectors: np.ndarray, seed: int) -> np.ndarray:
 
     neighbours = min(15, len(vectors) - 1)
     mapper = UMAP(n_neighbors=neighbours, metric="cosine", random_state=seed, n_jobs=1)
-    return np.asarray(mapper.fit_transform(vectors))
+    with pinned():
+        return np.asarray(mapper.fit_transform(vectors))
 
 
+@pinned()
 def _leading_directions(vectors: np.ndarray, seed: int) -> np.ndarray:
     from sklearn.decomposition import TruncatedSVD
 

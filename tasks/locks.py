@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from models.files import remove
 from tasks.progress import say
 
 HEARTBEAT_SECONDS = 10.0
@@ -33,6 +34,8 @@ def held(path: Path, what: str) -> Iterator[None]:
         say(f"waiting for {_told(holder)}")
         lock.acquire()
     try:
+        if holder.is_dir():  # nobody else's business: the lock is ours
+            remove(holder)
         holder.write_text(json.dumps({"pid": os.getpid(), "what": what, "since": time.time()}))
         yield
         holder.unlink(missing_ok=True)
@@ -98,8 +101,8 @@ def heartbeat(beat: Callable[[], object]) -> Iterator[None]:
 
 def _told(holder: Path) -> str:
     try:
-        facts = json.loads(holder.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        facts = json.loads(holder.read_bytes())
+        seconds = max(time.time() - facts["since"], 0)
+        return f"process {facts['pid']}: {facts['what']} (for {seconds:,.0f} s)"
+    except (OSError, ValueError, TypeError, KeyError):  # not written yet, or damaged
         return "another process"
-    seconds = max(time.time() - facts["since"], 0)
-    return f"process {facts['pid']}: {facts['what']} (for {seconds:,.0f} s)"

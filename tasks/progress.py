@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from constitutions.untrusted import clean
+from models.notices import say as say
 
 
 @contextmanager
@@ -16,18 +16,6 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]
     show = _bar if sys.stderr.isatty() else _lines
     with show(what, total, unit) as advance:
         yield advance
-
-
-def say(line: str) -> None:
-    """One line for whoever watches: on standard error, and in the log of the Prefect run."""
-    line = clean(line)
-    print(line, file=sys.stderr, flush=True)
-    if "prefect" in sys.modules:
-        from prefect.context import FlowRunContext, TaskRunContext
-        from prefect.logging import get_run_logger
-
-        if FlowRunContext.get() or TaskRunContext.get():
-            get_run_logger().info(line)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +22,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from constitutions.errors import UserError
-from models.files import file_sha256, text_sha256
+from models.files import file_sha256, remove, seal, text_sha256, unseal, write_text
 from models.policy import FINGERPRINT
 from models.proxies import proxy_of
 from models.settings import Settings
+from models.threads import pinned
 from tasks import database, locks
 from tasks.code import code_version
 from tasks.progress import say
@@ -260,15 +262,27 @@ class Record:
             self.client.log_batch(run_id, metrics=points[start : start + 1000])
 
     def log_text(self, name: str, text: str) -> None:
-        """A text file of the experiment itself."""
-        self.client.log_text(self.iteration_run(SUMMARY), text, name)
+        """A text file of the experiment itself, which carries its digest in its first line."""
+        run_id, sealed = self.iteration_run(SUMMARY), seal(text)
+        folder = self._local_artifacts(run_id)
+        if folder is None:
+            self.client.log_text(run_id, sealed, name)
+        else:  # whole or not at all, where the store leaves that to us
+            folder.mkdir(parents=True, exist_ok=True)
+            if (folder / name).is_dir():
+                remove(folder / name)
+            write_text(folder / name, sealed)
 
     def read_text(self, name: str) -> str | None:
-        """A text file of the experiment itself; None where there is none."""
+        """A text file of the experiment itself; None where there is none.
+
+        Raises:
+            Damaged: it is not what was written.
+        """
         run_id = self.iteration_run(SUMMARY)
         if not any(file.path == name for file in self.client.list_artifacts(run_id)):
             return None
-        return self._download(run_id, name).read_text("utf-8")
+        return unseal(self._download(run_id, name))
 
     def fetch_folder(self, name: str) -> Path:
         """A folder of the experiment itself, in the home's cache where the store is remote."""
@@ -390,9 +404,15 @@ class Record:
 
     def derivation(self, run_id: str) -> Derivation:
         """What an attempt (of any status) was to be made from."""
-        found = json.loads(self._download(run_id, DERIVATION).read_text("utf-8"))
-        found["inputs"] = {name: Source(*source) for name, source in found["inputs"].items()}
-        return Derivation(**found)
+        path = self._download(run_id, DERIVATION)
+        tags = self.client.get_run(run_id).data.tags
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            found = json.loads(path.read_bytes())
+            found["inputs"] = {name: Source(*source) for name, source in found["inputs"].items()}
+            derivation = Derivation(**found)
+            if derivation.fingerprint == tags["fingerprint"]:
+                return derivation
+        raise self._damage(DERIVATION, path, tags["stage"], int(tags["iteration"]), run_id)
 
     def fetch(self, attempt: Attempt, name: str) -> Path:
         """The local path of an attempt's output, every byte of it as the attempt wrote it."""
@@ -403,23 +423,25 @@ class Record:
             path = self._download(attempt.run_id, name)
             bad = self._damaged(attempt, name, path)
         if bad:
-            stage, t = attempt.stage, attempt.iteration
-            raise UserError(
-                f"the artefact {bad} is not what the stage wrote: its sha256 differs",
-                where=f"stage {stage} of iteration {t}, MLflow run {attempt.run_id}, {path}",
-                expected="the bytes whose digest is in the run's manifest.json",
-                fix=f"restore the file, or: staple stage {stage} --experiment {self.experiment} "
-                f"--iteration {t} --force",
-            )
+            raise self._damage(bad, path, attempt.stage, attempt.iteration, attempt.run_id)
         return path
+
+    def _damage(self, file: str, path: Path, stage: str, t: int, run_id: str) -> UserError:
+        return UserError(
+            f"the artefact {file} is not what the stage wrote: its sha256 differs",
+            where=f"stage {stage} of iteration {t}, MLflow run {run_id}, {path}",
+            expected="the bytes whose digest is in the run's record",
+            fix=f"restore the file, or: staple stage {stage} --experiment {self.experiment} "
+            f"--iteration {t} --force",
+        )
 
     def _damaged(self, attempt: Attempt, name: str, path: Path) -> str | None:
         """The first file under `name` that differs from the manifest; None: all is well."""
         try:
-            listed = json.loads(self._download(attempt.run_id, MANIFEST).read_text("utf-8"))
-        except (OSError, ValueError):
-            return MANIFEST
-        if manifest_digest(listed) != attempt.digest:
+            listed = json.loads(self._download(attempt.run_id, MANIFEST).read_bytes())
+            if manifest_digest(listed) != attempt.digest:
+                return MANIFEST
+        except (OSError, ValueError, AttributeError):
             return MANIFEST
         below = {file: facts for file, facts in listed.items() if _within(file, name)}
         for file, facts in below.items():
@@ -442,11 +464,8 @@ class Record:
 
     def _download(self, run_id: str, name: str) -> Path:
         """A file or folder of a run: where it lies, or a copy under the home's cache."""
-        from mlflow.utils.file_utils import local_file_uri_to_path
-
-        root = str(self.client.get_run(run_id).info.artifact_uri)
-        if root.startswith(("/", "file:")):
-            return Path(local_file_uri_to_path(root)) / name
+        if folder := self._local_artifacts(run_id):
+            return folder / name
         kept = self.home / "cache" / run_id / name
         if not kept.exists():
             scratch = self.home / "cache" / f".{run_id}-{os.getpid()}"
@@ -457,6 +476,13 @@ class Record:
                 Path(fetched).replace(kept)
             shutil.rmtree(scratch, ignore_errors=True)
         return kept
+
+    def _local_artifacts(self, run_id: str) -> Path | None:
+        """The folder of a run's files, where the store is one of this machine."""
+        from mlflow.utils.file_utils import local_file_uri_to_path
+
+        root = str(self.client.get_run(run_id).info.artifact_uri)
+        return Path(local_file_uri_to_path(root)) if root.startswith(("/", "file:")) else None
 
     def _is_cached(self, path: Path) -> bool:
         return path.is_relative_to(self.home / "cache")
@@ -585,7 +611,7 @@ class Slot:
         return self.record.attempt(client.get_run(run_id), reused=False)
 
     def _work(self, compute: Callable[[Workspace], Metrics], work: Workspace, what: str) -> Done:
-        with locks.device(self.device, what):
+        with locks.device(self.device, what), pinned(load=False):
             started = time.monotonic()
             metrics = compute(work)
         return work.finish(metrics, time.monotonic() - started)

@@ -199,8 +199,16 @@ def train_stage(
         return {f"train/{name}": float(count) for name, count in done.counts.items()} | losses
 
     inputs = policy.inputs(labelled=examples)
-    noted = policy.local.noted(at)  # an endpoint answers, it does not train
-    return noted.attempt("train", shared_by_one(settings), inputs, compute)
+    return where_trained(policy, at).attempt("train", shared_by_one(settings), inputs, compute)
+
+
+def where_trained(policy: PolicySource, at: Slot) -> Slot:
+    """The slot of a training, which no endpoint does; on a CPU its bytes depend on the threads."""
+    noted = policy.local.noted(at)
+    if policy.settings.device == "cuda":
+        return noted
+    threads = str(policy.settings.threads or "cores")
+    return dataclasses.replace(noted, notes={**noted.notes, "threads": threads})
 
 
 def continued(policy: PolicySource, settings: TrainSettings) -> Path | None:

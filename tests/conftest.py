@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from models import threads
+
 os.environ.update(
     HF_HUB_OFFLINE="1",
     OMP_NUM_THREADS="1",  # two threads each, and several processes, slow a small machine down
@@ -22,6 +24,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     COLUMNS="160",  # tables that do not wrap
 )
+threads.cores = lambda: 1  # type: ignore[assignment]  # for the same reason
 GIVEN_SERVERS = os.environ.get("STAPLE_TEST_SERVERS") == "1"
 """Whether flows and records go to the servers that the environment names (`make test-servers`)."""
 if not GIVEN_SERVERS:

@@ -9,7 +9,7 @@ from models.adapter import AdapterSettings
 from models.policy import PolicySettings
 from models.training_job import Job
 
-POLICY = PolicySettings(quantization="none", dtype="float32", device="cpu")
+POLICY = PolicySettings(quantization="none", dtype="float32", device="cpu", threads=1)
 
 
 def job(model: Path, folder: Path, settings: AdapterSettings, **changes: Any) -> Job:

@@ -15,7 +15,6 @@ import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from models.files import Damaged, file_sha256, read_sealed, remove, write_sealed
+from models.notices import say
 from models.planted import world
 from models.prompts import TERSE, TERSE_CONSTITUTION, ask_antithesis, under_constitution
+from models.threads import pinned
 
 PAD, UNKNOWN, SYSTEM, USER, ASSISTANT, END = (
     "<pad>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",
@@ -36,6 +38,10 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+
+
+SEAL = "sealed.json"
+"""The digests of a made model's files, beside them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,13 +158,30 @@ def planted_model(
     recipe = recipe or Recipe()
     target = cache / f"planted-{fingerprint(recipe, seed)}"
     if target.is_dir():
-        return target
+        if _is_sealed(target):
+            return target
+        say(f"{target} was damaged; the model is made again")
+        remove(target)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".planted-") as scratch:
         directory = Path(scratch) / "model"
         pretrain(recipe, seed, directory, progress)
+        write_sealed(directory / SEAL, _digests(directory))
         _publish(directory, target)
     return target
+
+
+def _is_sealed(directory: Path) -> bool:
+    """Whether a made model is as it was made."""
+    try:
+        return bool(read_sealed(directory / SEAL) == _digests(directory))
+    except (Damaged, OSError):
+        return False
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    files = sorted(p for p in directory.iterdir() if p.name != SEAL)
+    return {file.name: file_sha256(file) for file in files}
 
 
 def fingerprint(recipe: Recipe, seed: int) -> str:
@@ -184,7 +207,7 @@ def pretrain(
     disable_progress_bar()
     tokenizer = build_tokenizer(TERSE_CONSTITUTION.said if recipe.constitutions else "")
     model = build_model(recipe, tokenizer, seed)
-    with _threads(recipe.threads):
+    with pinned(recipe.threads):
         _train(model, _batches(recipe, seed, tokenizer), recipe, progress)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -494,16 +517,6 @@ def _split_parameters(
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     return matrices, [p for p in model.parameters() if id(p) not in chosen]
-
-
-@contextmanager
-def _threads(n: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -25,6 +25,7 @@ from tasks.train import (
     kept_curve,
     none_to_train_on,
     shared_by_one,
+    where_trained,
 )
 from tasks.work import Metrics, Workspace
 
@@ -116,8 +117,7 @@ def train_stage(
         return kept_curve(work, curve, data.skipped) | _counts(data, curve[-1].tokens)
 
     inputs = policy.inputs(sampled=sampled)
-    noted = policy.local.noted(at)  # an endpoint answers, it does not train
-    return noted.attempt("train", shared_by_one(settings), inputs, compute)
+    return where_trained(policy, at).attempt("train", shared_by_one(settings), inputs, compute)
 
 
 def _counts(data: Groups, tokens: int) -> Metrics:

@@ -72,3 +72,38 @@ def started_in(process: psutil.Process) -> str:
         )
     except (psutil.Error, OSError):
         return ""
+
+
+@pytest.mark.parametrize("content", ["", "[", "null", '[{"name": "prefect"}]', "\udcff"])
+def test_what_runs_is_found_though_its_note_is_damaged(
+    workplace: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`staple down` ends it, and nothing of another home."""
+    folder = workplace / ".staple" / "services"
+    folder.mkdir(parents=True)
+    (folder / "services.json").write_text(content, errors="surrogateescape")
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    ours, others = (
+        subprocess.Popen(
+            command,
+            env={
+                **os.environ,
+                services.MARK: f"prefect-{number}",
+                services.URL: "http://127.0.0.1:1",
+                "STAPLE_HOME": home,
+            },
+        )
+        for number, home in enumerate((str(workplace / ".staple"), "/elsewhere"))
+    )
+    try:
+        assert services.down() == ["prefect"]
+        assert not psutil.pid_exists(ours.pid)
+        assert others.poll() is None
+    finally:
+        for process in (ours, others):
+            process.kill()
+            process.wait()
+    said = capsys.readouterr().err
+    assert "services.json is damaged" in said and "prefect runs, which is noted anew" in said
+    assert services.down() == []
+    assert "damaged" not in capsys.readouterr().err

@@ -198,6 +198,22 @@ def test_planted_model_is_an_ordinary_directory_made_once(
     assert pretrain.planted_model(tmp_path, 4) != directory
 
 
+def test_a_damaged_model_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pretrain, "Recipe", lambda: TINY)
+    directory = pretrain.planted_model(tmp_path, 3)
+    weights = directory / "model.safetensors"
+    whole = weights.read_bytes()
+    for damage in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[: len(whole) // 2], b""):
+        weights.write_bytes(damage)
+        assert pretrain.planted_model(tmp_path, 3) == directory
+        assert weights.read_bytes() == whole
+        assert f"{directory} was damaged; the model is made again" in capsys.readouterr().err
+    pretrain.planted_model(tmp_path, 3)
+    assert capsys.readouterr().err == ""
+
+
 def test_an_interrupted_pretraining_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

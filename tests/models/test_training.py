@@ -162,9 +162,16 @@ run(*read_job(Path(sys.argv[1])), told)
 """
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize(
+    ("quantization", "damage"), [("none", False), ("nf4", False), ("none", True)]
+)
 def test_kill_9_and_resume_give_the_bytes_of_one_never_killed(
-    model: Path, tmp_path: Path, quantization: str, monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    tmp_path: Path,
+    quantization: str,
+    damage: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     changes = {
         "policy": small_job.POLICY.model_copy(update={"quantization": quantization}),
@@ -178,9 +185,14 @@ def test_kill_9_and_resume_give_the_bytes_of_one_never_killed(
     write_job(tmp_path / "job", killed, EXAMPLES)
     _kill_at(7, tmp_path / "job")
     assert killed.checkpoints.exists() and not killed.out.exists()
+    if damage:
+        (state,) = killed.checkpoints.glob("checkpoint-*/optimizer.pt")
+        state.write_bytes(state.read_bytes()[:-1] + b"?")
     finished: list[int] = []
     assert run(killed, EXAMPLES, finished.append) == curve
-    assert len(finished) == 4, "of 10 steps; it went on at the third checkpoint"
+    # of 10 steps it goes on at the third checkpoint
+    assert len(finished) == (10 if damage else 4)
+    assert ("damaged; the training goes on at the first step" in capsys.readouterr().err) == damage
     for name in ("adapter_model.safetensors", "provenance.json"):
         assert _sha256(killed.out / name) == _sha256(whole / "adapter" / name)
 

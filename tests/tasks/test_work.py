@@ -136,7 +136,7 @@ def test_a_damaged_note_that_it_was_finished_counts_for_nothing(
     damage(tmp_path / "done.json")
     assert Workspace(tmp_path).finished() is None
     said = capsys.readouterr().err
-    assert f"{tmp_path / 'done.json'} is damaged" in said and "computed again" in said
+    assert f"{tmp_path / 'done.json'}: the file is damaged" in said and "computed again" in said
     assert finished(tmp_path).finished() is not None
 
 
