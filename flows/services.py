@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from constitutions.errors import UserError
-from models.files import remove
+from models.files import UNREADABLE, remove
 from models.notices import say
 
 if TYPE_CHECKING:
@@ -437,7 +437,7 @@ def _noted() -> list[Service]:
         return [Service(**entry) for entry in json.loads(path.read_bytes())]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError) as error:
+    except UNREADABLE as error:
         found = list(_marked())
         names = ", ".join(service.name for service in found) or "nothing"
         say(f"{path} is damaged ({error}); of its services {names} runs, which is noted anew")

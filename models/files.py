@@ -16,6 +16,8 @@ from typing import IO, Any
 
 from constitutions.errors import UserError
 
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What reading JSON, and taking what it should hold, raises where a file is damaged."""
 SEAL = "# sha256 of what follows: "
 
 
@@ -80,7 +82,7 @@ def read_sealed(path: Path) -> Any:
             return found["value"]
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except UNREADABLE as error:
         raise Damaged(path, error or type(error).__name__) from error
     raise Damaged(path, "its digest differs")
 

@@ -26,6 +26,7 @@ from constitutions.errors import UserError, UserErrors
 from models.adapter import AdapterSettings
 from models.architecture import check_loading, first_line, own_code
 from models.checkpoint import check_listing, read_object
+from models.files import UNREADABLE
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -461,7 +462,7 @@ def _provenance(adapter: Path) -> dict[str, str]:
     """
     try:
         record = dict(json.loads((adapter / PROVENANCE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except UNREADABLE as error:
         raise UserError(
             f"no adapter with a readable {PROVENANCE}",
             where=str(adapter),

@@ -22,10 +22,10 @@ from torch.nn import functional
 
 from constitutions.errors import UserError
 from models.adapter import AdapterSettings, Step, plan_batches
-from models.checkpoints import keep, newest
 from models.encoding import Example
 from models.output_layer import output_only
 from models.policy import Progress
+from models.resumable import keep, newest
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments

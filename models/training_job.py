@@ -19,9 +19,9 @@ from typing import Any, cast
 
 from constitutions.errors import UserError
 from models.adapter import AdapterSettings, Step
-from models.checkpoints import drop_damaged
 from models.encoding import Example, Group
 from models.policy import PolicySettings, Progress
+from models.resumable import drop_damaged
 from models.threads import cores, pinned
 
 GROUP_ROWS = 1 << 10

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from models.files import remove
+from models.files import UNREADABLE, remove, write_text
 from tasks.progress import say
 
 HEARTBEAT_SECONDS = 10.0
@@ -36,7 +36,7 @@ def held(path: Path, what: str) -> Iterator[None]:
     try:
         if holder.is_dir():  # nobody else's business: the lock is ours
             remove(holder)
-        holder.write_text(json.dumps({"pid": os.getpid(), "what": what, "since": time.time()}))
+        write_text(holder, json.dumps({"pid": os.getpid(), "what": what, "since": time.time()}))
         yield
         holder.unlink(missing_ok=True)
     finally:
@@ -104,5 +104,5 @@ def _told(holder: Path) -> str:
         facts = json.loads(holder.read_bytes())
         seconds = max(time.time() - facts["since"], 0)
         return f"process {facts['pid']}: {facts['what']} (for {seconds:,.0f} s)"
-    except (OSError, ValueError, TypeError, KeyError):  # not written yet, or damaged
+    except UNREADABLE:  # not written yet, or damaged
         return "another process"

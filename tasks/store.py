@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from constitutions.errors import UserError
-from models.files import file_sha256, remove, seal, text_sha256, unseal, write_text
+from models.files import UNREADABLE, file_sha256, remove, seal, text_sha256, unseal, write_text
 from models.policy import FINGERPRINT
 from models.proxies import proxy_of
 from models.settings import Settings
@@ -280,7 +280,12 @@ class Record:
             Damaged: it is not what was written.
         """
         run_id = self.iteration_run(SUMMARY)
-        if not any(file.path == name for file in self.client.list_artifacts(run_id)):
+        folder = self._local_artifacts(run_id)
+        if folder is not None:
+            there = (folder / name).exists()
+        else:
+            there = any(file.path == name for file in self.client.list_artifacts(run_id))
+        if not there:
             return None
         return unseal(self._download(run_id, name))
 
@@ -406,11 +411,12 @@ class Record:
         """What an attempt (of any status) was to be made from."""
         path = self._download(run_id, DERIVATION)
         tags = self.client.get_run(run_id).data.tags
-        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        with suppress(*UNREADABLE):
             found = json.loads(path.read_bytes())
             found["inputs"] = {name: Source(*source) for name, source in found["inputs"].items()}
             derivation = Derivation(**found)
-            if derivation.fingerprint == tags["fingerprint"]:
+            noted = {f"input.{n}": ":".join(map(str, s)) for n, s in derivation.inputs.items()}
+            if derivation.fingerprint == tags["fingerprint"] and noted.items() <= tags.items():
                 return derivation
         raise self._damage(DERIVATION, path, tags["stage"], int(tags["iteration"]), run_id)
 
@@ -441,7 +447,7 @@ class Record:
             listed = json.loads(self._download(attempt.run_id, MANIFEST).read_bytes())
             if manifest_digest(listed) != attempt.digest:
                 return MANIFEST
-        except (OSError, ValueError, AttributeError):
+        except UNREADABLE:
             return MANIFEST
         below = {file: facts for file, facts in listed.items() if _within(file, name)}
         for file, facts in below.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from models import checkpoints
+from models import resumable
 
 
 def checkpoint(folder: Path, step: int, *, sealed: bool = True) -> Path:
@@ -16,16 +16,16 @@ def checkpoint(folder: Path, step: int, *, sealed: bool = True) -> Path:
     (made / "optimizer.pt").write_bytes(b"moments" * 20)
     (made / "inside" / "weights").write_bytes(b"weights" * 20)
     if sealed:
-        checkpoints.write_sealed(made / checkpoints.SEAL, checkpoints._digests(made))
+        resumable.write_sealed(made / resumable.SEAL, resumable._digests(made))
     return made
 
 
 def test_the_one_before_is_removed_when_the_next_is_whole(tmp_path: Path) -> None:
     first, second = (checkpoint(tmp_path, step, sealed=step == 50) for step in (50, 100))
-    assert checkpoints.newest(tmp_path) == first, "the second is not finished"
-    checkpoints.keep(second)
+    assert resumable.newest(tmp_path) == first, "the second is not finished"
+    resumable.keep(second)
     assert list(tmp_path.iterdir()) == [second]
-    assert checkpoints.newest(tmp_path) == second
+    assert resumable.newest(tmp_path) == second
 
 
 def cut(folder: Path) -> None:
@@ -41,7 +41,7 @@ def gone(folder: Path) -> None:
 
 
 def no_seal(folder: Path) -> None:
-    (folder / checkpoints.SEAL).write_bytes(b"{")
+    (folder / resumable.SEAL).write_bytes(b"{")
 
 
 @pytest.mark.parametrize("damage", [cut, changed, gone, no_seal])
@@ -50,17 +50,17 @@ def test_a_damaged_one_is_dropped_and_said(
 ) -> None:
     first, second = checkpoint(tmp_path, 50), checkpoint(tmp_path, 100)
     damage(second)
-    checkpoints.drop_damaged(tmp_path)
-    assert checkpoints.newest(tmp_path) == first
+    resumable.drop_damaged(tmp_path)
+    assert resumable.newest(tmp_path) == first
     assert capsys.readouterr().err == (
         f"{second} was damaged; the training goes on after step 50\n"
     )
     damage(first)
-    checkpoints.drop_damaged(tmp_path)
-    assert checkpoints.newest(tmp_path) is None
+    resumable.drop_damaged(tmp_path)
+    assert resumable.newest(tmp_path) is None
     assert "goes on at the first step" in capsys.readouterr().err
 
 
 def test_there_may_be_none(tmp_path: Path) -> None:
-    checkpoints.drop_damaged(tmp_path / "nowhere")
-    assert checkpoints.newest(tmp_path / "nowhere") is None
+    resumable.drop_damaged(tmp_path / "nowhere")
+    assert resumable.newest(tmp_path / "nowhere") is None
