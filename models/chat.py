@@ -30,6 +30,13 @@ _CLOCK = re.compile(r"""strftime_now\(\s*(['"])(?P<format>[^'"]*)\1\s*\)""")
 """Where a template asks transformers for the time; no other clock can be given to it."""
 
 
+FAULTS = (
+    ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError,
+    NotImplementedError,
+)  # fmt: skip
+"""What a template, which is somebody else's program, can end in beside its own refusal."""
+
+
 class ChatError(ValueError):
     """A conversation that cannot be rendered; the message is the reason."""
 
@@ -352,7 +359,7 @@ class Chat:
                 **how,
                 **self.arguments,
             )
-        except (TemplateError, ValueError, NotImplementedError, TypeError) as error:
+        except (TemplateError, *FAULTS) as error:
             raise ChatError(f"the chat template refuses it: {error}") from error
 
 

@@ -139,7 +139,9 @@ class Encoder:
             ids, answer = self.chat.answered(prompt, text)
         except ChatError as error:
             raise EncodingError(str(error)) from error
-        response = answer if end else answer[:-1]
+        written = self.chat.end_of_turn
+        ended = len(written) if tuple(answer[-len(written) :]) == written else 1
+        response = answer if end else answer[:-ended]
         if not response:
             raise EncodingError("a response is empty")
         return tuple(ids), tuple(response)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from chat_model import TEMPLATES, build_chat_model
+from chat_model import LLAMA3_TEMPLATE, QWEN2_TEMPLATE, TEMPLATES, build_chat_model
+from real_templates import ALPACA, CHATML
 
 from models.chat import Chat
 from models.encoding import Encoder, EncodingError, Example
@@ -95,6 +96,55 @@ def test_a_template_that_rewrites_earlier_turns_gives_one_example_per_turn(
     assert trained_text(tokenizer, second) == "<think>how</think>y<|im_end|>"
     assert "why" not in tokenizer.decode(list(second.ids))
     assert first.weight == second.weight == 0.25
+
+
+@pytest.mark.parametrize("template", ["llama3", "qwen2", "chatml"])
+def test_a_model_that_does_not_think_is_trained_on_its_templates_own_tokens(
+    tokenizers: dict[str, Any], template: str
+) -> None:
+    """As ever: the whole conversation, and of it the answers with their ends."""
+    tokenizer = tokenizers["llama" if template == "llama3" else "qwen2"]
+    original = tokenizer.chat_template
+    tokenizer.chat_template = {
+        "llama3": LLAMA3_TEMPLATE, "qwen2": QWEN2_TEMPLATE, "chatml": CHATML
+    }[template]  # fmt: skip
+    try:
+        known = {4: "", 6: ""}
+        (example,) = Encoder(tokenizer, 1000).encode(CONVERSATION, [4, 6], thoughts=known)
+        ids = tokenizer.apply_chat_template(list(CONVERSATION), return_dict=False)
+    finally:
+        tokenizer.chat_template = original
+    assert list(example.ids) == ids
+    end = TEMPLATES["llama" if template == "llama3" else "qwen2"][1]
+    said = [CONVERSATION[4]["content"], CONVERSATION[6]["content"]]
+    assert trained_text(tokenizer, example) == "".join(text + end for text in said)
+
+
+def test_a_response_without_its_end_has_none_of_it(tokenizers: dict[str, Any]) -> None:
+    """Also where the template spells the end in several tokens."""
+    tokenizer = tokenizers["qwen2"]
+    original, tokenizer.chat_template = tokenizer.chat_template, ALPACA
+    try:
+        group = Encoder(tokenizer, 1000).group([CONVERSATION[:2]] * 2, ["Yes."] * 2, [True, False])
+    finally:
+        tokenizer.chat_template = original
+    assert [tokenizer.decode(list(ids)).strip() for ids in group.responses] == [
+        "Yes.\n\n### End",
+        "Yes.",
+    ]
+
+
+def test_a_template_that_fails_is_refused_not_crashed_on(tokenizers: dict[str, Any]) -> None:
+    tokenizer = tokenizers["qwen2"]
+    original = tokenizer.chat_template
+    try:
+        for fault in ("{{ 1 // 0 }}", "{{ [][3].x.y }}", "{{ messages + 1 }}", "{% macro f() %}"
+                      "{{ f() }}{% endmacro %}{{ f() }}"):  # fmt: skip
+            tokenizer.chat_template = fault
+            with pytest.raises(EncodingError, match="the chat template refuses it"):
+                Encoder(tokenizer, 1000).encode(CONVERSATION, [6])
+    finally:
+        tokenizer.chat_template = original
 
 
 def test_a_long_conversation_is_refused_not_cut(tokenizers: dict[str, Any]) -> None:
