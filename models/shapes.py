@@ -101,7 +101,7 @@ def shape_of(settings: PolicySettings) -> Shape:
         )
     try:
         return read_shape(json.loads(file.read_text("utf-8")), settings.model)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"no configuration of a causal language model: {error!r}", where=str(file)
         ) from None

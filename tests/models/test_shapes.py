@@ -148,3 +148,6 @@ def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
     with pytest.raises(UserError, match=r"config\.json.*num_attention_heads"):
         shape_of(PolicySettings(model=str(tmp_path)))
+    file.write_text("[]")
+    with pytest.raises(UserError, match=r"no configuration of a causal language model"):
+        shape_of(PolicySettings(model=str(tmp_path)))
