@@ -150,7 +150,7 @@ def judging_settings(overrides: Sequence[str]) -> EvaluateSettings:
         )
     if judge.show_gold:
         raise UserError("response files have no gold to show", where="setting 'judge.show_gold'")
-    check_judge(judge)
+    check_judge(judge, home())
     told = judge if judge.kind == "reward" else about_principles(judge)
     return settings.model_copy(update={"judge": told})
 

@@ -15,6 +15,7 @@ from constitutions.errors import UserError, UserErrors
 from constitutions.reference import load_pairs
 from flows.experiment import home, open_experiment
 from flows.settings import ExperimentSettings, explain, following
+from models.embedders import check_embedder
 from models.endpoint import Limits, open_endpoint
 from models.planted.oracle import known
 from models.policy import PoolSettings
@@ -179,6 +180,10 @@ def _check_pool(settings: ExperimentSettings, constitution: Constitution) -> tup
 
 def _similarity(settings: ExperimentSettings) -> str:
     judge = settings.score.judge
+    if settings.score.similarity == "embedding":
+        check_embedder(settings.score.embedding_model)
+    if settings.guided and settings.iterations and "sentences" in settings.cluster.features:
+        check_embedder(settings.cluster.embedding_model)
     graded = f" ({check_judge(judge, home())})" if judge else ""
     return f"similarity {settings.score.similarity}{graded}"
 

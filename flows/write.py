@@ -26,7 +26,7 @@ from models.planted import NAMES
 from models.planted.world import OBJECTS
 from models.policy import Policy, PolicySettings
 from models.prompts import CONSTITUTION_WORDINGS
-from tasks.basemodels import check_model, make_planted
+from tasks.basemodels import make_planted, open_model
 from tasks.policies import PolicySource
 from tasks.progress import progress
 from tasks.review import recorded_review
@@ -165,9 +165,9 @@ def model_path(writer: PolicySettings, seed: int) -> str:
     """Where the writer's files are; a planted model is pretrained here the first time.
 
     Raises:
-        UserError: the directory lacks what transformers needs.
+        UserError: the model cannot be sampled from exactly.
     """
     if writer.model not in NAMES:
-        check_model(writer)
+        open_model(writer, home(), "sampled")
         return writer.model
     return str(make_planted(writer.model, seed, home()))

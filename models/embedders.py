@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from constitutions.errors import UserError
+from models.architecture import first_line
+from models.checkpoint import check_listing, read_object, read_tensors
 from models.threads import pinned
 
 if TYPE_CHECKING:
@@ -51,14 +53,21 @@ def sentence_embedder(
         UserError: the directory is missing or holds no model, or the name cannot be loaded.
         ValueError: (from the function) a text has no finite, non-zero vector.
     """
-    _check_directory(model)
+    check_embedder(model)
     from sentence_transformers import SentenceTransformer
 
     try:
-        encoder = SentenceTransformer(model, device=device, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        encoder = SentenceTransformer(
+            model,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            model_kwargs={"use_safetensors": True},  # nothing is unpickled
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # each library raises its own kinds for a file that is malformed
         raise UserError(
-            f"the embedding model cannot be loaded ({str(error).splitlines()[0]})",
+            f"the embedding model cannot be loaded ({first_line(error)})",
             where=f"embedding_model '{model}'",
             expected="a sentence-transformers directory, or a hub name that can be downloaded",
         ) from error
@@ -164,8 +173,12 @@ def _dense(block: Any, seed: int) -> np.ndarray:
     return np.asarray(block.toarray() if issparse(block) else block, dtype=np.float32)
 
 
-def _check_directory(model: str) -> None:
-    """Refuse what names a directory (not a hub's "owner/name") and holds no model."""
+def check_embedder(model: str) -> None:
+    """Refuse what names a directory (not a hub's "owner/name") and holds no whole model.
+
+    Raises:
+        UserError: there is no such directory, or its configuration or weights are malformed.
+    """
     path = Path(model).expanduser()
     looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count(os.sep) > 1
     if not path.is_dir():
@@ -177,3 +190,7 @@ def _check_directory(model: str) -> None:
             where=f"embedding_model '{model}'",
             expected="modules.json (sentence-transformers) or config.json (transformers)",
         )
+    elif (path / "config.json").exists():
+        read_object(path / "config.json")
+        check_listing(path)
+        read_tensors(path)

@@ -106,7 +106,9 @@ def _recalled(key: str, home: Path | None) -> str | None:
 
 def _remember(key: str, found: str, home: Path | None) -> None:
     _good[key] = found
-    if home is not None and not (home / CHECKED / key).exists():
+    if home is None or (home / CHECKED / key).exists():
+        return
+    with suppress(OSError):  # where nothing can be written, it is found again
         (home / CHECKED).mkdir(parents=True, exist_ok=True)
         scratch = home / CHECKED / f".{key}.{os.getpid()}.tmp"
         scratch.write_text(found, "utf-8")

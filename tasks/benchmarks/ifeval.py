@@ -58,6 +58,15 @@ CHECKS: dict[str, Check] = {}
 """The check of each instruction type, by its published name."""
 
 
+NEEDS = {
+    "language:response_language": "langdetect",
+    "change_case:english_capital": "langdetect",
+    "change_case:english_lowercase": "langdetect",
+    "length_constraints:number_sentences": "punkt",
+}
+"""The optional package that a check measures with."""
+
+
 def _checks(name: str) -> Callable[[Check], Check]:
     def register(check: Check) -> Check:
         CHECKS[name] = check

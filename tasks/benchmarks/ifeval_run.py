@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from pydantic import Field
 
+from constitutions.errors import UserError
 from models.judges import JudgeSettings
 from tasks.answers import Respondent, Which, given
-from tasks.benchmarks.ifeval import Example, ifeval_metrics, read_examples, verdicts
+from tasks.benchmarks.ifeval import NEEDS, Example, ifeval_metrics, read_examples, verdicts
 from tasks.benchmarks.rows import single_turn, single_turns, spread, write_lines
 from tasks.benchmarks.run import RunSettings
 from tasks.comparisons import principle_meetings, rate_metrics
@@ -77,6 +79,15 @@ class IFEval:
 
 
 def load_ifeval(settings: IFEvalSettings, judge: JudgeSettings | None) -> IFEval:
-    """Read and check the file; raises UserError where it is missing or wrong."""
+    """Read and check the file; raises UserError where it is missing or wrong, or asks for checks
+    whose packages are not installed."""
     examples = spread(read_examples(settings.prompts), settings.limit)
+    asked = {name for example in examples for name in example.instruction_id_list}
+    lacking = sorted({NEEDS[n] for n in asked & NEEDS.keys() if find_spec(NEEDS[n]) is None})
+    if lacking:
+        raise UserError(
+            f"its checks of languages and sentences need {' and '.join(lacking)}, not installed",
+            where=str(settings.prompts),
+            fix="from the checkout: pip install -e '.[benchmarks]'",
+        )
     return IFEval(judge=judge, which=settings.answer, examples=examples)

@@ -66,6 +66,60 @@ def test_the_oracle_elsewhere_and_a_similarity_that_is_no_judge_are_refused(
     check(load_settings("planted", [*real, *scoring, f"evaluate.judge={grades}"]))
 
 
+def test_every_model_is_opened_for_what_it_is_used_for(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[tuple[str, str]] = []
+
+    def look(directory: Path, settings: object, use: str, home: Path) -> str:
+        opened.append((directory.name, use))
+        return "opened"
+
+    monkeypatch.setattr("tasks.basemodels.check_directory", look)
+    monkeypatch.setattr("tasks.basemodels.check_listing", lambda directory: None)
+    for name in ("base", "judge", "reward"):
+        Path(name).mkdir()
+    rows = [{"prompt": f"What is {i}?", "gold": f"It is {i}."} for i in range(9)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = [
+        "policy.model=base",
+        "prompts={sources: [{path: rows.jsonl}], first: 2, later: 1, held_out: 2}",
+        "evaluate.judge={kind: reward, policy: {model: reward}}",
+        "evaluate.principle_judge={kind: pairwise, policy: {model: judge}}",
+    ]
+    found = check(load_settings("planted", asked))
+    assert found["model"] == "directory base: opened"
+    assert opened == [("base", "trained"), ("reward", "reward"), ("judge", "sampled")]
+    opened.clear()
+    check(load_settings("planted"))
+    assert not opened, "the planted models are our own"
+
+
+def test_packages_that_a_benchmark_measures_with_are_missed_before_anything_runs(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {
+        "instruction_id_list": ["language:response_language"],
+        "kwargs": [{"language": "de"}],
+    }
+    Path("ifeval.jsonl").write_text(json.dumps(EXAMPLE | asked))
+    monkeypatch.setattr("tasks.benchmarks.ifeval_run.find_spec", lambda name: None)
+    with pytest.raises(
+        UserErrors, match=r"langdetect, not installed; .*pip install -e '\.\[benchmarks\]'"
+    ):
+        check(load_settings("planted", ["evaluate.benchmarks.ifeval.prompts=ifeval.jsonl"]))
+    Path("ifeval.jsonl").write_text(json.dumps(EXAMPLE))
+    check(load_settings("planted", ["evaluate.benchmarks.ifeval.prompts=ifeval.jsonl"]))
+
+
+def test_an_embedding_model_is_opened(workplace: Path) -> None:
+    Path("embedder").mkdir()
+    Path("embedder/config.json").write_text("[]")
+    asked = ["cluster.features=[sentences]", "cluster.embedding_model=./embedder"]
+    with pytest.raises(UserErrors, match=r"embedder/config\.json: holds a list"):
+        check(load_settings("planted", asked))
+
+
 def test_ray_is_named_or_missed_before_anything_runs(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

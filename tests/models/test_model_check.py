@@ -258,6 +258,36 @@ def test_buffers_of_old_checkpoints_and_placeholders_for_images_are_let_through(
     assert "Qwen2ForCausalLM" in examine(model, SETTINGS)
 
 
+def test_a_reward_model_is_held_against_its_own_architecture(model: Path, whole: Path) -> None:
+    import torch
+
+    with pytest.raises(UserError, match=r"lack 1 tensors \(score\.weight\)"):
+        examine(whole, SETTINGS, "reward")
+    change(model / "config.json", num_labels=1, architectures=["Qwen2ForSequenceClassification"])
+    weights(lambda tensors: tensors.update({"score.weight": torch.ones(1, 64)}))(model)
+    assert examine(model, SETTINGS, "reward").startswith("Qwen2ForSequenceClassification, ")
+    with pytest.raises(UserError, match="describes Qwen2ForSequenceClassification"):
+        examine(model, SETTINGS, "sampled")
+
+
+def test_a_hubs_model_is_opened_where_it_is_whole_in_the_cache(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_check, "cached_config", lambda settings: model / "config.json")
+    named = PolicySettings(model="owner/model")
+    assert model_check.located(named) == model
+    index("model-2.safetensors")(model)
+    assert model_check.located(named) is None, "a shard is yet to come"
+    monkeypatch.setattr(model_check, "cached_config", lambda settings: None)
+    assert model_check.located(named) is None
+
+
+def test_a_checkpoint_that_is_quantised_is_not_quantised_again(model: Path) -> None:
+    config(quantization_config={"quant_method": "gptq", "bits": 4})(model)
+    with pytest.raises(UserError, match=r"quantised already \(gptq\)"):
+        examine(model, SETTINGS.model_copy(update={"quantization": "nf4"}))
+
+
 def test_a_model_is_not_made_up_when_it_is_loaded(model: Path) -> None:
     """The last line of defence, for a hub's model that came after the checks."""
     from models.qlora import load_base
