@@ -10,6 +10,7 @@ import errno
 import math
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ import typer
 
 from constitutions.errors import UserError
 from constitutions.terminal import clean_logs, fail, say
+from tasks import kept
 
 app = typer.Typer(
     name="staple",
@@ -63,18 +65,22 @@ def run(
     place = parse_place(start, settings) if start else None
     from flows import show
     from flows.em import em_experiment
+    from flows.prefect_server import at_hand
     from flows.preflight import ask_server, check_all
     from flows.states import unchanged
     from flows.together import go_on
 
     show.beginning(settings, check_all(settings))
-    with writing(settings.experiment, f"staple run {settings.experiment}"):
+    with ExitStack() as held:
+        held.enter_context(writing(settings.experiment, f"staple run {settings.experiment}"))
         if recorded:  # as a run that was waited for has left them
             settings = recorded_settings(source, set_ or [])
         note_settings(settings, list(parse_overrides(set_ or [])) if recorded else None)
+        kept.tell(command=f"staple run {settings.experiment} --resume")
         done = None if force or place else unchanged(settings)
         if done is None:
             ask_server(settings)
+            held.enter_context(at_hand())
             done = em_experiment(settings, force, place)
         show.ending(settings, done)
         if followed := go_on(settings, done, resume=recorded, force=force):
@@ -100,6 +106,7 @@ def baselines(
     """
     from flows import show
     from flows.baselines import BASELINES, check_names, run_baselines, split_overrides
+    from flows.prefect_server import at_hand
     from flows.preflight import ask_server, check
     from flows.settings import load_settings
 
@@ -109,7 +116,8 @@ def baselines(
     settings = load_settings(source, own)
     show.beginning(settings, check(settings))
     ask_server(settings)
-    show.baselines(run_baselines(settings, names, changes))
+    with at_hand():
+        show.baselines(run_baselines(settings, names, changes))
 
 
 @app.command()
@@ -403,8 +411,15 @@ def up(
     """Start Prefect, MLflow and workers here: schedules, forms and runs in the browser."""
     from flows import services
 
+    kept.tell(all="nothing that it had started is left")
     found = services.up(port, mlflow_port)
     say(f"Prefect  {found.prefect}  runs, schedules and every stage's form")
+    if found.login:
+        say(f"Login    {found.login}  Prefect's page asks for it, once a browser")
+    if services.login_file().exists():
+        say(f"         kept in {services.login_file()}, for you alone")
+    for run in found.ended:
+        say(f"Crashed  {run}: its worker is dead; its pool takes the next run")
     say(f"MLflow   {found.mlflow}  experiments side by side")
     say(f"Logs     {found.folder}" if found.started else "All of it was up already.")
 
@@ -414,6 +429,7 @@ def down() -> None:
     """End what `staple up` started, and nothing else."""
     from flows import services
 
+    kept.tell(all="what still runs is noted")
     say(f"Ended: {', '.join(services.down()) or 'nothing, nothing was up'}.")
 
 
@@ -427,7 +443,10 @@ def adopt(command: typer.Context) -> None:
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one message and exit code 2, never a traceback."""
+    """The command line, in this process; `flows.program` is what starts it.
+
+    A user's mistake is one message and exit code 2, never a traceback.
+    """
     _environment()
     clean_logs()
     try:
@@ -542,4 +561,6 @@ def _fail(message: str, code: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from flows.program import main as program
+
+    program()

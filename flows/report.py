@@ -19,6 +19,7 @@ from prefect.artifacts import create_table_artifact
 
 from constitutions.errors import UserError
 from flows.experiment import record_of, recorded_settings, stages_of
+from flows.prefect_server import at_hand
 from flows.publish import Attempts, iteration_metrics, log_figures
 from flows.settings import ExperimentSettings, dump_settings
 from flows.states import stage_states
@@ -46,7 +47,8 @@ def write_report(experiments: Sequence[str], out: Path | None = None) -> Path:
         _check_begun(recorded_settings(name))
     path = out or _default(names)
     _check_writable(path)
-    return report(names, path)
+    with at_hand():
+        return report(names, path)
 
 
 @flow(name="report", flow_run_name="report of {experiments}")

@@ -2,13 +2,15 @@
 
 Each is a process of its own that carries a mark in its environment, as do its children; what
 carries the mark is ours and nothing else, whatever became of process ids since. `staple down`
-ends exactly that. What runs is noted under the home, so that the command line finds it (`adopt`).
+ends exactly that. What runs is noted under the home, so that the command line finds it (`adopt`),
+and so is Prefect's password: it reaches processes in their environment, never as an argument.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -22,21 +24,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from constitutions.errors import UserError
+from flows.pools import POOLS, client_of, deploy, end_dead_runs, online
+from flows.prefect_server import environment as server_environment
+from flows.prefect_server import new_login
 from models.files import UNREADABLE, remove
 from models.notices import say
+from tasks import private
 
 if TYPE_CHECKING:
-    from uuid import UUID
-
     import psutil
     from prefect.client.orchestration import SyncPrefectClient
-    from prefect.client.schemas.objects import DeploymentSchedule
 
 MARK = "STAPLE_SERVICE"
 """Environment variable of a service and its children: which service of which `staple up`."""
-POOLS = {"gpu": 1, "cpu": 2}
-"""Work pools and how many runs each has at a time."""
-DEPLOYMENTS = Path(__file__).parent.parent / "prefect.yaml"
 URL = "STAPLE_SERVICE_URL"
 """Environment variable of a service: where it answers."""
 HOST = "127.0.0.1"
@@ -56,6 +56,13 @@ class Service:
     pid: int
     log: str
     url: str = ""
+    host: str = ""
+    """The machine that it was started on: several may share a home."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it was started on this machine."""
+        return self.host in ("", platform.node())
 
     def is_alive(self) -> bool:
         """Whether this very process runs: another one that got its id has not its mark."""
@@ -75,6 +82,10 @@ class Up:
     mlflow: str
     started: tuple[str, ...]
     folder: Path
+    login: str = ""
+    """What Prefect's page asks for, where this call has made it up."""
+    ended: tuple[str, ...] = ()
+    """Flow runs of workers that are dead, marked as such."""
 
 
 def adopt() -> None:
@@ -84,6 +95,8 @@ def adopt() -> None:
         variable = wanted.get(service.name)
         if variable and variable not in os.environ and service.is_alive():
             os.environ[variable] = api_url(service)
+            if service.name == "prefect" and (login := _login()):
+                os.environ.setdefault("PREFECT_API_AUTH_STRING", login)
 
 
 def api_url(service: Service) -> str:
@@ -103,13 +116,16 @@ def up(prefect_port: int | None = None, mlflow_port: int | None = None) -> Up:
         UserError: a port is taken, or a service ended at its start.
     """
     with _alone():
-        running = {s.name: s for s in _noted() if s.is_alive()}
-        starting = _Starting(running)
+        noted = _noted()
+        running = {s.name: s for s in noted if s.is_alive()}
+        others = [s for s in noted if not s.is_alive()]
+        starting = _Starting(running, others)
         try:
             return _up(starting, prefect_port, mlflow_port)
-        except BaseException:
-            _end(starting.started)
-            _note(running.values())
+        except BaseException as error:
+            hurried = not isinstance(error, Exception)  # a signal is answered within seconds
+            _end(starting.started, patience=1 if hurried else STOP_SECONDS)
+            _note([*others, *running.values()])
             raise
 
 
@@ -119,45 +135,20 @@ def down() -> list[str]:
         services = _noted()
         ended = [s.name for s in services if s.is_alive()]
         _end(services)
-        _note([])
+        _note(s for s in services if s.name in POOLS or not s.is_here)  # for their runs' sake
         return ended
-
-
-def deploy(url: str, environment: Mapping[str, str]) -> None:
-    """Make the pools and deployments of `prefect.yaml` in the Prefect server at an API's URL.
-
-    A deployment's parameters are closed: the server then refuses one that it does not know, where
-    Prefect by itself would crash the run. Schedules that were changed in the UI stay as they are.
-
-    Raises:
-        UserError: Prefect refused them.
-    """
-    with _client(url) as client:
-        for pool, limit in POOLS.items():
-            if not _has_pool(client, pool):
-                _create_pool(client, pool, limit)
-        schedules = {d.id: d.schedules for d in client.read_deployments()}
-        command = ["-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file"]
-        done = subprocess.run(
-            [sys.executable, *command, str(DEPLOYMENTS)],
-            env={**environment, "PREFECT_API_URL": url},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise UserError(f"Prefect refused the deployments:\n{_tail(done.stdout + done.stderr)}")
-        _close_parameters(client)
-        for deployment, before in schedules.items():
-            _restore_schedules(client, deployment, before)
 
 
 def _up(starting: _Starting, prefect_port: int | None, mlflow_port: int | None) -> Up:
     prefect = os.environ.get("PREFECT_API_URL", "")
     tracking = os.environ.get("MLFLOW_TRACKING_URI", "")
-    before = dict(starting.running)
-    if not prefect:
-        starting.server("prefect", prefect_port, _prefect_server)
+    before, made = dict(starting.running), ""
+    login = os.environ.get("PREFECT_API_AUTH_STRING")
+    if own := not prefect:
+        if "prefect" not in starting.running:
+            made = _make_login()
+        login = _login()
+        starting.server("prefect", prefect_port, partial(_prefect_server, login))
     if not tracking.startswith(("http:", "https:")):
         from filelock import FileLock
 
@@ -171,23 +162,37 @@ def _up(starting: _Starting, prefect_port: int | None, mlflow_port: int | None) 
     servers = starting.running
     prefect = prefect or api_url(servers["prefect"])
     tracking = servers["mlflow"].url if "mlflow" in servers else tracking
+    client_environment = {"PREFECT_API_URL": prefect, "MLFLOW_TRACKING_URI": tracking}
+    if login:
+        client_environment["PREFECT_API_AUTH_STRING"] = login
     if starting.started:
-        deploy(prefect, _environment())
-    for pool in POOLS:
-        starting.worker(pool, prefect, tracking)
-    with _client(prefect) as client:
+        deploy(prefect, {**_environment(), **client_environment})
+    with client_of(prefect, login) as client:
+        dead = {s.mark for s in starting.others if s.is_here and not any(_processes(s.mark))}
+        ended = end_dead_runs(client, dead, alone=own)
+        starting.forget(dead)
         for pool in POOLS:
-            starting.wait_for(pool, partial(_is_online, client, pool, starting.running[pool].mark))
+            starting.worker(pool, client_environment)
+        for pool in POOLS:
+            mark = starting.running[pool].mark
+            starting.wait_for(pool, partial(_is_online, client, pool, mark))
     started = tuple(name for name in starting.running if name not in before)
-    return Up(prefect.removesuffix("/api"), tracking, started, _folder())
+    return Up(prefect.removesuffix("/api"), tracking, started, _folder(), made, tuple(ended))
 
 
 class _Starting:
     """The services that run, and those among them that this call started; each noted at once."""
 
-    def __init__(self, running: dict[str, Service]) -> None:
+    def __init__(self, running: dict[str, Service], others: Sequence[Service]) -> None:
         self.running = dict(running)
         self.started: list[Service] = []
+        self.others = list(others)
+        """Those that are dead, or another machine's: noted still, for the sake of their runs."""
+
+    def forget(self, marks: set[str]) -> None:
+        """Note no longer those that are dead and have left nothing."""
+        self.others = [s for s in self.others if s.mark not in marks]
+        _note([*self.others, *self.running.values()])
 
     def server(
         self,
@@ -203,14 +208,13 @@ class _Starting:
         arguments, environment = command(at)
         self._start(name, _new_mark(name), arguments, environment, url=f"http://{HOST}:{at}")
 
-    def worker(self, pool: str, prefect: str, tracking: str) -> None:
+    def worker(self, pool: str, client: Mapping[str, str]) -> None:
         """Start the worker of a pool: in this directory, with this record."""
         if pool in self.running:
             return
         environment = {
-            "PREFECT_API_URL": prefect,
+            **client,
             "PREFECT_WORKER_QUERY_SECONDS": "5",
-            "MLFLOW_TRACKING_URI": tracking,
             "STAPLE_HOME": str(_home()),
         }
         mark = _new_mark(pool)
@@ -244,7 +248,7 @@ class _Starting:
         url: str = "",
     ) -> None:
         log = _folder() / f"{name}.log"
-        with log.open("wb") as output:
+        with open(log, "wb", opener=private.opener) as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
                 env={
@@ -257,10 +261,10 @@ class _Starting:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a Ctrl-C in this terminal is not for it
             )
-        service = Service(name, mark, process.pid, str(log), url)
+        service = Service(name, mark, process.pid, str(log), url, platform.node())
         self.running[name] = service
         self.started.append(service)
-        _note(self.running.values())
+        _note([*self.others, *self.running.values()])
 
     @staticmethod
     def _check_port(service: Service, port: int | None) -> None:
@@ -271,13 +275,9 @@ class _Starting:
             )
 
 
-def _prefect_server(port: int) -> tuple[list[str], dict[str, str]]:
-    url = f"http://{HOST}:{port}/api"
-    environment = {
-        "PREFECT_SERVER_UI_API_URL": url,
-        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-    }
-    return ["prefect", "server", "start", "--host", HOST, "--port", str(port)], environment
+def _prefect_server(login: str, port: int) -> tuple[list[str], dict[str, str]]:
+    command = ["flows.prefect_server", "--port", str(port)]
+    return command, server_environment(f"http://{HOST}:{port}", login)
 
 
 def _mlflow_server(port: int) -> tuple[list[str], dict[str, str]]:
@@ -302,6 +302,40 @@ def _environment() -> dict[str, str]:
     quiet = ("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "PREFECT_LOGGING_LEVEL")
     kept = {name: value for name, value in os.environ.items() if name not in quiet}
     return {**kept, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
+
+
+# Prefect's password ------------------------------------------------------------------------------
+
+GIVEN_LOGIN = "PREFECT_SERVER_API_AUTH_STRING"
+"""Environment variable with a login that is to be used instead of one of our own."""
+
+
+def login_file() -> Path:
+    """Where Prefect's login of `staple up` is kept: a name, a colon, a password."""
+    return _folder() / "prefect-login"
+
+
+def _login() -> str:
+    """The login of our Prefect server; "" where it has none."""
+    try:
+        with open(login_file(), encoding="utf-8", opener=private.opener) as kept:
+            return os.environ.get(GIVEN_LOGIN) or kept.read().strip()
+    except FileNotFoundError:
+        return os.environ.get(GIVEN_LOGIN, "")
+
+
+def _make_login() -> str:
+    """A login of our own, kept; "" where there is one already."""
+    if os.environ.get(GIVEN_LOGIN):
+        login_file().unlink(missing_ok=True)
+        return ""
+    if _login():
+        return ""
+    login = new_login()
+    login_file().unlink(missing_ok=True)
+    with open(login_file(), "x", encoding="utf-8", opener=private.opener) as kept:
+        kept.write(login + "\n")
+    return login
 
 
 # Ports -----------------------------------------------------------------------------------------
@@ -350,58 +384,8 @@ def _holder(port: int) -> str:
     return ""
 
 
-# Prefect's API -----------------------------------------------------------------------------------
-
-
-def _client(url: str) -> SyncPrefectClient:
-    """Prefect's own client: it authenticates as set up, and asks again when the server is busy."""
-    from prefect.client.orchestration import SyncPrefectClient
-
-    return SyncPrefectClient(url)
-
-
-def _has_pool(client: SyncPrefectClient, name: str) -> bool:
-    wanted = {"work_pools": {"name": {"any_": [name]}}}
-    return bool(client.request("POST", "/work_pools/filter", json=wanted).json())
-
-
-def _create_pool(client: SyncPrefectClient, name: str, limit: int) -> None:
-    from prefect.workers.process import ProcessWorker
-
-    pool = {
-        "name": name,
-        "type": "process",
-        "base_job_template": ProcessWorker.get_default_base_job_template(),
-        "concurrency_limit": limit,
-    }
-    client.request("POST", "/work_pools/", json=pool)
-
-
-def _close_parameters(client: SyncPrefectClient) -> None:
-    for deployment in client.read_deployments():
-        if str(deployment.entrypoint).startswith("flows.deployments."):
-            closed = {**(deployment.parameter_openapi_schema or {}), "additionalProperties": False}
-            change = {"parameter_openapi_schema": closed}
-            place = {"id": deployment.id}
-            client.request("PATCH", "/deployments/{id}", path_params=place, json=change)
-
-
-def _restore_schedules(
-    client: SyncPrefectClient, deployment: UUID, before: Sequence[DeploymentSchedule]
-) -> None:
-    kept = [s.model_dump(mode="json", include={"schedule", "active", "parameters"}) for s in before]
-    place = {"id": deployment}
-    client.request("PATCH", "/deployments/{id}", path_params=place, json={"schedules": kept})
-
-
 def _is_online(client: SyncPrefectClient, pool: str, worker: str, _url: str) -> bool:
-    found = client.request(
-        "POST",
-        "/work_pools/{work_pool_name}/workers/filter",
-        path_params={"work_pool_name": pool},
-        json={},
-    )
-    return any(entry["name"] == worker for entry in found.json())
+    return worker in online(client, pool)
 
 
 def _answers(url: str) -> bool:
@@ -476,15 +460,15 @@ def _alone() -> Iterator[None]:
     """One `up` or `down` at a time."""
     from filelock import FileLock
 
-    _folder().mkdir(parents=True, exist_ok=True)
+    private.folder(_folder())
     with FileLock(_folder() / "lock"):
         yield
 
 
-def _end(services: Sequence[Service]) -> None:
+def _end(services: Sequence[Service], patience: float = STOP_SECONDS) -> None:
     """End services and their children: workers before servers, so that runs can still report.
 
-    A process is asked to end (SIGTERM), then killed.
+    A process is asked to end (SIGTERM), and killed after `patience` seconds.
     """
     import psutil
 
@@ -493,7 +477,7 @@ def _end(services: Sequence[Service]) -> None:
         for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
-        psutil.wait_procs(processes, timeout=STOP_SECONDS)
+        psutil.wait_procs(processes, timeout=patience)
         for process in _processes(service.mark):
             with suppress(psutil.NoSuchProcess):
                 process.kill()

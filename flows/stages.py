@@ -21,6 +21,7 @@ from flows.experiment import (
     stages_of,
     writing,
 )
+from flows.prefect_server import at_hand
 from flows.publish import publish_iteration
 from flows.settings import ExperimentSettings, with_changes
 from flows.states import stage_states
@@ -70,7 +71,8 @@ def _run_stage(
         )
     if state.standing == "finished" and state.attempt and not force:
         return state.attempt
-    return one_stage(settings, stage, iteration, force)
+    with at_hand():
+        return one_stage(settings, stage, iteration, force)
 
 
 @flow(name="stage", flow_run_name="{settings.experiment} {stage} {iteration}")

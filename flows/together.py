@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from flows.em import em_experiment
 from flows.experiment import note_settings, writing
+from flows.prefect_server import at_hand
 from flows.publish import Attempts
 from flows.report import write_report
 from flows.settings import ExperimentSettings, following
@@ -49,5 +50,6 @@ def go_on(
     with writing(then.experiment, f"staple run {then.experiment}"):
         note_settings(then, [] if resume else None)
         found = None if force else unchanged(then)
-        further = em_experiment(then, force) if found is None else found
-        return Followed(then, further, write_report([settings.experiment, then.experiment]))
+        with at_hand():
+            further = em_experiment(then, force) if found is None else found
+            return Followed(then, further, write_report([settings.experiment, then.experiment]))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from models.files import UNREADABLE, remove, write_text
+from tasks import private
 from tasks.progress import say
 
 HEARTBEAT_SECONDS = 10.0
@@ -58,7 +58,7 @@ def is_held(path: Path) -> bool:
 
 @contextmanager
 def device(name: str, what: str) -> Iterator[None]:
-    """Hold the visible accelerators: one policy in their memory at a time, whoever started it.
+    """Hold the visible accelerators: one policy of this user's in their memory at a time.
 
     Args:
         name: "cpu" needs no lock; "cuda", or "auto" where there is an NVIDIA device, does.
@@ -68,7 +68,7 @@ def device(name: str, what: str) -> Iterator[None]:
         yield
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(present))
-    folder = Path(tempfile.gettempdir()) / f"staple-{os.getuid()}"
+    folder = private.device_locks()
     with ExitStack() as locks:
         for number in sorted(visible.split(",")):  # one order for all: nobody waits in a circle
             locks.enter_context(held(folder / f"device-{number.strip()}.lock", what))

@@ -27,7 +27,7 @@ from models.policy import FINGERPRINT
 from models.proxies import proxy_of
 from models.settings import Settings
 from models.threads import pinned
-from tasks import database, locks
+from tasks import database, kept, locks
 from tasks.code import code_version
 from tasks.progress import say
 from tasks.tables import read_rows
@@ -604,6 +604,7 @@ class Slot:
     ) -> Attempt:
         client, run_id = self.record.client, self._begin(wanted)
         work.note("begun", stage=wanted.stage, iteration=wanted.iteration, run_id=run_id)
+        kept.tell(stage=f"{wanted.stage} {wanted.iteration}", parts="")
         try:
             with locks.heartbeat(lambda: client.set_tag(run_id, HEARTBEAT, f"{time.time():.1f}")):
                 done = work.finished() or self._work(compute, work, what)
@@ -612,6 +613,7 @@ class Slot:
             _give_up(client, run_id, error)
             raise
         client.set_terminated(run_id, "FINISHED")
+        kept.tell(stage="")
         work.note("recorded", stage=wanted.stage, iteration=wanted.iteration, run_id=run_id)
         work.remove()
         return self.record.attempt(client.get_run(run_id), reused=False)
@@ -694,9 +696,11 @@ def _create(client: MlflowClient, experiment: str) -> None:
 
 
 def _give_up(client: MlflowClient, run_id: str, error: BaseException) -> None:
-    """Say why an attempt failed, unless the record itself is what failed."""
+    """Say why an attempt failed or who stopped it, unless the record itself is what failed."""
+    stopped = not isinstance(error, Exception)  # Ctrl-C, or a signal that Prefect makes one of
+    why = "interrupted" if stopped else f"{type(error).__name__}: {error}"[:4000]
     try:
-        client.set_tag(run_id, "failure", f"{type(error).__name__}: {error}"[:4000])
-        client.set_terminated(run_id, "FAILED")
+        client.set_tag(run_id, "failure", why)
+        client.set_terminated(run_id, "KILLED" if stopped else "FAILED")
     except Exception as second:
         say(f"the failure could not be recorded either: {second}")

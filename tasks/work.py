@@ -30,6 +30,7 @@ from models.files import (
     written,
 )
 from models.pool import Finished, Shards
+from tasks import kept
 from tasks.progress import say
 from tasks.tables import read_rows, rows_as_bytes, write_rows
 
@@ -88,6 +89,8 @@ class Workspace:
         """
         parts = [Part(self.parts, f"{name}-{number:05}") for number in range(len(shards))]
         missing = {n: shard for n, shard in enumerate(shards) if not parts[n].is_finished()}
+        whole = len(shards) - len(missing)
+        kept.tell(parts=f"{whole} of {len(shards)} shards")
         for number, shard in enumerate(shards):
             if number not in missing:
                 found(shard)
@@ -95,6 +98,8 @@ class Workspace:
             part = parts[done.number]
             part.write(done.rows, row_type)
             self.note("shard", name=part.name, seconds=done.seconds)
+            whole += 1
+            kept.tell(parts=f"{whole} of {len(shards)} shards")
         rows = [row for part in parts for row in part.read(row_type)]
         self.write(name, rows, row_type)
         return rows

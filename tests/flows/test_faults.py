@@ -313,8 +313,7 @@ def test_the_device_stays_with_the_child_of_a_killed_worker(
 ) -> None:
     """A flow process outlives its worker: whoever comes next waits for it, and is told."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(locks.tempfile, "tempdir", None)
+    monkeypatch.setenv("HOME", str(tmp_path))
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     worker = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(PARENT), textwrap.dedent(HOLD), "3"],
@@ -335,7 +334,7 @@ def test_the_device_stays_with_the_child_of_a_killed_worker(
 
 
 def test_the_cpu_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
     with locks.device("cpu", "one"), locks.device("cpu", "two"):
         assert list(tmp_path.iterdir()) == []
 

@@ -60,6 +60,14 @@ class Place:
     def record(self) -> Record:
         return Record("small", self.folder / ".staple", self.mlflow)
 
+    @property
+    def login(self) -> tuple[str, str]:
+        """Name and password of Prefect's server."""
+        name, _, password = (
+            (self.folder / ".staple/services/prefect-login").read_text().partition(":")
+        )
+        return name, password.strip()
+
     def staple(self, *arguments: str) -> str:
         return staple(self.folder, *arguments)
 
@@ -70,7 +78,8 @@ class Place:
 
     def deployment(self, name: str) -> str:
         """The URL of a deployment in Prefect's API."""
-        found = httpx.get(f"{self.prefect}/api/deployments/name/{name}/{name}").json()
+        address = f"{self.prefect}/api/deployments/name/{name}/{name}"
+        found = httpx.get(address, auth=self.login).json()
         return f"{self.prefect}/api/deployments/{found['id']}"
 
 
@@ -136,6 +145,10 @@ def page(place: Place) -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=CHROMIUM)
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         page.set_default_timeout(30_000)
+        page.goto(f"{place.prefect}/v2")
+        page.get_by_placeholder("admin:pass").fill(":".join(place.login))
+        page.get_by_role("button", name="Login").click()
+        page.wait_for_url("**/dashboard")
         yield page
         browser.close()
 
@@ -230,7 +243,7 @@ def test_a_review_answered_in_its_form(place: Place, page: Any) -> None:
 def test_a_mistaken_parameter_is_refused(place: Place) -> None:
     def refused(deployment: str, parameters: dict[str, Any]) -> str:
         url = f"{place.deployment(deployment)}/create_flow_run"
-        answer = asked(url, {"parameters": parameters})
+        answer = asked(place, url, {"parameters": parameters})
         assert answer.status_code == 409
         return str(answer.json()["detail"])
 
@@ -245,7 +258,7 @@ def test_a_mistaken_parameter_is_refused(place: Place) -> None:
 
 def test_a_mistaken_name_fails_with_a_message(place: Place) -> None:
     parameters = {"experiment": "nosuch", "iteration": 1}
-    asked(f"{place.deployment('filter')}/create_flow_run", {"parameters": parameters})
+    asked(place, f"{place.deployment('filter')}/create_flow_run", {"parameters": parameters})
     run = eventually(lambda: ended(place, "filter"))
     assert run["state"]["type"] == "FAILED"
     assert "experiment nosuch: nothing was ever recorded" in run["state"]["message"]
@@ -256,10 +269,11 @@ def test_up_again_starts_only_what_is_not_running(place: Place) -> None:
     assert "up already" in place.staple("up")
     assert place.services() == before
     nightly = {"schedules": [{"schedule": {"cron": "0 3 * * *"}, "active": True}]}
-    httpx.patch(place.deployment("experiment"), json=nightly, timeout=60).raise_for_status()
+    how: dict[str, Any] = {"auth": place.login, "timeout": 60}
+    httpx.patch(place.deployment("experiment"), json=nightly, **how).raise_for_status()
     psutil.Process(before["cpu"]["pid"]).kill()
     place.staple("up")
-    (kept,) = httpx.get(place.deployment("experiment"), timeout=60).json()["schedules"]
+    (kept,) = httpx.get(place.deployment("experiment"), **how).json()["schedules"]
     assert (kept["schedule"]["cron"], kept["active"]) == ("0 3 * * *", True)
     after = place.services()
     assert {name for name in after if after[name] != before[name]} == {"cpu"}
@@ -303,10 +317,10 @@ def choose(page: Any, box: Any, option: str) -> None:
     page.get_by_role("option", name=option, exact=True).click()
 
 
-def asked(url: str, body: Any) -> httpx.Response:
+def asked(place: Place, url: str, body: Any) -> httpx.Response:
     """POST, again while the server is too busy."""
     for _ in range(6):
-        answer = httpx.post(url, json=body, timeout=60)
+        answer = httpx.post(url, json=body, auth=place.login, timeout=60)
         if answer.status_code != 503:
             break
     return answer
@@ -315,7 +329,8 @@ def asked(url: str, body: Any) -> httpx.Response:
 def ended(place: Place, deployment: str, but: str = "") -> dict[str, Any] | None:
     """The newest run of a deployment that came to an end (but in another state than this one)."""
     query = {"deployments": {"name": {"any_": [deployment]}}, "sort": "START_TIME_DESC"}
-    runs = httpx.post(f"{place.prefect}/api/flow_runs/filter", json=query, timeout=60).json()
+    address = f"{place.prefect}/api/flow_runs/filter"
+    runs = httpx.post(address, json=query, auth=place.login, timeout=60).json()
     final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
     found = (run for run in runs if run["state"]["type"] in final)
     return next((run for run in found if run["state"]["name"] != but), None)

@@ -1,0 +1,61 @@
+"""Folders and files for this user alone, where others of this machine may have been before us.
+
+Nothing of ours lies under a predictable name in a folder that everybody writes to: the locks of
+the devices are in the user's own cache.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import stat
+from pathlib import Path
+
+from constitutions.errors import UserError
+
+
+def folder(path: Path) -> Path:
+    """The folder, made where it is missing, for its owner alone.
+
+    Raises:
+        UserError: a link or a file stands there, or a folder of somebody else; it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        opened = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise UserError(
+            f"this folder cannot be used: {error.strerror}",
+            where=str(path),
+            expected="a folder of your own, not a link",
+            fix="see what stands there, and move it away",
+        ) from None
+    try:
+        found = os.fstat(opened)
+        if found.st_uid != os.geteuid():
+            raise UserError(
+                f"this folder belongs to another user (id {found.st_uid})",
+                where=str(path),
+                expected="a folder of your own",
+                fix="move it away, or set STAPLE_HOME or HOME to a folder of your own",
+            )
+        if stat.S_IMODE(found.st_mode) & 0o077:
+            os.fchmod(opened, 0o700)
+    finally:
+        os.close(opened)
+    return path
+
+
+def opener(path: str, flags: int) -> int:
+    """For `open`: a new file is its owner's alone, and a link is not followed."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+
+
+def device_locks() -> Path:
+    """Where the locks of this machine's devices are, the same for all processes of this user.
+
+    Another user's processes have locks of their own: who shares a device with other people has to
+    agree with them (or with the machine's scheduler), as a lock that all of them may open would be
+    a file that all of them may spoil.
+    """
+    return folder(Path.home() / ".cache" / "staple" / "locks" / platform.node())
