@@ -190,7 +190,7 @@ def examine(
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    step("reading config.json", 5)
+    step("reading config.json", 15)
     config = read_config(directory, settings, use)
     step("building what config.json describes", 15)
     name, parameters, rows = compare(config, held, use)
