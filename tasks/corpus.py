@@ -159,8 +159,12 @@ def source_digests(sources: Sequence[CorpusSettings]) -> dict[str, str]:
 def _source_digest(source: CorpusSettings) -> str:
     if source.path is None:
         return str(_hub_data(source)._fingerprint)
-    with checked_file(Path(source.path)).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with checked_file(Path(source.path)).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        what = f"the file cannot be read: {error.strerror}"
+        raise UserError(what, where=source.path) from None
 
 
 def _draw(seed: int, text: str) -> bytes:

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from hostile.data_inputs import INPUTS, DataInput
 
 from constitutions.errors import UserError
+from tasks.benchmarks.rows import read_records
 from tasks.corpus import CorpusSettings, load_corpus
 
 
@@ -42,3 +43,13 @@ def test_is_refused_by_name(given: DataInput, tmp_path: Path) -> None:
     assert str(path) in said
     assert [words for words in given.says if words not in said] == []
     assert len(said) < 10_000
+
+
+@pytest.mark.parametrize(
+    "name", ["a pipe", "a column twice", "a sparse line", "a key twice in a list"]
+)
+def test_a_benchmark_s_file_is_read_within_the_same_bounds(name: str, tmp_path: Path) -> None:
+    given = next(i for i in INPUTS if i.name == name)
+    with pytest.raises(UserError) as caught:
+        read_records(made(given, tmp_path), dict)
+    assert [words for words in given.says if words not in str(caught.value)] == []
