@@ -23,13 +23,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from constitutions.errors import UserError
+from flows import prefect_database
 
 HOST = "127.0.0.1"
 NAMES = ("127.0.0.1", "localhost", "[::1]")
 """What this machine is called by its own browsers: through a tunnel too, at whatever port."""
 NAMED = (b"host", b"origin")
 ROOT = Path(__file__).parent.parent
-START_SECONDS = 120
+START_SECONDS = 600
+"""A first start makes a database, on a busy machine for minutes; one that ended is seen at once."""
 STOP_SECONDS = 5
 
 Scope = MutableMapping[str, Any]
@@ -92,6 +94,7 @@ def main() -> None:
     import uvicorn
     from prefect.server.api.server import create_app
 
+    prefect_database.make()
     app = Gate(create_app(final=True, ephemeral=asked.socket is not None))
     config = uvicorn.Config(
         app,
