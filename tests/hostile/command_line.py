@@ -226,7 +226,7 @@ USAGE = [
     Case("usage: a baseline's setting", ("baselines", "--set", "x\x1b[31m:mine.samples=8")),
     Case("usage: help", ("run", "--help"), code=0),
     Case(
-        "ask: half a character",
+        "usage: half a character is asked",
         ("ask", "never-run", "\udcff\ud800"),
         says="never-run",
     ),
