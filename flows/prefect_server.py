@@ -159,10 +159,20 @@ def at_hand() -> Iterator[None]:
         try:
             yield
         finally:
+            _send_what_waits()
             for name, value in before.items():
                 os.environ.pop(name)
                 os.environ.update({} if value is None else {name: value})
             prefect.context.refresh_global_settings_context()
+
+
+def _send_what_waits() -> None:
+    """Log lines and events wait a moment in this process: the server must not be gone before."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (APILogWorker, EventsWorker):
+        worker.drain_all(timeout=STOP_SECONDS)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +23,7 @@ from constitutions.errors import UserError
 from models.by_length import ByLength, length_limit
 from models.decoding import Decoder
 from models.engine import Engine, Sample, is_out_of_memory
+from models.notices import say
 from models.output_layer import last_states
 from models.plain import Plain, bare_of_adapter
 from models.policy import Request
@@ -58,7 +58,6 @@ AFFORDABLE = {"cpu": 3e10, "cuda": 2e13}
 LIMITS = ("sliding_window", "attention_chunk_size", "index_topk", "keep_window_size")
 """Settings beyond which attention changes."""
 
-_log = logging.getLogger(__name__)
 _told: set[str] = set()
 
 
@@ -104,7 +103,7 @@ def _tell(model: PreTrainedModel, verdict: Verdict) -> None:
     )
     if line not in _told:
         _told.add(line)
-        _log.warning(line)
+        say(line)
 
 
 def _engine(model: PreTrainedModel, way: Way) -> Engine:
