@@ -184,7 +184,7 @@ def check_template(
     turns = (*ask_refinement(templates, asked, said[0], said[1]), last)
     shown = _letters(tokenizer, chat.prompt(turns[:-1]))
     for turn in turns[:-1]:
-        if "".join(turn["content"].split()) not in shown:
+        if _letters(tokenizer, chat.words(turn["content"])) not in shown:
             raise ChatError(f"the chat template drops what the {turn['role']} says before the end")
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"][1:]
     known = {answers[-1]: thought if chat.tags else ""}
@@ -195,13 +195,14 @@ def check_template(
         raise EncodingError("the trained tokens lack an end of turn")
     read = "".join(_letters(tokenizer, ids) for ids in learned)
     for words in wanted:
-        if "".join(words.split()) not in read:
+        if _letters(tokenizer, chat.words(words)) not in read:
             raise EncodingError(f"the trained tokens lack an answer's own words ({words!r})")
     return chat
 
 
 def _letters(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """What tokens spell, without white space: templates trim it."""
+    """What tokens spell, without white space: templates trim it. (A small vocabulary spells words
+    in its own way, or not at all.)"""
     return "".join(str(tokenizer.decode(list(ids))).split())
 
 

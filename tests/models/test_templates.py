@@ -181,6 +181,15 @@ def test_a_model_without_any_end_is_named() -> None:
         check_template(tokenizer, PolicySettings(), CHAT)
 
 
+def test_a_small_vocabulary_that_cannot_spell_the_tried_words_is_no_fault_of_the_template() -> None:
+    from models.planted import pretrain
+    from models.prompts import TERSE
+
+    tokenizer = pretrain.build_tokenizer()  # of lower-case words; all others are <unk>
+    chat = check_template(tokenizer, PolicySettings(), TERSE)
+    assert tokenizer.decode(chat.end_of_turn) == tokenizer.eos_token
+
+
 CASES = Path(__file__).parents[3] / "shared" / "cases" / "thinking-templates"
 
 
