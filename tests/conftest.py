@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,8 @@ os.environ.update(
     COLUMNS="160",  # tables that do not wrap
 )
 threads.cores = lambda: 1  # type: ignore[assignment]  # for the same reason
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs aside
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # processes of tests would inherit it
 GIVEN_SERVERS = os.environ.get("STAPLE_TEST_SERVERS") == "1"
 """Whether flows and records go to the servers that the environment names (`make test-servers`)."""
 if not GIVEN_SERVERS:

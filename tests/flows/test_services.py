@@ -34,13 +34,13 @@ def test_a_port_that_is_taken_is_named_with_its_holder(
 def test_a_service_that_ends_at_its_start_shows_why_and_takes_the_others_with_it(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////dev/null/all.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "mysql+pymysql://127.0.0.1:1/none")  # no such driver
     monkeypatch.setenv("PREFECT_HOME", str(workplace / "prefect"))
     ran = staple(capsys, "up")
     services.down()
     assert ran.code == 2
     assert "mlflow ended at its start" in ran.err
-    assert "/dev/null" in ran.err
+    assert "pymysql" in ran.err
     marked = [p for p in psutil.process_iter() if str(workplace) in started_in(p)]
     assert not marked
 

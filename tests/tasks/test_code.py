@@ -25,7 +25,8 @@ def project(tmp_path: Path) -> Path:
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
     shutil.copy(PACKAGE / "code.py", tasks)
-    shutil.copy(PACKAGE.parent / "constitutions" / "errors.py", errors)
+    for name in ("errors.py", "untrusted.py"):
+        shutil.copy(PACKAGE.parent / "constitutions" / name, errors)
     (tasks / "helper.py").write_text("def twice(x):\n    return 2 * x\n")
     (tasks / "own.py").write_text(
         "def run(x):\n    from tasks.helper import twice\n    return twice(x)\n"

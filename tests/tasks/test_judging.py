@@ -60,7 +60,7 @@ def test_a_model_that_is_not_there_is_reported_as_the_judge_s(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"judge: .*there is no such directory"):
         check_judge(at(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"judge: .*lacks config\.json"):
+    with pytest.raises(UserError, match=r"judge: .*lacks safetensors weights"):
         judge_notes(at(tmp_path / "empty"))
     assert check_judge(REMOTE) == "owner/judge at http://localhost:8000/v1"
 
