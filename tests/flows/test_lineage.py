@@ -89,7 +89,8 @@ def test_a_run_feeds_on_what_it_made_itself(at_home: ExperimentSettings) -> None
         rest = steps(first, 1)
         trained = next(attempt for attempt in rest if attempt.stage == "train")
 
-        changed = with_changes(at_home, {"train.epochs": 2, "evaluate.temperature": 0.7})
+        others = {"train.epochs": 3, "evaluate.temperature": 0.55}  # of no other test
+        changed = with_changes(at_home, others)
         assert {("evaluate", 0), ("train", 1)} <= run(changed, made={})
         current = [first.record.needs(*place) for place in (("evaluate", 0), ("train", 1))]
         assert [a.digest for a in current] != [answers.digest, trained.digest]
