@@ -149,7 +149,7 @@ def test_sigterm_to_the_program_alone(folder: Path) -> None:
     process = staple(folder, "run", "lineage", "--resume", grace=LONG)
     until(lambda: len(events(folder, "begun")) > before, process)
     process.terminate()
-    assert "of mine 1 are kept; go on with: staple run lineage --resume" in ended(folder, process)
+    assert "kept; go on with: staple run lineage --resume" in ended(folder, process)
     assert process.returncode == 143
 
 
