@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from models.decoding import Decoder
-from models.engine import Ended, Engine, Sample
+from models.engine import Ended, Engine, Wanted
 from models.plain import Plain, length_dependent
 from models.policy import Request
 
@@ -31,18 +31,22 @@ class ByLength(Engine):
             for part in (self.short, self.long):
                 setattr(part, name, value)
 
-    def sample(
-        self, prompts: Sequence[Sequence[int]], requests: Sequence[Request], ended: Ended
+    def _make(
+        self,
+        prompts: Sequence[Sequence[int]],
+        requests: Sequence[Request],
+        wanted: Wanted,
+        end: Ended,
     ) -> None:
-        """See `Engine.sample`."""
         lengths = [len(p) + r.max_tokens for p, r in zip(prompts, requests, strict=True)]
         for engine, numbers in self._split(lengths):
-
-            def end(sample: Sample, numbers: Sequence[int] = numbers) -> None:
-                sample.request = numbers[sample.request]
-                ended(sample)
-
-            engine.sample([prompts[i] for i in numbers], [requests[i] for i in numbers], end)
+            own = set(numbers)
+            some = [samples if i in own else () for i, samples in enumerate(wanted)]
+            try:
+                if any(some):
+                    engine._make(prompts, requests, some, end)
+            finally:
+                self.fitted = engine.fitted
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[list[float]]:
         """See `Engine.score`."""
@@ -54,9 +58,6 @@ class ByLength(Engine):
     def states(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
         """See `Engine.states`."""
         return self.long.states(texts)
-
-    def _make(self, *_: Any) -> None:
-        raise NotImplementedError("its parts make the samples")
 
     def _split(self, lengths: Sequence[int]) -> Iterator[tuple[Engine, list[int]]]:
         short = [i for i, length in enumerate(lengths) if length <= self.limit]
