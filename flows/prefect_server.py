@@ -33,6 +33,12 @@ ROOT = Path(__file__).parent.parent
 START_SECONDS = 600
 """A first start makes a database, on a busy machine for minutes; one that ended is seen at once."""
 STOP_SECONDS = 5
+KEEP_ALIVE_SECONDS = 75
+"""How long an unused connection stays open.
+
+uvicorn's own 5 s are too few on a busy machine: when the event loop stands still for longer, the
+timer fires before the request that has arrived meanwhile is read, and the client sees a reset.
+"""
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -102,6 +108,7 @@ def main() -> None:
         port=asked.port or 0,
         log_level="error" if asked.parent else "warning",
         timeout_graceful_shutdown=STOP_SECONDS - 1,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
     )
     listening = None if asked.socket is None else [socket.socket(fileno=asked.socket)]
     uvicorn.Server(config).run(listening)

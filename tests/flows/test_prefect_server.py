@@ -176,7 +176,12 @@ def test_a_run_brings_no_program_of_its_own(site: Site, brought: dict[str, objec
 
 def client(site: Site) -> httpx.Client:
     name, password = site.login.split(":")
-    return httpx.Client(base_url=f"{site.url}/api", auth=(name, password), timeout=120)
+    fresh = httpx.Limits(
+        max_keepalive_connections=0
+    )  # no connection that the server may be closing
+    return httpx.Client(
+        base_url=f"{site.url}/api", auth=(name, password), timeout=120, limits=fresh
+    )
 
 
 def test_a_pool_of_before_is_closed_too(site: Site) -> None:
