@@ -50,7 +50,7 @@ def build(name: str) -> Any:
 def verdict(name: str) -> str:
     """The engine that samples from the architecture exactly, or "refused"."""
     from constitutions.errors import UserError
-    from models.exact import find
+    from models.engine.exact import find
 
     try:
         return find(build(name), "auto").way
@@ -81,7 +81,7 @@ HEAD = """# Which models run, and how fast
 
 `python -m benchmarks.architectures` makes this page, with transformers 5.23. Every architecture
 gets tiny random weights; its samples come from the fastest engine whose greedy tokens and
-log-probabilities are those of a plain forward pass of transformers (`models/exact.py`).
+log-probabilities are those of a plain forward pass of transformers (`models/engine/exact.py`).
 
 A model is tried in the same way when it is loaded, with its own weights, once: what was found is
 remembered in `engines.json` under `$STAPLE_HOME`. `policy.engine: shared` or `plain` asks for an

@@ -24,9 +24,9 @@ def sami_vs_whole_rows() -> Result:
     """One query of C = 4 constitutions; the same loss, by 4 rows or by 16."""
     import torch
 
-    from models.adapter import AdapterSettings
-    from models.encoding import Group
-    from models.qlora import load_base, new_adapter
+    from models.training.adapter import AdapterSettings
+    from models.training.bases import load_base, new_adapter
+    from models.training.encoding import Group
 
     torch.set_num_threads(1)
     draw = random.Random(0)
@@ -69,7 +69,7 @@ def sami_vs_whole_rows() -> Result:
 
 
 def _ours(model: Any, group: Any) -> float:
-    from models.sami import Information
+    from models.training.sami import Information
 
     (part,) = Information(budget=1 << 20).parts(model, {"group": group})
     return _stepped(model, part())
@@ -79,7 +79,7 @@ def _whole_rows(model: Any, group: Any) -> float:
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    from models.sami import sami_loss
+    from models.training.sami import sami_loss
 
     pairs = [(p, r) for p in group.prompts for r in group.responses]
     rows = [torch.tensor([*prompt, *response]) for prompt, response in pairs]

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.efficiency [gpu.json]`: the constants of `models/cost.py`, from a run.
+"""`python -m benchmarks.efficiency [gpu.json]`: the constants of `flows/plan/cost.py`, from a run.
 
 `benchmarks.gpu` measured how long steps of decoding and of training take; here is found which
-`Efficiency` makes `models.cost` say the same.
+`Efficiency` makes `flows.plan.cost` say the same.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu import SAMPLES
-from models.cost import GPUS, MEASURED, Efficiency, Gpu, Held
+from flows.plan.cost import GPUS, MEASURED, Efficiency, Gpu, Held
+from models.checkpoints.shapes import Shape, shape_of
 from models.policy import PolicySettings
-from models.shapes import Shape, shape_of
 
 SAMPLINGS = {"sampling_nf4": "nf4", "sampling": "none", "sampling_few_rows": "none"}
 """Measurements of `benchmarks.gpu`, and how they held the weights. Two batch sizes tell what a step

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Result, interleaved
-from models.decoding import Decoder
-from models.engine import Sample
+from models.engine.base import Sample
+from models.engine.decoding import Decoder
 from models.policy import Request
 
 PROMPTS, LENGTH, SAMPLES, NEW = 16, 200, 16, 64

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from models import qlora
-from models import training as training_loop
-from models.adapter import AdapterSettings
-from models.decoding import Decoder
-from models.encoding import Example
-from models.engine import Sample, key_value_bytes
+from models.engine.base import Sample, key_value_bytes
+from models.engine.decoding import Decoder
 from models.policy import Request
+from models.training import bases as qlora
+from models.training import loop as training_loop
+from models.training.adapter import AdapterSettings
+from models.training.encoding import Example
 
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {  # Llama-3.1-8B

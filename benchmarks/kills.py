@@ -127,7 +127,7 @@ def start(folder: Path, command: Sequence[str]) -> subprocess.Popen[bytes]:
     environment.pop("MLFLOW_TRACKING_URI", None)
     with (folder / "output.txt").open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", *command],
+            [sys.executable, "-m", "flows.commands.cli", *command],
             cwd=folder,
             env={**environment, "PYTHONPATH": str(HERE.parent)},
             stdout=output,
@@ -229,7 +229,7 @@ def finished_units(lines: Sequence[Line]) -> Counter[tuple[str, str]]:
 
 def digests(folder: Path, experiment: str) -> Mapping[Place, str]:
     """The digest of every stage's current outputs."""
-    from tasks.store import Record
+    from tasks.record.store import Record
 
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     record = Record(experiment, folder / ".staple", uri)

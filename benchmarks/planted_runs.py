@@ -69,7 +69,7 @@ def run_seed(
     also taught to write critiques, "{unsure}" of one that without gold names the right principle a
     third as often.
     """
-    from flows.cli import _environment
+    from flows.commands.cli import _environment
 
     place = folder / f"seed-{seed}"
     place.mkdir(parents=True, exist_ok=True)

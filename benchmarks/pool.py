@@ -17,9 +17,9 @@ from benchmarks.measure import Result, interleaved, timed
 from models.policy import PolicySettings, PoolSettings
 from models.prompts import TEMPLATES
 from tasks.mine import MineSettings, mine_shard
-from tasks.policies import PolicySource
+from tasks.policies.opening import PolicySource
 from tasks.prompts import PromptSettings, prompt_sets
-from tasks.work import shards
+from tasks.record.work import shards
 
 PROMPTS, PER_SHARD, ROUNDS = 8, 1, 3
 MINE = MineSettings(
@@ -34,7 +34,7 @@ MINE = MineSettings(
 def ray_two_workers() -> Result:
     """Candidates a second of two workers and of one; this process, without Ray, is beside them."""
     os.environ.setdefault("RAY_worker_niceness", "0")  # as this process has
-    from models.cluster import join
+    from models.pools.ray_cluster import join
 
     join(PoolSettings(kind="ray"), cpus=3)  # both pools are open at once
     with TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ from time import process_time
 
 from benchmarks.measure import Result, interleaved, timed
 from tasks import score
-from tasks.corpus import CorpusSettings, load_corpus
+from tasks.corpus.prompts import CorpusSettings, load_corpus
 from tasks.score import rouge_l
 
 CORPORA = Path(os.environ.get("STAPLE_TEST_DATA", "../shared/data")) / "corpora"

@@ -22,8 +22,8 @@ from typing import Any, cast
 
 from benchmarks.measure import Result
 from benchmarks.random_model import random_llama, random_text
-from models.adapter import AdapterSettings, plan_batches
-from models.encoding import Example
+from models.training.adapter import AdapterSettings, plan_batches
+from models.training.encoding import Example
 
 ROWS = 64
 ROUNDS = 3
@@ -140,8 +140,8 @@ def main() -> None:
 
 
 def _ours(folder: Path, dtype: str = "bfloat16", aligned: bool = False) -> Run:
-    from models.qlora import new_adapter
-    from models.training import Likelihood, train
+    from models.training.bases import new_adapter
+    from models.training.loop import Likelihood, train
 
     base, tokenizer = _base(folder, dtype)
     examples = _examples(_rows(folder), tokenizer)
@@ -162,7 +162,7 @@ def _peer(folder: Path, dtype: str = "bfloat16", aligned: bool = False, **option
     from datasets import Dataset
     from peft import LoraConfig
 
-    from models.qlora import new_adapter
+    from models.training.bases import new_adapter
 
     base, tokenizer = _base(folder, dtype)
     rows = _rows(folder)
@@ -205,7 +205,7 @@ def _peer(folder: Path, dtype: str = "bfloat16", aligned: bool = False, **option
 
 
 def _base(folder: Path, dtype: Any) -> tuple[Any, Any]:
-    from models.qlora import load_base
+    from models.training.bases import load_base
 
     return load_base(folder / "model", quantization="nf4", dtype=dtype, device="cpu")
 

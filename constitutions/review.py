@@ -1,6 +1,7 @@
 """A person's decisions on a constitution: as they were made, and applied.
 
-`flows.review` gets them from a form, `flows.edit` from an edited file; `tasks.review` applies them.
+`flows.review` gets them from a form, `flows.commands.edit` from an edited file; `tasks.review`
+applies them.
 """
 
 from __future__ import annotations

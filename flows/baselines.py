@@ -18,7 +18,7 @@ from flows.experiment import note_settings, writing
 from flows.publish import Attempts, iteration_metrics, rate_text
 from flows.settings import ExperimentSettings, parse_override, with_changes
 from flows.states import unchanged
-from tasks.work import Metrics
+from tasks.record.work import Metrics
 
 BASELINES: Mapping[str, Mapping[str, Any]] = {
     "self-refine": {"method": "star", "iterations": 0},

@@ -25,13 +25,13 @@ from flows.settings import (
     with_changes,
 )
 from models.files import Damaged
-from tasks.basemodels import BaseModelFiles, kept_model, resolve_model
-from tasks.policies import PolicySource
-from tasks.progress import say
+from tasks.policies.base import BaseModelFiles, kept_model, resolve_model
+from tasks.policies.opening import PolicySource
+from tasks.record.progress import say
+from tasks.record.store import Attempt, Attempts, Looker, Mode, Record, Slot
+from tasks.record.writer import made
+from tasks.record.writer import writing as hold
 from tasks.review import ReviewSettings, Verdict, recorded_verdict
-from tasks.store import Attempt, Attempts, Looker, Mode, Record, Slot
-from tasks.writer import made
-from tasks.writer import writing as hold
 
 STAGES = (
     *("prompts", "write", "mine", "score", "filter", "cluster", "review"),
@@ -226,7 +226,7 @@ def open_experiment(settings: ExperimentSettings, **how: Any) -> Experiment:
 
 
 def writing(experiment: str, command: str) -> AbstractContextManager[None]:
-    """Be the only one that writes an experiment, as `tasks.writer.writing`."""
+    """Be the only one that writes an experiment, as `tasks.record.writer.writing`."""
     return hold(record_of(experiment), command)
 
 

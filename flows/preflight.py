@@ -16,15 +16,15 @@ from constitutions.reference import load_pairs
 from flows.experiment import home, open_experiment
 from flows.settings import ExperimentSettings, explain, following
 from models.embedders import check_embedder
-from models.endpoint import Limits, open_endpoint
+from models.endpoint.client import Limits, open_endpoint
+from models.endpoint.server import check_server
 from models.planted.oracle import known
 from models.policy import PoolSettings
-from models.pool import check_pool
-from models.server import check_server
-from tasks.basemodels import open_model
-from tasks.corpus import CorpusSettings, load_corpus
+from models.pools.local import check_pool
+from tasks.corpus.prompts import CorpusSettings, load_corpus
 from tasks.evaluate import check_judges
-from tasks.judging import check_judge
+from tasks.judging.judge import check_judge
+from tasks.policies.base import open_model
 from tasks.prompts import prompt_sets
 from tasks.sami.evaluate import check_followed
 from tasks.sami.sample import check_mixtures

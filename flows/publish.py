@@ -16,9 +16,9 @@ from prefect.context import FlowRunContext
 
 from constitutions.constitution import load, markdown
 from flows.experiment import Experiment
+from tasks.record.store import SUMMARY, Attempt, Record
+from tasks.record.work import Metrics
 from tasks.report.figures import History, figures
-from tasks.store import SUMMARY, Attempt, Record
-from tasks.work import Metrics
 
 Attempts = dict[str, Attempt]
 

@@ -1,7 +1,7 @@
 """The review of a constitution in Prefect's UI: a suspended run whose form lists the principles.
 
-`flows.em` calls `ask` after `cluster` where `review.enabled` is set. `flows.edit` is the same
-without a UI.
+`flows.em` calls `ask` after `cluster` where `review.enabled` is set. `flows.commands.edit` is the
+same without a UI.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from constitutions.constitution import Constitution, Principle, load, markdown_t
 from constitutions.errors import UserError
 from constitutions.review import Decision
 from flows.experiment import Experiment
-from tasks.records import Labelled
+from tasks.record.store import Attempt, Slot
 from tasks.review import ReviewSettings, Verdict, review, review_stage
-from tasks.store import Attempt, Slot
+from tasks.rows import Labelled
 
 SHOWN = 300
 """Characters of an example that are shown."""

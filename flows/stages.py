@@ -21,11 +21,11 @@ from flows.experiment import (
     stages_of,
     writing,
 )
-from flows.prefect_server import at_hand
 from flows.publish import publish_iteration
+from flows.server.prefect_server import at_hand
 from flows.settings import ExperimentSettings, with_changes
 from flows.states import stage_states
-from tasks.store import Attempt
+from tasks.record.store import Attempt
 
 
 def run_stage(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flows.experiment import open_experiment
 from flows.publish import Attempts, is_published
 from flows.settings import ExperimentSettings
-from tasks.store import Attempt, Derivation, Record, finished
+from tasks.record.store import Attempt, Derivation, Record, finished
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from flows.commands.report import write_report
 from flows.em import em_experiment
 from flows.experiment import note_settings, writing
-from flows.prefect_server import at_hand
 from flows.publish import Attempts
-from flows.report import write_report
+from flows.server.prefect_server import at_hand
 from flows.settings import ExperimentSettings, following
 from flows.states import unchanged
-from tasks.store import Attempt
+from tasks.record.store import Attempt
 
 
 class Followed(NamedTuple):

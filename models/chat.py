@@ -1,8 +1,8 @@
 """Conversations as tokens, by a model's own chat template.
 
-The engines ask it for prompts, `models/encoding.py` for training examples: one rendering for both.
-What a person, a gold or a response says stays text: where it spells one of the tokenizer's control
-tokens ("<|eot_id|>"), it becomes the words that it is, and ends no turn.
+The engines ask it for prompts, `models/training/encoding.py` for training examples: one rendering
+for both. What a person, a gold or a response says stays text: where it spells one of the
+tokenizer's control tokens ("<|eot_id|>"), it becomes the words that it is, and ends no turn.
 
 What ends a turn, and what stands around a thought, is derived from the template, by rendering it.
 """

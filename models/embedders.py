@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from constitutions.errors import UserError
-from models.architecture import first_line
-from models.checkpoint import check_listing, read_object, read_tensors
-from models.threads import pinned
+from models.checkpoints.architecture import first_line
+from models.checkpoints.headers import check_listing, read_object, read_tensors
+from models.engine.threads import pinned
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix

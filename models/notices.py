@@ -1,4 +1,4 @@
-"""One line for whoever watches; `tasks.progress` shows how far a stage is."""
+"""One line for whoever watches; `tasks.record.progress` shows how far a stage is."""
 
 from __future__ import annotations
 

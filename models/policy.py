@@ -1,7 +1,7 @@
 """The seam between the method and whatever generates text.
 
 A stage builds `Request`s and reads `Completion`s; which engine answers is `load_policy`'s business.
-`tasks` call this module; the engines (`models/local.py`, …) implement `Policy`.
+`tasks` call this module; the engines (`models/engine/local.py`, …) implement `Policy`.
 """
 
 from __future__ import annotations

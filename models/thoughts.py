@@ -1,8 +1,8 @@
 """Thoughts told from answers: what a model writes before it answers, between tags.
 
-`models/chat.py` finds a template's tags; `models/local.py` and `models/server.py` tell what was
-sampled apart. Thoughts are kept as they were sampled, tags and line breaks included, so that
-thoughts + answer is the sampled text.
+`models/chat.py` finds a template's tags; `models/engine/local.py` and `models/endpoint/server.py`
+tell what was sampled apart. Thoughts are kept as they were sampled, tags and line breaks included,
+so that thoughts + answer is the sampled text.
 """
 
 from __future__ import annotations

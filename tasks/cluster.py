@@ -20,14 +20,14 @@ from pydantic import Field
 from constitutions.constitution import Constitution, Principle, load, principle_key, save
 from models import embedders, prompts
 from models.embedders import Embed, Features
+from models.engine.threads import pinned
 from models.policy import Policy
 from models.settings import Settings
-from models.threads import pinned
-from tasks.policies import PolicySource
-from tasks.records import Labelled, Scored, Trajectory
-from tasks.stage import stage
-from tasks.store import Attempt, Slot
-from tasks.work import Metrics, Workspace
+from tasks.policies.opening import PolicySource
+from tasks.record.stage import stage
+from tasks.record.store import Attempt, Slot
+from tasks.record.work import Metrics, Workspace
+from tasks.rows import Labelled, Scored, Trajectory
 
 Feature = Literal["effect", "characters", "sentences", "hidden"]
 

@@ -1,8 +1,9 @@
 """Evaluation: what did an iteration gain, on prompts that no iteration has mined?
 
-The stage reads top to bottom: `tasks.answers` lets the policy answer, `tasks.panel` has the judges
-decide, `tasks.comparisons` and `tasks.planted_truth` turn rows into figures. The benchmarks are
-answered with the rest, before any judge is opened: the policy's memory is then the judges'.
+The stage reads top to bottom: `tasks.policies.answers` lets the policy answer,
+`tasks.judging.panel` has the judges decide, `tasks.judging.comparisons` and
+`tasks.judging.planted_truth` turn rows into figures. The benchmarks are answered with the rest,
+before any judge is opened: the policy's memory is then the judges'.
 
 A figure that is undefined (nothing was kept, so nothing can be faithful) is left out: never NaN,
 never 0.
@@ -20,14 +21,13 @@ from pydantic import Field, field_validator, model_validator
 
 from constitutions.constitution import load
 from constitutions.errors import UserError
-from models.judges import JudgeSettings, PlantedOracle
-from models.load_judge import open_policy
+from models.judges.base import JudgeSettings, PlantedOracle
+from models.judges.opening import open_policy
 from models.policy import Policy
-from models.pool import Pool, Where
-from tasks.answers import AnswerSettings, Manner, Respondent, answer_metrics
-from tasks.benchmarks.run import LLM
+from models.pools.local import Pool, Where
+from tasks.benchmarks.base import LLM
 from tasks.benchmarks.settings import BenchmarkSettings, about_principles
-from tasks.comparisons import (
+from tasks.judging.comparisons import (
     Meeting,
     agreement_metrics,
     length_metrics,
@@ -39,15 +39,16 @@ from tasks.comparisons import (
     win_rate_metrics,
     win_rates,
 )
-from tasks.judging import judge_notes, noted
-from tasks.panel import Benches, Judges, OpenPolicy, Panel
-from tasks.planted_truth import faithfulness_metrics, planted_metrics
-from tasks.policies import PolicySource
-from tasks.records import Answer, Labelled, Prompt, Scored
+from tasks.judging.judge import judge_notes, noted
+from tasks.judging.panel import Benches, Judges, OpenPolicy, Panel
+from tasks.judging.planted_truth import faithfulness_metrics, planted_metrics
+from tasks.policies.answers import AnswerSettings, Manner, Respondent, answer_metrics
+from tasks.policies.opening import PolicySource
+from tasks.record.stage import stage
+from tasks.record.store import Attempt, Slot
+from tasks.record.work import Metrics, Workspace
+from tasks.rows import Answer, Labelled, Prompt, Scored
 from tasks.score import ScoreSettings, load_similarity
-from tasks.stage import stage
-from tasks.store import Attempt, Slot
-from tasks.work import Metrics, Workspace
 
 
 class EvaluateSettings(AnswerSettings):

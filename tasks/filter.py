@@ -17,10 +17,10 @@ from pydantic import Field
 
 from models.policy import SILENT, UNFINISHED
 from models.settings import Settings
-from tasks.records import Prompt, Rejected, Scored, ScoredCandidate, Trajectory
-from tasks.stage import stage
-from tasks.store import Attempt, Slot
-from tasks.work import Metrics, Workspace
+from tasks.record.stage import stage
+from tasks.record.store import Attempt, Slot
+from tasks.record.work import Metrics, Workspace
+from tasks.rows import Prompt, Rejected, Scored, ScoredCandidate, Trajectory
 
 
 class FilterSettings(Settings):

@@ -18,12 +18,12 @@ from models import prompts as ask
 from models.policy import Completion, Messages, Policy, Progress, Request, finish_of
 from models.prompts import Templates
 from models.settings import Settings
-from tasks.policies import PolicySource
-from tasks.progress import progress
-from tasks.records import Candidate, Mined, Prompt, fields
-from tasks.stage import stage
-from tasks.store import Attempt, Slot
-from tasks.work import Metrics, Workspace, shards
+from tasks.policies.opening import PolicySource
+from tasks.record.progress import progress
+from tasks.record.stage import stage
+from tasks.record.store import Attempt, Slot
+from tasks.record.work import Metrics, Workspace, shards
+from tasks.rows import Candidate, Mined, Prompt, fields
 
 
 class MineSettings(Settings):

@@ -14,11 +14,11 @@ from pydantic import Field
 from constitutions.errors import UserError
 from models.policy import Message
 from models.settings import Settings
-from tasks.corpus import CorpusSettings, load_corpus, shuffle_golds, source_digests, split
-from tasks.records import Prompt, Rejected, prompt_id
-from tasks.stage import stage
-from tasks.store import Attempt, Slot
-from tasks.work import Metrics, Workspace
+from tasks.corpus.prompts import CorpusSettings, load_corpus, shuffle_golds, source_digests, split
+from tasks.record.stage import stage
+from tasks.record.store import Attempt, Slot
+from tasks.record.work import Metrics, Workspace
+from tasks.rows import Prompt, Rejected, prompt_id
 
 MOST = 100_000_000
 """Prompts that a setting may ask for."""

@@ -1,7 +1,8 @@
 """A person's say over the constitution, before it is trained on: the labels follow.
 
 `review` is optional (`review.enabled`) and stands between `cluster` and `train`. The decisions come
-from `flows.review` (a form) or `flows.edit` (an edited file); here they are applied and recorded.
+from `flows.review` (a form) or `flows.commands.edit` (an edited file); here they are applied and
+recorded.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from constitutions.errors import UserError
 from constitutions.review import Decision, apply, described, effective
 from models.files import write_text
 from models.settings import Settings
-from tasks.records import Labelled, Rejected
-from tasks.stage import stage
-from tasks.store import Attempt, Record, Slot
-from tasks.work import Metrics, Workspace
+from tasks.record.stage import stage
+from tasks.record.store import Attempt, Record, Slot
+from tasks.record.work import Metrics, Workspace
+from tasks.rows import Labelled, Rejected
 
 DROPPED = "principle dropped in review"
 BY, NOTE = "review.by", "review.note"

@@ -1,8 +1,8 @@
 """f(y, yG): how near each response comes to the gold. The validator of STaPLe's E-step.
 
 `score` turns mined rows into scored ones, row by row, so that a shard of prompts is one process's
-work. `tasks.filter` reads its scores; `models.judges` compares answers with the same similarity.
-A text that cannot be scored has no score and a reason, never a silent 0.
+work. `tasks.filter` reads its scores; `models.judges.base` compares answers with the same
+similarity. A text that cannot be scored has no score and a reason, never a silent 0.
 
 Most similarities see the gold and the texts alone (`Similarity`). An LLM judge reads the prompt
 too, and is asked about all responses of a shard at once; both are a `Scorer` to the stage.
@@ -22,19 +22,19 @@ from pydantic import Field, field_validator, model_validator
 from rapidfuzz.distance import LCSseq
 
 from constitutions.errors import UserError
-from models.judges import Grade, JudgeSettings
-from models.llm_judge import AbsoluteJudge, Graded
-from models.load_judge import judge_pool, located, open_policy
+from models.judges.base import Grade, JudgeSettings
+from models.judges.llm import AbsoluteJudge, Graded
+from models.judges.opening import judge_pool, located, open_policy
 from models.policy import Progress
-from models.pool import Finished, Shards, Where
+from models.pools.local import Finished, Shards, Where
 from models.settings import Settings
-from tasks import porter
-from tasks.judging import noted
-from tasks.progress import progress
-from tasks.records import Mined, Scored, ScoredCandidate, fields
-from tasks.stage import stage
-from tasks.store import Attempt, Slot
-from tasks.work import Metrics, Workspace, shards
+from tasks.judging.judge import noted
+from tasks.record.progress import progress
+from tasks.record.stage import stage
+from tasks.record.store import Attempt, Slot
+from tasks.record.work import Metrics, Workspace, shards
+from tasks.rows import Mined, Scored, ScoredCandidate, fields
+from tasks.similarity import porter
 
 EMPTY = "the text is empty"
 

@@ -18,16 +18,16 @@ from typing import Literal
 from pydantic import Field
 
 from constitutions.errors import UserError
-from models.adapter import AdapterSettings, Step, plan_batches
-from models.encoding import Encoder, EncodingError, Example, Group
 from models.policy import Message, PolicySettings, Progress
 from models.prompts import Templates, ask_refinement
-from tasks.policies import PolicySource
-from tasks.progress import progress
-from tasks.records import Labelled, Prompt, Rejected, Trajectory
-from tasks.stage import stage
-from tasks.store import Attempt, Slot
-from tasks.work import Metrics, Workspace
+from models.training.adapter import AdapterSettings, Step, plan_batches
+from models.training.encoding import Encoder, EncodingError, Example, Group
+from tasks.policies.opening import PolicySource
+from tasks.record.progress import progress
+from tasks.record.stage import stage
+from tasks.record.store import Attempt, Slot
+from tasks.record.work import Metrics, Workspace
+from tasks.rows import Labelled, Prompt, Rejected, Trajectory
 
 Turn = Literal["initial", "principle", "refined"]
 
@@ -116,7 +116,7 @@ def train(
             expected="at least one refinement that beat its initial response",
             fix="mine more prompts or more samples, or look at the filter's reasons",
         )
-    from models.qlora import load_tokenizer
+    from models.training.bases import load_tokenizer
 
     encoder = Encoder(load_tokenizer(model, policy.revision), settings.max_tokens, policy)
     data = training_set(lessons, encoder)
@@ -155,7 +155,7 @@ def fit(
     progress: Progress | None = None,
 ) -> list[Step]:
     """Train on what is tokenised; `digest` identifies it, the rest is as `train` has it."""
-    from models.training_job import Job, run
+    from models.training.job import Job, run
 
     job = Job(
         model=str(model),
@@ -326,7 +326,7 @@ def _checkpoints(
     out: Path, data: str, settings: TrainSettings, seed: int, previous_adapter: Path | None
 ) -> Path:
     """Beside `out`, named by what is trained: another training never resumes from it."""
-    from models.qlora import base_digest
+    from models.training.bases import base_digest
 
     same = shared_by_one(settings).model_dump_json()
     digest = hashlib.sha256(f"{data} {same} {seed}".encode())

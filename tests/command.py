@@ -19,7 +19,7 @@ class Ran:
 
 def staple(capsys: pytest.CaptureFixture[str], *arguments: str) -> Ran:
     """Exit code, standard output and standard error; an unexpected exception goes through."""
-    from flows.cli import main
+    from flows.commands.cli import main
 
     before, sys.argv = sys.argv, ["staple", *arguments]
     capsys.readouterr()

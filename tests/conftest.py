@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from models import threads
+from models.engine import threads
 
 os.environ.update(
     HF_HUB_OFFLINE="1",

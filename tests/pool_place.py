@@ -11,12 +11,12 @@ from scripted import ENGINE
 
 from models.policy import PolicySettings, PoolSettings
 from models.settings import Settings
-from tasks.corpus import CorpusSettings
+from tasks.corpus.prompts import CorpusSettings
 from tasks.mine import MineSettings, mine_stage
-from tasks.policies import PolicySource
+from tasks.policies.opening import PolicySource
 from tasks.prompts import PromptSettings, prompts_stage
-from tasks.store import Attempt, Record, Slot
-from tasks.work import Metrics, Workspace
+from tasks.record.store import Attempt, Record, Slot
+from tasks.record.work import Metrics, Workspace
 
 LOCAL = PoolSettings()
 
@@ -72,8 +72,8 @@ def _adapter(at: Slot, model: Path) -> Attempt:
     def compute(work: Workspace) -> Metrics:
         import torch
 
-        from models.adapter import AdapterSettings
-        from models.qlora import load_base, new_adapter, save_adapter
+        from models.training.adapter import AdapterSettings
+        from models.training.bases import load_base, new_adapter, save_adapter
 
         base, _ = load_base(model, quantization="none", dtype="float32", device="cpu")
         adapted = new_adapter(base, AdapterSettings(lora_rank=2), seed=0)

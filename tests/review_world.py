@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from constitutions.constitution import Constitution, Principle, save
 from models.settings import Settings
-from tasks.records import Labelled
-from tasks.store import Attempt, Slot
-from tasks.work import Metrics, Workspace
+from tasks.record.store import Attempt, Slot
+from tasks.record.work import Metrics, Workspace
+from tasks.rows import Labelled
 
 TRAJECTORIES = (
     # prompt, sample, principle, label, cluster, weight

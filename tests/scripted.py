@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from models.judges import JudgeSettings
+from models.judges.base import JudgeSettings
 from models.policy import (
     Completion,
     Message,
@@ -24,9 +24,9 @@ from models.policy import (
 )
 from models.prompts import CHAT
 from tasks.evaluate import EvaluateSettings, evaluate
-from tasks.policies import PolicySource
+from tasks.policies.opening import PolicySource
+from tasks.record.store import Attempt, Slot
 from tasks.score import ScoreSettings
-from tasks.store import Attempt, Slot
 
 ENGINE: dict[str, Any] = {"dtype": "float32", "device": "cpu", "threads": 1, "quantization": "none"}
 HELD_OUT = 7

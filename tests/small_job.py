@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from models.adapter import AdapterSettings
 from models.policy import PolicySettings
-from models.training_job import Job
+from models.training.adapter import AdapterSettings
+from models.training.job import Job
 
 POLICY = PolicySettings(quantization="none", dtype="float32", device="cpu", threads=1)
 

@@ -13,7 +13,7 @@ from chat_model import TEXT, build_chat_model
 from flows import em
 from flows.experiment import note_settings, open_experiment
 from flows.settings import ExperimentSettings, load_settings
-from tasks.work import JOURNAL
+from tasks.record.work import JOURNAL
 
 WORDS = " ".join(TEXT[:4]).split()
 LETTERS = " ".join("abcdefghijklmnopqrstuvwxyz0123456789")

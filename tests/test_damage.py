@@ -21,8 +21,8 @@ from command import staple
 
 from flows.experiment import note_settings, record_of
 from flows.settings import load_settings
-from tasks import locks
-from tasks.store import SUMMARY
+from tasks.record import locks
+from tasks.record.store import SUMMARY
 
 Damage = Callable[[Path], None]
 

@@ -17,8 +17,8 @@ from command import staple
 from constitutions.constitution import load
 from flows.settings import load_settings
 from flows.states import stage_states
-from tasks.records import Labelled, Mined, Prompt, Rejected, Scored, Trajectory
-from tasks.store import SUMMARY, Record
+from tasks.record.store import SUMMARY, Record
+from tasks.rows import Labelled, Mined, Prompt, Rejected, Scored, Trajectory
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 

@@ -29,7 +29,7 @@ def test_imports_point_down(module: Path) -> None:
     assert not climbing
 
 
-@pytest.mark.parametrize("module", ["flows.cli", "tasks.records", "models.prompts"])
+@pytest.mark.parametrize("module", ["flows.commands.cli", "tasks.rows", "models.prompts"])
 def test_torch_is_not_imported_by(module: str) -> None:
     code = f"import {module}, sys; assert not {{'torch', 'mlflow', 'prefect'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -38,7 +38,10 @@ def test_torch_is_not_imported_by(module: str) -> None:
 def test_help_says_what_there_is() -> None:
     started = time.monotonic()
     shown = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "--help"], cwd=ROOT, check=True, capture_output=True
+        [sys.executable, "-m", "flows.commands.cli", "--help"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
     ).stdout.decode()
     print(f"--help took {time.monotonic() - started:.2f} s")
     for command in ("run", "plan", "stage", "status", "constitution", "ask", "validate"):

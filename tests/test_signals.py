@@ -17,8 +17,8 @@ import psutil
 import pytest
 import small_loop
 
-from flows.program import GRACE_SECONDS
-from tasks.work import JOURNAL
+from flows.commands.program import GRACE_SECONDS
+from tasks.record.work import JOURNAL
 
 ROOT = Path(__file__).parent.parent
 LONG = 400  # seconds that nothing here takes unless it hangs
@@ -118,7 +118,10 @@ def listens(pid: int) -> bool:
 
 def test_ctrl_c_while_the_server_starts(folder: Path) -> None:
     process = staple(folder, "run", "lineage.yaml")
-    until(lambda: any("flows.prefect_server" in p.cmdline() for p in processes(folder)), process)
+    until(
+        lambda: any("flows.server.prefect_server" in p.cmdline() for p in processes(folder)),
+        process,
+    )
     os.killpg(process.pid, signal.SIGINT)
     assert "go on with: staple run lineage --resume" in ended(folder, process)
     assert process.returncode == 130
@@ -164,7 +167,7 @@ def test_sigkill_leaves_no_server(folder: Path) -> None:
 
 BUSY = """
     import os, sys
-    from flows import program
+    from flows.commands import program
     program.GRACE_SECONDS = float(sys.argv[1])
     def work():
         print("begun", flush=True)

@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 import torch
 
-from models.training import weighted_loss
+from models.training.loop import weighted_loss
 from tasks.filter import weights
 from tasks.score import rouge_l
 

@@ -24,11 +24,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from models.engine.threads import pinned
 from models.files import Damaged, file_sha256, read_sealed, remove, write_sealed
 from models.notices import say
 from models.planted import world
 from models.prompts import TERSE, TERSE_CONSTITUTION, ask_antithesis, under_constitution
-from models.threads import pinned
 
 PAD, UNKNOWN, SYSTEM, USER, ASSISTANT, END = (
     "<pad>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",

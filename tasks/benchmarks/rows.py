@@ -16,10 +16,10 @@ from pydantic import BaseModel, ValidationError
 
 from constitutions.errors import UserError, UserErrors
 from models.policy import Message
-from tasks.corpus_files import file_records, hub_data
-from tasks.corpus_rows import Record, Records, RowError
-from tasks.records import Prompt, prompt_id
-from tasks.winrate import CONFIDENCE
+from tasks.corpus.files import file_records, hub_data
+from tasks.corpus.rows import Record, Records, RowError
+from tasks.judging.winrate import CONFIDENCE
+from tasks.rows import Prompt, prompt_id
 
 Row = TypeVar("Row")
 Model = TypeVar("Model", bound=BaseModel)
@@ -67,7 +67,7 @@ def records(source: Source) -> Records:
     """The rows of a file, or of a data set on the hub.
 
     Args:
-        source: the path of a file of any kind that `tasks.corpus_files` reads, or
+        source: the path of a file of any kind that `tasks.corpus.files` reads, or
             "hub:NAME[:SUBSET]:SPLIT[@REVISION]", as `datasets` knows it; the split may be left
             out where it is "train".
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from models.judges import JudgeSettings
+from models.judges.base import JudgeSettings
 from models.settings import Settings
-from tasks.benchmarks.alpaca_eval_run import AlpacaEvalSettings, load_alpaca_eval
-from tasks.benchmarks.ifeval_run import IFEvalSettings, load_ifeval
-from tasks.benchmarks.mt_bench_run import MTBenchSettings, load_mt_bench
-from tasks.benchmarks.run import LLM, Benchmark, RunSettings, source_digest
+from tasks.benchmarks.alpaca_eval.run import AlpacaEvalSettings, load_alpaca_eval
+from tasks.benchmarks.base import LLM, Benchmark, RunSettings, source_digest
+from tasks.benchmarks.ifeval.run import IFEvalSettings, load_ifeval
+from tasks.benchmarks.mt_bench.run import MTBenchSettings, load_mt_bench
 
 
 class BenchmarkSettings(Settings):

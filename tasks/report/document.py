@@ -1,8 +1,8 @@
 """The report: experiments as one HTML file that opens without a network.
 
-`flows.report` gathers what the record has (`Recorded`); `page` shows it. Nothing is computed again.
-Texts are a model's or a stranger's: the template escapes all of them, the page may run no script
-but its own, and its policy forbids every request.
+`flows.commands.report` gathers what the record has (`Recorded`); `page` shows it. Nothing is
+computed again. Texts are a model's or a stranger's: the template escapes all of them, the page may
+run no script but its own, and its policy forbids every request.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any, Literal, NamedTuple
 
 from constitutions.constitution import Constitution, load
 from tasks.cluster import ClusterRow
-from tasks.records import Answer, Comparison, Labelled, Prompt
 from tasks.report import sami
 from tasks.report.exhibits import MAP_HEIGHT, MAP_WIDTH, Example, Map, examples, principle_map
 from tasks.report.figures import STAGES, figures, stage_seconds, stage_tokens, svg
 from tasks.report.movement import movement
 from tasks.report.recorded import Cell, Column, Recorded, Stage, cell, cells, number
+from tasks.rows import Answer, Comparison, Labelled, Prompt
 
 PAGE = Path(__file__).parent / "page"
 """The template with its style and script."""

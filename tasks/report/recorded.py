@@ -1,6 +1,6 @@
 """What the record has of one experiment, and how its figures are written: for the report's page.
 
-`flows.report` gathers it; `document` and `sami` make a chapter of it.
+`flows.commands.report` gathers it; `document` and `sami` make a chapter of it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from tasks.record.store import Attempt
 from tasks.report.figures import History
-from tasks.store import Attempt
 
 
 @dataclass(frozen=True)

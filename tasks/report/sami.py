@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from constitutions.constitution import Principle
 from models.policy import SILENT, Message
-from tasks.records import Comparison, Prompt, Response
 from tasks.report.exhibits import outcome_word
 from tasks.report.figures import ARMS, information_limit
 from tasks.report.recorded import Column, Recorded, cell, cells, nats
+from tasks.rows import Comparison, Prompt, Response
 from tasks.sami.draw import pool_of
 
 EXAMPLES = 10

@@ -19,21 +19,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from constitutions.constitution import Principle
 from constitutions.errors import UserError
-from models.judges import numbered
-from models.load_judge import open_policy
+from models.judges.base import numbered
+from models.judges.opening import open_policy
 from models.policy import SILENT, Messages, Policy, Progress, Request, Scoring
-from models.pool import Compute, Pool
+from models.pools.local import Compute, Pool
 from models.prompts import ConstitutionWording, under_constitution
-from tasks.answers import Given
 from tasks.benchmarks.settings import about_principles
-from tasks.comparisons import (
-    Meeting,
-    agreement_metrics,
-    length_metrics,
-    order_metrics,
-    win_rate_metrics,
-    win_rates,
-)
 from tasks.evaluate import (
     EvaluateSettings,
     are_planted,
@@ -42,18 +33,27 @@ from tasks.evaluate import (
     open_benches,
     panel_of,
 )
-from tasks.panel import Panel
-from tasks.planted_truth import obedience_metrics
-from tasks.policies import PolicySource
-from tasks.progress import progress
-from tasks.records import Comparison, Draw, Prompt, Response, Sampled
+from tasks.judging.comparisons import (
+    Meeting,
+    agreement_metrics,
+    length_metrics,
+    order_metrics,
+    win_rate_metrics,
+    win_rates,
+)
+from tasks.judging.panel import Panel
+from tasks.judging.planted_truth import obedience_metrics
+from tasks.policies.answers import Given
+from tasks.policies.opening import PolicySource
+from tasks.record.progress import progress
+from tasks.record.stage import stage
+from tasks.record.store import Attempt, Slot
+from tasks.record.work import Metrics, Workspace, shards
+from tasks.rows import Comparison, Draw, Prompt, Response, Sampled
 from tasks.sami.draw import Pool as Principles
 from tasks.sami.draw import Told, pool_of, tell
 from tasks.sami.sample import SampleSettings, check_mixtures, sample
 from tasks.score import ScoreSettings
-from tasks.stage import stage
-from tasks.store import Attempt, Slot
-from tasks.work import Metrics, Workspace, shards
 
 Row = TypeVar("Row")
 ARMS = ("principles", "antitheses", "held_out_principles", "held_out_antitheses", "plain")
@@ -223,7 +223,7 @@ def _respond(
     asked: Sequence[Ask],
     advance: Progress,
 ) -> list[Response]:
-    """The noise is keyed by seed, prompt and arm, not by iteration: see `tasks.answers.answer`."""
+    """The noise is keyed by seed, prompt and arm, not by iteration (`tasks.policies.answers`)."""
     requests = [
         Request(
             messages=_messages(ask, wording),
@@ -340,10 +340,10 @@ def _unfinished(draw: Draw) -> bool:
 
 
 def bound(matrix: Sequence[Sequence[float]]) -> float:
-    """log C − loss of a (constitutions, responses) matrix, in nats: see `models.sami.sami_loss`."""
+    """log C − loss of a (constitutions, responses) matrix, in nats: `models.training.sami`."""
     import torch
 
-    from models.sami import information
+    from models.training.sami import information
 
     return information(torch.tensor(matrix, dtype=torch.float64))
 

@@ -1,7 +1,7 @@
 """Response files of SAMI's reference implementation, read, paired and written as they are.
 
 A file holds what one policy answered, `{"constitution": {KEY: text}, "question": {…}, "response":
-{…}}`. `flows.judge` has two of them judged under their constitutions.
+{…}}`. `flows.commands.judge` has two of them judged under their constitutions.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from constitutions.parse import parse_json, read_text
 from models.chat import fold_system
 from models.files import write_text
 from models.policy import Message
-from tasks.answers import Given
-from tasks.comparisons import OUTSIDE, Meeting
-from tasks.records import Comparison, Prompt, Rejected, fields, prompt_id
+from tasks.judging.comparisons import OUTSIDE, Meeting
+from tasks.policies.answers import Given
+from tasks.rows import Comparison, Prompt, Rejected, fields, prompt_id
 
 COLUMNS = ("constitution", "question", "response")
 """In the order in which the reference writes them."""

@@ -18,13 +18,13 @@ from constitutions.constitution import Principle
 from models.policy import Completion, Policy, Progress, Request
 from models.prompts import ConstitutionWording, under_constitution
 from models.settings import Settings
-from tasks.policies import PolicySource
-from tasks.progress import progress
-from tasks.records import Draw, Prompt, Sampled, fields
+from tasks.policies.opening import PolicySource
+from tasks.record.progress import progress
+from tasks.record.stage import stage
+from tasks.record.store import Attempt, Slot
+from tasks.record.work import Metrics, Workspace, shards
+from tasks.rows import Draw, Prompt, Sampled, fields
 from tasks.sami.draw import Told, draw, pool_of
-from tasks.stage import stage
-from tasks.store import Attempt, Slot
-from tasks.work import Metrics, Workspace, shards
 
 
 class SampleSettings(Settings):

@@ -1,7 +1,7 @@
 """SAMI, training: the policy learns which of its responses belongs to which constitution.
 
-Maximises a lower bound of I(Y; C | X) by `models.sami.sami_loss` (arXiv 2404.14313, section 3),
-with an optional divergence from the policy that the training starts from.
+Maximises a lower bound of I(Y; C | X) by `models.training.sami.sami_loss` (arXiv 2404.14313,
+section 3), with an optional divergence from the policy that the training starts from.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from models.encoding import Encoder, EncodingError, Group
 from models.files import text_sha256
 from models.prompts import ConstitutionWording, under_constitution
-from tasks.policies import PolicySource
-from tasks.progress import progress
-from tasks.records import Rejected, Sampled
-from tasks.stage import stage
-from tasks.store import Attempt, Slot
+from models.training.encoding import Encoder, EncodingError, Group
+from tasks.policies.opening import PolicySource
+from tasks.record.progress import progress
+from tasks.record.stage import stage
+from tasks.record.store import Attempt, Slot
+from tasks.record.work import Metrics, Workspace
+from tasks.rows import Rejected, Sampled
 from tasks.train import (
     TrainSettings,
     continued,
@@ -27,7 +28,6 @@ from tasks.train import (
     shared_by_one,
     where_trained,
 )
-from tasks.work import Metrics, Workspace
 
 
 class Groups(NamedTuple):
@@ -92,7 +92,7 @@ def train_stage(
     """sampled, the adapter of iteration t−1 (inside `policy`) → adapter, curve, skipped."""
 
     def compute(work: Workspace) -> Metrics:
-        from models.qlora import load_tokenizer
+        from models.training.bases import load_tokenizer
 
         rows = sampled.read("sampled", Sampled)
         tokenizer = load_tokenizer(policy.model, policy.settings.revision)

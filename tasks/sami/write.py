@@ -38,13 +38,13 @@ from models.prompts import (
     ask_principle,
 )
 from models.settings import Settings
-from tasks.policies import PolicySource
-from tasks.progress import progress
-from tasks.records import Rejected, prompt_id
+from tasks.policies.opening import PolicySource
+from tasks.record.progress import progress
+from tasks.record.stage import stage
+from tasks.record.store import Attempt, Slot
+from tasks.record.work import Metrics, Workspace
+from tasks.rows import Rejected, prompt_id
 from tasks.sami.draw import HELD_OUT
-from tasks.stage import stage
-from tasks.store import Attempt, Slot
-from tasks.work import Metrics, Workspace
 
 LONGEST = 300
 """Characters of the longest principle or antithesis that is taken."""

@@ -132,7 +132,8 @@ def test_a_disk_that_fills_up_is_said_without_a_traceback(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`/dev/full` is a device on which every write finds no space left."""
-    from flows import cli, preflight
+    from flows import preflight
+    from flows.commands import cli
 
     def write(*_: object) -> None:
         with Path("/dev/full").open("w") as full:

@@ -14,8 +14,8 @@ from flows.baselines import baseline_settings, check_names, split_overrides
 from flows.experiment import note_settings, open_experiment, recorded_settings
 from flows.settings import ExperimentSettings, with_changes
 from flows.states import stage_states
-from models.adapter import Step
-from tasks.records import Answer, Mined, Trajectory
+from models.training.adapter import Step
+from tasks.rows import Answer, Mined, Trajectory
 
 LOOP = {("prompts", 0), ("evaluate", 0), ("prompts", 1)}
 TRAINED = {("train", 1), ("evaluate", 1)}

@@ -9,7 +9,7 @@ from command import staple
 from small_loop import run
 
 from constitutions.errors import UserError
-from flows.compare import compare
+from flows.commands.compare import compare
 from flows.experiment import note_settings, open_experiment
 from flows.settings import ExperimentSettings, with_changes
 

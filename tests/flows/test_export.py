@@ -14,11 +14,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from constitutions.constitution import load
+from flows.commands.export import export_policy
 from flows.experiment import open_experiment
-from flows.export import export_policy
 from flows.settings import ExperimentSettings
-from models.qlora import attach_adapter, keep_unpacked, load_base
-from tasks.records import Prompt
+from models.training.bases import attach_adapter, keep_unpacked, load_base
+from tasks.rows import Prompt
 
 
 def held_out(settings: ExperimentSettings, tokenizer: Any) -> list[torch.Tensor]:

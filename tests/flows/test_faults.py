@@ -27,9 +27,9 @@ from servers import free_port, mlflow_server, prefect_api
 
 from constitutions.errors import UserError
 from models.settings import Settings
-from tasks import locks, store
-from tasks.store import Attempt, Record, Slot
-from tasks.work import JOURNAL, Metrics, Workspace, shards
+from tasks.record import locks, store
+from tasks.record.store import Attempt, Record, Slot
+from tasks.record.work import JOURNAL, Metrics, Workspace, shards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +104,7 @@ def server_folder(tmp_path: Path, migrated_database: Path) -> Path:
 @pytest.mark.usefixtures("impatient", "server_folder")
 def test_mlflow_goes_away_in_the_middle(tmp_path: Path) -> None:
     """What was computed is kept beside the record, and recorded when MLflow is back."""
-    from flows.cli import _explain
+    from flows.commands.cli import _explain
 
     home, port = tmp_path / "home", free_port()
     with mlflow_server(tmp_path, port) as server:
@@ -154,7 +154,7 @@ def fill(path: Path) -> None:
 
 
 def test_the_disk_is_full(small_disk: Path, workplace: Path) -> None:
-    from flows.cli import _explain
+    from flows.commands.cli import _explain
 
     ballast = small_disk / "ballast"
 
@@ -256,7 +256,7 @@ def _refuse(*_: object) -> None:
 HOLD = """
     import sys, time
     from pathlib import Path
-    from tasks.locks import device, held
+    from tasks.record.locks import device, held
     name = sys.argv[1]
     lock = device("cuda", "train of iteration 1 of other") if name == "device" else held(
         Path(name), "train of iteration 1 of other")
@@ -469,7 +469,7 @@ def test_runs_side_by_side(tmp_path: Path, migrated_database: Path) -> None:
 def typed(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
     """`staple` as people type it in a folder."""
     return subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", *words],
+        [sys.executable, "-m", "flows.commands.cli", *words],
         cwd=folder,
         env={
             **os.environ,

@@ -16,13 +16,13 @@ from brief_judge import Judge, judging, size
 from chat_model import build_chat_model
 from command import Ran, staple
 
-from models.judges import PRINCIPLE
+from models.judges.base import PRINCIPLE
 from models.policy import Message, PolicySettings
-from tasks.length_control import length_controlled
-from tasks.records import from_table
+from tasks.judging.length_control import length_controlled
+from tasks.judging.winrate import win_rate
+from tasks.rows import from_table
 from tasks.sami.responses import JudgedRow, ResponseRow, read_responses
 from tasks.sami.responses import write_responses as write
-from tasks.winrate import win_rate
 
 Rows = Sequence[ResponseRow]
 
@@ -136,7 +136,7 @@ def test_a_killed_run_goes_on_at_the_first_missing_shard(
     files = made(workplace)
     options = judge.options(shard_size=2)
     judge.proxy.plan = lambda i, body: "hang" if len(judge.asked) > 8 else None
-    command = [sys.executable, "-m", "flows.cli", "judge", *map(str, files), *options]
+    command = [sys.executable, "-m", "flows.commands.cli", "judge", *map(str, files), *options]
     with subprocess.Popen(command, cwd=workplace) as process:
         while len(judge.asked) <= 8:
             assert process.poll() is None, "it ended by itself"
@@ -152,7 +152,7 @@ def test_a_killed_run_goes_on_at_the_first_missing_shard(
 def test_a_reward_model_reads_the_constitution_in_the_request(
     run: Callable[..., Ran], workplace: Path
 ) -> None:
-    from models.reward import load_reward_model
+    from models.judges.reward import load_reward_model
 
     files, model = made(workplace), reward_model(workplace / "reward")
     given = {"model": model, "dtype": "float32", "device": "cpu", "quantization": "none"}

@@ -20,10 +20,10 @@ from flows.experiment import open_experiment, recorded_settings, writing
 from flows.settings import ExperimentSettings, with_changes
 from flows.states import stage_states
 from models import prompts
-from tasks import store
-from tasks.code import code_version
-from tasks.records import Labelled, Rejected
-from tasks.store import Attempt
+from tasks.record import store
+from tasks.record.code import code_version
+from tasks.record.store import Attempt
+from tasks.rows import Labelled, Rejected
 
 AFTER_MINE = [("score", 1), ("filter", 1), ("cluster", 1), ("train", 1), ("evaluate", 1)]
 CHANGES: list[tuple[str, Any, list[tuple[str, int]]]] = [

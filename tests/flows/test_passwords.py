@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from constitutions.errors import UserError
-from flows import services
+from flows.server import services
 from flows.settings import load_settings
 
 URI = "postgresql://someone:s3cr3t@database/mlflow"

@@ -18,18 +18,18 @@ from command import staple
 
 from constitutions.constitution import Principle
 from flows.experiment import record_of
-from flows.plan import like, plan
+from flows.plan.plan import like, plan
+from flows.plan.workload import CHARACTERS, MARKS, Assumed, Lengths, Turn, Workload, lengths
 from flows.settings import PRESETS, ExperimentSettings, load_settings, presets
-from flows.workload import CHARACTERS, MARKS, Assumed, Lengths, Turn, Workload, lengths
-from models.encoding import Group
-from models.local import load_policy
+from models.engine.local import load_policy
 from models.planted import NAMES
 from models.policy import Completion, Message, PolicySettings, Request
 from models.prompts import CHAT_CONSTITUTION, TEMPLATES, ask_refinement, under_constitution
-from tasks.answers import answer
-from tasks.comparisons import meetings
+from models.training.encoding import Group
+from tasks.judging.comparisons import meetings
 from tasks.mine import mine
-from tasks.records import Answer, Prompt, Response, Trajectory, fields
+from tasks.policies.answers import answer
+from tasks.rows import Answer, Prompt, Response, Trajectory, fields
 from tasks.sami.draw import Pool
 from tasks.sami.evaluate import asks
 from tasks.sami.evaluate import meetings as met_under
@@ -64,8 +64,8 @@ def test_nothing_heavy_is_imported_and_nothing_is_made(workplace: Path) -> None:
     before = sorted(workplace.rglob("*"))
     code = (
         "import sys; sys.argv = ['staple', 'plan', 'qwen2.5-7b']\n"
-        "import flows.cli\n"
-        "flows.cli.main()\n"
+        "import flows.commands.cli\n"
+        "flows.commands.cli.main()\n"
         "assert not {'torch', 'transformers', 'mlflow', 'datasets'} & set(sys.modules)"
     )
     root = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_two_first_starts_make_one_database(tmp_path: Path) -> None:
     environment = {**os.environ, "PREFECT_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", "from flows.prefect_database import make; make()"]
+    command = [sys.executable, "-c", "from flows.server.prefect_database import make; make()"]
     both = [
         subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         for _ in range(2)

@@ -17,9 +17,9 @@ from servers import free_port
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from flows import pools, services
-from flows.pools import RUN_ID, WORKER, deploy, end_dead_runs
-from flows.prefect_server import is_ours
+from flows.server import pools, services
+from flows.server.pools import RUN_ID, WORKER, deploy, end_dead_runs
+from flows.server.prefect_server import is_ours
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,7 +104,7 @@ def staple(folder: Path, *arguments: str) -> str:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     own = {"PREFECT_HOME": f"{folder}/prefect", "STAPLE_HOME": f"{folder}/.staple"}
     done = subprocess.run(
-        [sys.executable, "-m", "flows.program", *arguments],
+        [sys.executable, "-m", "flows.commands.program", *arguments],
         cwd=folder,
         env={**kept, **own, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.DEVNULL,

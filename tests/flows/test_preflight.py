@@ -75,8 +75,8 @@ def test_every_model_is_opened_for_what_it_is_used_for(
         opened.append((directory.name, use))
         return "opened"
 
-    monkeypatch.setattr("tasks.basemodels.check_directory", look)
-    monkeypatch.setattr("tasks.basemodels.check_listing", lambda directory: None)
+    monkeypatch.setattr("tasks.policies.base.check_directory", look)
+    monkeypatch.setattr("tasks.policies.base.check_listing", lambda directory: None)
     for name in ("base", "judge", "reward"):
         Path(name).mkdir()
     rows = [{"prompt": f"What is {i}?", "gold": f"It is {i}."} for i in range(9)]
@@ -103,7 +103,7 @@ def test_packages_that_a_benchmark_measures_with_are_missed_before_anything_runs
         "kwargs": [{"language": "de"}],
     }
     Path("ifeval.jsonl").write_text(json.dumps(EXAMPLE | asked))
-    monkeypatch.setattr("tasks.benchmarks.ifeval_run.find_spec", lambda name: None)
+    monkeypatch.setattr("tasks.benchmarks.ifeval.run.find_spec", lambda name: None)
     with pytest.raises(
         UserErrors, match=r"langdetect, not installed; .*pip install -e '\.\[benchmarks\]'"
     ):
@@ -128,6 +128,6 @@ def test_ray_is_named_or_missed_before_anything_runs(
     found = check(load_settings("planted", asked))
     assert found["pool"] == "a worker for each GPU of Ray, on this machine; 2 workers of Ray, auto"
     assert "pool" not in check(load_settings("planted"))
-    monkeypatch.setattr("models.pool.find_spec", lambda name: None)
+    monkeypatch.setattr("models.pools.local.find_spec", lambda name: None)
     with pytest.raises(UserErrors, match=r"pip install -e '.\[ray\]'"):
         check(load_settings("planted", asked))

@@ -15,15 +15,15 @@ from prefect.client.schemas.sorting import ArtifactSort
 from small_loop import run
 
 from flows import em
+from flows.commands.report import gather, packages
 from flows.experiment import note_settings, open_experiment, record_of, recorded_settings
 from flows.publish import iteration_metrics
-from flows.report import gather, packages
 from flows.settings import ExperimentSettings, with_changes
 from tasks.cluster import ClusterRow
-from tasks.records import Answer
+from tasks.record.store import SUMMARY
+from tasks.record.work import JOURNAL
 from tasks.report.document import page, results
-from tasks.store import SUMMARY
-from tasks.work import JOURNAL
+from tasks.rows import Answer
 
 
 @pytest.fixture

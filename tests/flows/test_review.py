@@ -24,8 +24,8 @@ from constitutions.review import Decision
 from flows.experiment import note_settings, open_experiment, recorded_settings
 from flows.review import Form, ask, examples_of, form_of, verdict_of
 from flows.settings import ExperimentSettings
+from tasks.record.store import Attempt
 from tasks.review import Verdict, recorded_review, recorded_verdict
-from tasks.store import Attempt
 
 NAME = "an-experiment"
 JOKE, WARN, ASK = (principle_id(text) for text in ("tell a joke", "warn of risks", "ask back"))

@@ -26,9 +26,9 @@ from flows.settings import ExperimentSettings, following, load_settings, with_ch
 from flows.stages import run_stage
 from flows.states import stage_states, unchanged
 from models.planted.pretrain import planted_model
-from models.qlora import attach_adapter, load_base
-from tasks.records import Comparison, Mined, Response, Sampled
-from tasks.winrate import win_rate
+from models.training.bases import attach_adapter, load_base
+from tasks.judging.winrate import win_rate
+from tasks.rows import Comparison, Mined, Response, Sampled
 
 ENGINE = {"dtype": "float32", "device": "cpu", "threads": 1}
 SETTINGS: dict[str, Any] = {

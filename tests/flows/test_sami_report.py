@@ -8,14 +8,14 @@ import re
 from command import words
 from small_loop import run
 
+from flows.commands.report import gather
 from flows.experiment import note_settings, record_of
 from flows.publish import iteration_metrics, log_figures
-from flows.report import gather
 from flows.settings import ExperimentSettings, with_changes
-from tasks.records import Prompt, Response
+from tasks.record.store import SUMMARY
 from tasks.report.document import page
+from tasks.rows import Prompt, Response
 from tasks.sami.draw import pool_of
-from tasks.store import SUMMARY
 
 ABSENT = ("map of principles", "movement", "efinement rate", "iscovery rate", "efined answer")
 """What the report says of STaPLe alone."""

@@ -20,11 +20,11 @@ from flows.experiment import note_settings, record_of
 from flows.preflight import ask_server, check
 from flows.settings import ExperimentSettings, load_settings, with_changes
 from flows.states import stage_states
-from models.endpoint import Limits
-from models.local import load_policy
+from models.endpoint.client import Limits
+from models.endpoint.server import PROBE
+from models.engine.local import load_policy
 from models.policy import PolicySettings
-from models.server import PROBE
-from tasks.records import Answer, Mined, Prompt
+from tasks.rows import Answer, Mined, Prompt
 
 QUICK = Limits(timeout=20, patience=1, start=1, backoff=0.02, longest_backoff=0.2)
 
@@ -137,7 +137,7 @@ def test_answers_that_a_server_gives_hold_no_device(wanted: ExperimentSettings) 
 def test_mining_that_lost_its_server_goes_on_at_the_first_unfinished_shard(
     wanted: ExperimentSettings, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("models.endpoint.Limits", lambda: QUICK)
+    monkeypatch.setattr("models.endpoint.client.Limits", lambda: QUICK)
     colder = with_changes(wanted, {"mine.temperature": 0.9})
     prompts = [
         p.prompt[0]["content"]

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from command import staple
 
-from flows import services
+from flows.server import services
 
 
 def test_a_port_that_is_taken_is_named_with_its_holder(

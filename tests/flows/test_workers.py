@@ -19,9 +19,9 @@ import small_loop
 from servers import Server, mlflow_server, prefect_api
 
 from flows.experiment import note_settings
-from flows.services import deploy
+from flows.server.services import deploy
 from flows.settings import ExperimentSettings, load_settings
-from tasks.work import JOURNAL
+from tasks.record.work import JOURNAL
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from flows.settings import ExperimentSettings
 from models.planted import pretrain
 from models.planted.oracle import behaviour_of
 from models.policy import PolicySettings
+from tasks.record.store import Attempt
 from tasks.review import Verdict
-from tasks.store import Attempt
 
 HELD: dict[str, Any] = {
     "templates": "terse",

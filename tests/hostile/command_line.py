@@ -239,7 +239,7 @@ def at_work(what: str, call: Callable[[], Any], says: str) -> Case:
 
 def asked(prompt: str, *principles: str) -> Callable[[], Any]:
     def ask() -> Any:
-        from flows.ask import ask_policy, tell_policy
+        from flows.commands.ask import ask_policy, tell_policy
         from flows.settings import load_settings
 
         if principles:

@@ -79,7 +79,7 @@ def test_there_are_inputs_of_all_kinds() -> None:
 def test_the_command_itself(arguments: list[str], said: str, tmp_path: Path) -> None:
     """As people start it, and not as a child of a process that has imported everything."""
     run = subprocess.run(
-        [sys.executable, "-m", "flows.cli", *arguments],
+        [sys.executable, "-m", "flows.commands.cli", *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"},
         cwd=tmp_path,
         capture_output=True,

@@ -115,7 +115,7 @@ def begin(case: Any, folder: Path) -> int:
 
 def run(case: Any) -> int:
     """The exit code of a command, or of a call as the command line would end it."""
-    from flows import cli
+    from flows.commands import cli
 
     if case.call:
         call = case.call

@@ -11,10 +11,10 @@ import torch
 
 from benchmarks.architectures import PAGE, architectures, build, page
 from constitutions.errors import UserError
-from models.by_length import ByLength
-from models.decoding import Decoder
-from models.engine import Sample
-from models.exact import open_engine
+from models.engine.base import Sample
+from models.engine.by_length import ByLength
+from models.engine.decoding import Decoder
+from models.engine.exact import open_engine
 from models.policy import Request
 
 PROMPTS = ([9, 8, 7, 6, 5, 30, 31, 32], [9, 8, 7, 6, 5, 40], [50, 51, 52])

@@ -13,9 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.efficiency import fit
-from models import engine
-from models.adapter import AdapterSettings
-from models.cost import (
+from flows.plan.cost import (
     GIB,
     GPUS,
     MEASURED,
@@ -27,11 +25,13 @@ from models.cost import (
     Gpu,
     Held,
 )
-from models.local import load_policy
+from models.checkpoints.shapes import read_shape, shape_of
+from models.engine import base as engine
+from models.engine.local import load_policy
 from models.policy import PolicySettings, Request
-from models.qlora import new_adapter
-from models.shapes import read_shape, shape_of
-from models.training import weighted_loss
+from models.training.adapter import AdapterSettings
+from models.training.bases import new_adapter
+from models.training.loop import weighted_loss
 
 ROWS, LENGTH, TRAINED, RANK = 3, 50, 10, 8
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from models.decoding import Ask, Decoder, Family
-from models.engine import Sample
+from models.engine.base import Sample
+from models.engine.decoding import Ask, Decoder, Family
+from models.engine.shared_prefix import PrefixCache, _Call
 from models.policy import Request
-from models.shared_prefix import PrefixCache, _Call
 
 
 @pytest.fixture(scope="module")

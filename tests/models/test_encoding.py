@@ -9,8 +9,8 @@ from chat_model import LLAMA3_TEMPLATE, QWEN2_TEMPLATE, TEMPLATES, build_chat_mo
 from real_templates import ALPACA, CHATML
 
 from models.chat import Chat
-from models.encoding import Encoder, EncodingError, Example
 from models.policy import Message
+from models.training.encoding import Encoder, EncodingError, Example
 
 REASONING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"

@@ -12,15 +12,16 @@ import torch
 from chat_model import build_chat_model
 
 from constitutions.errors import UserError
-from models import exact, qlora
-from models.adapter import AdapterSettings
-from models.by_length import ByLength
-from models.decoding import Decoder
-from models.engine import Engine, Sample
-from models.local import load_policy
-from models.plain import Plain
+from models.engine import exact
+from models.engine.base import Engine, Sample
+from models.engine.by_length import ByLength
+from models.engine.decoding import Decoder
+from models.engine.local import load_policy
+from models.engine.plain import Plain
+from models.engine.shared_prefix import _Call
 from models.policy import PolicySettings, Request
-from models.shared_prefix import _Call
+from models.training import bases as qlora
+from models.training.adapter import AdapterSettings
 
 SETTINGS = PolicySettings(dtype="float32", device="cpu", quantization="none")
 SHAPE: dict[str, Any] = {

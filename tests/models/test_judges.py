@@ -13,8 +13,8 @@ import pytest
 from chat_model import build_chat_model
 
 from constitutions.errors import UserError
-from models.foreign_text import disarm
-from models.judges import (
+from constitutions.foreign_text import disarm
+from models.judges.base import (
     RUBRICS,
     GoldSimilarity,
     Grade,
@@ -29,7 +29,7 @@ from models.judges import (
     decide,
     per_pair,
 )
-from models.load_judge import choose_judge, load_judge, open_policy
+from models.judges.opening import choose_judge, load_judge, open_policy
 from models.planted.world import sample_examples
 from models.policy import Policy, PolicySettings, Request
 from tasks.score import ScoreSettings, similarity_of
@@ -244,10 +244,10 @@ def test_the_settings_open_the_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     graded = remote.model_copy(update={"kind": "absolute", "rubric": "principle"})
     assert judge(graded, open_policy=client).name == "absolute:principle:judge"
     assert opened == [remote, graded]
-    server = ModuleType("models.server")
+    server = ModuleType("models.endpoint.server")
     asked: list[PolicySettings] = []
     server.open_server = asked.append  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "models.server", server)
+    monkeypatch.setitem(sys.modules, "models.endpoint.server", server)
     assert judge(remote).name == "pairwise:helpfulness:judge"
     assert asked == [remote.policy], "an endpoint is asked, nothing is loaded here"
 

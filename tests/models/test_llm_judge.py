@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 from chat_model import Architecture, build_chat_model
 
-from models.judges import HELPFULNESS, PRINCIPLE, JudgeSettings, Pair, PrincipleJudge, Rubric
-from models.llm_judge import (
+from models.engine.local import LocalPolicy, load_policy
+from models.judges.base import HELPFULNESS, PRINCIPLE, JudgeSettings, Pair, PrincipleJudge, Rubric
+from models.judges.llm import (
     AbsoluteJudge,
     Graded,
     LLMPrincipleJudge,
     PairwiseJudge,
     Prompter,
 )
-from models.local import LocalPolicy, load_policy
+from models.judges.verdicts import parse_choice
 from models.policy import Completion, Message, PolicySettings, Progress, Request, Scoring
-from models.verdicts import parse_choice
 
 ENGINE = PolicySettings(model="judge", dtype="float32", device="cpu", quantization="none")
 PAIRWISE = JudgeSettings(kind="pairwise", policy=ENGINE, max_tokens=12)

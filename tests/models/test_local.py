@@ -13,13 +13,13 @@ import torch
 from chat_model import Architecture, build_chat_model
 
 from constitutions.errors import UserError
-from models import qlora
-from models.adapter import AdapterSettings
-from models.decoding import families
-from models.engine import Sample
-from models.local import LocalPolicy, load_policy
+from models.engine.base import Sample
+from models.engine.decoding import families
+from models.engine.local import LocalPolicy, load_policy
+from models.engine.shared_prefix import PrefixCache
 from models.policy import Completion, Message, PolicySettings, Request
-from models.shared_prefix import PrefixCache
+from models.training import bases as qlora
+from models.training.adapter import AdapterSettings
 
 SETTINGS = PolicySettings(dtype="float32", device="cpu", quantization="none")
 TEXTS = ["Why?", "How do I make bread at home without an oven?", "Write " + "a short answer. " * 9]

@@ -16,10 +16,11 @@ from chat_model import build_chat_model
 from command import staple
 
 from constitutions.errors import UserError
-from models import bounded, model_check
-from models.architecture import compare
-from models.checkpoint import check_listing, read_tensors
-from models.model_check import check_directory, examine
+from models.checkpoints import bounded
+from models.checkpoints import check as model_check
+from models.checkpoints.architecture import compare
+from models.checkpoints.check import check_directory, examine
+from models.checkpoints.headers import check_listing, read_tensors
 from models.policy import PolicySettings
 
 SETTINGS = PolicySettings(quantization="none", dtype="float32", device="cpu")
@@ -290,7 +291,7 @@ def test_a_checkpoint_that_is_quantised_is_not_quantised_again(model: Path) -> N
 
 def test_a_model_is_not_made_up_when_it_is_loaded(model: Path) -> None:
     """The last line of defence, for a hub's model that came after the checks."""
-    from models.qlora import load_base
+    from models.training.bases import load_base
 
     weights(lambda tensors: tensors.pop(q()))(model)
     with pytest.raises(UserError, match="lack 1 tensors"):
@@ -409,7 +410,7 @@ def test_an_architecture_fits_its_own_checkpoint(kind: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
-    from models.checkpoint import Tensor
+    from models.checkpoints.headers import Tensor
 
     config = AutoConfig.for_model(kind)
     name = next(n for n in ("num_hidden_layers", "n_layer", "n_layers") if hasattr(config, n))

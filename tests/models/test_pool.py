@@ -27,14 +27,14 @@ from pool_place import LOCAL, Place, make_place
 from scripted import ENGINE
 
 from constitutions.errors import UserError
-from models import cluster
-from models.judges import JudgeSettings
-from models.load_judge import judge_pool
+from models.judges.base import JudgeSettings
+from models.judges.opening import judge_pool
 from models.policy import PolicySettings, PoolSettings
-from models.pool import LocalPool, open_pool
+from models.pools import ray_cluster as cluster
+from models.pools.local import LocalPool, open_pool
 from tasks.evaluate import EvaluateSettings, evaluate_stage
+from tasks.record.store import Attempt
 from tasks.score import ScoreSettings, score_stage
-from tasks.store import Attempt
 
 TESTS = Path(__file__).parent.parent
 
@@ -306,7 +306,7 @@ OWN = """
 import threading, psutil, pool_jobs
 from pathlib import Path
 from models.policy import PolicySettings
-from models.pool import open_pool
+from models.pools.local import open_pool
 
 done = []
 
@@ -328,7 +328,7 @@ print(done, Path("~/.ray").expanduser().exists())
 
 
 NOBODY = """
-from models.cluster import join
+from models.pools.ray_cluster import join
 from models.policy import PoolSettings
 join(PoolSettings(kind="ray", address="127.0.0.1:1"), cpus=1)
 """

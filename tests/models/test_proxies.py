@@ -14,10 +14,10 @@ import pytest
 from servers import free_port
 
 from constitutions.errors import UserError
-from models.endpoint import Endpoint, Limits, run_async
+from models.endpoint.client import Endpoint, Limits, run_async
+from models.endpoint.proxies import is_loopback, keep_loopback_direct, proxy_of
+from models.endpoint.server import open_server
 from models.policy import PolicySettings, Request
-from models.proxies import is_loopback, keep_loopback_direct, proxy_of
-from models.server import open_server
 
 ROOT = Path(__file__).parent.parent.parent
 VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
@@ -193,7 +193,7 @@ def test_the_command_line_keeps_the_clients_of_mlflow_and_prefect_on_loopback(
     server, proxy = recording(), recording()
     code = (
         "import os, sys\n"
-        "from flows.cli import _environment\n"
+        "from flows.commands.cli import _environment\n"
         "_environment()\n"
         "import httpx, requests\n"
         "for url in sys.argv[1:]:\n"

@@ -12,9 +12,8 @@ import torch
 from chat_model import build_chat_model
 
 from constitutions.errors import UserError
-from models.adapter import AdapterSettings, plan_batches
-from models.encoding import Example
-from models.qlora import (
+from models.training.adapter import AdapterSettings, plan_batches
+from models.training.bases import (
     attach_adapter,
     base_digest,
     continue_adapter,
@@ -22,7 +21,8 @@ from models.qlora import (
     new_adapter,
     save_adapter,
 )
-from models.training import Likelihood, train, weighted_loss
+from models.training.encoding import Example
+from models.training.loop import Likelihood, train, weighted_loss
 
 SETTINGS = AdapterSettings(lora_rank=8, lora_alpha=16, learning_rate=1e-2, batch_size=4, warmup=0.1)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from models import resumable
+from models.training import resumable
 
 
 def checkpoint(folder: Path, step: int, *, sealed: bool = True) -> Path:

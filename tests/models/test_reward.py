@@ -11,10 +11,10 @@ import torch
 from chat_model import Architecture, build_chat_model
 
 from constitutions.errors import UserError
-from models.judges import JudgeSettings, Pair
-from models.load_judge import load_judge
+from models.judges.base import JudgeSettings, Pair
+from models.judges.opening import load_judge
+from models.judges.reward import RewardModel, load_reward_model
 from models.policy import Message, PolicySettings
-from models.reward import RewardModel, load_reward_model
 
 TEXTS = ("Yes.", "Bread wants flour.", "Write a short and honest answer, " * 4, "No, why?")
 

@@ -19,11 +19,13 @@ import torch
 from chat_model import Architecture, build_chat_model
 
 from constitutions.errors import UserError
-from models.adapter import AdapterSettings
-from models.encoding import Encoder, EncodingError, Group
 from models.prompts import CHAT_CONSTITUTION, under_constitution
-from models.qlora import load_base, load_tokenizer, new_adapter
-from models.sami import (
+from models.training.adapter import AdapterSettings
+from models.training.bases import load_base, load_tokenizer, new_adapter
+from models.training.encoding import Encoder, EncodingError, Group
+from models.training.job import read_job, run, write_job
+from models.training.loop import share
+from models.training.sami import (
     Information,
     divergence,
     information,
@@ -31,8 +33,6 @@ from models.sami import (
     referred,
     sami_loss,
 )
-from models.training import share
-from models.training_job import read_job, run, write_job
 
 SETTINGS = AdapterSettings(
     lora_rank=8, lora_alpha=16, learning_rate=1e-2, batch_size=3, micro_batch_tokens=4096
@@ -276,7 +276,7 @@ def drift(policy: Any, groups: list[Group]) -> float:
 
 
 def test_training_raises_the_information_and_kl_holds_it_back(model: Path, tmp_path: Path) -> None:
-    from models.qlora import attach_adapter
+    from models.training.bases import attach_adapter
 
     settings = SETTINGS.model_copy(update={"epochs": 8})
     before, start = estimate(base(model)), referred(base(model), list(GROUPS), WIDE)
@@ -291,7 +291,7 @@ def test_training_raises_the_information_and_kl_holds_it_back(model: Path, tmp_p
 
 
 def test_all_weights_are_trained_too(model: Path, tmp_path: Path) -> None:
-    from models.qlora import attach_adapter
+    from models.training.bases import attach_adapter
 
     full = {"update": "full", "optimizer": "rmsprop", "learning_rate": 1e-3, "epochs": 4}
     settings = SETTINGS.model_copy(update=full)
@@ -318,7 +318,7 @@ def test_stopped_and_resumed_under_kl_gives_the_same_bytes(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reference is the policy that the training began with, not that of the checkpoint."""
-    monkeypatch.setattr("models.training.CHECKPOINT_STEPS", 2)
+    monkeypatch.setattr("models.training.loop.CHECKPOINT_STEPS", 2)
     settings = SETTINGS.model_copy(update={"epochs": 3})
     whole, stopped = job(model, tmp_path / "a", settings=settings, kl=2.0), tmp_path / "b"
     curve = run(whole, GROUPS)

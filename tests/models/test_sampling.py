@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.sampling import choose, gumbel, seed_of
+from models.engine.sampling import choose, gumbel, seed_of
 
 
 def test_the_noise_is_gumbel_and_sampling_follows_the_distribution() -> None:

@@ -32,12 +32,12 @@ from openai_server import (
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, StreamingResponse
 
 from constitutions.errors import UserError
-from models.endpoint import Endpoint, Limits, open_endpoint
-from models.judges import JudgeSettings, Pair
-from models.llm_judge import PairwiseJudge
-from models.local import LocalPolicy, load_policy
+from models.endpoint.client import Endpoint, Limits, open_endpoint
+from models.endpoint.server import PROBE, ServerPolicy, Support, check_server, open_server
+from models.engine.local import LocalPolicy, load_policy
+from models.judges.base import JudgeSettings, Pair
+from models.judges.llm import PairwiseJudge
 from models.policy import Completion, PolicySettings, Request
-from models.server import PROBE, ServerPolicy, Support, check_server, open_server
 
 KEY = "sk-secret/0123456789"
 QUICK = Limits(timeout=20, patience=20, start=2, backoff=0.02, longest_backoff=0.5)
@@ -511,7 +511,7 @@ def test_a_trickle_is_not_waited_for(ours: str) -> None:
 
 
 def test_a_flood_is_not_read(ours: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.endpoint.LARGEST_REPLY", 100_000)
+    monkeypatch.setattr("models.endpoint.client.LARGEST_REPLY", 100_000)
     flood: Plan = lambda i, body: None if is_probe(body) else says("x" * 200_000)  # noqa: E731
     with behind(ours, flood) as (policy, _), pytest.raises(UserError, match="100,000 bytes"):
         policy.generate([asking("Hello")])
@@ -590,8 +590,8 @@ def make_adapter(model: Path, directory: Path, *, seed: int = 0, trained: bool =
     """An adapter of the model with random updates; an untrained one changes nothing."""
     import torch
 
-    from models import qlora
-    from models.adapter import AdapterSettings
+    from models.training import bases as qlora
+    from models.training.adapter import AdapterSettings
 
     base, _ = qlora.load_base(model, quantization="none", dtype="float32", device="cpu")
     adapted = qlora.new_adapter(base, AdapterSettings(lora_rank=4), seed)

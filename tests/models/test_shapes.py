@@ -13,12 +13,12 @@ from chat_model import build_chat_model
 from transformers import DynamicCache
 
 from constitutions.errors import UserError
-from models.adapter import AdapterSettings
+from models.checkpoints.shapes import PUBLISHED, Shape, read_shape, shape_of
 from models.planted import NAMES
 from models.policy import PolicySettings
 from models.prompts import TERSE_CONSTITUTION
-from models.qlora import load_base, new_adapter
-from models.shapes import PUBLISHED, Shape, read_shape, shape_of
+from models.training.adapter import AdapterSettings
+from models.training.bases import load_base, new_adapter
 
 ODD: dict[str, Any] = {
     "vocab_size": 515,

@@ -14,9 +14,9 @@ from real_templates import REAL, Real
 
 from constitutions.errors import UserError
 from models.chat import Chat, ChatError
-from models.encoding import Encoder, Example, check_template
 from models.policy import Message, PolicySettings
 from models.prompts import CHAT, ask_refinement
+from models.training.encoding import Encoder, Example, check_template
 
 PROMPT: tuple[Message, ...] = (
     {"role": "system", "content": "Answer in plain words."},

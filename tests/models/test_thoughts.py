@@ -16,12 +16,12 @@ from openai_server import Proxy, serving
 from real_templates import CHATML, QWEN35
 from starlette.responses import JSONResponse
 
-from models.endpoint import Limits
-from models.judges import JudgeSettings, Pair
-from models.llm_judge import PairwiseJudge
-from models.local import LocalPolicy, load_policy
+from models.endpoint.client import Limits
+from models.endpoint.server import ServerPolicy, open_server
+from models.engine.local import LocalPolicy, load_policy
+from models.judges.base import JudgeSettings, Pair
+from models.judges.llm import PairwiseJudge
 from models.policy import Completion, Message, PolicySettings, Request
-from models.server import ServerPolicy, open_server
 from models.thoughts import KNOWN, Tags, tell_apart, tell_apart_unseen
 
 HERE: dict[str, Any] = {"dtype": "float32", "device": "cpu", "quantization": "none"}

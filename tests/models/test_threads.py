@@ -15,11 +15,11 @@ import torch
 from chat_model import build_chat_model
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from models import threads
-from models.adapter import AdapterSettings
 from models.embedders import combine
-from models.encoding import Example
-from models.training_job import run
+from models.engine import threads
+from models.training.adapter import AdapterSettings
+from models.training.encoding import Example
+from models.training.job import run
 from tasks.cluster import group, map_principles
 
 ROOT = Path(__file__).parents[2]

@@ -19,11 +19,11 @@ from chat_model import build_chat_model
 from safetensors.torch import load_file
 
 from constitutions.errors import UserError
-from models.adapter import AdapterSettings
-from models.encoding import Example
-from models.qlora import attach_adapter, load_base, new_adapter
-from models.training import Likelihood, collate, share, weighted_loss
-from models.training_job import run, write_job
+from models.training.adapter import AdapterSettings
+from models.training.bases import attach_adapter, load_base, new_adapter
+from models.training.encoding import Example
+from models.training.job import run, write_job
+from models.training.loop import Likelihood, collate, share, weighted_loss
 
 SETTINGS = AdapterSettings(
     lora_rank=8, lora_alpha=16, learning_rate=1e-2, batch_size=4, micro_batch_tokens=40
@@ -147,8 +147,8 @@ def test_an_error_in_one_of_several_processes_is_one_message(model: Path, tmp_pa
 KILLED = """
 import sys, time
 from pathlib import Path
-from models import training
-from models.training_job import read_job, run
+from models.training import loop as training
+from models.training.job import read_job, run
 
 training.CHECKPOINT_STEPS = 2
 done = []
@@ -178,7 +178,7 @@ def test_kill_9_and_resume_give_the_bytes_of_one_never_killed(
         "settings": SETTINGS.model_copy(update={"epochs": 4, "lora_dropout": 0.1}),
     }
     whole, killed = tmp_path / "whole", job(model, tmp_path / "killed", **changes)
-    monkeypatch.setattr("models.training.CHECKPOINT_STEPS", 2)
+    monkeypatch.setattr("models.training.loop.CHECKPOINT_STEPS", 2)
     torch.set_num_threads(1)
     curve = run(job(model, whole, **changes), EXAMPLES)
 
@@ -225,7 +225,7 @@ def test_several_processes_end_with_the_one_that_started_them(model: Path, tmp_p
     write_job(tmp_path / "job", job(model, tmp_path), EXAMPLES)
     starter = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     worker = subprocess.Popen(
-        [sys.executable, "-m", "models.train_worker", str(tmp_path / "job"), str(starter.pid)],
+        [sys.executable, "-m", "models.training.worker", str(tmp_path / "job"), str(starter.pid)],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "RANK": "0"},
     )
@@ -282,7 +282,7 @@ def test_weights_that_do_not_fit_are_refused(model: Path, tmp_path: Path) -> Non
 
 
 def test_an_adapter_with_pickled_weights_is_refused_by_name(model: Path, tmp_path: Path) -> None:
-    from models.qlora import save_adapter
+    from models.training.bases import save_adapter
 
     save_adapter(new_adapter(base(model), SETTINGS, 0), tmp_path / "a", data_digest="d")
     (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
@@ -293,7 +293,7 @@ def test_an_adapter_with_pickled_weights_is_refused_by_name(model: Path, tmp_pat
 def test_provenance_names_the_commit_of_a_hub_model(model: Path, tmp_path: Path) -> None:
     import shutil
 
-    from models.qlora import save_adapter
+    from models.training.bases import save_adapter
 
     snapshot = tmp_path / "models--a--b" / "snapshots" / "0123abcd"
     shutil.copytree(model, snapshot)

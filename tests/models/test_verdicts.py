@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from models.foreign_text import disarm
-from models.verdicts import parse_choice, parse_score
+from constitutions.foreign_text import disarm
+from models.judges.verdicts import parse_choice, parse_score
 
 MARKERS = ["[RESULT] {}", "[result] {}", "[RESULT]: {}", "**[RESULT]** {}", "**[RESULT]:** {}",
            "[RESULT]\n{}", "[RESULT]\n\n{}\n", "### [RESULT]\n{}", "`[RESULT]` {}", "**[RESULT] {}**",

@@ -9,9 +9,9 @@ import pytest
 from chat_model import build_chat_model
 from scripted import HELD_OUT, Place
 
-from tasks.corpus import CorpusSettings
+from tasks.corpus.prompts import CorpusSettings
 from tasks.prompts import PromptSettings, prompts_stage
-from tasks.store import Record, Slot
+from tasks.record.store import Record, Slot
 
 
 @pytest.fixture(scope="session")

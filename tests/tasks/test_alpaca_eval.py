@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from constitutions.errors import UserError, UserErrors
-from tasks.benchmarks import alpaca_eval as ae
-from tasks.winrate import win_rate
+from tasks.benchmarks.alpaca_eval import data as ae
+from tasks.judging.winrate import win_rate
 
 FIGURES = {
     "alpaca-7b": (2.591450540223603, 0.4870855382635108, (17, 785, 3), 396),

@@ -12,8 +12,8 @@ from servers import mlflow_server
 from constitutions.errors import UserError
 from models.planted import pretrain
 from models.policy import PolicySettings
-from tasks.basemodels import folder_digest, kept_model, resolve_model
-from tasks.store import Record
+from tasks.policies.base import folder_digest, kept_model, resolve_model
+from tasks.record.store import Record
 
 PLANTED = PolicySettings(model="planted")
 

@@ -11,16 +11,16 @@ import pytest
 from scripted import Place, Script, longer, pairwise, talker
 
 from constitutions.errors import UserError
-from models.judges import JudgeSettings
+from models.judges.base import JudgeSettings
 from models.policy import Message, Policy
-from tasks.benchmarks.alpaca_eval import read_annotations, read_outputs
-from tasks.benchmarks.ifeval import read_examples
-from tasks.benchmarks.mt_bench import read_answers, read_games, read_ratings
-from tasks.benchmarks.mt_bench_run import TEMPERATURES
+from tasks.benchmarks.alpaca_eval.data import read_annotations, read_outputs
+from tasks.benchmarks.ifeval.data import read_examples
+from tasks.benchmarks.mt_bench.data import read_answers, read_games, read_ratings
+from tasks.benchmarks.mt_bench.run import TEMPERATURES
 from tasks.benchmarks.rows import read_records, spread
 from tasks.benchmarks.settings import BenchmarkSettings
-from tasks.records import Answer, DialogueAnswer
-from tasks.store import Attempt
+from tasks.record.store import Attempt
+from tasks.rows import Answer, DialogueAnswer
 
 RATED = "[Question]\n{question}\n\n[The Start of Answer]\n{answer}\n[The End of Answer]"
 RATED_TWICE = "{question_1}\n{answer_1}\n{question_2}\n{answer_2}"
@@ -488,7 +488,7 @@ def test_a_random_chat_model_goes_through_all_of_it(
 ) -> None:
     """A real model answers; IFEval needs no judge, and judging by a real one ends as it must."""
     from tasks.evaluate import evaluate_stage
-    from tasks.policies import PolicySource
+    from tasks.policies.opening import PolicySource
     from tasks.score import ScoreSettings
 
     source = place.source()

@@ -28,7 +28,7 @@ from tasks.cluster import (
     map_principles,
     representatives,
 )
-from tasks.records import Labelled, Scored, ScoredCandidate, Trajectory, from_table, to_table
+from tasks.rows import Labelled, Scored, ScoredCandidate, Trajectory, from_table, to_table
 
 BEHAVIOURS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "warn": (("warn against {}", "flag {} dangers", "caution people on {}"), ("be careful now",)),

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from constitutions.errors import UserError
-from tasks import code
+from tasks.record import code
 
 PACKAGE = Path(code.__file__).parent
-VERSION = "from tasks.code import code_version; print(code_version('tasks.own'))"
+VERSION = "from tasks.record.code import code_version; print(code_version('tasks.own'))"
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ class Editable:  # as setuptools installs a checkout: asked after the search pat
 
 sys.meta_path.append(Editable)
 import tasks.own
-from tasks.code import code_version
+from tasks.record.code import code_version
 print(code_version("tasks.own"))
 """
 
@@ -127,6 +127,6 @@ def test_the_stages_have_different_versions() -> None:
 
 
 def test_the_machinery_is_left_out() -> None:
-    assert "tasks.store" in code._imports("tasks.mine")
-    assert "tasks.store" not in code._closure("tasks.mine")
+    assert "tasks.record.store" in code._imports("tasks.mine")
+    assert "tasks.record.store" not in code._closure("tasks.mine")
     assert "models.prompts" in code._closure("tasks.mine")

@@ -15,8 +15,8 @@ import pytest
 from pydantic import ValidationError
 
 from constitutions.errors import UserError
-from tasks.corpus import CorpusSettings, load_corpus, shuffle_golds, source_digests, split
-from tasks.records import Prompt
+from tasks.corpus.prompts import CorpusSettings, load_corpus, shuffle_golds, source_digests, split
+from tasks.rows import Prompt
 
 ROWS = [{"prompt": f"What is {i}?", "gold": f"It is {i}."} for i in range(6)]
 

@@ -13,7 +13,7 @@ from hostile.data_inputs import INPUTS, DataInput
 
 from constitutions.errors import UserError
 from tasks.benchmarks.rows import read_records
-from tasks.corpus import CorpusSettings, load_corpus
+from tasks.corpus.prompts import CorpusSettings, load_corpus
 
 
 def made(given: DataInput, folder: Path) -> Path:

@@ -17,8 +17,8 @@ from command import staple
 from sqlalchemy import create_engine
 
 from constitutions.errors import UserError
-from tasks.database import is_whole, ready, sqlite_file
-from tasks.store import Record
+from tasks.record.database import is_whole, ready, sqlite_file
+from tasks.record.store import Record
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +37,7 @@ def uri(file: Path) -> str:
 def test_killed_while_it_makes_the_database(tmp_path: Path) -> None:
     """The real process, killed among the migrations; then what an older release left then."""
     file, part = tmp_path / "mlflow.db", tmp_path / ".mlflow.db.part"
-    command = f"from tasks.database import ready; ready({uri(file)!r})"
+    command = f"from tasks.record.database import ready; ready({uri(file)!r})"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", command], cwd=tmp_path, env=environment)
     while process.poll() is None and not (part.exists() and part.stat().st_size > 200_000):

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from constitutions.errors import UserError
-from models.judges import GoldSimilarity, Grade, Judgement, Pair, PlantedOracle
+from models.judges.base import GoldSimilarity, Grade, Judgement, Pair, PlantedOracle
 from models.planted.world import BEHAVIOURS, Example, arrange, sample_examples
 from models.policy import Completion, Message, Progress, Request, Scoring
 from models.prompts import CHAT
-from tasks.answers import answer, answer_metrics
-from tasks.comparisons import compare, source_metrics, win_rate_metrics, win_rates
 from tasks.evaluate import EvaluateSettings
-from tasks.planted_truth import faithfulness_metrics, planted_metrics
-from tasks.records import (
+from tasks.judging.comparisons import compare, source_metrics, win_rate_metrics, win_rates
+from tasks.judging.planted_truth import faithfulness_metrics, planted_metrics
+from tasks.policies.answers import answer, answer_metrics
+from tasks.rows import (
     Answer,
     Comparison,
     Labelled,

@@ -20,13 +20,13 @@ from scripted import (
 )
 
 from constitutions.errors import UserError
-from models.judges import JudgeSettings
-from models.llm_judge import PairwiseJudge
+from models.judges.base import JudgeSettings
+from models.judges.llm import PairwiseJudge
 from models.policy import Policy, PolicySettings
-from tasks.comparisons import compare, win_rates
 from tasks.evaluate import EvaluateSettings, evaluate_stage
-from tasks.policies import PolicySource
-from tasks.records import Answer, Comparison, Prompt
+from tasks.judging.comparisons import compare, win_rates
+from tasks.policies.opening import PolicySource
+from tasks.rows import Answer, Comparison, Prompt
 from tasks.score import ScoreSettings
 
 
@@ -292,7 +292,7 @@ def test_judges_are_part_of_the_fingerprint(place: Place, monkeypatch: pytest.Mo
     assert place.run(judge).fingerprint == first
     assert place.run(judge, also=[place.judge(temperature=0.1)]).fingerprint != first
     assert place.run(judge, max_failed=0.2).fingerprint != first
-    monkeypatch.setattr("models.llm_judge.WORDING", "another")
+    monkeypatch.setattr("models.judges.llm.WORDING", "another")
     assert place.run(judge).fingerprint != first
 
 

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.cluster import ClusterRow
-from tasks.records import Answer, Comparison, Labelled, Prompt
 from tasks.report.exhibits import (
     MAP_HEIGHT,
     MAP_POINTS,
@@ -20,6 +19,7 @@ from tasks.report.exhibits import (
     principle_map,
     word_diff,
 )
+from tasks.rows import Answer, Comparison, Labelled, Prompt
 
 words = st.lists(st.sampled_from(["a", "b", "c,", "é", "(d)", "e\n"]), max_size=12).map(" ".join)
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from tasks.filter import FilterSettings, filter_rows, weights
-from tasks.records import Scored, ScoredCandidate
+from tasks.rows import Scored, ScoredCandidate
 
 GOLD = "Restart the router first, then wait one minute before you try the page again."
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from constitutions.errors import UserError
-from tasks.benchmarks.ifeval import (
+from tasks.benchmarks.ifeval.data import (
     CHECKS,
     Example,
     Verdict,
@@ -218,7 +218,7 @@ def test_a_text_has_the_same_language_in_every_process_and_without_a_network() -
     code = f"""
 import socket
 socket.socket = socket.create_connection = None
-from tasks.benchmarks.ifeval import detected_language, follows
+from tasks.benchmarks.ifeval.data import detected_language, follows
 print([detected_language(t) for t in {texts!r}])
 assert follows("A. B c.", "length_constraints:number_sentences", dict(num_sentences=1, relation="at least"))
 """

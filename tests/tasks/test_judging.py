@@ -9,11 +9,11 @@ import pytest
 from chat_model import build_chat_model
 
 from constitutions.errors import UserError
-from models import llm_judge
-from models.judges import JudgeSettings
+from models.judges import llm as llm_judge
+from models.judges.base import JudgeSettings
 from models.policy import PolicySettings
-from tasks.judging import check_judge, judge_notes, noted
-from tasks.store import Record, Slot
+from tasks.judging.judge import check_judge, judge_notes, noted
+from tasks.record.store import Record, Slot
 
 ENGINE = PolicySettings(model="owner/judge", revision="abc", device="cuda")
 HUB = JudgeSettings(kind="absolute", policy=ENGINE)

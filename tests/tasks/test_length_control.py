@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
-from tasks.comparisons import OUTSIDE, length_metrics, win_rates
-from tasks.length_control import LengthConfoundedError, length_controlled
-from tasks.records import Comparison
-from tasks.winrate import NoOutcomeError, win_rate
+from tasks.judging.comparisons import OUTSIDE, length_metrics, win_rates
+from tasks.judging.length_control import LengthConfoundedError, length_controlled
+from tasks.judging.winrate import NoOutcomeError, win_rate
+from tasks.rows import Comparison
 
 Lengths = tuple[list[int], list[int]]
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import pytest
 from chat_model import build_chat_model
 
-from models.local import LocalPolicy, load_policy
+from models.engine.local import LocalPolicy, load_policy
 from models.policy import Completion, PolicySettings, Request
 from models.prompts import CHAT
 from tasks.mine import MineSettings, mine, requests_each
-from tasks.records import Mined, Prompt, prompt_id
+from tasks.rows import Mined, Prompt, prompt_id
 
 SETTINGS = MineSettings(
     samples=3, max_response_tokens=8, max_principle_tokens=6, max_critique_tokens=5

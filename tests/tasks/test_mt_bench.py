@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from constitutions.errors import UserError
-from models.judges import JudgeSettings
-from models.llm_judge import Asker
+from models.judges.base import JudgeSettings
+from models.judges.llm import Asker
 from models.policy import Completion, Message, PolicySettings, Progress, Request, Scoring
-from tasks.benchmarks import mt_bench as mt
-from tasks.benchmarks.mt_bench import Game, JudgePrompt, Question, Rating, Turns, Winner
+from tasks.benchmarks.mt_bench import data as mt
+from tasks.benchmarks.mt_bench.data import Game, JudgePrompt, Question, Rating, Turns, Winner
 
 OTHERS = "Meta-Llama-3-8B-Instruct-Griffin"
 """The model of the published judgements."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tasks.porter import stem
+from tasks.similarity.porter import stem
 
 nltk_porter = pytest.importorskip("nltk.stem.porter", reason="NLTK comes with rouge-score")
 NLTK = nltk_porter.PorterStemmer()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from constitutions.errors import UserError
-from tasks import locks, private
+from tasks.record import locks, private
 
 
 def test_a_folder_is_its_owners_alone(tmp_path: Path) -> None:

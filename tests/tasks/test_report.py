@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from tasks.record.store import Attempt
 from tasks.report.document import best_iteration, budget, page, results, table
 from tasks.report.recorded import Recorded, Stage
-from tasks.store import Attempt
 
 WIN = "win_rate/refined_vs_initial_0"
 HISTORY: dict[int, dict[str, float]] = {

@@ -14,7 +14,7 @@ from review_world import clustered_attempt, clustering
 from constitutions.constitution import Constitution, load, principle_id
 from constitutions.errors import UserError
 from constitutions.review import Decision
-from tasks.records import Labelled, Rejected
+from tasks.record.store import Attempt, Record, Slot
 from tasks.review import (
     BY,
     NOTE,
@@ -25,7 +25,7 @@ from tasks.review import (
     review,
     review_stage,
 )
-from tasks.store import Attempt, Record, Slot
+from tasks.rows import Labelled, Rejected
 
 WARN, ASK, JOKE = (principle_id(text) for text in ("warn of risks", "ask back", "tell a joke"))
 DROP = Verdict(decisions=(Decision(id=JOKE, action="drop"),), by="ann", note="not funny")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from constitutions.errors import UserError, UserErrors
-from models.judges import Judgement
-from tasks.comparisons import OUTSIDE, decide_all
-from tasks.records import from_table, to_table
+from models.judges.base import Judgement
+from tasks.judging.comparisons import OUTSIDE, decide_all
+from tasks.rows import from_table, to_table
 from tasks.sami.responses import (
     JudgedRow,
     ResponseRow,

@@ -15,17 +15,17 @@ from scripted import Script
 
 from constitutions.constitution import Principle
 from constitutions.errors import UserError
-from models.encoding import Encoder
-from models.judges import Pair, PlantedOracle, listed, numbered
+from models.judges.base import Pair, PlantedOracle, listed, numbered
 from models.planted import oracle
 from models.policy import Message
 from models.prompts import CHAT_CONSTITUTION, under_constitution
-from models.qlora import load_tokenizer
-from tasks.comparisons import decide_all
+from models.training.bases import load_tokenizer
+from models.training.encoding import Encoder
 from tasks.evaluate import EvaluateSettings
-from tasks.planted_truth import obedience_metrics
+from tasks.judging.comparisons import decide_all
+from tasks.judging.planted_truth import obedience_metrics
 from tasks.prompts import PromptSettings, prompt_sets
-from tasks.records import Comparison, Draw, Prompt, Response, Sampled, prompt_id
+from tasks.rows import Comparison, Draw, Prompt, Response, Sampled, prompt_id
 from tasks.sami.draw import Pool, draw
 from tasks.sami.evaluate import (
     ARMS,

@@ -17,13 +17,14 @@ from scripted import Script, ScriptedSource
 from constitutions.constitution import Constitution, Principle, load, save
 from constitutions.errors import UserError
 from constitutions.reference import load_pairs
-from models.local import load_policy
+from models.engine.local import load_policy
 from models.planted import world
 from models.planted.oracle import behaviour_of
 from models.planted.pretrain import pretrain
 from models.policy import Completion, Message, Policy, PolicySettings, Progress, Request
 from models.prompts import CHAT_CONSTITUTION, TERSE_CONSTITUTION
-from tasks.records import Rejected, prompt_id
+from tasks.record.store import Record, Slot
+from tasks.rows import Rejected, prompt_id
 from tasks.sami.write import (
     WriteSettings,
     Written,
@@ -32,7 +33,6 @@ from tasks.sami.write import (
     write_pairs,
     write_stage,
 )
-from tasks.store import Record, Slot
 
 WORDS = ("kind", "brief", "honest", "funny", "calm", "precise", "formal", "warm", "bold", "modest")
 

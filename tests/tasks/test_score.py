@@ -16,14 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from constitutions.errors import UserError
-from models import llm_judge
-from models.judges import PRINCIPLE, GoldSimilarity, JudgeSettings, Pair
-from models.llm_judge import AbsoluteJudge
-from models.local import LocalPolicy
+from models.engine.local import LocalPolicy
+from models.judges import llm as llm_judge
+from models.judges.base import PRINCIPLE, GoldSimilarity, JudgeSettings, Pair
+from models.judges.llm import AbsoluteJudge
 from models.policy import Completion, Message, PolicySettings, Progress, Request, Scoring
 from tasks import score as module
-from tasks.corpus import CorpusSettings, load_corpus
-from tasks.records import Candidate, Mined, Scored, from_table, to_table
+from tasks.corpus.prompts import CorpusSettings, load_corpus
+from tasks.record.store import Attempt, Record, Slot
+from tasks.record.work import Metrics, Workspace
+from tasks.rows import Candidate, Mined, Scored, from_table, to_table
 from tasks.score import (
     ScoreSettings,
     by_gold,
@@ -37,8 +39,6 @@ from tasks.score import (
     similarity_of,
     tokens,
 )
-from tasks.store import Attempt, Record, Slot
-from tasks.work import Metrics, Workspace
 
 NAMES = [
     "hh_harmless_base_test.jsonl.gz",

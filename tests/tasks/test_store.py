@@ -12,8 +12,8 @@ from in_turn import in_turn
 
 from constitutions.errors import UserError
 from models.settings import Settings
-from tasks.store import Attempt, Record, Slot
-from tasks.work import Metrics, Workspace, shards
+from tasks.record.store import Attempt, Record, Slot
+from tasks.record.work import Metrics, Workspace, shards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.tables import read_rows, text_bytes, write_rows
+from tasks.record.tables import read_rows, text_bytes, write_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

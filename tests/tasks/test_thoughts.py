@@ -12,14 +12,15 @@ from chat_model import build_tokenizer
 from real_templates import CHATML, QWEN3, QWEN35
 from scripted import Script
 
-from models.encoding import Encoder
 from models.policy import Completion, PolicySettings, Progress, Request
 from models.prompts import CHAT, CHAT_CONSTITUTION
-from tasks.answers import AnswerSettings, answer
+from models.training.encoding import Encoder
 from tasks.filter import FilterSettings, filter_rows
 from tasks.mine import MineSettings, mine
-from tasks.policies import PolicySource
-from tasks.records import (
+from tasks.policies.answers import AnswerSettings, answer
+from tasks.policies.opening import PolicySource
+from tasks.record.store import Slot
+from tasks.rows import (
     Answer,
     Draw,
     Labelled,
@@ -33,7 +34,6 @@ from tasks.records import (
     to_table,
 )
 from tasks.sami.train import groups_of
-from tasks.store import Slot
 from tasks.train import Lesson, TrainSettings, data_digest, demonstration, lesson, training_set
 
 PROMPT = Prompt(

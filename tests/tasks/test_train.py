@@ -12,7 +12,7 @@ from chat_model import build_chat_model
 from constitutions.errors import UserError
 from models.policy import PolicySettings
 from models.prompts import CHAT
-from tasks.records import Labelled, Prompt
+from tasks.rows import Labelled, Prompt
 from tasks.train import TrainResult, TrainSettings, demonstration, expected_steps, lesson, train
 
 POLICY = PolicySettings(templates="chat", quantization="nf4", dtype="float32", device="cpu")
@@ -106,7 +106,7 @@ def test_the_label_is_trained_not_the_original_principle() -> None:
 def test_loss_on_names_the_trained_turns(model: Path, loss_on: Any, texts: list[str]) -> None:
     from transformers import AutoTokenizer
 
-    from models.encoding import Encoder
+    from models.training.encoding import Encoder
     from tasks.train import training_set
 
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from tasks.winrate import (
+from tasks.judging.winrate import (
     BothOrders,
     NoOutcomeError,
     TooManyFailedError,

@@ -11,7 +11,7 @@ import pytest
 from in_turn import in_turn
 
 from constitutions.errors import UserError
-from tasks.work import Workspace, manifest
+from tasks.record.work import Workspace, manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from tasks import locks
-from tasks.store import Record
-from tasks.writer import CLAIM, _Claim, made, writing
+from tasks.record import locks
+from tasks.record.store import Record
+from tasks.record.writer import CLAIM, _Claim, made, writing
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys, time
 from pathlib import Path
-from tasks.store import Record
-from tasks.writer import writing
+from tasks.record.store import Record
+from tasks.record.writer import writing
 with writing(Record("e", Path(sys.argv[1])), "staple run e"):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))

@@ -25,10 +25,10 @@ import pytest
 from constitutions.constitution import load
 from flows.em import em_experiment
 from flows.experiment import note_settings
-from flows.services import MARK
+from flows.server.services import MARK
 from flows.settings import load_settings
-from tasks.records import Rejected
-from tasks.store import Record
+from tasks.record.store import Record
+from tasks.rows import Rejected
 
 T = TypeVar("T")
 
@@ -93,7 +93,7 @@ def staple(folder: Path, *arguments: str) -> str:
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", *arguments],
+        [sys.executable, "-m", "flows.commands.cli", *arguments],
         cwd=folder,
         env={**kept, **own},
         stdin=subprocess.DEVNULL,

@@ -1,0 +1,1 @@
+"""The command line: `staple`, and what each command prints."""

@@ -1,0 +1,153 @@
+"""Ask a trained policy one thing: y1, z, y2, and where the principle stands in the constitution.
+
+A policy that SAMI trained is told principles instead, and asked once more without any.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from constitutions.constitution import Constitution, Principle, load, principle_key
+from constitutions.errors import UserError
+from constitutions.parse import whole
+from flows.experiment import Experiment, newest, open_experiment
+from flows.settings import ExperimentSettings
+from models.policy import SILENT, UNFINISHED, Completion, Message, Messages, Request
+from models.prompts import under_constitution
+from tasks.policies.answers import answer
+from tasks.rows import Answer, Prompt, prompt_id
+from tasks.sami.draw import pool_of
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The answer, and the entry of the constitution that its principle is or comes nearest to."""
+
+    iteration: int
+    answer: Answer
+    entry: Principle | None
+    rank: int
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Told:
+    """Responses to one prompt: under principles, and without any."""
+
+    iteration: int
+    principles: tuple[str, ...]
+    response: str
+    plain: str
+
+
+def ask_policy(settings: ExperimentSettings, prompt: str, iteration: int | None) -> Asked:
+    """Let a policy answer and refine.
+
+    Args:
+        iteration: 0 is the initial policy; None the newest that was trained.
+
+    Raises:
+        UserError: the prompt is empty, or nothing was trained yet.
+    """
+    turns, at = _turns(prompt), _iteration(settings, iteration)
+    experiment = open_experiment(settings)
+    source = experiment.policy(at)
+    row = Prompt(prompt_id=prompt_id(turns), prompt=turns, gold="", source="asked")
+    (answered,) = answer(
+        [row],
+        source.load(),
+        settings.evaluate,
+        source.templates,
+        seed=settings.seed,
+        iteration=at,
+    )
+    if not at or not settings.guided:
+        return Asked(at, answered, None, 0, False)
+    constitution = load(experiment.constitution(at).path("constitution.yaml"))
+    return Asked(at, answered, *_entry(constitution, answered.principle))
+
+
+def tell_policy(
+    settings: ExperimentSettings, prompt: str, iteration: int | None, principles: Sequence[str]
+) -> Told:
+    """Let a policy of SAMI answer under principles, and without.
+
+    Args:
+        iteration: as `ask_policy` has it.
+        principles: what it is told; where there are none, the first that it was trained on, as many
+            as a training constitution holds.
+
+    Raises:
+        UserError: another method; the prompt or a principle is empty; nothing was trained yet.
+    """
+    if settings.method != "sami":
+        raise UserError(
+            f"a policy of method {settings.method} finds its principle itself",
+            where=f"--principle, experiment {settings.experiment}",
+            expected="an experiment with method: sami",
+            fix="leave it out",
+        )
+    if not all(whole(principle, "--principle").strip() for principle in principles):
+        raise UserError("the principle is empty", where="--principle", expected="a text")
+    turns, at = _turns(prompt), _iteration(settings, iteration)
+    experiment = open_experiment(settings)
+    source = experiment.policy(at)
+    told = tuple(p.strip() for p in principles) or _first_trained(experiment)
+    asked: dict[str, Messages] = {
+        "principles": under_constitution(source.wording, told, turns),
+        "plain": turns,
+    }
+    requests = [
+        Request(
+            messages=messages,
+            key=f"{settings.seed}/evaluate/{prompt_id(turns)}/{arm}",
+            temperature=settings.evaluate.temperature,
+            max_tokens=settings.evaluate.max_response_tokens,
+        )
+        for arm, messages in asked.items()
+    ]
+    under, plain = (_text(some[0]) for some in source.load().generate(requests))
+    return Told(at, told, under, plain)
+
+
+def _first_trained(experiment: Experiment) -> tuple[str, ...]:
+    pool = pool_of(experiment.constitution(0))
+    return tuple(p.text for p in pool.trained[: experiment.settings.sample.principles])
+
+
+def _text(completion: Completion) -> str:
+    if completion.finish in SILENT:
+        return f"(no response: {SILENT[completion.finish]})"
+    if completion.thoughts and not completion.text:
+        return f"(no response: {UNFINISHED})"
+    return completion.text
+
+
+def _turns(prompt: str) -> tuple[Message, ...]:
+    if not whole(prompt, "the prompt").strip():
+        raise UserError("the prompt is empty", expected="something to ask")
+    return (Message(role="user", content=prompt.strip()),)
+
+
+def _iteration(settings: ExperimentSettings, iteration: int | None) -> int:
+    """0 where nothing is trained or the initial policy is asked; else one that was trained."""
+    if iteration == 0 or not settings.iterations:
+        return 0
+    return newest(settings, "train", iteration).iteration
+
+
+def _entry(constitution: Constitution, principle: str) -> tuple[Principle | None, int, bool]:
+    """The entry, its rank from 1, and whether the principle is one of its wordings."""
+    wordings = {
+        principle_key(text): rank
+        for rank, entry in enumerate(constitution.principles)
+        for text in (entry.text, *entry.members)
+    }
+    key = principle_key(principle)
+    near = [key] if key in wordings else difflib.get_close_matches(key, wordings, n=1, cutoff=0.5)
+    if not near:
+        return None, 0, False
+    rank = wordings[near[0]]
+    return constitution.principles[rank], rank + 1, near[0] == key

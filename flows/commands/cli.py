@@ -1,0 +1,566 @@
+"""`staple`: run an experiment, re-run a stage, look at what came out.
+
+Only Typer and the consoles are imported here; each command imports what it needs, so that `--help`
+is quick.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from constitutions.errors import UserError
+from constitutions.terminal import clean_logs, fail, say
+from tasks.record import kept
+
+app = typer.Typer(
+    name="staple",
+    help="A language model improves itself by principles that it discovers (STaPLe).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+constitutions = typer.Typer(no_args_is_help=True, help="Look at constitutions, or edit them.")
+app.add_typer(constitutions, name="constitution")
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a setting, as in --set mine.samples=8. Repeatable."),
+]
+Iteration = typer.Option(min=1, max=100, help="Default: the newest.")
+Seed = typer.Option(min=0, max=2**32 - 1, help="The same one gives the same.")
+Port = typer.Option(min=1, max=65535, help="Default: the usual one, or a free one.")
+Force = Annotated[bool, typer.Option("--force", help="Compute again what the record has.")]
+Name = Annotated[str, typer.Argument(help="The experiment's name.")]
+
+
+@app.command()
+def run(
+    source: Annotated[
+        str, typer.Argument(help="A preset's name, a YAML file, or (--resume) an experiment.")
+    ] = "planted",
+    set_: Set = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on as recorded: compute what is stale or missing.")
+    ] = False,
+    start: Annotated[
+        str,
+        typer.Option("--from", help="Compute again from this stage on, as in cluster:2."),
+    ] = "",
+    force: Force = False,
+) -> None:
+    """Run an experiment: its iterations, then a table. What the record has is not recomputed."""
+    from flows.experiment import note_settings, parse_place, recorded_settings, writing
+    from flows.settings import load_settings, parse_overrides
+
+    recorded = resume or bool(start)
+    settings = (recorded_settings if recorded else load_settings)(source, set_ or [])
+    place = parse_place(start, settings) if start else None
+    from flows.commands import show
+    from flows.em import em_experiment
+    from flows.preflight import ask_server, check_all
+    from flows.server.prefect_server import at_hand
+    from flows.states import unchanged
+    from flows.together import go_on
+
+    show.beginning(settings, check_all(settings))
+    with ExitStack() as held:
+        held.enter_context(writing(settings.experiment, f"staple run {settings.experiment}"))
+        if recorded:  # as a run that was waited for has left them
+            settings = recorded_settings(source, set_ or [])
+        note_settings(settings, list(parse_overrides(set_ or [])) if recorded else None)
+        kept.tell(command=f"staple run {settings.experiment} --resume")
+        done = None if force or place else unchanged(settings)
+        if done is None:
+            ask_server(settings)
+            held.enter_context(at_hand())
+            done = em_experiment(settings, force, place)
+        show.ending(settings, done)
+        if followed := go_on(settings, done, resume=recorded, force=force):
+            show.ending(followed.settings, followed.done)
+            say(f"Both in one report: {followed.report}")
+
+
+@app.command()
+def baselines(
+    source: Annotated[str, typer.Argument(help="A preset's name or a YAML file.")] = "planted",
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", help="self-refine, star, sft or unconstrained. Repeatable."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of all, or of one as in star:mine.samples=8."),
+    ] = None,
+) -> None:
+    """Run an experiment and what it is compared with: Self-Refine, STaR, SFT on gold, no clusters.
+
+    On the same stages and prompts, at the same number of tokens in training.
+    """
+    from flows.baselines import BASELINES, check_names, run_baselines, split_overrides
+    from flows.commands import show
+    from flows.preflight import ask_server, check
+    from flows.server.prefect_server import at_hand
+    from flows.settings import load_settings
+
+    own, changes = split_overrides(set_ or [])
+    names = only or list(BASELINES)
+    check_names(names, changes)
+    settings = load_settings(source, own)
+    show.beginning(settings, check(settings))
+    ask_server(settings)
+    with at_hand():
+        show.baselines(run_baselines(settings, names, changes))
+
+
+@app.command()
+def stage(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="prompts, mine, score, filter, cluster, review, train, evaluate; "
+            "SAMI: prompts, write, sample, train, evaluate."
+        ),
+    ],
+    experiment: Annotated[str, typer.Option(help="The experiment's name.")],
+    iteration: Annotated[int, typer.Option(min=0, max=100, help="The EM iteration.")],
+    set_: Set = None,
+    force: Force = False,
+) -> None:
+    """Run one stage by itself, from the recorded outputs of the stages before it.
+
+    A changed setting holds in this iteration from now on.
+    """
+    from flows.commands import show
+    from flows.experiment import recorded_settings
+    from flows.settings import parse_overrides
+    from flows.stages import run_stage
+
+    show.attempt(run_stage(experiment, name, iteration, parse_overrides(set_ or []), force))
+    show.status(recorded_settings(experiment))
+
+
+@app.command()
+def status(experiment: Name) -> None:
+    """Iterations by stages: finished, stale (and since which change), failed or missing."""
+    from flows.commands import show
+    from flows.experiment import recorded_settings
+
+    show.status(recorded_settings(experiment))
+
+
+@constitutions.command("show")
+def constitution_show(
+    experiment: Name,
+    iteration: Annotated[int | None, Iteration] = None,
+) -> None:
+    """Print the principles that the policy discovered, the best supported first.
+
+    Of SAMI: those that it was taught, their antitheses, and which were held out of training.
+    """
+    from flows.commands import show
+    from flows.experiment import newest, open_experiment, recorded_settings
+
+    settings = recorded_settings(experiment)
+    one = settings.method == "sami"  # for all iterations
+    t = 0 if one else newest(settings, "cluster", iteration).iteration
+    show.constitution(open_experiment(settings).constitution(t))
+
+
+@constitutions.command("edit")
+def constitution_edit(
+    experiment: Name,
+    iteration: Annotated[int | None, Iteration] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="An edited file. Default: opens $VISUAL or $EDITOR.")
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="Who decides. Default: your login name.")] = None,
+    note: Annotated[str, typer.Option(help="Why; kept in the record.")] = "",
+) -> None:
+    """Reword, merge, drop or add principles before they are trained on; unchanged: approve them."""
+    from flows.commands.edit import edit
+
+    done = edit(experiment, iteration, file, by, note)
+    for change in done.changes or ["approved as it is"]:
+        say(f"  {change}")
+    t = done.reviewed.iteration
+    say(f"Recorded as the review of iteration {t}, by {done.verdict.by}.")
+    say(f"Next: staple run {experiment} --resume")
+
+
+@constitutions.command("write")
+def constitution_write(
+    topic: Annotated[
+        list[str] | None, typer.Option("--topic", help="What principles are about. Repeatable.")
+    ] = None,
+    principles: Annotated[
+        int | None, typer.Option(min=2, max=1000, help="How many are wanted. Default: 8.")
+    ] = None,
+    source: Annotated[
+        str,
+        typer.Option("--from", help="Word antitheses to what this experiment discovered last."),
+    ] = "",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="The writer: a model directory, a hub name or a planted one. Default: the "
+            "experiment's own base model with --from, else planted-sami."
+        ),
+    ] = "",
+    endpoint: Annotated[
+        str, typer.Option(help="An OpenAI-compatible server that answers for the model.")
+    ] = "",
+    seed: Annotated[int, Seed] = 0,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="temperature, max_tokens, attempts, similar, or one of the writer's settings as "
+            "in --set writer.quantization=none. Repeatable.",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The file.")] = Path("constitution.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+) -> None:
+    """Have a model write principles and their antitheses, for SAMI; check and save them."""
+    from flows.commands import show
+    from flows.commands.write import write_constitution
+    from flows.settings import parse_overrides
+
+    options = {
+        "topics": topic,
+        "principles": principles,
+        "writer.model": model,
+        "writer.endpoint": endpoint,
+    }
+    given = parse_overrides(set_ or []) | {name: o for name, o in options.items() if o}
+    show.written(write_constitution(out, given, experiment=source, seed=seed, force=force))
+    say(f"Wrote {out}: edit it as you like.")
+
+
+@app.command()
+def compare(
+    left: Annotated[str, typer.Argument(help="EXPERIMENT, or E:2, E:2:cluster, E:2:cluster@1")],
+    right: Annotated[str, typer.Argument(help="What it is compared with; the same form.")],
+) -> None:
+    """Two experiments, iterations or attempts: settings, figures and principles that differ."""
+    from flows.commands import show
+    from flows.commands.compare import compare as side_by_side
+
+    show.compared(side_by_side(left, right))
+
+
+@app.command()
+def report(
+    experiments: Annotated[list[str], typer.Argument(help="The experiments' names.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The file. Default: report-EXPERIMENTS.html, here.")
+    ] = None,
+) -> None:
+    """Write one HTML file: figures, table, map of principles, examples. It needs no network."""
+    from flows.commands.report import write_report
+
+    path = write_report(experiments, out)
+    say(f"Wrote {path}, {path.stat().st_size / 1000:,.0f} kB: open it in a browser.")
+
+
+@app.command()
+def export(
+    experiment: Name,
+    iteration: Annotated[int | None, Iteration] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="A complete model in bfloat16, not a PEFT adapter.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="A new directory. Default: EXPERIMENT-ITERATION, here.")
+    ] = None,
+) -> None:
+    """Write a trained policy for transformers, peft and vLLM, with a card; checks its logits."""
+    from flows.commands import show
+    from flows.commands.export import export_policy
+
+    show.exported(export_policy(experiment, iteration, merge=merge, out=out))
+
+
+@app.command()
+def ask(
+    experiment: Name,
+    prompt: Annotated[str, typer.Argument(help="What to ask the policy.")],
+    iteration: Annotated[
+        int | None, typer.Option(min=0, max=100, help="Default: the newest.")
+    ] = None,
+    principle: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="SAMI: what the policy is told. Default: what it was taught. Repeatable."
+        ),
+    ] = None,
+) -> None:
+    """Ask the newest policy: its first answer, the principle it finds, its refined answer.
+
+    Of SAMI: its answer when it is told principles, and its answer when it is told none.
+    """
+    from flows.commands import show
+    from flows.commands.ask import ask_policy, tell_policy
+    from flows.experiment import recorded_settings
+
+    settings = recorded_settings(experiment)
+    if settings.method == "sami" or principle:
+        show.told(tell_policy(settings, prompt, iteration, principle or []))
+    else:
+        show.asked(ask_policy(settings, prompt, iteration))
+
+
+@app.command()
+def judge(
+    ours: Annotated[Path, typer.Argument(help="A policy's response file, as SAMI's code writes.")],
+    theirs: Annotated[Path, typer.Argument(help="Another policy's, to the same questions.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="A setting of evaluate, as in --set judge.kind=pairwise. Repeatable."
+        ),
+    ] = None,
+    seed: Annotated[int, Seed] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the comparisons too: a .parquet or .json file.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Judge again what is judged.")] = False,
+) -> None:
+    """Judge two response files: which policy follows the constitutions in them better?
+
+    With --set judge.kind=pairwise --set judge.policy.model=NAME [--set judge.endpoint=URL].
+    """
+    from flows.commands import show
+    from flows.commands.judge import judge_files
+
+    show.judged(judge_files(ours, theirs, set_ or [], seed=seed, out=out, force=force))
+    if out:
+        say(f"Wrote {out}.")
+
+
+@app.command()
+def validate(
+    file: Annotated[str, typer.Argument(help="An experiment's YAML, a preset, or a data file.")],
+    set_: Set = None,
+) -> None:
+    """Check settings, data and model before anything is computed; report every mistake."""
+    from flows.commands import show
+    from flows.preflight import ask_server, check_all, check_data
+    from flows.settings import load_settings, presets
+
+    if file in presets() or Path(file).suffix in ("", ".yaml", ".yml"):
+        settings = load_settings(file, set_ or [])
+        found = check_all(settings)
+        ask_server(settings)
+        show.checked(file, found)
+    else:
+        show.checked(file, check_data(file))
+
+
+@app.command()
+def plan(
+    source: Annotated[str, typer.Argument(help="A preset's name or a YAML file.")] = "planted",
+    gpu: Annotated[
+        str, typer.Option(help="rtx-4090, l4, l40s, a100-40, a100-80, h100, h200 or b200.")
+    ] = "h100",
+    like: Annotated[
+        str, typer.Option(help="Lengths and acceptance as this recorded experiment had them.")
+    ] = "",
+    filled: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=1, help="Share of its token limit that a turn takes."),
+    ] = None,
+    accepted: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=256, help="Trajectories kept for each mined prompt."),
+    ] = None,
+    set_: Set = None,
+) -> None:
+    """Tokens, GPU memory, disk and hours, before anyone spends them; loads and fetches nothing."""
+    from dataclasses import replace
+
+    from flows.commands import show
+    from flows.plan import plan as planning
+    from flows.plan.workload import Assumed
+    from flows.settings import following, load_settings
+
+    for name, number in (("filled", filled), ("accepted", accepted)):
+        if number is not None and not math.isfinite(number):
+            raise UserError("this is no number", where=f"--{name} {number}")
+    settings = load_settings(source, set_ or [])
+    known = planning.like(like) if like else Assumed()
+    assumed = replace(known, filled=filled or known.filled, accepted=accepted or known.accepted)
+    show.planned(planning.plan(settings, gpu, assumed))
+    if then := following(settings):
+        show.planned(planning.plan(then, gpu, assumed))
+
+
+@app.command()
+def up(
+    port: Annotated[int | None, Port] = None,
+    mlflow_port: Annotated[int | None, Port] = None,
+) -> None:
+    """Start Prefect, MLflow and workers here: schedules, forms and runs in the browser."""
+    from flows.server import services
+
+    kept.tell(all="nothing that it had started is left")
+    found = services.up(port, mlflow_port)
+    say(f"Prefect  {found.prefect}  runs, schedules and every stage's form")
+    if found.login:
+        say(f"Login    {found.login}  Prefect's page asks for it, once a browser")
+    if services.login_file().exists():
+        say(f"         kept in {services.login_file()}, for you alone")
+    for run in found.ended:
+        say(f"Crashed  {run}: its worker is dead; its pool takes the next run")
+    say(f"MLflow   {found.mlflow}  experiments side by side")
+    say(f"Logs     {found.folder}" if found.started else "All of it was up already.")
+
+
+@app.command()
+def down() -> None:
+    """End what `staple up` started, and nothing else."""
+    from flows.server import services
+
+    kept.tell(all="what still runs is noted")
+    say(f"Ended: {', '.join(services.down()) or 'nothing, nothing was up'}.")
+
+
+@app.callback()
+def adopt(command: typer.Context) -> None:
+    """Use the servers that `staple up` started, where there are any."""
+    from flows.server import services
+
+    if command.invoked_subcommand not in ("up", "down"):
+        services.adopt()
+
+
+def main() -> None:
+    """The command line, in this process; `flows.commands.program` is what starts it.
+
+    A user's mistake is one message and exit code 2, never a traceback.
+    """
+    _environment()
+    clean_logs()
+    try:
+        ended = app(standalone_mode=False)
+        if ended == 130:  # what Typer makes of a Ctrl-C
+            raise KeyboardInterrupt
+        if ended:
+            sys.exit(ended)
+    except UserError as error:
+        _fail(str(error), 2)
+    except typer.TyperException as error:
+        said = error.format_message()  # empty where it was the help, which is printed
+        _fail(str(UserError(said, fix="see --help")) if said else "", error.exit_code)
+    except KeyboardInterrupt:
+        _fail("stopped; what was finished is kept, the same command goes on from there", 130)
+    except Exception as error:
+        from tasks.record.database import damage_behind
+
+        if damage := damage_behind(error):
+            _fail(str(damage), 2)
+        if unusable := _unusable(error):
+            _fail(unusable, 2)
+        explained = _explain(error)
+        if explained is None:
+            raise
+        _fail(f"{explained}; what was finished is kept: staple run EXPERIMENT --resume", 1)
+
+
+UNUSABLE = (
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
+)
+"""What the system says of a path that a person gave, or of a folder that may not be written to."""
+
+
+def _unusable(error: BaseException | None) -> str:
+    """What is wrong with a path, and what to do; "": the error is about none."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename:
+            refused = UserError(
+                str(error.strerror),
+                where=os.fsdecode(error.filename),
+                expected="a path that this user can read and write",
+                fix="make it so or move it away, then give the same command again",
+            )
+            return str(refused)
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _explain(error: BaseException | None) -> str | None:
+    """What happened around us, in words; None: it is no outage but a defect."""
+    while error is not None:
+        text, library = str(error), type(error).__module__.partition(".")[0]
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "database or disk is full" in text:
+            return "the disk is full; free some space"
+        if library in ("httpx", "httpcore") or "reach API at" in text:
+            said = f"{_first_line(text)}{_through_proxy('PREFECT_API_URL')}"
+            return f"Prefect's server does not answer ({said})"
+        outage = any(sign in text for sign in ("Max retries", "onnection"))
+        if outage and library in ("mlflow", "requests", "sqlalchemy", "urllib3"):
+            said = f"{_first_line(text)}{_through_proxy('MLFLOW_TRACKING_URI')}"
+            return f"MLflow stopped answering ({said})"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0][:200]
+
+
+def _through_proxy(variable: str) -> str:
+    """Which proxy the server in the variable is asked through, for a message."""
+    from models.endpoint.proxies import proxy_of
+
+    proxy = proxy_of(os.environ.get(variable, ""))
+    return f", asked through the proxy in {proxy.source}" if proxy else ""
+
+
+def _environment() -> None:
+    """Nothing phones home, loopback is reached past proxies, and Prefect's server may take its
+    time on a slow first start.
+
+    A server that is gone is asked for a quarter of a minute by each of three levels of runs.
+    """
+    defaults = {
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_CLIENT_MAX_RETRIES": "3",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    from models.endpoint.proxies import keep_loopback_direct
+
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    keep_loopback_direct()
+
+
+def _fail(message: str, code: int) -> None:
+    if message:
+        fail(message)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    from flows.commands.program import main as program
+
+    program()

@@ -1,0 +1,198 @@
+"""Two experiments, two iterations or two attempts of a stage, side by side: only what differs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from constitutions.constitution import Changes, diff, load
+from constitutions.errors import UserError
+from flows.experiment import Experiment, open_experiment, recorded_settings, stages_of
+from flows.publish import constitution_of, iteration_metrics
+from tasks.record.store import Attempt
+from tasks.record.work import Metrics
+
+REFERENCE = "EXPERIMENT, EXPERIMENT:ITERATION or EXPERIMENT:ITERATION:STAGE[@ATTEMPT]"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two: its name, its settings in words, its figures, its constitution's attempt."""
+
+    name: str
+    settings: Mapping[str, str]
+    """Setting, input or other ingredient → its value as text."""
+    metrics: Metrics
+    constitution: Attempt | None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What differs; `metrics` holds every figure that either side has, by name."""
+
+    left: Side
+    right: Side
+    settings: list[tuple[str, str, str]]
+    """(name, left, right) of those that differ."""
+    metrics: list[tuple[str, str, str]]
+    """(name, left, right) of those that differ, intervals included."""
+    equal: int
+    """Figures that are the same on both sides."""
+    constitution: Changes | None
+    """From left to right; None where one side has none."""
+
+
+def compare(left: str, right: str) -> Compared:
+    """Compare what two references name (`REFERENCE`).
+
+    Raises:
+        UserError: a reference that names nothing, or the two are not of one kind.
+    """
+    a, b = _side(left), _side(right)
+    if left.count(":") != right.count(":"):
+        raise UserError(
+            "these are not of one kind", where=f"{left}, {right}", expected=f"two of {REFERENCE}"
+        )
+    figures = list(_figures(a.metrics, b.metrics))
+    return Compared(
+        left=a,
+        right=b,
+        settings=[
+            (name, a.settings.get(name, "–"), b.settings.get(name, "–"))
+            for name in dict.fromkeys([*a.settings, *b.settings])
+            if a.settings.get(name) != b.settings.get(name)
+        ],
+        metrics=[figure for figure in figures if figure[1] != figure[2]],
+        equal=sum(figure[1] == figure[2] for figure in figures),
+        constitution=_constitutions(a.constitution, b.constitution),
+    )
+
+
+def _side(reference: str) -> Side:
+    match = re.fullmatch(r"([^:@]+)(?::([0-9]{1,4})(?::([a-z]+)(?:@([0-9]{1,6}))?)?)?", reference)
+    if not match:
+        raise UserError("this names nothing", where=reference, expected=REFERENCE)
+    name, iteration, stage, number = match.groups()
+    experiment = open_experiment(recorded_settings(name))
+    if iteration is None:
+        return _whole(reference, experiment)
+    if stage is None:
+        return _iteration(reference, experiment, int(iteration))
+    there = stages_of(int(iteration), experiment.settings.method)
+    if stage not in there:
+        raise UserError(
+            f"iteration {iteration} has no stage '{stage}'",
+            where=reference,
+            expected=f"one of {', '.join(there)}",
+        )
+    attempt = _attempt(experiment, stage, int(iteration), int(number) if number else None)
+    return _one(reference, attempt)
+
+
+def _whole(reference: str, e: Experiment) -> Side:
+    """An experiment: the figures of every iteration, the newest constitution."""
+    settings = _flat(e.settings.model_dump(mode="json", exclude={"experiment"}))
+    for t, changes in e.record.all_changes().items():
+        settings |= {f"{name}, iteration {t}": str(value) for name, value in changes.items()}
+    metrics: Metrics = {}
+    constitution = None
+    for t in range(e.settings.iterations + 1):
+        attempts = _current(e, t)
+        found = iteration_metrics(attempts)
+        metrics |= {_at(t, name): value for name, value in found.items()}
+        constitution = constitution_of(attempts) or constitution
+    return Side(reference, settings, metrics, constitution)
+
+
+def _iteration(reference: str, e: Experiment, t: int) -> Side:
+    attempts = _current(e, t)
+    if not attempts:
+        raise UserError("nothing of this iteration was ever finished", where=reference)
+    settings = e.settings_at(t).model_dump(mode="json", exclude={"experiment"})
+    return Side(reference, _flat(settings), iteration_metrics(attempts), constitution_of(attempts))
+
+
+def _one(reference: str, attempt: Attempt) -> Side:
+    made_from = attempt.derivation()
+    ingredients = {
+        **_flat(dict(made_from.settings)),
+        "seed": str(made_from.seed),
+        "code": made_from.code[:12],
+        **{f"input {name}": source.digest[:12] for name, source in made_from.inputs.items()},
+        **{name: value[:12] for name, value in made_from.notes.items()},
+    }
+    constitution = constitution_of({attempt.stage: attempt})
+    return Side(reference, ingredients, attempt.metrics, constitution)
+
+
+def _attempt(e: Experiment, stage: str, t: int, number: int | None) -> Attempt:
+    """The current attempt, or the one with this number, the oldest being 1."""
+    if number is None:
+        return e.record.needs(stage, t)
+    attempts = sorted(e.record.attempts(stage, t), key=started)
+    if not 1 <= number <= len(attempts):
+        raise UserError(
+            f"there is no attempt {number}",
+            where=f"experiment {e.settings.experiment}, stage {stage} of iteration {t}",
+            expected=f"a number from 1 (the oldest) to {len(attempts)}",
+        )
+    return attempts[number - 1]
+
+
+def started(attempt: Attempt) -> int:
+    """When an attempt began: the order in which `@1`, `@2` … count."""
+    return int(attempt.record.client.get_run(attempt.run_id).info.start_time)
+
+
+def _current(e: Experiment, t: int) -> dict[str, Attempt]:
+    wanted = stages_of(t, e.settings.method)
+    if not e.settings_at(t).review.enabled:
+        wanted = tuple(stage for stage in wanted if stage != "review")
+    found = {stage: e.record.current(stage, t) for stage in wanted}
+    return {stage: attempt for stage, attempt in found.items() if attempt}
+
+
+def _figures(left: Metrics, right: Metrics) -> Iterator[tuple[str, str, str]]:
+    names = dict.fromkeys([*left, *right])
+    for name in sorted(names, key=_rank):
+        if not name.endswith(("_low", "_high")):
+            yield name, _shown(left, name), _shown(right, name)
+
+
+def _rank(name: str) -> tuple[bool, bool, str]:
+    """Win rates first, seconds last."""
+    return "seconds" in name, "win_rate/" not in name, name
+
+
+def _shown(metrics: Metrics, name: str) -> str:
+    if name not in metrics:
+        return "–"
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    interval = f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else ""
+    return f"{metrics[name]:.4g}{interval}"
+
+
+def _at(t: int, name: str) -> str:
+    """The figure of an iteration; an interval's ends keep their endings."""
+    for ending in ("_low", "_high"):
+        if name.endswith(ending):
+            return f"{name.removesuffix(ending)} · {t}{ending}"
+    return f"{name} · {t}"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = str(value)
+    return flat
+
+
+def _constitutions(left: Attempt | None, right: Attempt | None) -> Changes | None:
+    if left is None or right is None:
+        return None
+    return diff(*(load(attempt.path("constitution.yaml")) for attempt in (left, right)))

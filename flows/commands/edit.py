@@ -1,0 +1,128 @@
+"""The review of a constitution without a UI: the YAML file, an editor, and what came of it."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shlex
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from constitutions.constitution import diff, load, load_draft, save
+from constitutions.errors import UserError
+from constitutions.parse import whole
+from constitutions.review import decisions_between, described
+from flows.experiment import (
+    check_discovers,
+    home,
+    newest,
+    open_experiment,
+    recorded_settings,
+    writing,
+)
+from flows.review import record_review
+from tasks.record.progress import say
+from tasks.record.store import Attempt
+from tasks.review import Verdict, recorded_review
+
+FILE = "constitution.yaml"
+
+
+@dataclass(frozen=True)
+class Edited:
+    """What was recorded, and what changed against the clustered constitution, a line each."""
+
+    reviewed: Attempt
+    verdict: Verdict
+    changes: list[str]
+
+
+def edit(
+    experiment: str,
+    iteration: int | None = None,
+    file: Path | None = None,
+    by: str | None = None,
+    note: str = "",
+) -> Edited:
+    """Let a person edit the constitution of an iteration, and record what they decided.
+
+    The file shows the constitution as it stands: reviewed where it was reviewed, else as it was
+    clustered. Unchanged, it is approved. From now on the iteration has a review.
+
+    Args:
+        iteration: None is the newest that was clustered.
+        file: an edited constitution; None opens $VISUAL or $EDITOR on one.
+        by: who decides; None is the user's login name.
+
+    Raises:
+        UserError: nothing was clustered; no editor; the edit is not valid (the file is kept).
+    """
+    opened = open_experiment(recorded_settings(experiment))
+    check_discovers(opened.settings)
+    clustered = newest(opened.settings, "cluster", iteration)
+    t = clustered.iteration
+    decided_by, note = whole(by or _login_name(), "--by"), whole(note, "--note")
+    command = f"staple constitution edit {experiment} --iteration {t}"
+    standing = (recorded_review(opened.record, t, clustered) or clustered).path(FILE)
+    draft = home() / "edits" / f"{experiment}-{t}-{clustered.digest[:12]}.yaml"
+    if file is None:
+        _begin(draft, standing)
+        _open_editor(draft, command)
+    source = file or draft
+    with writing(experiment, f"staple constitution edit {experiment}"):
+        try:
+            verdict = _verdict(clustered, standing, source, decided_by, note)
+            reviewed = record_review(opened, t, clustered, verdict)
+        except UserError as error:
+            again = f"{command} --file {file}" if file else command
+            raise UserError(str(error), fix=f"mend {source}, then: {again}") from None
+        if not opened.settings_at(t).review.enabled:
+            opened.record.change(t, {"review.enabled": True})
+    if source.absolute() == draft.absolute():
+        draft.unlink()
+    before, after = (load(attempt.path(FILE)) for attempt in (clustered, reviewed))
+    return Edited(reviewed, verdict, described(diff(before, after)))
+
+
+def _verdict(clustered: Attempt, standing: Path, source: Path, by: str, note: str) -> Verdict:
+    """What the edited file says of the clustered constitution."""
+    old, shown = load(clustered.path(FILE)), load(standing)
+    decisions, added = decisions_between(old, load_draft(source), shown)
+    return Verdict(decisions=tuple(decisions), added=tuple(added), by=by, note=note)
+
+
+def _begin(draft: Path, standing: Path) -> None:
+    """Lay the file out; an unfinished edit of the same constitution goes on where it was left."""
+    if draft.exists():
+        say(f"going on with the unfinished edit {draft} (delete it to begin anew)")
+        return
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    save(load(standing), draft)
+
+
+def _open_editor(path: Path, command: str) -> None:
+    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
+    if not editor:
+        raise UserError(
+            "no editor is set",
+            where="$VISUAL, $EDITOR",
+            fix=f"edit {path} yourself, then: {command} --file {path}",
+        )
+    try:
+        ended = subprocess.run([*shlex.split(editor), str(path)]).returncode
+    except OSError as error:
+        raise UserError(f"the editor cannot be started: {error}", where=editor) from None
+    if ended:
+        raise UserError(
+            f"the editor ended with {ended}, nothing was recorded",
+            where=editor,
+            fix=f"{command} goes on with {path}",
+        )
+
+
+def _login_name() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        raise UserError("your login name is unknown", fix="give it: --by NAME") from None

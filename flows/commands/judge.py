@@ -1,0 +1,288 @@
+"""Two policies' response files (SAMI's format), judged under their constitutions.
+
+`staple judge` calls `judge_files`. The judges, settings and figures are those of `evaluate`; the
+judgements are kept below the home, so that a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import TypeVar
+
+from constitutions.errors import UserError, UserErrors
+from flows.experiment import home
+from flows.settings import load_settings, parse_override
+from models.endpoint.client import Limits
+from models.endpoint.server import check_server
+from models.files import file_sha256, text_sha256, write_text
+from models.judges.base import JudgeSettings
+from models.judges.opening import open_policy
+from models.policy import FINGERPRINT, Policy
+from models.pools.local import Where
+from tasks.benchmarks.settings import about_principles
+from tasks.evaluate import EvaluateSettings
+from tasks.judging.comparisons import Meeting, order_metrics, rate_at_equal_lengths, rate_of
+from tasks.judging.judge import check_judge, judge_notes
+from tasks.judging.length_control import LengthConfoundedError, LengthControlled
+from tasks.judging.panel import Benches, Judges, Panel
+from tasks.judging.winrate import WinRate
+from tasks.record import locks
+from tasks.record.code import code_version
+from tasks.record.tables import write_rows
+from tasks.record.work import Metrics, Workspace
+from tasks.rows import Comparison, Rejected
+from tasks.sami.responses import (
+    JudgedRow,
+    Met,
+    judged_rows,
+    meetings_of,
+    read_responses,
+    with_constitution,
+)
+from tasks.score import ScoreSettings
+
+T = TypeVar("T")
+SETTINGS = ("judge", "max_failed", "resamples", "shard_size")
+"""The settings of `evaluate` that have a part here."""
+ABLE = ("pairwise", "absolute", "reward")
+"""Kinds of judges that need no gold."""
+FORMATS = (".parquet", ".json")
+EXAMPLE = "--set judge.kind=pairwise --set judge.policy.model=NAME --set judge.endpoint=URL"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What a judge made of two response files."""
+
+    ours: Path
+    theirs: Path
+    judge: str
+    rows: Sequence[JudgedRow]
+    rejected: Sequence[Rejected]
+    """Rows that no pair could be made of."""
+    rate: WinRate
+    controlled: LengthControlled | None
+    confounded: str
+    """Why there is no length-controlled rate; empty where there is one."""
+    lengths: tuple[float, float]
+    """Mean characters of our answers and of theirs."""
+    orders: Metrics
+    """`judge/bias`, `judge/consistency` of a judge that reads both orders; else empty."""
+
+
+def judge_files(
+    ours: Path,
+    theirs: Path,
+    overrides: Sequence[str] = (),
+    *,
+    seed: int = 0,
+    out: Path | None = None,
+    force: bool = False,
+) -> Judged:
+    """Judge every pair of responses to the same question under the same constitution.
+
+    An LLM judge says which follows the constitution better: a rubric that shows no principle is
+    replaced by "principle". A reward model reads the constitution at the head of the request.
+
+    Args:
+        overrides: settings of `evaluate` as "judge.kind=pairwise"; see SETTINGS.
+        seed: of the bootstrap, and of a sampled judge.
+        out: where the comparisons are written as well, as Parquet or JSON by its suffix.
+        force: judge again what was judged already.
+
+    Raises:
+        UserErrors: everything that is wrong with settings, judge, files and `out`, before anything
+            is judged.
+        UserError: the judge cannot be opened, or more than `max_failed` of its judgements failed.
+    """
+    problems: list[UserError] = []
+
+    def attempt(look: Callable[[], T]) -> T | None:
+        try:
+            return look()
+        except UserError as error:
+            problems.append(error)
+        return None
+
+    settings = attempt(lambda: judging_settings(overrides))
+    left, right = (attempt(partial(read_responses, path)) for path in (ours, theirs))
+    met = attempt(partial(meetings_of, left, right)) if left and right else None
+    attempt(lambda: _check_out(out))
+    if problems or settings is None or met is None:
+        raise UserErrors(problems)
+    rows = _kept(settings, met, (ours, theirs), seed, force)
+    found = _measured(settings, met, rows, seed, (ours, theirs))
+    if out:
+        _write(out, found.rows)
+    return found
+
+
+def judging_settings(overrides: Sequence[str]) -> EvaluateSettings:
+    """`evaluate`'s settings with a judge that can judge by a constitution alone.
+
+    Raises:
+        UserErrors: names and values that are wrong, settings that have no part in judging files,
+            a judge that needs the gold, or one whose model is not there.
+    """
+    problems = [p for override in overrides if (p := _without_part(override))]
+    if problems:
+        raise UserErrors(problems)
+    try:
+        named = [f"evaluate.{override}" for override in overrides]
+        settings = load_settings("staple judge", named, text="evaluate: {}").evaluate
+    except UserErrors as error:
+        raise UserErrors([_as_given(e) for e in error.errors], more=error.more) from None
+    judge = settings.judge
+    if judge.kind not in ABLE:
+        raise UserError(
+            f"a judge of kind '{judge.kind}' needs a gold response or the planted world's prompts, "
+            "and response files have neither",
+            where="setting 'judge.kind'",
+            expected=" or ".join(ABLE),
+            fix=f"for instance {EXAMPLE}",
+        )
+    if judge.show_gold:
+        raise UserError("response files have no gold to show", where="setting 'judge.show_gold'")
+    check_judge(judge, home())
+    told = judge if judge.kind == "reward" else about_principles(judge)
+    return settings.model_copy(update={"judge": told})
+
+
+def _without_part(override: str) -> UserError | None:
+    try:
+        name, _ = parse_override(override)
+    except UserError as error:
+        return error
+    if name.partition(".")[0] in SETTINGS:
+        return None
+    return UserError(
+        "this is no setting of judging files",
+        where=f"--set {override}",
+        expected=f"one of {', '.join(SETTINGS)} or their parts",
+    )
+
+
+def _as_given(error: UserError) -> UserError:
+    """The error with the setting's name as it was given."""
+    where = error.where.replace("setting 'evaluate.", "setting '")
+    return UserError(error.what, where=where, expected=error.expected, fix=error.fix)
+
+
+def _check_out(out: Path | None) -> None:
+    if out is None:
+        return
+    if out.suffix not in FORMATS:
+        raise UserError(
+            f"files of type {out.suffix or 'none'} are not written",
+            where=f"--out {out}",
+            expected=" or ".join(FORMATS),
+        )
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        what = "this is a folder" if out.is_dir() else "there is no such folder"
+        raise UserError(what, where=f"--out {out}", expected="a file in a folder that exists")
+
+
+# Judging ------------------------------------------------------------------------------------
+
+
+def _kept(
+    settings: EvaluateSettings, met: Met, paths: tuple[Path, Path], seed: int, force: bool
+) -> list[Comparison]:
+    """A row for every meeting; what an earlier run of the same judged is not judged again."""
+    policy, what = settings.judge.policy, f"staple judge {paths[0].name} {paths[1].name}"
+    folder = home() / "judged" / _digest(settings, paths, seed)
+    with locks.held(folder.with_suffix(".lock"), what):
+        if force:
+            shutil.rmtree(folder, ignore_errors=True)
+        with locks.device(policy.answers_on if policy else "cpu", what):
+            return _compared(settings, met.meetings, Workspace(folder), seed)
+
+
+def _digest(settings: EvaluateSettings, paths: tuple[Path, Path], seed: int) -> str:
+    """Names what is judged, by whom and how; not where the files are."""
+    dump = settings.judge.model_dump(mode="json", context=FINGERPRINT)
+    facts = {
+        "files": [(path.name, file_sha256(path)) for path in paths],  # the record has the names
+        "judge": dump | judge_notes(settings.judge, home()),
+        "shard_size": settings.shard_size,
+        "seed": seed,
+        "code": [code_version("tasks.judging.panel"), code_version("tasks.sami.responses")],
+    }
+    return text_sha256(json.dumps(facts, sort_keys=True))
+
+
+def _compared(
+    settings: EvaluateSettings, met: Sequence[Meeting], work: Workspace, seed: int
+) -> list[Comparison]:
+    by_reward = settings.judge.kind == "reward"
+    with closing(Benches(open=partial(_judges, seed))) as benches:
+        panel = Panel(
+            benches=benches,
+            model="ours",
+            work=work,
+            shard_size=settings.shard_size,
+            iteration=0,
+            seed=seed,
+            resamples=settings.resamples,
+            max_failed=settings.max_failed,
+        )
+        told = [with_constitution(m) for m in met] if by_reward else met
+        (rows,) = panel.compare("comparisons", told, [settings.judge])
+    return rows
+
+
+def _judges(seed: int, where: Where) -> Judges:
+    return Judges(planted=False, scoring=ScoreSettings(), seed=seed, open_policy=_open, where=where)
+
+
+def _open(judge: JudgeSettings) -> Policy:
+    """The judge's model; of one at an endpoint it is known in seconds whether it answers."""
+    if judge.policy and judge.policy.endpoint:
+        check_server(judge.policy, adapters=False, limits=Limits(start=10))
+    return open_policy(judge)
+
+
+# Figures ------------------------------------------------------------------------------------
+
+
+def _measured(
+    settings: EvaluateSettings,
+    met: Met,
+    rows: Sequence[Comparison],
+    seed: int,
+    paths: tuple[Path, Path],
+) -> Judged:
+    how: dict[str, int] = {"seed": seed, "resamples": settings.resamples}
+    rate = rate_of(rows, "win rate", max_failed=settings.max_failed, **how)
+    controlled: LengthControlled | None = None
+    confounded = ""
+    try:
+        controlled = rate_at_equal_lengths(rows, **how)
+    except LengthConfoundedError as error:
+        confounded = str(error)
+    return Judged(
+        ours=paths[0],
+        theirs=paths[1],
+        judge=rows[0].judge,
+        rows=judged_rows(met, rows),
+        rejected=met.rejected,
+        rate=rate,
+        controlled=controlled,
+        confounded=confounded,
+        lengths=(fmean(len(r.ours) for r in rows), fmean(len(r.theirs) for r in rows)),
+        orders=order_metrics("judge", rows),
+    )
+
+
+def _write(out: Path, rows: Sequence[JudgedRow]) -> None:
+    if out.suffix == ".json":
+        write_text(out, json.dumps([asdict(row) for row in rows], indent=1))
+        return
+    write_rows(out, rows, JudgedRow)

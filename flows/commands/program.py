@@ -1,0 +1,179 @@
+"""The program `staple`: it runs the command line in a child, and ends all of it when it is told to.
+
+A signal must be answered within seconds, and a library in the middle of a long computation answers
+none. So the process that the shell knows does nothing but wait: it passes the signal on, lets the
+child end in order for a moment, then ends it and everything that it started, and says what is kept.
+It imports next to nothing: it listens before anything else is imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+from tasks.record import kept
+
+if TYPE_CHECKING:
+    import psutil
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GRACE_SECONDS = 3.0
+"""How long the child may take to end in order: a record to close, a server to tell."""
+_PR_SET_PDEATHSIG = 1
+
+
+class Stopped(KeyboardInterrupt):
+    """This process was asked to end (SIGTERM, SIGHUP): libraries treat it as they do Ctrl-C."""
+
+
+def main() -> None:
+    """Entry point of `staple`: the exit code is the command's, or 128 + the signal's number."""
+    sys.exit(_watched(_command_line))
+
+
+def _command_line() -> None:
+    from flows.commands.cli import main as command_line
+
+    command_line()
+
+
+def _watched(work: Callable[[], None]) -> int:
+    """Run `work` in a child; this process's exit code."""
+    stops: list[int] = []
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who started us may not have waited for anyone
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    parent = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, heard)  # until both processes have their handlers
+    child = os.fork()
+    if child == 0:
+        _listen(heard)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
+        _end_with(parent)
+        _work(work)
+    for number in heard:
+        signal.signal(number, lambda number, _: _stop(stops, number))
+    with suppress(_Heard):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
+        return _exit_code(os.waitpid(child, 0)[1])
+    return _end(child, stops)
+
+
+class _Heard(BaseException):
+    """The first signal."""
+
+
+def _stop(stops: list[int], number: int) -> None:
+    stops.append(number)
+    if len(stops) == 1:
+        raise _Heard
+
+
+def _end(child: int, stops: list[int]) -> int:
+    """End the child and all that it started, say what is kept; the exit code."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    family = _family(child)
+    with suppress(ProcessLookupError):
+        os.kill(child, signal.SIGINT)  # from a terminal it has it already, and heeds the first
+    status, again = None, time.monotonic() + 0.3
+    while status is None and time.monotonic() < deadline:
+        if len(stops) > 1 and time.monotonic() > again:  # a second Ctrl-C
+            break
+        ended, found = os.waitpid(child, os.WNOHANG)
+        status = found if ended else None
+        time.sleep(0.02)
+    if status is None:
+        family |= _family(child)
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    _kill(family)
+    if status is not None and _exit_code(status) == 0:
+        return 0  # it was finished in that moment
+    _say(kept.words(), kept.told().get("command") or shlex.join(["staple", *sys.argv[1:]]))
+    return 128 + stops[0]
+
+
+def _say(what: str, command: str) -> None:
+    with suppress(OSError):  # the terminal may be gone
+        show_cursor = "\r\x1b[K\x1b[?25h" if sys.stderr.isatty() else ""
+        print(f"{show_cursor}staple: stopped: {what}; go on with: {command}", file=sys.stderr)
+
+
+def _family(child: int) -> set[psutil.Process]:
+    """All that the child started and that still is below it."""
+    import psutil
+
+    try:
+        return set(psutil.Process(child).children(recursive=True))
+    except psutil.Error:
+        return set()
+
+
+def _kill(processes: set[psutil.Process]) -> None:
+    import psutil
+
+    for process in processes:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(processes, timeout=1)
+
+
+def _exit_code(status: int) -> int:
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+# The child ---------------------------------------------------------------------------------
+
+
+def _listen(heard: Sequence[int]) -> None:
+    """The first signal interrupts what runs; later ones do not disturb what it is closing."""
+
+    stopped = list[int]()
+
+    def stop(number: int, _: FrameType | None) -> None:
+        stopped.append(number)
+        if len(stopped) > 1:
+            return
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # interrupted libraries print tracebacks
+        raise KeyboardInterrupt if number == signal.SIGINT else Stopped
+
+    for number in heard:
+        signal.signal(number, stop)
+
+
+def _end_with(parent: int) -> None:
+    """Die with the parent, however it died."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        threading.Thread(target=_die_after, args=(parent,), daemon=True).start()
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _die_after(parent: int) -> NoReturn:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _work(work: Callable[[], None]) -> NoReturn:
+    try:
+        work()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""`staple report`: experiments as one HTML file; the table in Prefect, the figures in MLflow.
+
+It reads the record and computes nothing again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+from prefect import flow
+from prefect.artifacts import create_table_artifact
+
+from constitutions.errors import UserError
+from flows.experiment import record_of, recorded_settings, stages_of
+from flows.publish import Attempts, iteration_metrics, log_figures
+from flows.server.prefect_server import at_hand
+from flows.settings import ExperimentSettings, dump_settings
+from flows.states import stage_states
+from models.files import write_text
+from tasks.record.store import Attempt
+from tasks.report.document import page, table
+from tasks.report.recorded import Recorded, Stage
+
+PACKAGE = "staple-em"
+"""The distribution whose dependencies are listed."""
+
+
+def write_report(experiments: Sequence[str], out: Path | None = None) -> Path:
+    """Write the report of some experiments; where it lies.
+
+    Args:
+        out: the HTML file; by default report-<experiments>.html in the working directory.
+
+    Raises:
+        UserError: there is no such experiment, nothing of one was ever finished, or the file
+            cannot be written.
+    """
+    names = list(dict.fromkeys(experiments))
+    for name in names:
+        _check_begun(recorded_settings(name))
+    path = out or _default(names)
+    _check_writable(path)
+    with at_hand():
+        return report(names, path)
+
+
+@flow(name="report", flow_run_name="report of {experiments}")
+def report(experiments: list[str], out: Path) -> Path:
+    """What `write_report` found to be possible: the file, the figures, the artifact."""
+    recorded = [gather(recorded_settings(name)) for name in experiments]
+    text = page(recorded, packages())
+    try:
+        write_text(out, text)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # no mistake of the user's
+        raise _unwritable(out, error.strerror or str(error)) from None
+    for e in recorded:
+        log_figures(record_of(e.name), e.history, told=e.told)
+    if rows := table(recorded):
+        create_table_artifact(
+            table=rows,
+            key="results",
+            description=f"Methods by benchmarks, 95 % intervals; the report: {out.name}",
+        )
+    return out
+
+
+def gather(settings: ExperimentSettings) -> Recorded:
+    """What the record has of an experiment."""
+    stages = _stages(settings)
+    attempts: defaultdict[int, Attempts] = defaultdict(dict)
+    for stage in stages:
+        if stage.attempt:
+            attempts[stage.iteration][stage.name] = stage.attempt
+    return Recorded(
+        name=settings.experiment,
+        method=settings.method_name,
+        headline=settings.headline,
+        settings=dump_settings(settings),
+        seed=settings.seed,
+        iterations=settings.iterations,
+        stages=stages,
+        attempts=dict(attempts),
+        history={t: iteration_metrics(found) for t, found in attempts.items()},
+        changes=record_of(settings.experiment).all_changes(),
+    )
+
+
+def packages() -> dict[str, str]:
+    """Python and what the project depends on: name → version, as installed here."""
+    try:
+        required = metadata.requires(PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        required = []
+    names = [re.split(r"[^\w.-]", line)[0] for line in required if "extra ==" not in line]
+    return {"Python": platform.python_version()} | {n: metadata.version(n) for n in sorted(names)}
+
+
+def _stages(settings: ExperimentSettings) -> list[Stage]:
+    """Every stage that the settings ask for, in the loop's order.
+
+    Where nothing can be held against the settings (the base model is gone), all that was finished.
+    """
+    try:
+        states = stage_states(settings)
+    except UserError as error:
+        return [Stage(*place, "not checked", str(error), a) for place, a in _current(settings)]
+    return [
+        Stage(*place, state.standing, "; ".join(state.since), state.attempt)
+        for place, state in states.items()
+    ]
+
+
+def _current(settings: ExperimentSettings) -> Iterator[tuple[tuple[str, int], Attempt]]:
+    """(stage, iteration) and what was finished last, in the loop's order."""
+    record = record_of(settings.experiment)
+    for t in range(settings.iterations + 1):
+        for stage in stages_of(t, settings.method):
+            if attempt := record.current(stage, t):
+                yield (stage, t), attempt
+
+
+def _check_begun(settings: ExperimentSettings) -> None:
+    if next(_current(settings), None) is None:
+        raise UserError(
+            "nothing of it was ever finished",
+            where=f"experiment {settings.experiment}",
+            fix=f"run: staple run {settings.experiment} --resume",
+        )
+
+
+def _default(names: Sequence[str]) -> Path:
+    """A file's name may have 255 bytes, an experiment's 100."""
+    others = f"-and-{len(names) - 1}-more" if len(names) > 2 else "-".join(["", *names[1:]])
+    return Path(f"report-{names[0]}{others}.html")
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise _unwritable(path, "this is a directory")
+    if not path.parent.is_dir():
+        raise _unwritable(path, f"there is no directory {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise _unwritable(path, f"the directory {path.parent} may not be written to")
+
+
+def _unwritable(path: Path, why: str) -> UserError:
+    return UserError(why, where=f"--out {path}", expected="a file that can be written")

@@ -1,0 +1,173 @@
+"""Write a constitution of principles and antitheses to a file: `staple constitution write`.
+
+Nothing is recorded: the file is for people to edit, and for an experiment's `write.constitution`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from constitutions.constitution import load, save
+from constitutions.errors import REPORTED, UserError, UserErrors
+from flows.experiment import (
+    Experiment,
+    check_discovers,
+    home,
+    newest,
+    open_experiment,
+    recorded_settings,
+)
+from flows.settings import short
+from models.planted import NAMES
+from models.planted.world import OBJECTS
+from models.policy import Policy, PolicySettings
+from models.prompts import CONSTITUTION_WORDINGS
+from tasks.policies.base import make_planted, open_model
+from tasks.policies.opening import PolicySource
+from tasks.record.progress import progress
+from tasks.record.store import Attempt
+from tasks.review import recorded_review
+from tasks.sami.write import WriteSettings, Written, oppose, write_pairs
+
+FILE = Path("constitution.yaml")
+DEFAULT_WRITER = "planted-sami"
+PLANTED: dict[str, Any] = {
+    "templates": "terse",
+    "dtype": "float32",
+    "device": "cpu",
+    "quantization": "none",
+    "threads": 1,
+}
+"""How a planted model is held and asked, where `--set writer.…` says nothing else."""
+
+
+def write_constitution(
+    out: Path = FILE,
+    given: Mapping[str, Any] | None = None,
+    *,
+    experiment: str = "",
+    seed: int = 0,
+    force: bool = False,
+) -> Written:
+    """Have a principle writer word a constitution, and save it.
+
+    Args:
+        given: settings of `WriteSettings` by name, as in {"topics": […], "writer.model": "small"}.
+            Without `writer.model` it is the experiment's policy, or the planted world's writer.
+        experiment: words the antitheses of the newest constitution that it discovered, as a person
+            approved it where one did; empty: words principles too.
+        seed: of the noise; the same one writes the same constitution.
+        force: replace the file, where there is one.
+
+    Raises:
+        UserError: a setting is wrong, there is such a file already, nothing was discovered, the
+            model cannot be loaded, or words too few pairs.
+    """
+    _check_place(out, force)
+    opened = open_experiment(recorded_settings(experiment)) if experiment else None
+    settings, writer = _settings(given or {}, opened)
+    discovered = _newest_constitution(opened) if opened else None
+    if discovered is not None and "principles" in (given or {}):
+        raise UserError(
+            "there is no such choice: the principles are those that were discovered",
+            where=f"--principles, --from {experiment}",
+            fix="leave one of them out",
+        )
+    policy = _load(writer, seed, opened)
+    wording, key = CONSTITUTION_WORDINGS[writer.templates], f"{seed}/write"
+    constitution = load(discovered.path("constitution.yaml")) if discovered else None
+    total = len(constitution.principles) if constitution else 2 * settings.principles
+    with progress("write", total, "requests") as tick:
+        if constitution:
+            found = oppose(policy, constitution, settings, wording, key, tick)
+        else:
+            found = write_pairs(policy, settings, wording, key, tick)
+    save(found.constitution, out)
+    return found
+
+
+def _check_place(out: Path, force: bool) -> None:
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        expected = "a file's name in a folder that is there"
+        raise UserError("it cannot be written", where=f"--out {out}", expected=expected)
+    if out.exists() and not force:
+        raise UserError(
+            "there is such a file already",
+            where=f"--out {out}",
+            fix="name another one, or replace it: --force",
+        )
+
+
+def _newest_constitution(opened: Experiment) -> Attempt:
+    """The newest that was discovered, reviewed where it was reviewed."""
+    check_discovers(opened.settings)
+    clustered = newest(opened.settings, "cluster", None)
+    return recorded_review(opened.record, clustered.iteration, clustered) or clustered
+
+
+def _settings(
+    given: Mapping[str, Any], opened: Experiment | None
+) -> tuple[WriteSettings, PolicySettings]:
+    """The settings that hold, and the writer's among them."""
+    values: dict[str, Any] = {}
+    writer: dict[str, Any] = {}
+    for name, value in given.items():
+        part, _, field = name.partition(".")
+        if part == "writer" and field:
+            writer[field] = value
+        else:
+            values[name] = value
+    if opened and "model" not in writer:
+        writer = opened.settings_at(0).policy.model_dump() | writer
+    else:
+        model = writer.setdefault("model", DEFAULT_WRITER)
+        writer = (PLANTED if model in NAMES else {}) | writer
+    if writer["model"] in NAMES:
+        values.setdefault("topics", OBJECTS)  # the only topics that it knows
+    try:
+        settings = WriteSettings.model_validate({**values, "writer": writer})
+    except ValidationError as error:
+        raise UserErrors([_explained(e) for e in error.errors()[:REPORTED]]) from None
+    if vain := [name for name in ("constitution", "held_out") if name in values]:
+        raise UserErrors([UserError("it changes nothing here", where=f"'{name}'") for name in vain])
+    assert settings.writer is not None, "it was given"
+    return settings, settings.writer
+
+
+def _explained(error: Any) -> UserError:
+    path = [str(part) for part in error["loc"]]
+    if error["type"] == "extra_forbidden":
+        fields = PolicySettings if path[0] == "writer" and len(path) > 1 else WriteSettings
+        expected = f"one of {', '.join(fields.model_fields)}"
+        return UserError("unknown setting", where=f"'{'.'.join(path)}'", expected=expected)
+    expected = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    return UserError(
+        f"got {short(error['input'])}", where=f"setting '{'.'.join(path)}'", expected=expected
+    )
+
+
+def _load(writer: PolicySettings, seed: int, opened: Experiment | None) -> Policy:
+    """The writer, ready to be asked; its files are found or made first."""
+    if writer.endpoint:
+        path = writer.model
+    elif opened and writer.model == opened.settings_at(0).policy.model:
+        path = opened.model.path
+    else:
+        path = model_path(writer, seed)
+    return PolicySource(writer, path, "").load()
+
+
+def model_path(writer: PolicySettings, seed: int) -> str:
+    """Where the writer's files are; a planted model is pretrained here the first time.
+
+    Raises:
+        UserError: the model cannot be sampled from exactly.
+    """
+    if writer.model not in NAMES:
+        open_model(writer, home(), "sampled")
+        return writer.model
+    return str(make_planted(writer.model, seed, home()))

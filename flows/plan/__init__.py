@@ -1,0 +1,1 @@
+"""What an experiment will take: tokens, memory, disk and hours."""

@@ -1,0 +1,484 @@
+"""`staple plan`: tokens, memory, disk and hours of an experiment, before anyone spends them.
+
+Arithmetic alone: no model is loaded and nothing is fetched. `flows.plan.workload` says what is
+asked of the models, `flows.plan.cost` what that takes on a GPU; here it is added up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from constitutions.errors import UserError
+from flows.experiment import record_of, recorded_settings
+from flows.plan.cost import GIB, GPUS, Gpu, Held
+from flows.plan.workload import CHARACTERS, Asked, Assumed, Turn, Workload, lengths
+from flows.settings import ExperimentSettings, with_changes
+from models.checkpoints.shapes import WIDTH, shape_of
+from models.planted import NAMES
+from models.policy import PolicySettings
+from tasks.record.store import Record
+from tasks.record.work import Metrics
+
+MASK_BYTES = 3
+"""For each pair of positions of a row, beside the mask itself, while it is made."""
+COPIES = 3
+"""Of each text: in mine's rows, in score's, and in the parts of the stage that is at work."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Of one stage in one iteration. Tokens are expected ones, but for `at_most`."""
+
+    stage: str
+    prompts: float
+    samples: float = 0.0
+    generated: float = 0.0
+    at_most: float = 0.0
+    """Tokens to generate if every turn took its whole limit."""
+    prefilled: float = 0.0
+    trained: float = 0.0
+    """Tokens that training processes, context included."""
+    hours: float | None = 0.0
+    """On the GPU; None: elsewhere, behind an endpoint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Iterations:
+    """`first` … `last`, which are alike: the work of each."""
+
+    first: int
+    last: int
+    work: tuple[Work, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes by what they are for, and what to change where the GPU has not so many."""
+
+    title: str
+    parts: dict[str, float]
+    remedy: str = ""
+
+    @property
+    def bytes(self) -> float:
+        """In all."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What an experiment takes on one GPU."""
+
+    settings: ExperimentSettings
+    gpu: Gpu
+    parameters: int
+    iterations: tuple[Iterations, ...]
+    memory: tuple[Memory, ...]
+    disk: dict[str, float]
+    """Bytes by what they are for; records uncompressed."""
+    notes: tuple[str, ...]
+    """What was assumed, and what is left out."""
+
+    def total(self, figure: str) -> float:
+        """A figure of `Work` over all stages and iterations."""
+        return sum(
+            (part.last - part.first + 1) * (getattr(work, figure) or 0.0)
+            for part in self.iterations
+            for work in part.work
+        )
+
+
+def plan(settings: ExperimentSettings, gpu: str = "h100", assumed: Assumed | None = None) -> Plan:
+    """Estimate an experiment on one GPU of the table `flows.plan.cost.GPUS`.
+
+    Raises:
+        UserError: no such GPU; a model whose sizes are unknown; a data file or a constitution that
+            is wrong.
+    """
+    if gpu not in GPUS:
+        raise UserError("no such GPU", where=f"--gpu {gpu}", expected=f"one of {', '.join(GPUS)}")
+    known = lengths(settings.prompts, settings.seed)
+    estimate = _Estimate(settings, GPUS[gpu], Workload(settings, known, assumed or Assumed()))
+    return Plan(
+        settings=settings,
+        gpu=GPUS[gpu],
+        parameters=estimate.policy.shape.parameters,
+        iterations=tuple(estimate.iterations()),
+        memory=tuple(estimate.memory()),
+        disk=estimate.disk(),
+        notes=tuple(estimate.notes()),
+    )
+
+
+def like(experiment: str) -> Assumed:
+    """What the newest finished iteration of a recorded experiment tells about others.
+
+    Raises:
+        UserError: no iteration of this name mined and trained.
+    """
+    settings, record = recorded_settings(experiment), record_of(experiment)
+    done = [t for t in range(settings.iterations, 0, -1) if record.current("train", t)]
+    if settings.method == "sft" or not done:
+        raise UserError(
+            "no iteration of it mined and trained",
+            where=f"experiment {experiment}",
+            fix="run a small one first: staple run PRESET --set iterations=1 "
+            "--set prompts.first=100 --set experiment=pilot",
+        )
+    if settings.method == "sami":
+        return _like_sami(settings, record, done[0])
+    stages = ("mine", "filter", "train")
+    mined, kept, trained = (record.needs(stage, done[0]).metrics for stage in stages)
+    known = lengths(settings.prompts, settings.seed)
+    limits = sum(t.samples * t.limit for t in Workload(settings, known, Assumed()).mined())
+    found = Assumed(
+        filled=mined["generated_tokens"] / (mined["mined_prompts"] * limits),
+        accepted=kept["trajectories"] / kept["prompts_in"],
+        like=experiment,
+    )
+    return replace(found, prompt=_prompt_tokens(Workload(settings, known, found), trained))
+
+
+def _like_sami(settings: ExperimentSettings, record: Record, iteration: int) -> Assumed:
+    sampled, trained = (record.needs(stage, iteration).metrics for stage in ("sample", "train"))
+    limits = sampled["sampled_responses"] * settings.sample.max_response_tokens
+    found = Assumed(
+        filled=sampled["generated_tokens"] / limits,
+        accepted=trained["train/trained"] / trained["train/queries"],
+        like=settings.experiment,
+    )
+    known = lengths(settings.prompts, settings.seed)
+    return replace(found, prompt=_prompt_tokens(Workload(settings, known, found), trained))
+
+
+def _prompt_tokens(work: Workload, trained: Metrics) -> float | None:
+    """What is left of the recorded conversations beside their other turns; None: not told."""
+    train = work.settings.train
+    if train.tokens:  # a budget cuts epochs short
+        return None
+    others = replace(work, assumed=replace(work.assumed, prompt=0.0)).learned()[0]
+    learned = trained["train/trained" if work.settings.method == "sami" else "train/examples"]
+    each = trained["train/tokens"] / (learned * work.rows * train.epochs)
+    return max(1.0, each - others)
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    settings: ExperimentSettings
+    gpu: Gpu
+    workload: Workload
+
+    def _held(self, model: PolicySettings, rank: int = 0) -> Held:
+        return Held(
+            shape=shape_of(model),
+            quantization=model.quantization,
+            dtype=model.dtype,
+            rank=rank,
+            gpu=self.gpu,
+        )
+
+    @cached_property
+    def policy(self) -> Held:
+        """The model that improves itself, on the GPU."""
+        train = self.settings.train
+        adapted = self.settings.iterations and train.update == "lora"
+        return self._held(self.settings.policy, train.lora_rank if adapted else 0)
+
+    def _micro(self, length: float) -> int:
+        """Conversations of a length that are trained on together."""
+        train = self.settings.train
+        most = self.workload.rows if self.settings.method == "sami" else train.batch_size
+        return max(1, min(most, int(train.micro_batch_tokens // length)))
+
+    # Work
+
+    def iterations(self) -> Iterator[Iterations]:
+        """Iteration 0, the first, and the later ones."""
+        last = self.settings.iterations
+        yield Iterations(first=0, last=0, work=tuple(self._evaluated(0)))
+        for first, end in ((1, 1), (2, last)):
+            if first <= min(end, last):
+                work = (*self._improved(first), *self._evaluated(first))
+                yield Iterations(first=first, last=end, work=work)
+
+    def _improved(self, iteration: int) -> Iterator[Work]:
+        s = self.settings
+        prompts = s.prompts.first if iteration == 1 else s.prompts.later
+        if s.method == "sft":
+            yield self._training(prompts)
+            return
+        if s.method == "sami":
+            yield self._answers("sample", prompts, self.workload.sampled(), s.sample.shard_size)
+            yield self._training(prompts * self.workload.accepted)
+            return
+        yield self._answers("mine", prompts, self.workload.mined(), s.mine.shard_size)
+        yield from map(self._judgements, self.workload.graded(prompts))
+        yield self._training(prompts * self.workload.accepted)
+
+    def _evaluated(self, iteration: int) -> Iterator[Work]:
+        s, benchmarks = self.settings, self.workload.benchmarks
+        prompts = s.prompts.held_out + sum(benchmarks.values())
+        yield self._answers("evaluate", prompts, self.workload.answered(), s.evaluate.shard_size)
+        if s.method == "sami" and (turns := self.workload.informed()):
+            yield self._answers("information", prompts, turns, s.evaluate.shard_size)
+        yield from map(self._judgements, self.workload.judged(iteration))
+
+    def _answers(self, stage: str, prompts: int, turns: Sequence[Turn], shard: int) -> Work:
+        hours = self._hours(self.settings.policy, prompts, turns, shard)
+        return self._sampled(stage, prompts, turns, hours)
+
+    def _judgements(self, asked: Asked) -> Work:
+        """In process a judge has the GPU for itself."""
+        assert asked.judge.policy is not None, "JudgeSettings sees to it"
+        shard = self.settings.evaluate.shard_size
+        hours = self._hours(asked.judge.policy, asked.prompts, [asked.turn], shard)
+        return self._sampled(asked.stage, asked.prompts, [asked.turn], hours)
+
+    def _sampled(
+        self, stage: str, prompts: int, turns: Sequence[Turn], hours: float | None
+    ) -> Work:
+        at_most = prompts * sum(turn.samples * turn.limit for turn in turns)
+        return Work(
+            stage=stage,
+            prompts=prompts,
+            samples=prompts * sum(turn.samples for turn in turns),
+            generated=self.workload.assumed.filled * at_most,
+            at_most=at_most,
+            prefilled=prompts * sum(turn.prefilled for turn in turns),
+            hours=hours,
+        )
+
+    def _hours(
+        self, model: PolicySettings, prompts: int, turns: Sequence[Turn], shard: int
+    ) -> float | None:
+        """Prompts are prefilled, then decoded as many at a time as are set, fit, and a shard has.
+
+        None behind an endpoint.
+        """
+        if model.endpoint:
+            return None
+        held = (self.policy if model is self.settings.policy else self._held(model)).sampled
+        seconds = 0.0
+        for turn in turns:
+            together = min(self._rows(held, model.batch_rows, turn), shard * turn.samples)
+            new = self.workload.assumed.filled * turn.limit
+            steps = prompts * turn.samples * new / together
+            read = turn.cached(new / 2)
+            seconds += steps * held.step_seconds(together, turn.context + new / 2, read)
+            seconds += held.prefill_seconds(prompts * turn.prefilled, turn.context)
+        return seconds / 3600
+
+    def _rows(self, held: Held, rows: int | None, turn: Turn) -> int:
+        return rows or max(1, held.rows_that_fit(turn.cached(turn.limit)))
+
+    def _training(self, lessons: float) -> Work:
+        s = self.settings.train
+        length, loss = self.workload.learned()
+        tokens = s.tokens or lessons * self.workload.rows * s.epochs * length
+        seconds = self.policy.training_seconds(
+            tokens,
+            tokens * loss / length,
+            rows=self._micro(length),
+            length=length,
+            checkpointing=s.gradient_checkpointing,
+        )
+        hours = seconds * (1 + self._ahead(length)) / s.processes / 3600
+        return Work(stage="train", prompts=lessons, trained=tokens, hours=hours)
+
+    def _ahead(self, length: float) -> float:
+        """What SAMI's further forward passes add, as a share: see `models.training.sami`.
+
+        One for the matrix, where a query's rows do not fit together; one, not in every epoch but
+        once, for what the KL term holds the policy to.
+        """
+        s = self.settings.train
+        if self.settings.method != "sami":
+            return 0.0
+        passes = 1 + (1 if self.policy.rank else 2) + s.gradient_checkpointing
+        again = (self._micro(length) < self.workload.rows) + bool(s.kl) / s.epochs
+        return again / passes
+
+    # Memory
+
+    def memory(self) -> Iterator[Memory]:
+        """Of sampling and of training, with what to change where it is too much."""
+        kinds = []
+        if not self.settings.policy.endpoint:
+            kinds.append((self.sampling(), self._fewer_rows))
+        if self.settings.iterations:
+            kinds.append((self.training(), self._smaller_steps))
+        for memory, remedy in kinds:
+            fits = memory.bytes <= self.gpu.room
+            yield memory if fits else replace(memory, remedy=remedy())
+
+    def sampling(self) -> Memory:
+        """Of the turn that takes most, with every turn at its limit."""
+        found = [self._sampling_of(turn, shard) for turn, shard in self._longest_turns()]
+        return max(found, key=lambda memory: memory.bytes)
+
+    def _sampling_of(self, turn: Turn, shard: int) -> Memory:
+        held = self.policy.sampled
+        rows = self._rows(held, self.settings.policy.batch_rows, turn)
+        rows = min(rows, shard * turn.samples)
+        tokens = turn.cached(turn.limit)
+        parts = held.sampling_memory(rows, tokens)
+        return Memory(title=f"sampling {rows:,} × {tokens:,.0f}", parts=parts)
+
+    def _longest_turns(self) -> Iterator[tuple[Turn, int]]:
+        """Every turn of the policy at its limits, and the prompts of its shards."""
+        s, work = self.settings, self.workload.at_limits()
+        if s.method == "sami":
+            yield from ((turn, s.sample.shard_size) for turn in work.sampled())
+        elif s.iterations and s.method != "sft":
+            yield from ((turn, s.mine.shard_size) for turn in work.mined())
+        yield from ((turn, s.evaluate.shard_size) for turn in work.answered())
+
+    def _fewer_rows(self) -> str:
+        """As many rows as fit; with NF4 weights, where not one does without."""
+        tokens = max(turn.cached(turn.limit) for turn, _ in self._longest_turns())
+        smaller = replace(self.policy, quantization="nf4")
+        for held, change in (
+            (self.policy, {}),
+            (smaller, {"policy.quantization": "nf4"}),
+        ):
+            if rows := held.sampled.rows_that_fit(tokens):
+                return _flags({**change, "policy.batch_rows": rows})
+        return _larger(sum(smaller.sampling_memory(1, tokens).values()))
+
+    def training(self) -> Memory:
+        """At a micro-batch of the longest conversations."""
+        length, loss = self.workload.at_limits().learned()
+        checkpointing = self.settings.train.gradient_checkpointing
+        rows = self._micro(length)
+        parts = self.policy.training_memory(rows, length, loss, checkpointing=checkpointing)
+        if self.settings.method == "sami":  # responses do not see each other
+            parts["mask"] = rows * length**2 * (WIDTH[self.policy.dtype] + MASK_BYTES)
+        return Memory(title=f"training {rows} × {length:,.0f}", parts=parts)
+
+    def _smaller_steps(self) -> str:
+        """The first of these changes, each with those before it, that makes training fit."""
+        train, changes, needed = self.settings.train, dict[str, Any](), math.inf
+        last = (
+            ("policy.quantization", "nf4") if train.update == "lora" else ("train.update", "lora")
+        )
+        for name, value in (
+            ("train.gradient_checkpointing", True),
+            ("train.micro_batch_tokens", min(2048, train.micro_batch_tokens)),
+            last,  # it changes what is learned
+            *([("sample.constitutions", 2)] if self.settings.method == "sami" else []),
+        ):
+            changes[name] = value
+            settings = with_changes(self.settings, changes)
+            other = _Estimate(settings, self.gpu, replace(self.workload, settings=settings))
+            needed = other.training().bytes
+            if needed <= self.gpu.room:
+                now = self.settings.model_dump()
+                return _flags({n: v for n, v in changes.items() if _value(now, n) != v})
+        return _larger(needed)
+
+    # Disk
+
+    def disk(self) -> dict[str, float]:
+        """Bytes; without the corpora, which are the hub's to tell."""
+        s, shape = self.settings, self.policy.shape
+        files = Path(s.policy.model).expanduser().glob("*.safetensors")
+        published = "float32" if s.policy.model in NAMES else "bfloat16"
+        weights = sum(f.stat().st_size for f in files) or shape.parameters * WIDTH[published]
+        found = {"model": float(weights)}
+        if s.iterations:
+            adapter = float(shape.adapter(self.policy.rank) * WIDTH["float32"])
+            full = float(shape.parameters * WIDTH[s.policy.dtype])
+            found["adapters" if adapter else "weights, one an iteration"] = (adapter or full) * (
+                s.iterations
+            )
+            found["training checkpoint"] = 1.5 * (adapter or full)
+        if s.iterations and s.method != "sft":
+            row = self._row_bytes()
+            prompts = s.prompts.first + s.prompts.later * (s.iterations - 1)
+            found["records"] = COPIES * row * prompts
+            stage, shard = ("mine", s.mine.shard_size)
+            if s.method == "sami":
+                stage, shard = ("sample", s.sample.shard_size)
+            found[f"a part of {stage} ({shard} prompts)"] = row * shard
+        return found
+
+    def _row_bytes(self) -> float:
+        """Of what one mined or sampled prompt adds to the record, uncompressed."""
+        work, known = self.workload, self.workload.lengths
+        sami = self.settings.method == "sami"
+        new = work.rows * work.told if sami else 0.0
+        for turn in work.sampled() if sami else work.mined():
+            new += work.assumed.filled * turn.samples * turn.limit
+        return CHARACTERS * (known.prompt + known.gold + new)
+
+    # Notes
+
+    def notes(self) -> Iterator[str]:
+        """What the figures rest on."""
+        s, assumed, known = self.settings, self.workload.assumed, self.workload.lengths
+        how = f"as in {assumed.like}" if assumed.like else "assumed (--filled, --accepted, --like)"
+        kept = "trajectories are kept a mined prompt"
+        if s.method == "sami":
+            kept = "of the queries are trained on"
+            yield self._rows_note()
+        yield (
+            f"turns fill {assumed.filled:.0%} of their limits ('at most': all of them), and "
+            f"{self.workload.accepted:.2f} {kept}: {how}"
+        )
+        yield (
+            f"prompts of {self.workload.prompt:,.0f} tokens, up to {known.longest:,.0f}, golds of "
+            f"{known.gold:,.0f}, at {CHARACTERS} characters a token; what samples share is "
+            "prefilled once"
+        )
+        gpu, reached = self.gpu, self.policy.efficiency
+        yield (
+            f"{gpu.name}: {gpu.bandwidth:,.0f} GB/s and {gpu.bfloat16:,.0f} TFLOP/s, of which "
+            f"decoding reaches {reached.decode:.0%}, prefill {reached.prefill:.0%}, training "
+            f"{reached.training:.0%}; each layer of a step takes "
+            f"{reached.layer_seconds * 1e3:g} ms besides"
+        )
+        if s.train.processes > 1:
+            yield f"training on {s.train.processes} such GPUs, all else on one"
+        if s.policy.device == "cpu":
+            yield "policy.device is cpu: the hours are the GPU's all the same"
+        words = "write" if s.method == "sami" else "scores by words, filter, cluster"
+        yield f"left out: {words}, loading, endpoints, corpora"
+
+    def _rows_note(self) -> str:
+        """What SAMI's rows hold, and how many are in memory (`models.training.sami`)."""
+        size, length = self.workload.rows, self.workload.learned()[0]
+        longest = self.workload.at_limits().learned()[0]
+        together = self._micro(longest)
+        how = (
+            f"of the longest {together} at a time, in two passes: more constitutions take more time"
+            if together < size
+            else f"all {size} at a time"
+        )
+        return (
+            f"C = {size}: a query is trained on in {size} rows, each its prompt under one "
+            f"constitution and all {size} responses, {length:,.0f} tokens, at most "
+            f"{longest:,.0f}; {how} (train.micro_batch_tokens = "
+            f"{self.settings.train.micro_batch_tokens:,})"
+        )
+
+
+def _flags(changes: dict[str, Any]) -> str:
+    texts = {name: str(value).lower() for name, value in changes.items()}
+    return " ".join(f"--set {name}={text}" for name, text in texts.items())
+
+
+def _value(values: dict[str, Any], name: str) -> Any:
+    part, _, field = name.partition(".")
+    return values[part][field]
+
+
+def _larger(needed: float) -> str:
+    """The smallest GPU that has so much, where no setting helps."""
+    enough = [g for g in sorted(GPUS.values(), key=lambda g: g.memory) if g.room >= needed]
+    name = f"--gpu {enough[0].name}" if enough else "several GPUs"
+    return f"no setting helps: at least {needed / GIB:,.0f} GiB, so {name}"

@@ -1,0 +1,380 @@
+"""What an experiment asks of its models, in tokens: the turns of each stage, before any is taken.
+
+`flows.plan.plan` turns it into hours and bytes. The conversation is `models.prompts`'s; token
+limits bound what is generated, and a share of them, `Assumed.filled`, is expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from constitutions.reference import load_pairs
+from flows.settings import ExperimentSettings
+from models.judges.base import JudgeSettings
+from models.prompts import CONSTITUTION_WORDINGS, TEMPLATES
+from tasks.benchmarks.base import LLM
+from tasks.corpus.prompts import CorpusSettings, load_corpus
+from tasks.judging.comparisons import arms
+from tasks.prompts import PromptSettings, prompt_sets
+
+CHARACTERS = 4
+"""A token has so many, in English."""
+MARKS = 5
+"""Tokens that a chat template puts around a turn."""
+USUAL = {
+    "hh-rlhf": (430, 170),
+    "ultrafeedback": (660, 1160),
+    "tldr": (1410, 140),
+    "hotpotqa": (5790, 12),
+}
+"""Mean characters of prompt and gold, by format, for data sets that are not on this disk; from
+samples of 100 to 2,300 rows."""
+UNKNOWN = (1000, 500)
+"""The same for other formats: a guess."""
+PRINCIPLE = 80
+"""Characters of a principle that is not written yet: a guess."""
+LONG = 1.5
+"""The longest prompts of such a data set against their mean, at least."""
+ACCEPTED = 0.7
+"""Share of the mined prompts of which something is kept."""
+JUDGE_WORDS = 450
+"""Tokens of a judge's instructions and rubric."""
+BENCHMARKS = {"alpaca_eval": 805, "mt_bench": 160, "ifeval": 541}
+"""Turns that the public files ask for; MT-Bench's 80 questions have two."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assumed:
+    """What no setting tells."""
+
+    filled: float = 0.3
+    """Share of its token limit that a sampled turn takes."""
+    accepted: float | None = None
+    """Trajectories that are kept for each mined prompt; None: `Workload.accepted`."""
+    prompt: float | None = None
+    """Tokens of a prompt; None: by its characters."""
+    told: float | None = None
+    """SAMI: tokens of a constitution as it is told; None: by its characters."""
+    like: str = ""
+    """The experiment that all this was measured on; empty: it is assumed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """Mean tokens of prompts and golds, and those of the longest prompts."""
+
+    prompt: float
+    gold: float
+    longest: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What a model samples for one prompt in one role."""
+
+    samples: int
+    limit: int
+    shared: float = 0.0
+    """Tokens before it that its samples have in common: prefilled once."""
+    own: float = 0.0
+    """Tokens before it that each sample has for itself."""
+
+    @property
+    def context(self) -> float:
+        """Tokens before it."""
+        return self.shared + self.own
+
+    @property
+    def alike(self) -> bool:
+        """Whether its samples share a prefix: the engine does so from half of the prompt on."""
+        return self.shared >= self.own
+
+    @property
+    def prefilled(self) -> float:
+        """Tokens of prompts that are computed for all samples together."""
+        if self.alike:
+            return self.shared + self.samples * self.own
+        return self.samples * self.context
+
+    def cached(self, new: float) -> float:
+        """Tokens in the cache for each sample when it has `new` ones."""
+        return new + (self.shared / self.samples + self.own if self.alike else self.context)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """Turns that a judge is asked for on each of so many prompts."""
+
+    stage: str
+    judge: JudgeSettings
+    prompts: int
+    turn: Turn
+
+
+def lengths(settings: PromptSettings, seed: int) -> Lengths:
+    """Of local files and the planted world as they are, of data sets as their formats usually are.
+
+    Raises:
+        UserError: a file is not there, or wrong.
+    """
+    if settings.sources == "planted":
+        few = settings.model_copy(update={"first": min(settings.first, 200)})
+        rows = prompt_sets(few, seed, 1).rows
+        return _measured([(len(r.prompt[-1]["content"]), len(r.gold)) for r in rows])
+    found = [_source(source, seed) for source in settings.sources]
+    known = all(rows for rows, _ in found)
+    weights = [rows if known else 1 for rows, _ in found]
+    return Lengths(
+        prompt=fmean((each.prompt for _, each in found), weights),
+        gold=fmean((each.gold for _, each in found), weights),
+        longest=max(each.longest for _, each in found),
+    )
+
+
+def _source(source: CorpusSettings, seed: int) -> tuple[int, Lengths]:
+    """Rows that are used, 0 where that is unknown, and how long they are."""
+    if source.path is None:
+        prompt, gold = USUAL.get(source.format) or USUAL.get(_last(source.name), UNKNOWN)
+        gold *= bool(source.gold_column)
+        return source.rows or 0, _tokens(prompt, gold, LONG * prompt)
+    rows = load_corpus([source], seed).rows
+    return len(rows), _measured(
+        [(sum(len(m["content"]) for m in r.prompt), len(r.gold)) for r in rows]
+    )
+
+
+def _last(name: str | None) -> str:
+    """ "owner/tldr" as "tldr"."""
+    return (name or "").rpartition("/")[2].lower()
+
+
+def _measured(characters: list[tuple[int, int]]) -> Lengths:
+    prompts, golds = [p for p, _ in characters], [g for _, g in characters]
+    return _tokens(fmean(prompts), fmean(golds), max(prompts))
+
+
+def _tokens(prompt: float, gold: float, longest: float) -> Lengths:
+    """From characters."""
+    marked = (2 * MARKS + size / CHARACTERS for size in (prompt, longest))
+    return Lengths(prompt=next(marked), gold=gold / CHARACTERS, longest=next(marked))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The turns of an experiment's stages."""
+
+    settings: ExperimentSettings
+    lengths: Lengths
+    assumed: Assumed
+
+    @property
+    def prompt(self) -> float:
+        """Tokens of a prompt."""
+        return self.lengths.prompt if self.assumed.prompt is None else self.assumed.prompt
+
+    @property
+    def accepted(self) -> float:
+        """Trajectories that are kept for each mined prompt; soft selection keeps several."""
+        if self.assumed.accepted is not None:
+            return self.assumed.accepted
+        if self.settings.method == "sami":
+            return 1.0  # queries; only those whose responses are all the same teach nothing
+        soft = self.settings.filter.selection == "soft"
+        return ACCEPTED * (max(1.0, self.settings.mine.samples / 2) if soft else 1.0)
+
+    def mined(self) -> list[Turn]:
+        """What `mine` samples for a prompt: see `tasks.mine`."""
+        s, words = self.settings.mine, self._words
+        y1, z, c = self._expected(
+            s.max_response_tokens, s.max_principle_tokens, s.max_critique_tokens
+        )
+        turns = [Turn(samples=1, limit=s.max_response_tokens, shared=self.prompt)]
+        if not self.settings.guided:
+            again = self.prompt + y1 + words["refine"]
+            return [*turns, Turn(samples=s.samples, limit=s.max_response_tokens, shared=again)]
+        hinted = self.prompt + y1 + words["hint"] + self.lengths.gold
+        asked, told = self.prompt + y1 + words["propose"], z + words["refine"]
+        turns.append(Turn(samples=s.samples, limit=s.max_principle_tokens, shared=hinted))
+        if s.critique:
+            own = z + words["critique"]
+            turns.append(
+                Turn(samples=s.samples, limit=s.max_critique_tokens, shared=asked, own=own)
+            )
+            told += words["critique"] + c
+        return [
+            *turns,
+            Turn(samples=s.samples, limit=s.max_response_tokens, shared=asked, own=told),
+        ]
+
+    @property
+    def told(self) -> float:
+        """Tokens of a constitution as a policy is told it (SAMI)."""
+        return self._constitution(fmean) if self.assumed.told is None else self.assumed.told
+
+    def _constitution(self, of: Callable[[Iterable[float]], float]) -> float:
+        """The same, of the mean or the longest principles."""
+        s, wording = self.settings, CONSTITUTION_WORDINGS[self.settings.policy.templates]
+        pairs = load_pairs(s.write.constitution).principles if s.write.constitution else ()
+        texts = [text for p in pairs for text in (p.text, p.antithesis) if text]
+        around = len(wording.item.format(number=1, principle="")) + len(wording.separator)
+        each = around + (of(map(len, texts)) if texts else PRINCIPLE)
+        return MARKS + (len(wording.given) + s.sample.principles * each) / CHARACTERS
+
+    def sampled(self) -> list[Turn]:
+        """What `sample` samples for a query: see `tasks.sami.sample`."""
+        s = self.settings.sample
+        under = self.prompt + self.told
+        return [Turn(samples=s.constitutions, limit=s.max_response_tokens, own=under)]
+
+    @property
+    def rows(self) -> int:
+        """Rows of `learned` that a lesson has: SAMI's queries have one for each constitution."""
+        return self.settings.sample.constitutions if self.settings.method == "sami" else 1
+
+    @property
+    def arms(self) -> int:
+        """Kinds of constitutions that held-out prompts are answered under (SAMI)."""
+        return 4 if self.settings.write.held_out else 2
+
+    def responded(self) -> list[Turn]:
+        """What SAMI's `evaluate` samples for a prompt: see `tasks.sami.evaluate`."""
+        limit = self.settings.evaluate.max_response_tokens
+        return [
+            Turn(samples=self.arms, limit=limit, own=self.prompt + self.told),
+            Turn(samples=1, limit=limit, shared=self.prompt),
+        ]
+
+    def informed(self) -> list[Turn]:
+        """What its estimate of the information samples, and then reads; an endpoint tells none."""
+        if self.settings.policy.endpoint:
+            return []
+        size, limit = self.settings.sample.constitutions, self.settings.evaluate.max_response_tokens
+        under, (y,) = self.prompt + self.told, self._expected(limit)
+        return [
+            Turn(samples=size, limit=limit, own=under),
+            Turn(samples=size * size, limit=0, own=under + y),
+        ]
+
+    def answered(self) -> list[Turn]:
+        """What `evaluate` samples for a prompt: see `tasks.policies.answers`."""
+        if self.settings.method == "sami":
+            return self.responded()
+        s, words = self.settings.evaluate, self._words
+        y1, z = self._expected(s.max_response_tokens, s.max_principle_tokens)
+        initial = Turn(samples=1, limit=s.max_response_tokens, shared=self.prompt)
+        if not self.settings.guided:
+            again = self.prompt + y1 + words["refine"]
+            return [initial, Turn(samples=1, limit=s.max_response_tokens, shared=again)]
+        asked = self.prompt + y1 + words["propose"]
+        told = asked + z + words["refine"]
+        return [
+            initial,
+            Turn(samples=1, limit=s.max_principle_tokens, shared=asked),
+            Turn(samples=1, limit=s.max_response_tokens, shared=told),
+        ]
+
+    def learned(self) -> tuple[float, float]:
+        """Tokens of a conversation that is trained on, and how many of them have loss.
+
+        Of SAMI, of one row: a prompt under a constitution, and every response to the query after
+        it; a query has a row for each constitution.
+        """
+        if self.settings.method == "sami":
+            size = self.settings.sample.constitutions
+            y = self.assumed.filled * self.settings.sample.max_response_tokens
+            one, _ = self._cut(self.prompt + self.told + y, y)
+            return one + (size - 1) * y, size * y
+        if self.settings.method == "sft":
+            return self._cut(self.prompt + self.lengths.gold, self.lengths.gold)
+        s, words = self.settings.mine, self._words
+        y, z = self._expected(s.max_response_tokens, s.max_principle_tokens)
+        turns, asking = {"initial": y, "refined": y}, words["refine"]
+        if self.settings.guided:
+            turns["principle"], asking = z, asking + words["propose"]
+        loss = sum(turns.get(turn, 0.0) for turn in self.settings.train.loss_on)
+        return self._cut(self.prompt + sum(turns.values()) + asking, loss)
+
+    def at_limits(self) -> Workload:
+        """The same with the longest prompts and every turn at its limit."""
+        sami = self.settings.method == "sami"
+        told = self._constitution(max) if sami else None
+        longest = replace(self.assumed, filled=1.0, prompt=self.lengths.longest, told=told)
+        return replace(self, assumed=longest)
+
+    def graded(self, prompts: int) -> Iterator[Asked]:
+        """What the judge of the E-step, where there is one, is asked: to grade y1 and every y2."""
+        judge = self.settings.score.judge
+        if judge is not None:
+            turn = self._questions(judge, 1 + self.settings.mine.samples, 1)
+            yield Asked(stage="score", judge=judge, prompts=prompts, turn=turn)
+
+    def judged(self, iteration: int) -> Iterator[Asked]:
+        """What the judges of an iteration's answers are asked, where they are models."""
+        if self.settings.method == "sami":
+            yield from self._followed(iteration)
+            return
+        s, held_out = self.settings.evaluate, self.settings.prompts.held_out
+        met = sum(len(arms(iteration, t)) for t in {iteration, 0, max(iteration - 1, 0)})
+        asked = [("judge", j, held_out, self._meetings(j, met)) for j in s.judges if j.policy]
+        if s.principle_judge and self.settings.guided:
+            turn = self._meetings(s.principle_judge, 1)
+            asked.append(("principle", s.principle_judge, held_out, turn))
+        for name, judge in s.benchmarks.judges(s.judge):
+            if name != "ifeval" or self.settings.guided:
+                asked.append((name, judge, self.benchmarks[name], self._met(name, judge)))
+        for stage, judge, prompts, turn in asked:
+            yield Asked(stage=stage, judge=judge, prompts=prompts, turn=turn)
+
+    def _followed(self, iteration: int) -> Iterator[Asked]:
+        """The same of SAMI: every kind of response meets the initial policy's and the previous
+        one's; those without a constitution by the first judge alone."""
+        s, met = self.settings, len({0, max(iteration - 1, 0)} - {iteration})
+        for number, judge in enumerate(s.evaluate.judges if met else ()):
+            if judge.policy:
+                turn = self._meetings(judge, met * (self.arms + (number == 0)))
+                yield Asked(stage="judge", judge=judge, prompts=s.prompts.held_out, turn=turn)
+
+    @property
+    def benchmarks(self) -> dict[str, int]:
+        """Turns that the chosen benchmarks ask the policy for."""
+        chosen = self.settings.evaluate.benchmarks.chosen
+        whole = {name: BENCHMARKS[name] for name in chosen}
+        turns = {name: 2 if name == "mt_bench" else 1 for name in chosen}
+        return {
+            name: min(whole[name], turns[name] * (run.limit or whole[name]))
+            for name, run in chosen.items()
+        }
+
+    def _met(self, name: str, judge: JudgeSettings) -> Turn:
+        """MT-Bench rates each turn, and may play it against a reference; others meet one answer."""
+        mt_bench = self.settings.evaluate.benchmarks.mt_bench
+        if name != "mt_bench" or mt_bench is None:
+            return self._meetings(judge, 1)
+        return self._questions(judge, 3 if mt_bench.against else 1, 1)
+
+    def _meetings(self, judge: JudgeSettings, met: int) -> Turn:
+        """A pair is read in both orders, or one answer after the other."""
+        return self._questions(judge, 2 * met, 2 if judge.kind == "pairwise" else 1)
+
+    def _questions(self, judge: JudgeSettings, count: int, answers: int) -> Turn:
+        (y,) = self._expected(self.settings.evaluate.max_response_tokens)
+        own = JUDGE_WORDS + self.prompt + answers * y + judge.show_gold * self.lengths.gold
+        own += self.told if self.settings.method == "sami" else 0.0
+        return Turn(samples=count, limit=judge.max_tokens if judge.kind in LLM else 0, own=own)
+
+    def _expected(self, *limits: int) -> list[float]:
+        return [self.assumed.filled * limit + MARKS for limit in limits]
+
+    def _cut(self, tokens: float, loss: float) -> tuple[float, float]:
+        most = float(self.settings.train.max_tokens)
+        return min(tokens, most), min(loss, tokens, most)
+
+    @property
+    def _words(self) -> dict[str, float]:
+        """Tokens of the user's turns in between, without the gold."""
+        t = TEMPLATES[self.settings.policy.templates]
+        t = t if self.settings.guided else t.unguided()
+        texts = {"hint": t.hint, "propose": t.propose, "critique": t.critique, "refine": t.refine}
+        return {name: MARKS + len(text) / CHARACTERS for name, text in texts.items()}

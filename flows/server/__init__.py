@@ -1,0 +1,1 @@
+"""The servers of `staple up`, and what Prefect's server holds."""

@@ -1,0 +1,245 @@
+"""A Prefect server on loopback that answers only to its own pages and to who knows its password.
+
+Prefect by itself answers any page of any browser here: it does not look at the Host header (a page
+that rebinds its name to 127.0.0.1 is at home then), and at no origin. `python -m
+flows.server.prefect_server` is a process of `staple up`; `at_hand` starts the same for a single
+command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from constitutions.errors import UserError
+from flows.server import prefect_database
+
+HOST = "127.0.0.1"
+NAMES = ("127.0.0.1", "localhost", "[::1]")
+"""What this machine is called by its own browsers: through a tunnel too, at whatever port."""
+NAMED = (b"host", b"origin")
+ROOT = Path(__file__).parents[2]
+START_SECONDS = 600
+"""A first start makes a database, on a busy machine for minutes; one that ended is seen at once."""
+STOP_SECONDS = 5
+KEEP_ALIVE_SECONDS = 75
+"""How long an unused connection stays open.
+
+uvicorn's own 5 s are too few on a busy machine: when the event loop stands still for longer, the
+timer fires before the request that has arrived meanwhile is read, and the client sees a reset.
+"""
+
+Scope = MutableMapping[str, Any]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Any, Send], Awaitable[None]]
+
+
+class Gate:
+    """An ASGI application that turns away other hosts and origins, of HTTP and of websockets."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:
+        """Answer 403, or pass on."""
+        if scope["type"] not in ("http", "websocket") or is_ours(scope["headers"]):
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})  # before it is accepted: 403
+        else:
+            kind = [(b"content-type", b"application/json")]
+            body = b'{"exception_message": "Forbidden: another host or origin"}'
+            await send({"type": "http.response.start", "status": 403, "headers": kind})
+            await send({"type": "http.response.body", "body": body})
+
+
+def is_ours(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Whether a request names this machine, and comes from a page of it or from no page."""
+    hosts, origins = ([v.decode("latin-1") for k, v in headers if k == name] for name in NAMED)
+    if len(hosts) != 1 or len(origins) > 1 or _name(hosts[0]) not in NAMES:
+        return False
+    # of the names that this machine has, a page may use one and the server another; not of ports
+    own = {f"http://{name}{_port(hosts[0])}" for name in NAMES}
+    return all(origin in own for origin in origins)
+
+
+def _port(host: str) -> str:
+    """ ":4200"."""
+    return host[len(_name(host)) :]
+
+
+def _name(host: str) -> str:
+    end = host.find("]") + 1 if host.startswith("[") else 0
+    colon = host.find(":", end)
+    return (host if colon < 0 else host[:colon]).lower()
+
+
+# The process -------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Serve Prefect on a port, or on a socket that the parent has opened, as long as it lives."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--port", type=int)
+    arguments.add_argument("--socket", type=int, help="its file descriptor, for a temporary server")
+    arguments.add_argument("--parent", type=int, help="end with this process")
+    asked = arguments.parse_args()
+    if asked.parent:
+        threading.Thread(target=_end_with, args=(asked.parent,), daemon=True).start()
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    prefect_database.make()
+    app = Gate(create_app(final=True, ephemeral=asked.socket is not None))
+    config = uvicorn.Config(
+        app,
+        host=HOST,
+        port=asked.port or 0,
+        log_level="error" if asked.parent else "warning",
+        timeout_graceful_shutdown=STOP_SECONDS - 1,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+    )
+    listening = None if asked.socket is None else [socket.socket(fileno=asked.socket)]
+    uvicorn.Server(config).run(listening)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def environment(url: str, login: str) -> dict[str, str]:
+    """The settings of a server at `url`; secrets stand in its environment, and in no argument."""
+    port = urlsplit(url).port
+    return {
+        "PREFECT_SERVER_API_AUTH_STRING": login,
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{HOST}:{port},http://localhost:{port}",
+        "PREFECT_SERVER_UI_API_URL": f"{url}/api",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
+
+
+def new_login() -> str:
+    """What a client says to be let in: a user's name and a password of 192 random bits."""
+    return f"staple:{secrets.token_urlsafe(24)}"
+
+
+# A server for one command --------------------------------------------------------------------
+
+
+@contextmanager
+def at_hand() -> Iterator[None]:
+    """A Prefect server for the flows in this block: the one that is set up, or a temporary one.
+
+    The temporary one ends with the block, or with this process, however that ends. It is in a
+    session of its own: a Ctrl-C in the terminal is not for it, so that runs can still report.
+
+    Raises:
+        UserError: it does not start.
+    """
+    import prefect.context
+    from prefect.settings import get_current_settings
+
+    settings = get_current_settings()
+    if settings.api.url or not settings.server.ephemeral.enabled:
+        yield
+        return
+    with _started() as client:
+        before = {name: os.environ.get(name) for name in client}
+        os.environ.update(client)
+        prefect.context.refresh_global_settings_context()  # for threads, which have no other
+        try:
+            yield
+        finally:
+            _send_what_waits()
+            for name, value in before.items():
+                os.environ.pop(name)
+                os.environ.update({} if value is None else {name: value})
+            prefect.context.refresh_global_settings_context()
+
+
+def _send_what_waits() -> None:
+    """Log lines and events wait a moment in this process: the server must not be gone before."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (APILogWorker, EventsWorker):
+        worker.drain_all(timeout=STOP_SECONDS)
+
+
+@contextmanager
+def _started() -> Iterator[dict[str, str]]:
+    """A temporary server; what its clients need in their environment."""
+    with socket.socket() as listening:
+        listening.bind((HOST, 0))
+        listening.listen(128)
+        url, login = f"http://{HOST}:{listening.getsockname()[1]}", new_login()
+        own = {"PREFECT_UI_ENABLED": "0", "PREFECT_SERVER_UI_ENABLED": "0"}
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-P", "-m", "flows.server.prefect_server"),
+                *("--socket", str(listening.fileno()), "--parent", str(os.getpid())),
+            ],
+            env={**os.environ, **environment(url, login), **own},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[listening.fileno()],
+            start_new_session=True,
+        )
+    try:
+        _wait(f"{url}/api/health", process)
+        yield {"PREFECT_API_URL": f"{url}/api", "PREFECT_API_AUTH_STRING": login}
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Until it answers; connections wait in the socket from the beginning."""
+    import httpx
+
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            if httpx.get(url, timeout=1, trust_env=False).status_code == 200:
+                return
+        except httpx.HTTPError:
+            continue
+    raise UserError(
+        "Prefect's temporary server does not start"
+        + (f" (exit code {process.returncode})" if process.poll() is not None else ""),
+        where=f"its database, {_database()}",
+        expected=f"an answer within {START_SECONDS} s",
+        fix="see what it says: prefect server start; or move its database away",
+    )
+
+
+def _database() -> str:
+    from prefect.settings import get_current_settings
+
+    settings = get_current_settings()
+    return str(settings.home / "prefect.db")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,499 @@
+"""The services of `staple up`: Prefect server, MLflow server, and a worker for each pool.
+
+Each is a process of its own that carries a mark in its environment, as do its children; what
+carries the mark is ours and nothing else, whatever became of process ids since. `staple down`
+ends exactly that. What runs is noted under the home, so that the command line finds it (`adopt`),
+and so is Prefect's password: it reaches processes in their environment, never as an argument.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from constitutions.errors import UserError
+from flows.server.pools import POOLS, client_of, deploy, end_dead_runs, online
+from flows.server.prefect_server import environment as server_environment
+from flows.server.prefect_server import new_login
+from models.files import UNREADABLE, remove
+from models.notices import say
+from tasks.record import private
+
+if TYPE_CHECKING:
+    import psutil
+    from prefect.client.orchestration import SyncPrefectClient
+
+MARK = "STAPLE_SERVICE"
+"""Environment variable of a service and its children: which service of which `staple up`."""
+URL = "STAPLE_SERVICE_URL"
+"""Environment variable of a service: where it answers."""
+HOST = "127.0.0.1"
+PORTS = {"prefect": 4200, "mlflow": 5000}
+START_SECONDS = 180
+"""How long a service may take to answer: a first start makes its database."""
+STOP_SECONDS = 20
+"""How long a service may take to end before it is killed."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """A process that `staple up` started."""
+
+    name: str
+    mark: str
+    pid: int
+    log: str
+    url: str = ""
+    host: str = ""
+    """The machine that it was started on: several may share a home."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it was started on this machine."""
+        return self.host in ("", platform.node())
+
+    def is_alive(self) -> bool:
+        """Whether this very process runs: another one that got its id has not its mark."""
+        import psutil
+
+        try:
+            return psutil.Process(self.pid).environ().get(MARK) == self.mark
+        except (psutil.Error, OSError):
+            return False
+
+
+@dataclass(frozen=True)
+class Up:
+    """Where the services answer, and which of them this call started."""
+
+    prefect: str
+    mlflow: str
+    started: tuple[str, ...]
+    folder: Path
+    login: str = ""
+    """What Prefect's page asks for, where this call has made it up."""
+    ended: tuple[str, ...] = ()
+    """Flow runs of workers that are dead, marked as such."""
+
+
+def adopt() -> None:
+    """Let this process use the services that are up, where its environment says nothing else."""
+    wanted = {"prefect": "PREFECT_API_URL", "mlflow": "MLFLOW_TRACKING_URI"}
+    for service in _noted():
+        variable = wanted.get(service.name)
+        if variable and variable not in os.environ and service.is_alive():
+            os.environ[variable] = api_url(service)
+            if service.name == "prefect" and (login := _login()):
+                os.environ.setdefault("PREFECT_API_AUTH_STRING", login)
+
+
+def api_url(service: Service) -> str:
+    """Where programs speak to a service; people open its `url`."""
+    return f"{service.url}/api" if service.name == "prefect" else service.url
+
+
+def up(prefect_port: int | None = None, mlflow_port: int | None = None) -> Up:
+    """Start what is not running yet, and wait until all of it answers.
+
+    A Prefect or MLflow server that the environment names is used instead of one of our own.
+
+    Args:
+        prefect_port, mlflow_port: None takes the usual port, or a free one where that is taken.
+
+    Raises:
+        UserError: a port is taken, or a service ended at its start.
+    """
+    with _alone():
+        noted = _noted()
+        running = {s.name: s for s in noted if s.is_alive()}
+        others = [s for s in noted if not s.is_alive()]
+        starting = _Starting(running, others)
+        try:
+            return _up(starting, prefect_port, mlflow_port)
+        except BaseException as error:
+            hurried = not isinstance(error, Exception)  # a signal is answered within seconds
+            _end(starting.started, patience=1 if hurried else STOP_SECONDS)
+            _note([*others, *running.values()])
+            raise
+
+
+def down() -> list[str]:
+    """End what `up` started: the workers with their runs, then the servers. The names of both."""
+    with _alone():
+        services = _noted()
+        ended = [s.name for s in services if s.is_alive()]
+        _end(services)
+        _note(s for s in services if s.name in POOLS or not s.is_here)  # for their runs' sake
+        return ended
+
+
+def _up(starting: _Starting, prefect_port: int | None, mlflow_port: int | None) -> Up:
+    prefect = os.environ.get("PREFECT_API_URL", "")
+    tracking = os.environ.get("MLFLOW_TRACKING_URI", "")
+    before, made = dict(starting.running), ""
+    login = os.environ.get("PREFECT_API_AUTH_STRING")
+    if own := not prefect:
+        if "prefect" not in starting.running:
+            made = _make_login()
+        login = _login()
+        starting.server("prefect", prefect_port, partial(_prefect_server, login))
+    if not tracking.startswith(("http:", "https:")):
+        from filelock import FileLock
+
+        from tasks.record import database
+
+        with FileLock(_home() / "mlflow.lock"):  # two that make its database at once break it
+            database.ready(database.tracking_uri())
+            starting.server("mlflow", mlflow_port, _mlflow_server)
+            starting.wait_for("mlflow", lambda url: _answers(f"{url}/health"))
+    starting.wait_for("prefect", lambda url: _answers(f"{url}/api/health"))
+    servers = starting.running
+    prefect = prefect or api_url(servers["prefect"])
+    tracking = servers["mlflow"].url if "mlflow" in servers else tracking
+    client_environment = {"PREFECT_API_URL": prefect, "MLFLOW_TRACKING_URI": tracking}
+    if login:
+        client_environment["PREFECT_API_AUTH_STRING"] = login
+    if starting.started:
+        deploy(prefect, {**_environment(), **client_environment})
+    with client_of(prefect, login) as client:
+        dead = {s.mark for s in starting.others if s.is_here and not any(_processes(s.mark))}
+        ended = end_dead_runs(client, dead, alone=own)
+        starting.forget(dead)
+        for pool in POOLS:
+            starting.worker(pool, client_environment)
+        for pool in POOLS:
+            mark = starting.running[pool].mark
+            starting.wait_for(pool, partial(_is_online, client, pool, mark))
+    started = tuple(name for name in starting.running if name not in before)
+    return Up(prefect.removesuffix("/api"), tracking, started, _folder(), made, tuple(ended))
+
+
+class _Starting:
+    """The services that run, and those among them that this call started; each noted at once."""
+
+    def __init__(self, running: dict[str, Service], others: Sequence[Service]) -> None:
+        self.running = dict(running)
+        self.started: list[Service] = []
+        self.others = list(others)
+        """Those that are dead, or another machine's: noted still, for the sake of their runs."""
+
+    def forget(self, marks: set[str]) -> None:
+        """Note no longer those that are dead and have left nothing."""
+        self.others = [s for s in self.others if s.mark not in marks]
+        _note([*self.others, *self.running.values()])
+
+    def server(
+        self,
+        name: str,
+        port: int | None,
+        command: Callable[[int], tuple[list[str], dict[str, str]]],
+    ) -> None:
+        """Start a server on its port, or on a free one where none was asked for."""
+        if name in self.running:
+            self._check_port(self.running[name], port)
+            return
+        at = _port(name, port)
+        arguments, environment = command(at)
+        self._start(name, _new_mark(name), arguments, environment, url=f"http://{HOST}:{at}")
+
+    def worker(self, pool: str, client: Mapping[str, str]) -> None:
+        """Start the worker of a pool: in this directory, with this record."""
+        if pool in self.running:
+            return
+        environment = {
+            **client,
+            "PREFECT_WORKER_QUERY_SECONDS": "5",
+            "STAPLE_HOME": str(_home()),
+        }
+        mark = _new_mark(pool)
+        command = ["prefect", "worker", "start", "--pool", pool, "--type", "process"]
+        self._start(pool, mark, [*command, "--name", mark], environment)
+
+    def wait_for(self, name: str, is_ready: Callable[[str], bool]) -> None:
+        """Until a service that was just started is ready.
+
+        Raises:
+            UserError: it ended, or takes too long; with the last lines of its log.
+        """
+        service = next((s for s in self.started if s.name == name), None)
+        if service is None:
+            return
+        deadline = time.monotonic() + START_SECONDS
+        while not is_ready(service.url):
+            late = time.monotonic() > deadline
+            if late or not service.is_alive():
+                what = f"has not answered for {START_SECONDS} s" if late else "ended at its start"
+                last = _tail(Path(service.log).read_text("utf-8", "replace"))
+                raise UserError(f"{name} {what}; the end of {service.log}:\n{last}")
+            time.sleep(0.2)
+
+    def _start(
+        self,
+        name: str,
+        mark: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        url: str = "",
+    ) -> None:
+        log = _folder() / f"{name}.log"
+        with open(log, "wb", opener=private.opener) as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *arguments],
+                env={
+                    **_environment(),
+                    **environment,
+                    **{MARK: mark, URL: url, "STAPLE_HOME": str(_home())},
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C in this terminal is not for it
+            )
+        service = Service(name, mark, process.pid, str(log), url, platform.node())
+        self.running[name] = service
+        self.started.append(service)
+        _note([*self.others, *self.running.values()])
+
+    @staticmethod
+    def _check_port(service: Service, port: int | None) -> None:
+        if port and not service.url.endswith(f":{port}"):
+            raise UserError(
+                f"{service.name} is up at {service.url} already",
+                fix="staple down, then staple up with the other port",
+            )
+
+
+def _prefect_server(login: str, port: int) -> tuple[list[str], dict[str, str]]:
+    command = ["flows.server.prefect_server", "--port", str(port)]
+    return command, server_environment(f"http://{HOST}:{port}", login)
+
+
+def _mlflow_server(port: int) -> tuple[list[str], dict[str, str]]:
+    """Over the database and folder that the command line uses here without a server."""
+    from tasks.record import database
+
+    options = {
+        "--host": HOST,
+        "--port": str(port),
+        "--workers": "1",
+        "--default-artifact-root": str(Path("mlruns").absolute()),
+    }
+    command = ["mlflow", "server", *(word for option in options.items() for word in option)]
+    return command, {
+        "MLFLOW_BACKEND_STORE_URI": database.tracking_uri(),  # its password is to be no argument
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+
+
+def _environment() -> dict[str, str]:
+    """This process's, but a service's log is to say more than the command line does."""
+    quiet = ("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "PREFECT_LOGGING_LEVEL")
+    kept = {name: value for name, value in os.environ.items() if name not in quiet}
+    return {**kept, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
+
+
+# Prefect's password ------------------------------------------------------------------------------
+
+GIVEN_LOGIN = "PREFECT_SERVER_API_AUTH_STRING"
+"""Environment variable with a login that is to be used instead of one of our own."""
+
+
+def login_file() -> Path:
+    """Where Prefect's login of `staple up` is kept: a name, a colon, a password."""
+    return _folder() / "prefect-login"
+
+
+def _login() -> str:
+    """The login of our Prefect server; "" where it has none."""
+    try:
+        with open(login_file(), encoding="utf-8", opener=private.opener) as kept:
+            return os.environ.get(GIVEN_LOGIN) or kept.read().strip()
+    except FileNotFoundError:
+        return os.environ.get(GIVEN_LOGIN, "")
+
+
+def _make_login() -> str:
+    """A login of our own, kept; "" where there is one already."""
+    if os.environ.get(GIVEN_LOGIN):
+        login_file().unlink(missing_ok=True)
+        return ""
+    if _login():
+        return ""
+    login = new_login()
+    login_file().unlink(missing_ok=True)
+    with open(login_file(), "x", encoding="utf-8", opener=private.opener) as kept:
+        kept.write(login + "\n")
+    return login
+
+
+# Ports -----------------------------------------------------------------------------------------
+
+
+def _port(name: str, asked: int | None) -> int:
+    if asked is not None:
+        if not _is_free(asked):
+            raise UserError(
+                f"port {asked} is taken{_holder(asked)}",
+                where=f"staple up, {name}",
+                fix="give another port, or none: then a free one is found",
+            )
+        return asked
+    usual = PORTS[name]
+    return usual if _is_free(usual) else _free_port()
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        return int(listener.getsockname()[1])
+
+
+def _holder(port: int) -> str:
+    """ " by python (process 123)", where the system tells."""
+    import psutil
+
+    try:
+        for connection in psutil.net_connections("tcp"):
+            listens = connection.status == psutil.CONN_LISTEN and connection.pid
+            if listens and connection.laddr.port == port:
+                return f" by {psutil.Process(connection.pid).name()} (process {connection.pid})"
+    except psutil.Error:
+        pass
+    return ""
+
+
+def _is_online(client: SyncPrefectClient, pool: str, worker: str, _url: str) -> bool:
+    return worker in online(client, pool)
+
+
+def _answers(url: str) -> bool:
+    import httpx
+
+    try:
+        # our own servers are on loopback, which no proxy reaches
+        return httpx.get(url, timeout=2, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+# What runs ---------------------------------------------------------------------------------------
+
+
+def _home() -> Path:
+    """As `flows.experiment.home`, without its imports: every command asks for it (`adopt`)."""
+    return Path(os.environ.get("STAPLE_HOME", ".staple")).absolute()
+
+
+def _folder() -> Path:
+    return _home() / "services"
+
+
+def _new_mark(name: str) -> str:
+    return f"{name}-{uuid.uuid4().hex[:12]}"
+
+
+def _noted() -> list[Service]:
+    """What runs, as it was noted; where the note is damaged, as the processes themselves say."""
+    path = _folder() / "services.json"
+    try:
+        return [Service(**entry) for entry in json.loads(path.read_bytes())]
+    except FileNotFoundError:
+        return []
+    except UNREADABLE as error:
+        found = list(_marked())
+        names = ", ".join(service.name for service in found) or "nothing"
+        say(f"{path} is damaged ({error}); of its services {names} runs, which is noted anew")
+        with suppress(OSError):  # what cannot be noted can be ended all the same
+            remove(path)
+            _note(found)
+        return found
+
+
+def _marked() -> Iterator[Service]:
+    """The services of this home among the processes that run."""
+    import psutil
+
+    for process in psutil.process_iter():
+        try:
+            own, parent = process.environ(), process.parent()
+            mark = own.get(MARK, "")
+            first = parent is None or parent.environ().get(MARK) != mark
+        except (psutil.Error, OSError):
+            continue
+        if mark and first and own.get("STAPLE_HOME") == str(_home()):
+            name = mark.rpartition("-")[0]
+            log = str(_folder() / f"{name}.log")
+            yield Service(name, mark, process.pid, log, own.get(URL, ""))
+
+
+def _note(services: Any) -> None:
+    path = _folder() / "services.json"
+    scratch = path.with_suffix(".part")
+    scratch.write_text(json.dumps([asdict(s) for s in services], indent=1) + "\n", "utf-8")
+    scratch.replace(path)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One `up` or `down` at a time."""
+    from filelock import FileLock
+
+    private.folder(_folder())
+    with FileLock(_folder() / "lock"):
+        yield
+
+
+def _end(services: Sequence[Service], patience: float = STOP_SECONDS) -> None:
+    """End services and their children: workers before servers, so that runs can still report.
+
+    A process is asked to end (SIGTERM), and killed after `patience` seconds.
+    """
+    import psutil
+
+    for service in reversed(services):
+        processes = list(_processes(service.mark))
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        psutil.wait_procs(processes, timeout=patience)
+        for process in _processes(service.mark):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _processes(mark: str) -> Iterator[psutil.Process]:
+    """Every process that carries a mark, wherever it stands in the tree by now."""
+    import psutil
+
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark:
+                yield process
+        except (psutil.Error, OSError):
+            continue
+
+
+def _tail(text: str, lines: int = 12) -> str:
+    return "\n".join(text.strip().splitlines()[-lines:])

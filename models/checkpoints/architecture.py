@@ -1,0 +1,238 @@
+"""A model's configuration and tensors, held against the architecture that transformers has.
+
+`models.checkpoints.check` asks with what the headers of a checkpoint say, before anything is
+computed; `models.training.bases` with what was really loaded. Nothing here needs memory for
+weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from constitutions.errors import UserError
+from models.checkpoints.headers import Tensor, read_object
+from models.policy import PolicySettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Use = Literal["trained", "sampled", "reward"]
+"""What is done with a model: sampled from and trained, only sampled from, or asked for rewards."""
+
+HARMLESS = re.compile(
+    r"inv_freq$|masked_bias$|\.attn(\.attention)?\.bias$|attention\.bias$|position_ids$"
+    r"|_extra_state$|(^|\.)(mtp|nextn|vision\w*|visual|audio\w*|multi_modal\w*|mm_\w+|embed_vision)\."
+)
+"""Tensors that checkpoints carry and no causal language model computes with: buffers that are
+derived anew, heads that predict further tokens, towers for images and sound."""
+OTHER_TASK = re.compile(r"For(?!CausalLM|ConditionalGeneration)[A-Z]\w+$")
+"""Names of architectures that were trained to do something else than to go on with a text."""
+LARGEST_BUFFERS = 1 << 30
+"""Bytes of tables that an architecture computes for itself (positions, masks)."""
+NAMED = 4
+"""How many of several faulty names a message tells."""
+
+
+def read_config(directory: Path, settings: PolicySettings, use: Use) -> PreTrainedConfig:
+    """The configuration, of an architecture that transformers has for this use.
+
+    Raises:
+        UserError: it has not, or the file names other weights, or holds no configuration.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        AutoConfig,
+    )
+
+    file = directory / "config.json"
+    told = read_object(file)
+    mapping = (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        if use == "reward"
+        else MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+    if "transformers_weights" in told:
+        raise UserError("names weights of its own (transformers_weights)", where=str(file))
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        known = type(config) in mapping
+    except Exception as error:  # of any kind: each architecture checks its configuration itself
+        if "auto_map" in told:
+            raise own_code(directory) from None
+        raise UserError(
+            f"holds no configuration that transformers knows: {first_line(error)}", where=str(file)
+        ) from None
+    other = [n for n in told.get("architectures") or () if OTHER_TASK.search(str(n))]
+    if not known or (other and use != "reward"):
+        if "auto_map" in told and not known:
+            raise own_code(directory)
+        raise UserError(
+            f"describes {other[0] if other else f'a {config.model_type} model'}",
+            where=str(file),
+            expected="a sequence-classification model"
+            if use == "reward"
+            else "a causal language model of an architecture that transformers knows",
+        )
+    already = _quantised(config)
+    if settings.quantization == "nf4" and already not in ("", "bitsandbytes"):
+        raise UserError(
+            f"the weights are quantised already ({already})",
+            where=str(file),
+            fix="set quantization to none, or take the version that is not quantised",
+        )
+    return cast("PreTrainedConfig", config)
+
+
+def own_code(model: str | Path) -> UserError:
+    """A model that asks to run code that it brings."""
+    return UserError(
+        "the model asks to run its own code (auto_map in config.json), which is refused",
+        where=str(model),
+        expected="a causal language model of an architecture that transformers knows",
+        fix="serve it behind an OpenAI-compatible endpoint",
+    )
+
+
+def compare(config: PreTrainedConfig, held: Mapping[str, Tensor], use: Use) -> tuple[str, int, int]:
+    """Hold the tensors of a checkpoint against the architecture of its configuration.
+
+    Names and shapes go through the renaming, fusing and tying that `from_pretrained` applies:
+    it loads them, on a device without memory.
+
+    Returns:
+        The architecture's name, its number of parameters and of rows in its embedding.
+
+    Raises:
+        UserError: tensors are missing, unexpected or of another shape; or the configuration
+            describes no model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    auto = AutoModelForSequenceClassification if use == "reward" else AutoModelForCausalLM
+    where = f"model directory {config.name_or_path}"
+    quantised = _quantised(config)
+    if quantised:
+        del config.quantization_config
+    try:
+        with torch.device("meta"):
+            shell = auto.from_config(config, trust_remote_code=False)
+        tensors = {
+            name: torch.empty(tensor.shape, dtype=_dtype(tensor.kind), device="meta")
+            for name, tensor in held.items()
+        }
+        model, loading = type(shell).from_pretrained(
+            None,
+            config=shell.config,
+            state_dict=tensors,
+            device_map={"": "meta"},
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except MemoryError:
+        raise
+    except ImportError as error:
+        raise UserError(
+            f"needs a package that is not installed: {' '.join(str(error).split())[:300]}",
+            where=where,
+        ) from None
+    except Exception as error:  # whatever an architecture makes of sizes that do not go together
+        raise UserError(
+            f"config.json describes no model that can be built: {first_line(error)}", where=where
+        ) from None
+    check_loading(loading, type(model).__name__, where, quantised=bool(quantised))
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    if buffers > LARGEST_BUFFERS:
+        raise UserError(
+            f"config.json asks for tables of {buffers >> 20:,} MiB beside the weights",
+            where=where,
+            expected=f"{LARGEST_BUFFERS >> 20:,} MiB at most",
+        )
+    embedding = model.get_input_embeddings()
+    rows = int(embedding.weight.shape[0]) if hasattr(embedding, "weight") else 1 << 40
+    return type(model).__name__, int(model.num_parameters()), rows
+
+
+def check_loading(
+    loading: Mapping[str, Any], name: str, where: str, *, quantised: bool = False
+) -> None:
+    """See that every tensor of a model came from its checkpoint, and none was left over.
+
+    Args:
+        loading: what `from_pretrained` tells with `output_loading_info`.
+        name: of the architecture.
+        quantised: the checkpoint holds weights in pieces; only those without any are missing.
+
+    Raises:
+        UserError: tensors are missing, unexpected or of another shape.
+    """
+    missing = set(loading["missing_keys"])
+    unexpected = {key for key in loading["unexpected_keys"] if not HARMLESS.search(key)}
+    wrong = {key: (there, here) for key, there, here in loading["mismatched_keys"]}
+    if quantised:  # in pieces: codes, scales and zero points stand for a weight
+        pieces = {key.rpartition(".")[0] for key in unexpected}
+        pieces |= {re.sub("_(blocks|scales)$", "", key) for key in unexpected}
+        missing = {k for k in missing if k not in pieces and k.rpartition(".")[0] not in pieces}
+        unexpected, wrong = set(), {}
+    shapes = [
+        f"{key} is {_size(there)}, not {_size(here)}"
+        for key, (there, here) in sorted(wrong.items())
+    ]
+    faults = [
+        *(_listed("lack", missing) if missing else ()),
+        *(_listed("have", unexpected, "that it does not know") if unexpected else ()),
+        *([f"{len(wrong):,} of another shape ({'; '.join(shapes[:NAMED])})"] if wrong else ()),
+        *[first_line(message) for message in loading.get("error_msgs") or ()][:NAMED],
+        *[
+            f"{key}: {first_line(message)}"
+            for key, message in (loading.get("conversion_errors") or {}).items()
+        ][:NAMED],
+    ]
+    if faults:
+        raise UserError(
+            f"the weights do not fit {name}: they {' and '.join(faults)}",
+            where=where,
+            expected="every tensor of the architecture that config.json describes, and no other: "
+            "none is made up",
+            fix="fetch the model again, or mend config.json",
+        )
+
+
+def _listed(verb: str, names: Iterable[str], why: str = "") -> list[str]:
+    found = sorted(names)
+    more = f", … and {len(found) - NAMED:,} more" if len(found) > NAMED else ""
+    tail = f" {why}" if why else ""
+    return [f"{verb} {len(found):,} tensors{tail} ({', '.join(found[:NAMED])}{more})"]
+
+
+def _size(shape: Any) -> str:
+    return "x".join(map(str, shape)) or "a number"
+
+
+def _quantised(config: PreTrainedConfig) -> str:
+    """How a checkpoint's weights are quantised; empty where they are not."""
+    told = getattr(config, "quantization_config", None) or {}
+    found = told.get("quant_method") if isinstance(told, dict) else told.quant_method
+    return str(getattr(found, "value", found) or "in a way of its own") if told else ""
+
+
+def _dtype(kind: str) -> Any:
+    import torch
+
+    names = {
+        **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16},
+        **{"BF16": torch.bfloat16, "C64": torch.complex64, "BOOL": torch.bool},
+        **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    }
+    return names.get(kind, torch.uint8)
+
+
+def first_line(error: object) -> str:
+    """What an error says, on one line of at most 300 characters."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]

@@ -1,0 +1,112 @@
+"""A child process for what others wrote: its processor time and memory end before ours do.
+
+`ask` starts `python -m MODULE`; the module's `main` calls `serve`. A template that loops, a
+tokenizer that swells or a file that crashes a parser ends the child, and comes back as a reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+DATA_BYTES = 1600 << 20
+"""Memory that a child may take for itself: with its libraries' code it stays below 2 GB."""
+WALL_SECONDS = 600
+"""The most that a child may take on a machine where others leave it no processor."""
+
+Step = Callable[[str, int], None]
+"""(what is done next, how many seconds of processor time it may take)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a child ended: with an `answer`, or else within a `step`, for a `reason`."""
+
+    answer: Any = None
+    step: str = ""
+    reason: str = ""
+
+
+def ask(module: str, request: Any, *, data_bytes: int = DATA_BYTES) -> Ended:
+    """What a module's child makes of a request (JSON); no GPU and no network are there for it."""
+    kept = {
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", module, str(data_bytes)],
+            cwd=ROOT,
+            env={**os.environ, **kept},
+            input=json.dumps(request).encode(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=WALL_SECONDS,
+        )
+    except subprocess.TimeoutExpired as late:
+        return Ended(step=_told(late.stdout)[0], reason=f"takes more than {WALL_SECONDS} s")
+    step, seconds, last = _told(done.stdout)
+    if "answer" in last:
+        return Ended(last["answer"])
+    if done.returncode == -signal.SIGXCPU:
+        return Ended(step=step, reason=f"takes more than {seconds} s of processor time")
+    if "memory" in last or done.returncode in (-signal.SIGABRT, -signal.SIGKILL):
+        return Ended(step=step, reason=f"takes more than {data_bytes >> 20:,} MiB of memory")
+    crash = last.get("crash") or f"the process ends by signal {-done.returncode}"
+    return Ended(step=step, reason=f"fails: {crash}")
+
+
+def _told(output: bytes | None) -> tuple[str, int, dict[str, Any]]:
+    """The last step that a child began, its seconds, and the last thing that it said."""
+    said = [
+        json.loads(line) for line in (output or b"").splitlines(keepends=True) if line[-1:] == b"\n"
+    ]
+    steps = [line for line in said if "step" in line] or [
+        {"step": "starting a process", "seconds": 0}
+    ]
+    return steps[-1]["step"], steps[-1]["seconds"], said[-1] if said else {}
+
+
+def serve(work: Callable[[Any, Step], Any]) -> None:
+    """Answer one request, in the child: read from standard input, within the limits.
+
+    Args:
+        work: (request, step) to the answer; calls `step` before whatever may take long.
+    """
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    limit = int(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+    def say(**what: Any) -> None:
+        told.write(json.dumps(what) + "\n")
+        told.flush()
+
+    def step(name: str, seconds: int) -> None:
+        say(step=name, seconds=seconds)
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        end = int(used.ru_utime + used.ru_stime) + seconds + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (end, resource.RLIM_INFINITY))
+
+    try:
+        answer = work(json.load(sys.stdin), step)
+    except MemoryError:
+        say(memory=True)
+    except Exception as error:
+        say(crash=f"{type(error).__name__}: {error}"[:300])
+    else:
+        say(answer=answer)
+    told.flush()
+    os._exit(0)  # nothing is left to be tidied up, and a library's threads may not end

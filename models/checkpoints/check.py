@@ -1,0 +1,345 @@
+"""Whether a model directory can be sampled from and trained exactly, told without loading it.
+
+`check_directory` asks a child process with bounds of time and memory
+(`models/checkpoints/bounded.py`), because all that is in the directory was written by others: the
+child reads the headers of the weights, builds the architecture without memory for it, compares the
+two by transformers' own rules, loads the tokenizer and renders the chat template. What was found
+good is remembered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from constitutions.errors import UserError
+from models.checkpoints.architecture import NAMED, Use, compare, first_line, read_config
+from models.checkpoints.bounded import DATA_BYTES, Step, ask, serve
+from models.checkpoints.headers import (
+    check_listing,
+    digest_parts,
+    read_object,
+    read_tensors,
+    shards_there,
+)
+from models.checkpoints.shapes import cached_config
+from models.policy import FINGERPRINT, Messages, PolicySettings
+from models.prompts import TEMPLATES, ask_refinement
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from models.chat import Chat
+
+MEDIA = re.compile("image|audio|video|vision", re.IGNORECASE)
+LONGEST_TEXT = 1 << 20
+"""Characters that a template may write around a conversation of a few hundred."""
+CHECKED = "checked"
+"""Folder below the home: what was found of model directories, a file each."""
+
+
+def check_directory(
+    directory: Path,
+    settings: PolicySettings,
+    use: Use = "trained",
+    home: Path | None = None,
+    *,
+    data_bytes: int = DATA_BYTES,
+) -> str:
+    """What a model directory holds, in a few words; nothing of it is loaded in this process.
+
+    Args:
+        settings: how the model will be held, and which chat template it is asked with.
+        home: where it is remembered what was found good; None: in this process alone.
+        data_bytes: memory of the child.
+
+    Raises:
+        UserError: it cannot be sampled from or trained exactly, or takes more time or memory to
+            look at than any model does.
+    """
+    check_listing(directory)
+    keys = [_key(directory, settings, asked) for asked in dict.fromkeys((use, "trained"))]
+    keys = keys if use == "sampled" else keys[:1]  # what can be trained can be sampled from
+    known = next(filter(None, (_recalled(key, home) for key in keys)), None)
+    if known is None:
+        request = {
+            "directory": str(directory.resolve()),
+            "settings": settings.model_dump(mode="json"),
+            "use": use,
+        }
+        ended = ask("models.checkpoints.check", request, data_bytes=data_bytes)
+        if ended.reason:
+            raise UserError(f"{ended.step} {ended.reason}", where=f"model directory {directory}")
+        if "error" in ended.answer:
+            raise _moved(UserError(**ended.answer["error"]), directory)
+        known = str(ended.answer["found"])
+    _remember(keys[0], known, home)
+    return known
+
+
+MODELS = Path(__file__).parents[1]
+SOURCES = (
+    *sorted((MODELS / "checkpoints").glob("*.py")),
+    MODELS / "training/encoding.py",
+    *(MODELS / f"{name}.py" for name in ("chat", "thoughts", "prompts")),
+)
+"""Modules that decide what is found good: another version looks again."""
+_good: dict[str, str] = {}
+"""What was found of directories in this process, by `_key`."""
+
+
+def _recalled(key: str, home: Path | None) -> str | None:
+    if key not in _good and home is not None:
+        with suppress(OSError, UnicodeDecodeError):  # what cannot be read is found again
+            _good[key] = (home / CHECKED / key).read_text("utf-8")
+    return _good.get(key) or None
+
+
+def _remember(key: str, found: str, home: Path | None) -> None:
+    _good[key] = found
+    if home is None or (home / CHECKED / key).exists():
+        return
+    with suppress(OSError):  # where nothing can be written, it is found again
+        (home / CHECKED).mkdir(parents=True, exist_ok=True)
+        scratch = home / CHECKED / f".{key}.{os.getpid()}.tmp"
+        scratch.write_text(found, "utf-8")
+        scratch.replace(home / CHECKED / key)
+
+
+def _key(directory: Path, settings: PolicySettings, use: Use) -> str:
+    """sha256 (hex) over everything that a check depends on."""
+    told = settings.model_dump(mode="json", context=FINGERPRINT)
+    told |= {"model": "", "use": use, "transformers": version("transformers")}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for source in SOURCES:
+        digest.update(source.read_bytes())
+    for part in digest_parts(directory):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _moved(error: UserError, directory: Path) -> UserError:
+    """The error of a child, which knows the directory by its resolved path."""
+    real = str(directory.resolve())
+    where = error.where.replace(real, str(directory)) or f"model directory {directory}"
+    what = error.what.replace(real, str(directory))
+    return UserError(what, where=where, expected=error.expected, fix=error.fix)
+
+
+def located(settings: PolicySettings) -> Path | None:
+    """The model's files on this machine: a directory, or a hub's model that is whole in its cache.
+
+    None: they are yet to be fetched, or made.
+    """
+    directory = Path(settings.model).expanduser()
+    if directory.is_dir():
+        return directory
+    config = cached_config(settings)
+    if config is None:
+        return None
+    try:
+        check_listing(config.parent)
+        return config.parent if shards_there(config.parent) else None
+    except UserError:
+        return None
+
+
+# In the child --------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Answer one request of `check_directory`."""
+
+    def work(request: Any, step: Step) -> dict[str, Any]:
+        settings = PolicySettings.model_validate(request["settings"])
+        try:
+            found = examine(Path(request["directory"]), settings, request["use"], step)
+        except UserError as error:
+            told = {part: getattr(error, part) for part in ("what", "where", "expected", "fix")}
+            return {"error": told}
+        return {"found": found}
+
+    serve(work)
+
+
+def examine(
+    directory: Path,
+    settings: PolicySettings,
+    use: Use = "trained",
+    step: Step = lambda name, seconds: None,
+) -> str:
+    """What `check_directory` tells, without its bounds.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    step("reading the headers of the weights", 10)
+    held = read_tensors(directory)
+    read_object(directory / "config.json")
+    step("importing transformers", 60)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    step("reading config.json", 15)
+    config = read_config(directory, settings, use)
+    step("building what config.json describes", 15)
+    name, parameters, rows = compare(config, held, use)
+    step("loading the tokenizer", 15)
+    tokenizer = _tokenizer(directory)
+    _check_ids(directory, tokenizer, config, rows)
+    step("rendering the chat template", 8)
+    ends = _check_chat(directory, tokenizer, settings, use, rows)
+    return f"{name}, {parameters:,} parameters{ends}"
+
+
+# Tokens and templates --------------------------------------------------------------------------
+
+
+def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare ones
+        raise UserError(
+            f"the tokenizer cannot be loaded: {first_line(error)}",
+            where=f"model directory {directory}",
+        ) from None
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the tokenizer has no chat template",
+            where=f"model directory {directory}",
+            expected="a chat model (chat_template.jinja or a template in tokenizer_config.json)",
+            fix="take the model's instruction-tuned version",
+        )
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def _check_ids(
+    directory: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, rows: int
+) -> None:
+    """Every token that a text can become has a row in the embedding.
+
+    A placeholder for images or sound, as text models keep from a family that sees and hears
+    (Gemma 3), needs none: it is special, and no template writes it for a text.
+    """
+    special = set(tokenizer.all_special_tokens) | {
+        str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
+    }
+    beyond = sorted(
+        (number, token)
+        for token, number in tokenizer.get_vocab().items()
+        if number >= rows and not (token in special and MEDIA.search(token))
+    )
+    if beyond:
+        more = f", … and {len(beyond) - NAMED:,} more" if len(beyond) > NAMED else ""
+        named = ", ".join(f"{token!r} ({number:,})" for number, token in beyond[:NAMED])
+        raise UserError(
+            f"the embedding has {rows:,} rows, and the tokenizer has tokens beyond them: "
+            f"{named}{more}",
+            where=f"model directory {directory}",
+            fix="take the tokenizer that the model was trained with, or resize_token_embeddings",
+        )
+    said: dict[str, Any] = {"config.json": config}
+    if (directory / "generation_config.json").exists():
+        said["generation_config.json"] = _generation(directory)
+    for file, holder in said.items():
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            given = getattr(holder, name, None)
+            for number in given if isinstance(given, list | tuple) else [given]:
+                if not _is_row(number, rows) and not (name == "pad_token_id" and number == -1):
+                    raise UserError(
+                        f"{name} is {str(number)[:40]}",
+                        where=str(directory / file),
+                        expected=f"a row of the embedding: 0 to {rows - 1:,}",
+                    )
+
+
+def _is_row(number: Any, rows: int) -> bool:
+    return number is None or (type(number) is int and 0 <= number < rows)
+
+
+def _generation(directory: Path) -> Any:
+    from transformers import GenerationConfig
+
+    file = directory / "generation_config.json"
+    read_object(file)
+    try:
+        return GenerationConfig.from_pretrained(directory)
+    except Exception as error:  # it checks its own values
+        raise UserError(
+            f"holds no settings of generation: {first_line(error)}", where=str(file)
+        ) from None
+
+
+def _check_chat(
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: PolicySettings,
+    use: Use,
+    rows: int,
+) -> str:
+    """The chat template takes the project's conversations, in a bounded text, and ends turns.
+
+    What ends a turn is returned in words, for a model that is trained.
+    """
+    from models.chat import Chat, ChatError
+    from models.training.encoding import EncodingError, check_template
+
+    where = f"model directory {directory}"
+    chat, wording = Chat(tokenizer, settings), TEMPLATES[settings.templates]
+    turns: Messages = (
+        {"role": "system", "content": "Answer in plain words."},
+        {"role": "user", "content": "Do you have an oven?"},
+    )
+    asked = ask_refinement(wording, turns, "Mix flour with water.", "Name every quantity.")
+    for conversation in (turns[:1], turns[1:], turns, asked[1:], asked):
+        if (length := _length(chat, conversation)) > LONGEST_TEXT:
+            raise UserError(
+                f"the chat template writes {length:,} characters around a short conversation",
+                where=where,
+                expected=f"{LONGEST_TEXT:,} at most",
+            )
+    try:
+        ids, ends = chat.conversation(asked, ask=True), ""
+        if use == "trained":
+            end = check_template(tokenizer, settings, wording).end_of_turn
+            ids, ends = [*ids, *end], f", turns end with {tokenizer.decode(list(end))!r}"
+    except (ChatError, EncodingError) as error:
+        raise UserError(str(error)[:300], where=where) from None
+    if max(ids, default=0) >= rows:
+        raise UserError(
+            f"the chat template writes {tokenizer.decode([max(ids)])!r}, which has no row in the "
+            f"embedding ({rows:,} rows)",
+            where=where,
+        )
+    return ends
+
+
+def _length(chat: Chat, turns: Messages) -> int:
+    """Characters of a rendered conversation; 0 where the template refuses it."""
+    try:
+        text = chat.tokenizer.apply_chat_template(
+            cast("list[dict[str, str]]", list(turns)),
+            tokenize=False,
+            chat_template=chat.template,
+            **cast("dict[str, Any]", chat.arguments),
+        )
+    except MemoryError:
+        raise
+    except Exception:  # it is told where the conversation is needed
+        return 0
+    return len(cast(str, text))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Policies behind any OpenAI-compatible server."""

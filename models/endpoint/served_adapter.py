@@ -1,0 +1,153 @@
+"""A LoRA adapter at a server that loads it while it runs, as vLLM does. `models.endpoint.server`
+calls this.
+
+vLLM has the endpoint where it was started with `--enable-lora` and
+VLLM_ALLOW_RUNTIME_LORA_UPDATING=True. It is given a path, which it must see as we do. Adapters stay
+loaded: vLLM drops the least recently used ones by itself, and another process may want them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from constitutions.errors import UserError
+from models.endpoint.client import Card, Endpoint, Fault
+from models.endpoint.replies import Choice
+
+MISSING = frozenset({404, 405, 501})
+"""How a server answers that has no such address."""
+HOW = (
+    "start vLLM with --enable-lora --max-lora-rank (train.lora_rank) and "
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True; or serve a merged model (staple export --merge); or "
+    "unset policy.endpoint to run in process"
+)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedAdapter:
+    """An adapter's folder, the base that it belongs to, and its name at the server."""
+
+    path: Path
+    base: str
+    name: str
+
+    @classmethod
+    def of(cls, folder: Path, base: str) -> ServedAdapter:
+        """The name follows from the adapter's content: no two adapters share one."""
+        digest = hashlib.sha256()
+        for file in (folder / "adapter_config.json", _weights(folder)):
+            digest.update(file.read_bytes())
+        return cls(folder.resolve(), base, f"staple-{digest.hexdigest()[:16]}")
+
+    async def load(self, endpoint: Endpoint, client: httpx.AsyncClient, patience: float) -> None:
+        """Have the server load the adapter, unless it has it, and see it listed under its base.
+
+        Raises:
+            UserError: the server is away, has no such endpoint, cannot load the adapter (it may
+                not see its path), or lists it under another base.
+        """
+        try:
+            cards = await endpoint.models(client, patience)
+            if self.name not in cards:
+                await self._load(endpoint, client, patience)
+                cards = await endpoint.models(client, patience)
+        except Fault as fault:
+            raise endpoint.explain(fault) from None
+        self._check_listed(endpoint, cards)
+
+    async def _load(self, endpoint: Endpoint, client: httpx.AsyncClient, patience: float) -> None:
+        body = {"lora_name": self.name, "lora_path": str(self.path)}
+        try:
+            await endpoint.load_adapter(client, body, patience)
+        except Fault as fault:
+            if fault.status == 400 and "already" in fault.reason:
+                return  # another request was quicker
+            if fault.again or fault.status in (401, 403):
+                raise
+            raise self._refused(endpoint, fault) from None
+
+    def _refused(self, endpoint: Endpoint, fault: Fault) -> UserError:
+        if fault.status in MISSING and self.name not in fault.reason:
+            return no_adapters(endpoint, fault.reason)
+        return UserError(
+            f"the server cannot load the adapter ({fault.reason})",
+            where=endpoint.base,
+            expected=f"that it sees {self.path}, under this very path",
+            fix="share the folder with it; its --max-lora-rank must reach train.lora_rank",
+        )
+
+    def _check_listed(self, endpoint: Endpoint, cards: Mapping[str, Card]) -> None:
+        card = cards.get(self.name)
+        if card is None:
+            raise UserError(
+                f"the server does not list the adapter {self.name} that it has just loaded",
+                where=endpoint.base,
+                expected="it among the models at /v1/models",
+            )
+        parent, base = cards.get(card.parent or self.base), cards.get(self.base)
+        same = parent is base or (parent and base and parent.root and parent.root == base.root)
+        if card.parent and not same:
+            raise UserError(
+                f"the server has loaded the adapter onto {endpoint.clean(card.parent)}",
+                where=endpoint.base,
+                expected=f"its base {self.base}",
+                fix="set policy.served_model to what the server calls the base",
+            )
+
+    def check_acts(self, endpoint: Endpoint, base: Choice, again: Choice, tuned: Choice) -> None:
+        """Compare greedy answers to one question: the base's, twice, and the adapter's.
+
+        An adapter that changes nothing is worth a warning.
+
+        Raises:
+            UserError: the adapter's is the base's, though the adapter would change it.
+        """
+        noise = _gap(base, again)
+        if math.isinf(noise) or _gap(base, tuned) > noise:
+            return
+        if not self.changes_something():
+            _log.warning(
+                "%s: the adapter %s changes nothing: it is untrained", self.path, self.name
+            )
+            return
+        raise UserError(
+            f"the server answers as {self.name} exactly what it answers as {self.base}",
+            where=endpoint.base,
+            expected="other log-probabilities with the adapter than without",
+            fix="look into its log: it lists the adapter, and does not use it",
+        )
+
+    def changes_something(self) -> bool:
+        """Whether a B matrix is not zero: all are before the first step of training."""
+        from safetensors import deserialize
+
+        tensors = deserialize(_weights(self.path).read_bytes())
+        return any(any(tensor["data"]) for name, tensor in tensors if "lora_B" in name)
+
+
+def no_adapters(endpoint: Endpoint, reason: str) -> UserError:
+    """The server has no way to load an adapter while it runs."""
+    return UserError(
+        f"the server loads no adapters while it runs ({reason})", where=endpoint.base, fix=HOW
+    )
+
+
+def _weights(folder: Path) -> Path:
+    return folder / "adapter_model.safetensors"
+
+
+def _gap(one: Choice, other: Choice) -> float:
+    """The largest difference of a token's log-probability; infinite for different answers."""
+    pairs = list(zip(one.token_logprobs, other.token_logprobs, strict=False))
+    if one.said != other.said or len(one.token_logprobs) != len(other.token_logprobs):
+        return math.inf
+    return max((abs(a - b) for a, b in pairs), default=0.0)

@@ -1,0 +1,1 @@
+"""Generation in process: how tokens are sampled, in which batches, and whether exactly."""

@@ -1,0 +1,133 @@
+"""A model's files, on the machine that needs them: hashed once, and copied there once.
+
+`tasks.policies.base` identifies a model by its files; `models.pools.ray_cluster` brings them to the
+nodes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from constitutions.errors import UserError
+from models.files import Damaged, file_sha256, read_sealed, remove, write_sealed
+from models.notices import say
+
+PIECE = 64 << 20
+"""Bytes that travel at once."""
+
+Read = Callable[[str, int], bytes]
+"""(file's relative name, offset) to at most `PIECE` bytes of it; none at its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder as one machine has it: relative names, and each file's sha256 (hex)."""
+
+    path: str
+    files: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) over names and contents."""
+        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
+
+
+def folders(names: Iterable[str], home: Path) -> dict[str, Folder]:
+    """The folders among what models are called; a hub name is none, and every node fetches it."""
+    places = {name: Path(name).expanduser() for name in names}
+    return {
+        name: Folder(str(place.resolve()), file_hashes(place, home))
+        for name, place in places.items()
+        if place.is_dir()
+    }
+
+
+def file_hashes(folder: Path, home: Path) -> dict[str, str]:
+    """The sha256 of each file, by relative name.
+
+    Contents are hashed once for each (path, size, time of change), and remembered under `home`:
+    hashing 16 GB takes longer than everything else at start-up. Touching a file changes nothing.
+    """
+    memory = home / "digests.json"
+    known = _remembered(memory)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and ".git" not in p.parts)
+    digests = {}
+    for path in files:
+        stat = path.stat()
+        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+        known[key] = digests[str(path.relative_to(folder))] = known.get(key) or file_sha256(path)
+    home.mkdir(parents=True, exist_ok=True)
+    write_sealed(memory, known)
+    return digests
+
+
+def _remembered(memory: Path) -> dict[str, str]:
+    """The digests that are known; none where the file is damaged, which costs time only."""
+    try:
+        return dict(read_sealed(memory))
+    except FileNotFoundError:
+        return {}
+    except Damaged as error:
+        say(f"{error}; it is made anew, the models' files are hashed again")
+        remove(memory)
+        return {}
+
+
+def bring(folder: Folder, home: Path, read: Read) -> Path:
+    """Where the folder is on this machine: at its own path if the same files are there, else a
+    copy below `home`, made by the first process that needs it.
+
+    Raises:
+        UserError: what arrived is not what was sent.
+    """
+    from filelock import FileLock
+
+    own, copy = Path(folder.path), home / "models" / folder.digest[:32] / Path(folder.path).name
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(copy.parent / ".lock"):
+        for place in (own, copy):
+            if os.path.isdir(place) and file_hashes(place, home) == folder.files:
+                return place
+        _fetch(folder, copy, read)
+    return copy
+
+
+def _fetch(folder: Folder, to: Path, read: Read) -> None:
+    """Whole or not at all; what a killed process had begun is thrown away."""
+    scratch = to.with_name(f"{to.name}.tmp")
+    for left in (scratch, to):
+        shutil.rmtree(left, ignore_errors=True)
+    for name, sha256 in folder.files.items():
+        path = scratch / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as sink:
+            while piece := read(name, sink.tell()):
+                sink.write(piece)
+        if file_sha256(path) != sha256:
+            raise UserError(
+                f"the copy of {name} is not the file that was sent: its sha256 differs",
+                where=str(to),
+                expected=f"the files of {folder.path}, unchanged while a stage uses them",
+            )
+    scratch.replace(to)
+
+
+class Shelf:
+    """Hands out pieces of some folders' files, on the machine that has them."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._paths = frozenset(paths)
+
+    def piece(self, path: str, name: str, offset: int) -> bytes:
+        """At most `PIECE` bytes of a file of the folder `path`."""
+        if path not in self._paths:
+            raise ValueError(f"{path} is not on this shelf")
+        with Path(path, name).open("rb") as source:
+            source.seek(offset)
+            return source.read(PIECE)

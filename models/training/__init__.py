@@ -1,0 +1,1 @@
+"""Training: bases, adapters, examples, objectives, the loop, and the export of what it made."""

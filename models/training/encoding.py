@@ -1,0 +1,210 @@
+"""Conversations as training examples: tokens, and which of them the loss is on.
+
+`tasks/train.py` and `tasks/sami` encode with it; `models/training/loop.py` trains on what it makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from models.chat import Answered, Chat, ChatError
+from models.policy import Message, Messages, PolicySettings
+from models.prompts import Templates, ask_refinement
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One tokenised conversation. `trained[i]` says whether token i is predicted in the loss."""
+
+    ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+    weight: float = 1.0
+    """Posterior weight of the trajectory: multiplies its log-likelihood."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One query's C prompts, each under a constitution of its own, and the C responses (SAMI)."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    responses: tuple[tuple[int, ...], ...]
+    """The tokens that count, at least one each: with the end of the turn, or without."""
+    weight: float = 1.0
+    reference: tuple[tuple[float, ...], ...] = ()
+    """log p of each response's tokens under its own constitution, by the policy that is not to be
+    left far behind; empty without a KL term."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the C rows: a prompt, and every response after it."""
+        each = sum(len(response) - 1 for response in self.responses)
+        return sum(map(len, self.prompts)) + len(self.prompts) * each
+
+
+class EncodingError(ValueError):
+    """A conversation that cannot be trained on; the message is the reason."""
+
+
+class Encoder:
+    """Tokenises conversations with a chat template and marks the tokens that are trained.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        max_tokens: longer conversations are refused: a cut one would teach cut answers.
+        settings: which template it is, and what it is told.
+
+    Raises:
+        UserError: the tokenizer has no template of that name.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        settings: PolicySettings | None = None,
+    ) -> None:
+        self.chat, self.max_tokens = Chat(tokenizer, settings), max_tokens
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        trained: Sequence[int],
+        weight: float = 1.0,
+        thoughts: Mapping[int, str] | None = None,
+    ) -> list[Example]:
+        """The conversation with loss on the assistant turns numbered `trained`, nothing else.
+
+        The loss is on a turn's tokens, its thoughts among them, and its end of turn: what was
+        sampled after exactly the prompt that it was sampled after. Where a later prompt shows a
+        turn otherwise (without its thoughts, say) there is one example for each trained turn;
+        otherwise there is one.
+
+        Args:
+            thoughts: what was sampled before the answer, by the number of the turn, "" where it
+                was nothing. A turn that is not there follows the template's empty thought.
+
+        Raises:
+            EncodingError: too long, a conversation that the template refuses, or a turn without
+                an end.
+        """
+        known = thoughts or {}
+        try:
+            turns = [
+                self.chat.answered(messages[:turn], messages[turn]["content"], known.get(turn))
+                for turn in trained
+            ]
+            whole = self.chat.conversation(messages)
+        except ChatError as error:
+            raise EncodingError(str(error)) from error
+        lines = [[*turn.prompt, *turn.answer] for turn in turns]
+        for ids in (whole, max(lines, key=len)):
+            if all(_begins(ids, line) for line in lines):
+                return [self._example(ids, turns, weight)]
+        return [
+            self._example(line, [turn], weight) for line, turn in zip(lines, turns, strict=True)
+        ]
+
+    def group(
+        self, prompts: Sequence[Messages], responses: Sequence[str], ends: Sequence[bool]
+    ) -> Group:
+        """Prompts that differ in their constitution, and a response to each.
+
+        A response counts without its thoughts, after the template's empty one: thoughts quote the
+        constitution, and would tell it by themselves.
+
+        Args:
+            ends: of each response, whether the tokens that end the turn count. (They say that
+                nothing follows.)
+
+        Raises:
+            EncodingError: a row is too long, a conversation that the template refuses, an empty
+                response where the end does not count.
+        """
+        rows = [self._answered(*row) for row in zip(prompts, responses, ends, strict=True)]
+        group = Group(tuple(p for p, _ in rows), tuple(r for _, r in rows))
+        longest = max(len(p) for p in group.prompts) + max(len(r) for r in group.responses)
+        if longest > self.max_tokens:
+            raise EncodingError(f"{longest:,} tokens, more than max_tokens = {self.max_tokens:,}")
+        return group
+
+    def _answered(
+        self, prompt: Messages, text: str, end: bool
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        try:
+            ids, answer = self.chat.answered(prompt, text)
+        except ChatError as error:
+            raise EncodingError(str(error)) from error
+        written = self.chat.end_of_turn
+        ended = len(written) if tuple(answer[-len(written) :]) == written else 1
+        response = answer if end else answer[:-ended]
+        if not response:
+            raise EncodingError("a response is empty")
+        return tuple(ids), tuple(response)
+
+    def _example(self, ids: list[int], turns: Sequence[Answered], weight: float) -> Example:
+        if len(ids) > self.max_tokens:
+            raise EncodingError(f"{len(ids):,} tokens, more than max_tokens = {self.max_tokens:,}")
+        trained = {len(prompt) + i for prompt, answer in turns for i in range(len(answer))}
+        return Example(tuple(ids), tuple(i in trained for i in range(len(ids))), weight)
+
+
+def check_template(
+    tokenizer: PreTrainedTokenizerBase, settings: PolicySettings, templates: Templates
+) -> Chat:
+    """Try a model's chat template on what the project does with it; nothing is loaded.
+
+    A conversation with a system turn and the project's own follow-ups is rendered: every turn must
+    be shown, and the end of a turn found. One training example is encoded whole: it must hold the
+    answers' own words, their thoughts and their ends.
+
+    Returns:
+        The template, ready for use: its `end_of_turn`, `stop_tokens` and `tags` can be told.
+
+    Raises:
+        UserError: there is no template of the name that the settings give.
+        ChatError, EncodingError: what the template refuses, drops or does not end.
+    """
+    encoder = Encoder(tokenizer, 1 << 30, settings)
+    chat = encoder.chat
+    end = chat.end_of_turn[-1]
+    asked: Messages = (
+        {"role": "system", "content": "Answer in plain words."},
+        {"role": "user", "content": "How do I bake bread?"},
+        {"role": "assistant", "content": "Do you have an oven?"},
+        {"role": "user", "content": "Yes, a small one."},
+    )
+    said = ("Mix flour with water.", "Name every quantity.", "Mix 500 g of flour with water.")
+    thought = "The quantities are missing."
+    last: Message = {"role": "assistant", "content": said[-1]}
+    turns = (*ask_refinement(templates, asked, said[0], said[1]), last)
+    shown = _letters(tokenizer, chat.prompt(turns[:-1]))
+    for turn in turns[:-1]:
+        if _letters(tokenizer, chat.words(turn["content"])) not in shown:
+            raise ChatError(f"the chat template drops what the {turn['role']} says before the end")
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"][1:]
+    known = {answers[-1]: thought if chat.tags else ""}
+    wanted = [turns[i]["content"] for i in answers] + [thought] * bool(chat.tags)
+    examples = encoder.encode(turns, answers, thoughts=known)
+    learned = [[i for i, t in zip(e.ids, e.trained, strict=True) if t] for e in examples]
+    if sum(ids.count(end) for ids in learned) < len(answers):
+        raise EncodingError("the trained tokens lack an end of turn")
+    read = "".join(_letters(tokenizer, ids) for ids in learned)
+    for words in wanted:
+        if _letters(tokenizer, chat.words(words)) not in read:
+            raise EncodingError(f"the trained tokens lack an answer's own words ({words!r})")
+    return chat
+
+
+def _letters(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """What tokens spell, without white space: templates trim it. (A small vocabulary spells words
+    in its own way, or not at all.)"""
+    return "".join(str(tokenizer.decode(list(ids))).split())
+
+
+def _begins(ids: list[int], start: list[int]) -> bool:
+    return ids[: len(start)] == start

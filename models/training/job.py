@@ -1,0 +1,207 @@
+"""One training as a job: what to train, on what, and where the adapter goes.
+
+`tasks/train.py` makes it. It is run in this process, or by `accelerate launch` in several that are
+each given the job's folder (`models/training/worker.py`); the folder holds JSON and Parquet only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from constitutions.errors import UserError
+from models.engine.threads import cores, pinned
+from models.policy import PolicySettings, Progress
+from models.training.adapter import AdapterSettings, Step
+from models.training.encoding import Example, Group
+from models.training.resumable import drop_damaged
+
+GROUP_ROWS = 1 << 10
+"""Examples of at most a million tokens: Arrow counts those of a row group with 32 bits."""
+ROOT = Path(__file__).parents[2]
+STEP = "step"
+"""What the first process prints after each optimiser step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A training, except for its examples."""
+
+    model: str
+    """Directory or hub name of the base (`policy.model` may be "planted")."""
+    policy: PolicySettings
+    previous: Path | None
+    """The adapter that is continued; None starts at the base."""
+    settings: AdapterSettings
+    seed: int
+    data_digest: str
+    out: Path
+    """The adapter's directory."""
+    checkpoints: Path
+    """Unfinished work of exactly this job."""
+    kl: float = 0.0
+    """Of SAMI's objective: weight of the divergence from the policy that the training starts from.
+    """
+
+
+Examples = Sequence[Example] | Sequence[Group]
+"""What is trained on: conversations, by their likelihood; groups, by SAMI's objective."""
+
+
+def run(job: Job, examples: Examples, progress: Progress | None = None) -> list[Step]:
+    """Train, write the adapter to `job.out`, return the training curve.
+
+    Args:
+        progress: called with 1 after each optimiser step.
+
+    Raises:
+        UserError: a base that cannot be loaded; a previous adapter of another base; a training
+            that diverged; a process of several that failed.
+    """
+    drop_damaged(job.checkpoints)
+    several = job.settings.processes > 1
+    curve = (_run_in_processes if several else fit)(job, examples, progress)
+    shutil.rmtree(_folder(job), ignore_errors=True)  # of several processes, or of killed ones
+    return curve
+
+
+def fit(
+    job: Job, examples: Examples, progress: Progress | None = None, *, write: bool = True
+) -> list[Step]:
+    """`run` in this process; `write` is for the one of several that writes the adapter."""
+    from models.training import bases as qlora
+
+    base, tokenizer = qlora.load_base(
+        job.model,
+        quantization=job.policy.quantization,
+        dtype=job.policy.dtype,
+        device=job.policy.device,
+        revision=job.policy.revision,
+    )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    with pinned(max(1, (job.policy.threads or cores()) // processes)):
+        model = qlora.trainable(base, job.settings, job.seed, job.previous)
+        curve = _train(model, job, examples, progress)
+    if write:
+        digest = job.data_digest
+        qlora.save_adapter(model, job.out, data_digest=digest, tokenizer=tokenizer)
+    return curve
+
+
+def _train(model: Any, job: Job, examples: Examples, progress: Progress | None) -> list[Step]:
+    from models.training import sami
+    from models.training.loop import Likelihood, train
+
+    budget = job.settings.micro_batch_tokens
+    how: dict[str, Any] = {"seed": job.seed, "checkpoints": job.checkpoints, "progress": progress}
+    groups = [item for item in examples if isinstance(item, Group)]
+    if not groups:
+        rows = cast("Sequence[Example]", examples)
+        return train(model, rows, job.settings, objective=Likelihood(budget), **how)
+    if job.kl:  # before the first step, and before a resumed training's checkpoint is read
+        groups = sami.referred(model.eval(), groups, budget)
+    objective = sami.Information(budget, job.kl)
+    return train(model, groups, job.settings, objective=objective, **how)
+
+
+# Several processes -------------------------------------------------------------------------
+
+
+def _run_in_processes(job: Job, examples: Examples, progress: Progress | None) -> list[Step]:
+    folder = _folder(job)
+    write_job(folder, job, examples)
+    with (folder / "log").open("w") as log, _launched(job.settings, folder, log) as process:
+        for line in process.stdout or ():
+            if line.strip() == STEP and progress:
+                progress(1)
+        code = process.wait()
+    _raise_what_failed(folder, code)
+    return [Step(*row) for row in json.loads((folder / "curve.json").read_text("utf-8"))]
+
+
+@contextmanager
+def _launched(settings: AdapterSettings, folder: Path, log: Any) -> Iterator[subprocess.Popen[str]]:
+    """`accelerate launch` on the job; ended with us, whatever happens."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    command += ["--num_machines", "1", "--num_processes", str(settings.processes)]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["-m", "models.training.worker"]
+    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        [*command, str(folder), str(os.getpid())],
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        env={**os.environ, "PYTHONPATH": search},
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()  # torchrun ends its processes
+        process.wait()
+
+
+def _raise_what_failed(folder: Path, code: int) -> None:
+    """The first error that a process left; or that one was killed, which leaves none."""
+    log = folder / "log"
+    for file in sorted(folder.glob("error-*.json"), key=lambda f: f.stat().st_mtime_ns):
+        error = json.loads(file.read_text("utf-8"))
+        raise UserError(error.pop("what"), **({"where": str(log)} | error))
+    if code or not (folder / "curve.json").exists():
+        raise UserError(
+            f"a training process ended without a result (exit code {code}): killed, or no memory",
+            where=str(log),
+            fix="lower train.micro_batch_tokens or train.processes; the same command goes on at "
+            "the last checkpoint",
+        )
+
+
+# The job's folder --------------------------------------------------------------------------
+
+
+def _folder(job: Job) -> Path:
+    return job.checkpoints.with_name(f"{job.checkpoints.name}.job")
+
+
+def write_job(folder: Path, job: Job, examples: Examples) -> None:
+    """Write a job and its examples for other processes; replaces the folder."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    rows = list(map(asdict, examples))
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, folder / "examples.parquet", row_group_size=GROUP_ROWS)
+    values = {**asdict(job), "policy": job.policy.model_dump(mode="json")}
+    values["settings"] = job.settings.model_dump(include=set(AdapterSettings.model_fields))
+    (folder / "job.json").write_text(json.dumps(values, default=str, indent=1), "utf-8")
+
+
+def read_job(folder: Path) -> tuple[Job, Examples]:
+    """What `write_job` wrote."""
+    import pyarrow.parquet as pq
+
+    values = json.loads((folder / "job.json").read_text("utf-8"))
+    values |= {name: Path(values[name]) for name in ("out", "checkpoints")}
+    values["previous"] = Path(values["previous"]) if values["previous"] else None
+    values["policy"] = PolicySettings.model_validate(values["policy"])
+    values["settings"] = AdapterSettings.model_validate(values["settings"])
+    with pq.ParquetFile(folder / "examples.parquet") as file:
+        groups = [file.read_row_group(n) for n in range(file.num_row_groups)]
+    rows = [row for group in groups for row in group.to_pylist()]
+    kind = Group if "responses" in rows[0] else Example
+    examples = [kind(**{name: _tuples(value) for name, value in row.items()}) for row in rows]
+    return Job(**values), cast(Examples, examples)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,0 +1,313 @@
+"""The training loop: `transformers.Trainer`, our objectives, micro-batches planned by tokens.
+
+`models/training/job.py` calls `train` for a model that `models/training/bases.py` made; alone, or
+as one of several processes that share every optimiser step. The objective is the M-step's
+(`Likelihood`, here) or SAMI's (`models.training.sami.Information`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+
+import torch
+from torch.nn import functional
+
+from constitutions.errors import UserError
+from models.engine.output_layer import output_only
+from models.policy import Progress
+from models.training.adapter import AdapterSettings, Step, plan_batches
+from models.training.encoding import Example
+from models.training.resumable import keep, newest
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+CHECKPOINT_STEPS = 50
+Item = TypeVar("Item")
+Passes = list[list[Item]]
+"""The micro-batches of one process in one optimiser step."""
+
+
+class Objective(Protocol[Item]):
+    """What is minimised over items, in nats; `idle` is an item that changes nothing."""
+
+    @property
+    def idle(self) -> Item: ...
+
+    def tokens(self, item: Item) -> int:
+        """Its length, for the plan of the batches."""
+        ...
+
+    def worth(self, item: Item) -> float:
+        """What it adds to the constant that a step's loss is divided by."""
+        ...
+
+    def micro_batches(self, rows: Sequence[Item]) -> Passes[Item]:
+        """Items of rising length in groups that fit the memory."""
+        ...
+
+    def collate(self, rows: Sequence[Item]) -> dict[str, Any]:
+        """A micro-batch as tensors."""
+        ...
+
+    def parts(self, model: Any, batch: dict[str, Any]) -> list[Callable[[], torch.Tensor]]:
+        """Scalars that add up to the micro-batch's loss, each computed when called: one at a time
+        is in memory. Processes may have more or fewer of them: gradients meet at the last one."""
+        ...
+
+
+def train(
+    model: Any,
+    examples: Sequence[Item],
+    settings: AdapterSettings,
+    *,
+    objective: Objective[Item],
+    seed: int,
+    checkpoints: Path,
+    progress: Progress | None = None,
+) -> list[Step]:
+    """Fit what is trainable in the model to the examples, in place; returns the training curve.
+
+    Each step follows the gradient of the objective over its rows divided by one constant, their
+    mean worth per step: rows keep their weight in every batch.
+    The result depends on the arguments and the machine's arithmetic alone. Where several processes
+    call it (`WORLD_SIZE`), they share the rows of each step, and differ from one process by
+    rounding only.
+
+    Args:
+        model: from `qlora.trainable`.
+        examples: at least one.
+        checkpoints: a directory for unfinished work of exactly this call: a killed training
+            resumes there at its last checkpoint. Removed at the end.
+        progress: called with 1 after each optimiser step (`len(plan_batches(…))` in all).
+
+    Raises:
+        UserError: the loss is no longer finite.
+    """
+    lengths = list(map(objective.tokens, examples))
+    steps = plan_batches(lengths, settings, seed)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    work = [share([examples[i] for i in rows], processes, objective) for rows in steps]
+    total = sum(objective.worth(examples[i]) for rows in steps for i in rows)
+    trainer = _trainer(
+        model,
+        [passes for shares in work for passes in shares],
+        objective,
+        scale=processes * len(steps) / total if total else 0.0,
+        arguments=_arguments(model, settings, len(steps), seed, checkpoints),
+        progress=progress,
+    )
+    begun = newest(checkpoints)
+    trainer.train(resume_from_checkpoint=str(begun) if begun else None)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return _curve(trainer.state.log_history, steps, lengths)
+
+
+def share(rows: Sequence[Item], processes: int, objective: Objective[Item]) -> list[Passes[Item]]:
+    """One optimiser step's rows dealt to the processes, each share in micro-batches.
+
+    Every process gets rows of every length and equally many micro-batches; what is lacking is
+    filled up with idle items.
+    """
+    ordered = sorted(rows, key=objective.tokens)
+    shares = [objective.micro_batches(ordered[r::processes]) for r in range(processes)]
+    most = max(map(len, shares))
+    return [passes + [[objective.idle]] * (most - len(passes)) for passes in shares]
+
+
+# The M-step's objective --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """−log p_θ of the trained tokens, weighted: see `weighted_loss`."""
+
+    budget: int
+    """Tokens of a micro-batch, padding included; a longer row has one to itself."""
+
+    idle = Example((0, 0), (False, True), 0.0)
+
+    def tokens(self, item: Example) -> int:
+        """See `Objective`."""
+        return len(item.ids)
+
+    def worth(self, item: Example) -> float:
+        """Its weighted trained tokens: the loss is per token."""
+        return item.weight * sum(item.trained)
+
+    def micro_batches(self, rows: Sequence[Example]) -> Passes[Example]:
+        """Rows of rising length in groups whose padded size keeps to the budget."""
+        passes: Passes[Example] = []
+        for row in rows:
+            if passes and (len(passes[-1]) + 1) * len(row.ids) <= self.budget:
+                passes[-1].append(row)
+            else:
+                passes.append([row])
+        return passes
+
+    def collate(self, rows: Sequence[Example]) -> dict[str, Any]:
+        """Right-padded rows; see `collate`."""
+        return collate(rows)
+
+    def parts(self, model: Any, batch: dict[str, Any]) -> list[Callable[[], torch.Tensor]]:
+        """The one loss."""
+        return [partial(weighted_loss, model, batch)]
+
+
+def weighted_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Σ_i weight_i · -log p_θ(trained tokens of i | the tokens before them), in nats (a scalar).
+
+    Its gradient is the M-step's: the posterior expectation of -∇ log p_θ(y2, z | x, y1) when
+    the weights are the posterior's (STaPLe, section 3).
+
+    Args:
+        model: a causal language model, also in its wrapper for several processes.
+        batch: `input_ids` (rows, length) padded on the right, `trained` (rows, length) bool,
+            `weight` (rows,).
+    """
+    ids, trained, weight = batch["input_ids"], batch["trained"], batch["weight"]
+    row, position = trained[:, 1:].nonzero(as_tuple=True)
+    # A causal model does not see padding on its right: no attention mask, the faster kernel.
+    with output_only(model, row, position):
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+    losses = functional.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)),
+        ids[row, position + 1],
+        reduction="none",
+    )
+    return (losses * weight[row]).sum()
+
+
+def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """Pad on the right to the longest: see `weighted_loss` for the shapes."""
+    length = max(len(e.ids) for e in examples)
+    ids = torch.zeros(len(examples), length, dtype=torch.long)
+    trained = torch.zeros(len(examples), length, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.ids)] = torch.tensor(example.ids)
+        trained[row, : len(example.ids)] = torch.tensor(example.trained)
+    weight = torch.tensor([e.weight for e in examples])
+    return {"input_ids": ids, "trained": trained, "weight": weight}
+
+
+# The loop ----------------------------------------------------------------------------------
+
+
+def _trainer(
+    model: Any,
+    work: Sequence[Passes[Item]],
+    objective: Objective[Item],
+    *,
+    scale: float,
+    arguments: TrainingArguments,
+    progress: Progress | None,
+) -> Trainer:
+    """A Trainer whose step goes through the micro-batches of one item of `work`."""
+    from transformers import PrinterCallback, Trainer, TrainerCallback
+
+    class WeightedTrainer(Trainer):
+        def training_step(
+            self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
+        ) -> torch.Tensor:
+            model.train()
+            batches = self._prepare_inputs(inputs)["passes"]
+            total = torch.zeros((), device=self.args.device)
+            parts = [part for batch in batches for part in objective.parts(model, batch)]
+            for part in parts:
+                last = part is parts[-1]  # only then do several processes add their gradients
+                with nullcontext() if last else self.accelerator.no_sync(model):
+                    with self.compute_loss_context_manager():
+                        loss = part() * scale
+                    self.accelerator.backward(loss)
+                total += loss.detach()
+            return total
+
+        def floating_point_ops(self, inputs: Any) -> int:
+            return 0  # it would look for a batch
+
+    class Report(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if progress:
+                progress(1)
+
+        def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            trainer.accelerator.wait_for_everyone()  # each has written what is its own
+            if state.is_world_process_zero:
+                keep(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    trainer = WeightedTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=cast(Any, work),
+        data_collator=lambda items: {"passes": [objective.collate(r) for r in items[0]]},
+        callbacks=[Report()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _arguments(
+    model: Any, settings: AdapterSettings, steps: int, seed: int, checkpoints: Path
+) -> TrainingArguments:
+    from transformers import TrainingArguments
+
+    on_gpu = model.device.type == "cuda"
+    constant = settings.schedule == "constant"
+    held_as = getattr(model, "held_as", model.dtype)  # all weights are in float32 while trained
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=1,
+        per_device_train_batch_size=1,  # an item is a process's share of a step
+        train_sampling_strategy="sequential",
+        seed=seed,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if constant else settings.schedule,
+        warmup_steps=round(settings.warmup * steps),
+        max_grad_norm=settings.max_gradient_norm,
+        activation_checkpointing=settings.gradient_checkpointing,
+        bf16=on_gpu and held_as == torch.bfloat16,
+        optim=_optimiser(settings, on_gpu=on_gpu),
+        weight_decay=0.0,
+        save_steps=CHECKPOINT_STEPS,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not on_gpu,
+        remove_unused_columns=False,
+        dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process never spreads a batch over GPUs
+    return arguments
+
+
+def _optimiser(settings: AdapterSettings, *, on_gpu: bool) -> str:
+    if settings.optimizer == "rmsprop":
+        return "rmsprop"
+    return "paged_adamw_8bit" if on_gpu else "adamw_torch"
+
+
+def _curve(logs: list[dict[str, float]], steps: list[list[int]], lengths: list[int]) -> list[Step]:
+    curve: list[Step] = []
+    tokens = 0
+    for rows, log in zip(steps, (entry for entry in logs if "loss" in entry), strict=True):
+        tokens += sum(lengths[i] for i in rows)
+        step = Step(int(log["step"]), log["loss"], log["learning_rate"], log["grad_norm"], tokens)
+        if not math.isfinite(step.loss):
+            raise UserError(
+                f"training diverged: the loss of step {step.step} is {step.loss}",
+                fix="lower the learning rate",
+            )
+        curve.append(step)
+    return curve

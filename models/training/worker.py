@@ -1,0 +1,65 @@
+"""One of several training processes: `accelerate launch … -m models.training.worker FOLDER PARENT`.
+
+`models/training/job.py` starts it. The first process says how far it is, and writes the adapter and
+the curve; an error is left in the job's folder, because a traceback tells a user nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from dataclasses import astuple
+from pathlib import Path
+
+from constitutions.errors import UserError
+
+
+def main() -> None:
+    """Take part in the training of a job's folder."""
+    folder, parent = Path(sys.argv[1]), int(sys.argv[2])
+    rank = int(os.environ.get("RANK", "0"))
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    try:
+        _take_part(folder, first=rank == 0)
+    except UserError as error:
+        _leave(folder, rank, what=error.what, expected=error.expected, fix=error.fix)
+    except Exception as error:
+        traceback.print_exc()
+        _leave(folder, rank, what=f"training failed: {type(error).__name__}: {error}")
+
+
+def _take_part(folder: Path, *, first: bool) -> None:
+    from models.training.job import STEP, fit, read_job
+
+    job, examples = read_job(folder)
+
+    def tell(_: int) -> None:
+        print(STEP, flush=True)
+
+    curve = fit(job, examples, tell if first else None, write=first)
+    if first:
+        (folder / "curve.json").write_text(json.dumps([astuple(step) for step in curve]), "utf-8")
+
+
+def _leave(folder: Path, rank: int, **error: str) -> None:
+    """Write the error down and end: the others wait for us, torchrun ends them."""
+    (folder / f"error-{rank}.json").write_text(json.dumps(error), "utf-8")
+    os._exit(1)
+
+
+def _end_with(parent: int) -> None:
+    """A killed parent's training must not go on beside the one that resumes it."""
+    while True:
+        time.sleep(0.5)
+        try:
+            os.kill(parent, 0)
+        except ProcessLookupError:
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

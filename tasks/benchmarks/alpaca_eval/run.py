@@ -1,0 +1,182 @@
+"""AlpacaEval 2 on the policy of an iteration: its answers against a reference's.
+
+Writes AlpacaEval's own files, `alpaca_eval/model_outputs.json` and `alpaca_eval/annotations.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from constitutions.errors import UserError
+from models.judges.base import JudgeSettings
+from tasks.benchmarks.alpaca_eval.data import (
+    Annotation,
+    GamedRow,
+    Output,
+    difficulties_by_instruction,
+    leaderboard_row,
+    length_controlled,
+    read_difficulties,
+    read_gamed,
+    read_outputs,
+    write_annotations,
+    write_outputs,
+)
+from tasks.benchmarks.base import RunSettings
+from tasks.benchmarks.rows import single_turn, spread
+from tasks.judging.comparisons import OUTSIDE, Meeting, order_metrics, rate_metrics
+from tasks.judging.panel import Panel
+from tasks.policies.answers import Given, Respondent, Which, given
+from tasks.record.progress import say
+from tasks.record.work import Metrics
+from tasks.rows import Answer, Comparison, Prompt
+
+NAME = "alpaca_eval"
+
+
+class AlpacaEvalSettings(RunSettings):
+    """AlpacaEval 2: win rate and length-controlled win rate against a reference's answers."""
+
+    prompts: str = Field(min_length=1)
+    """The benchmark's file: instructions, and the outputs of the model they are compared with."""
+    reference: str | None = None
+    """Outputs of another model to compare with (its `model_outputs.json`)."""
+    difficulties: str | None = None
+    """`instruction_difficulty.csv`, for the length-controlled rate; without it that rate compares
+    with no leaderboard's."""
+    gamed: str | None = None
+    """`df_gamed.csv`: what length alone is worth, for the length-controlled rate."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The files that it reads."""
+        named = (self.prompts, self.reference, self.difficulties, self.gamed)
+        return tuple(source for source in named if source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlpacaEval:
+    """The benchmark as its files have it."""
+
+    judge: JudgeSettings
+    which: Which
+    references: Sequence[Output]
+    """The reference's answers to the instructions that are used."""
+    difficulties: Sequence[float] | None
+    """Of the same instructions."""
+    gamed: Sequence[GamedRow]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The instructions as prompts, in their order."""
+        rows = enumerate(self.references, start=1)
+        return [single_turn(row.instruction, f"{NAME}:{number}") for number, row in rows]
+
+    def answer(self, respondent: Respondent) -> list[Answer]:
+        """The policy's answers, in the order of the instructions."""
+        return respondent.answers(f"{NAME}-answers", self.prompts)
+
+    def measure(self, answers: Sequence[Answer], panel: Panel) -> Metrics:
+        """Win rate, its standard error, and the length-controlled rate: all in [0, 1]."""
+        (rows,) = panel.compare(f"{NAME}-comparisons", self._meetings(answers), [self.judge])
+        annotations = self._annotations(rows, panel.model)
+        folder = panel.work.outputs / NAME
+        folder.mkdir(exist_ok=True)
+        write_outputs(folder / "model_outputs.json", [_output(row) for row in annotations])
+        write_annotations(folder / "annotations.json", annotations)
+        rate = panel.rate(rows, "AlpacaEval")
+        error = leaderboard_row(annotations).standard_error
+        return {
+            **rate_metrics(f"{NAME}/win_rate", rate),
+            **({f"{NAME}/standard_error": error / 100} if error is not None else {}),
+            **self._length_controlled(annotations),
+            **order_metrics(NAME, rows),
+        }
+
+    def _meetings(self, answers: Sequence[Answer]) -> list[Meeting]:
+        return [
+            Meeting(
+                iteration=row.iteration,
+                answer=self.which,
+                against=OUTSIDE,
+                reference=reference.generator,
+                prompt=prompt,
+                ours=given(row, self.which),
+                theirs=Given(text=reference.output),
+            )
+            for prompt, row, reference in zip(self.prompts, answers, self.references, strict=True)
+        ]
+
+    def _annotations(self, rows: Sequence[Comparison], model: str) -> list[Annotation]:
+        return [
+            Annotation(
+                instruction=reference.instruction,
+                output_1=row.theirs,
+                generator_1=reference.generator,
+                output_2=row.ours,
+                generator_2=model,
+                annotator=row.judge,
+                preference=None if row.outcome is None else 1 + row.outcome,
+                dataset=reference.dataset,
+            )
+            for row, reference in zip(rows, self.references, strict=True)
+        ]
+
+    def _length_controlled(self, annotations: Sequence[Annotation]) -> Metrics:
+        """Nothing, and a line that says why, where no fit can tell length from quality."""
+        try:
+            found = length_controlled(annotations, self.difficulties, self.gamed)
+        except UserError as error:
+            say(f"AlpacaEval: no length-controlled win rate: {error}")
+            return {}
+        name = f"{NAME}/length_controlled"
+        error_ = found.standard_error
+        return {name: found.rate / 100} | (
+            {f"{name}_error": error_ / 100} if error_ is not None else {}
+        )
+
+
+def load_alpaca_eval(settings: AlpacaEvalSettings, judge: JudgeSettings) -> AlpacaEval:
+    """Read and check the files.
+
+    Raises:
+        UserError: one is missing or wrong; an instruction has no reference or no difficulty.
+    """
+    listed = read_outputs(settings.prompts)
+    chosen = spread(listed, settings.limit)
+    hard = None
+    if settings.difficulties:
+        known = read_difficulties(settings.difficulties)
+        hard = difficulties_by_instruction(known, [row.instruction for row in listed], chosen)
+    return AlpacaEval(
+        judge=judge,
+        which=settings.answer,
+        references=_of(settings.reference, chosen) if settings.reference else chosen,
+        difficulties=hard,
+        gamed=read_gamed(settings.gamed) if settings.gamed else (),
+    )
+
+
+def _of(source: str, chosen: Sequence[Output]) -> list[Output]:
+    """Another model's answers to the same instructions."""
+    found = {row.instruction: row for row in read_outputs(source)}
+    for number, row in enumerate(chosen, start=1):
+        if row.instruction not in found:
+            raise UserError(
+                f"there is no answer to instruction {number}: {row.instruction[:80]!r}",
+                where=source,
+                expected="an answer to every instruction that is used",
+            )
+    return [found[row.instruction] for row in chosen]
+
+
+def _output(row: Annotation) -> Output:
+    return Output(
+        instruction=row.instruction,
+        output=row.output_2,
+        generator=row.generator_2,
+        dataset=row.dataset,
+    )

@@ -1,0 +1,473 @@
+"""MT-Bench: eighty dialogues of two turns, rated by a judge, or two models' played in pairs.
+
+The benchmark of Zheng et al., "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena" (arXiv
+2306.05685), in the files of FastChat's `llm_judge`. `rate` and `play` have a judge read answers;
+`mt_bench_metrics` and `win_rates` sum up what it said, or what a published file says.
+
+The first turn is judged alone, the second with the whole dialogue; mathematics, reasoning and
+coding with a reference answer. A pair is played twice with the places swapped, and a disagreement
+is a tie. What differs from FastChat:
+
+- Of several ratings in a judge's text the last counts (FastChat: the first). The judge is told to
+  explain first: what stands earlier may be quoted. Of several choices also the last (FastChat: an
+  [[A]] anywhere, then a [[B]]). Where there is only one, as there should be, it is the same.
+- A rating outside 1 to 10, or one in a text that was cut off, is a failed judgement; the judge is
+  asked again, as often as its settings say (FastChat: never).
+- An answer that contains the prompt's own markers, a chat template's or a verdict gets a space
+  into each of them (`disarmed`); any other answer is shown as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
+from string import Formatter
+from typing import Annotated, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
+
+from constitutions.errors import UserError
+from constitutions.foreign_text import disarm
+from models.judges.llm import Asker, Reply
+from models.policy import Message, Progress
+from tasks.benchmarks.rows import Source, clustered_mean, read_rows
+from tasks.judging.winrate import BothOrders, NoOutcomeError, WinRate, settle, win_rate
+
+REFERENCED = frozenset({"math", "reasoning", "coding"})
+"""Categories that are judged against a reference answer."""
+
+FAILED = -1.0
+"""The score of a judgement that failed, as the files have it."""
+
+Turns = tuple[str, str]
+Turn = Literal[1, 2]
+TURNS: tuple[Turn, Turn] = (1, 2)
+Winner = Literal["model_1", "model_2", "tie", "error"]
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+
+class Question(_Row):
+    """A row of `question.jsonl`, or of the hub's copy of it."""
+
+    question_id: int = Field(validation_alias=AliasChoices("question_id", "prompt_id"))
+    category: str = Field(pattern=r"^[\w. -]+$")
+    """Part of a figure's name."""
+    turns: Turns = Field(validation_alias=AliasChoices("turns", "prompt"))
+    reference: tuple[str, ...] | None = None
+    """Reference answers to both turns, in files that have them here."""
+
+
+class JudgePrompt(_Row):
+    """A row of `judge_prompts.jsonl`."""
+
+    name: str
+    type: Literal["single", "pairwise"]
+    system_prompt: str
+    prompt_template: str
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _known_fields(cls, template: str) -> str:
+        unknown = sorted({f for _, f, *_ in Formatter().parse(template) if f is not None} - _FIELDS)
+        if unknown:
+            raise ValueError(f"the template asks for {unknown}, which there is not")
+        return template
+
+
+class _Choice(_Row):
+    turns: Turns
+
+
+class ModelAnswer(_Row):
+    """A row of a model's or a reference's answers; only the first choice counts."""
+
+    question_id: int
+    choices: Annotated[tuple[_Choice, ...], Field(min_length=1)]
+
+
+class Rating(_Row):
+    """A row of `…_single.jsonl`: one judgement of one turn; score −1: it failed."""
+
+    question_id: int
+    model: str
+    judge: tuple[str, str]
+    """The judge's name and the prompt's."""
+    user_prompt: str = ""
+    judgment: str
+    score: float
+    turn: Turn
+    failure: str | None = None
+    """Why it failed, where we know."""
+
+    @field_validator("score")
+    @classmethod
+    def _in_range(cls, score: float) -> float:
+        if score != FAILED and not 0 <= score <= 10:
+            raise ValueError(f"{score} is no rating; −1 is a failed one")
+        return score
+
+
+class Game(_Row):
+    """A row of `…_pair.jsonl`: two models' answers in both orders (g1: model_1 first)."""
+
+    question_id: int
+    model_1: str
+    model_2: str
+    g1_winner: Winner
+    g2_winner: Winner
+    judge: tuple[str, str]
+    g1_judgment: str = ""
+    g2_judgment: str = ""
+    turn: Turn
+    failure: str | None = None
+    """Why a game failed, where we know."""
+
+    @property
+    def both_orders(self) -> BothOrders:
+        """model_1's outcomes when it was read first and when second; None: that game failed."""
+        return BothOrders(_POINTS.get(self.g1_winner), _POINTS.get(self.g2_winner))
+
+    @property
+    def outcome(self) -> float | None:
+        """1 when model_1 won both games, 0 when it lost both, else ½; None when one failed."""
+        return settle(self.both_orders)
+
+
+_POINTS = {"model_1": 1.0, "tie": 0.5, "model_2": 0.0}
+_ANSWERS = ("answer", "answer_1", "answer_2", "answer_a", "answer_b")
+_ANSWERS_OF_TWO = ("answer_a_1", "answer_a_2", "answer_b_1", "answer_b_2")
+_ASKED = ("question", "question_1", "question_2", "ref_answer_1", "ref_answer_2")
+_FIELDS = frozenset((*_ANSWERS, *_ANSWERS_OF_TWO, *_ASKED))
+Prompts = Mapping[str, JudgePrompt]
+"""Judge prompts by name."""
+
+
+def read_questions(path: Source) -> list[Question]:
+    """The dialogues of `question.jsonl`; raises UserError, naming each bad row (as all here)."""
+    return read_rows(path, Question, lambda row: row.question_id)
+
+
+def read_judge_prompts(path: Source) -> dict[str, JudgePrompt]:
+    """The prompts of `judge_prompts.jsonl`, by name."""
+    return {row.name: row for row in read_rows(path, JudgePrompt, lambda row: row.name)}
+
+
+def read_answers(path: Source) -> dict[int, Turns]:
+    """A model's answers, or the reference's, by question."""
+    rows = read_rows(path, ModelAnswer, lambda row: row.question_id)
+    return {row.question_id: row.choices[0].turns for row in rows}
+
+
+def read_ratings(path: Source) -> list[Rating]:
+    """The judgements of `…_single.jsonl`, of one or more models."""
+    return read_rows(path, Rating, lambda row: (row.question_id, row.model, row.judge, row.turn))
+
+
+def read_games(path: Source) -> list[Game]:
+    """The judgements of `…_pair.jsonl`, of one or more pairs of models."""
+    return read_rows(
+        path, Game, lambda row: (row.question_id, row.model_1, row.model_2, row.judge, row.turn)
+    )
+
+
+def mt_bench_metrics(
+    ratings: Sequence[Rating],
+    questions: Sequence[Question],
+    *,
+    seed: int,
+    resamples: int = 10_000,
+) -> dict[str, float]:
+    """One model's scores from 1 to 10, with intervals: `mt_bench/score`, per turn, per category.
+
+    A score is the mean over judgements that did not fail, and is left out when all did. Its
+    interval comes from a bootstrap over questions. `mt_bench/failed` counts the turns of the
+    questions that have no score: failed and absent ones.
+
+    Raises:
+        ValueError: the ratings are of several models, or of questions that there are not.
+    """
+    if len({r.model for r in ratings}) > 1:
+        raise ValueError("the ratings are of several models: choose one")
+    categories = _categories((r.question_id for r in ratings), questions)
+    judged = [r for r in ratings if r.score != FAILED]
+    groups = {"score": judged}
+    for turn in TURNS:
+        groups[f"turn_{turn}"] = [r for r in judged if r.turn == turn]
+    for name in dict.fromkeys(categories.values()):
+        groups[name] = [r for r in judged if categories[r.question_id] == name]
+    figures = {"mt_bench/failed": float(len(TURNS) * len(questions) - len(judged))}
+    for name, rows in groups.items():
+        if rows:
+            mean = clustered_mean(_by_question(rows), seed=seed, resamples=resamples)
+            figures[f"mt_bench/{name}"] = mean.rate
+            figures[f"mt_bench/{name}_low"] = mean.low
+            figures[f"mt_bench/{name}_high"] = mean.high
+    return figures
+
+
+def win_rates(
+    games: Sequence[Game],
+    questions: Sequence[Question],
+    *,
+    seed: int,
+    resamples: int = 10_000,
+) -> dict[str, WinRate]:
+    """model_1's win rate: "overall", "turn_1", "turn_2" and the categories, where any game counts.
+
+    Raises:
+        ValueError: the games are of several pairs of models, or of unknown questions.
+    """
+    if len({(g.model_1, g.model_2) for g in games}) > 1:
+        raise ValueError("the games are of several pairs of models: choose one")
+    categories = _categories((g.question_id for g in games), questions)
+    groups: dict[str, list[float | None]] = {}
+    for game in games:
+        category = categories[game.question_id]
+        for name in ("overall", f"turn_{game.turn}", category):
+            groups.setdefault(name, []).append(game.outcome)
+    rates = {}
+    for name, outcomes in groups.items():
+        try:
+            rates[name] = win_rate(outcomes, seed=seed, resamples=resamples)
+        except NoOutcomeError:
+            continue
+    return rates
+
+
+def _categories(asked: Iterable[int], questions: Sequence[Question]) -> dict[int, str]:
+    categories = {q.question_id: q.category for q in questions}
+    unknown = sorted(set(asked) - set(categories))
+    if unknown:
+        raise ValueError(f"there are judgements of questions that there are not: {unknown[:10]}")
+    return categories
+
+
+def _by_question(ratings: Iterable[Rating]) -> list[tuple[float, int]]:
+    groups: dict[int, tuple[float, int]] = {}
+    for rating in ratings:
+        total, count = groups.get(rating.question_id, (0.0, 0))
+        groups[rating.question_id] = (total + rating.score, count + 1)
+    return list(groups.values())
+
+
+def rate(
+    questions: Sequence[Question],
+    answers: Mapping[int, Turns],
+    prompts: Prompts,
+    judge: Asker,
+    *,
+    model: str,
+    judge_name: str,
+    references: Mapping[int, Turns],
+    control: Collection[str] = (),
+    advance: Progress | None = None,
+) -> list[Rating]:
+    """Have every answer rated: two ratings a question, in the order of the questions.
+
+    Args:
+        references: reference answers by question, for the categories that want one.
+        control: the judge's own control strings (`models.judges.base.control_strings`).
+
+    Raises:
+        UserError: an answer or a judge prompt is missing.
+    """
+    _complete(questions, answers)
+    asked = [
+        (q, turn, *single_prompt(q, turn, answers[q.question_id], prompts, references, control))
+        for q in questions
+        for turn in TURNS
+    ]
+    told = judge.ask([m for *_, m in asked], _rating, advance)
+    return [
+        Rating(
+            question_id=q.question_id,
+            model=model,
+            judge=(judge_name, name),
+            user_prompt=messages[-1]["content"],
+            judgment=said.feedback,
+            score=float(said.result or FAILED),
+            turn=turn,
+            failure=said.failure,
+        )
+        for (q, turn, name, messages), said in zip(asked, told, strict=True)
+    ]
+
+
+def play(
+    questions: Sequence[Question],
+    ours: Mapping[int, Turns],
+    theirs: Mapping[int, Turns],
+    prompts: Prompts,
+    judge: Asker,
+    *,
+    models: tuple[str, str],
+    judge_name: str,
+    references: Mapping[int, Turns],
+    control: Collection[str] = (),
+    advance: Progress | None = None,
+) -> list[Game]:
+    """Have two models' answers compared in both orders: a game row for each turn of a question.
+
+    Raises:
+        UserError: an answer or a judge prompt is missing.
+    """
+    _complete(questions, ours)
+    _complete(questions, theirs)
+    rounds = [(q, turn) for q in questions for turn in TURNS]
+    ask = partial(pair_prompt, prompts=prompts, references=references, control=control)
+    asked = [
+        ask(q, turn, first[q.question_id], second[q.question_id])
+        for q, turn in rounds
+        for first, second in ((ours, theirs), (theirs, ours))
+    ]
+    told = judge.ask([m for _, m in asked], read_choice, advance)
+    return [
+        Game(
+            question_id=q.question_id,
+            model_1=models[0],
+            model_2=models[1],
+            g1_winner=_winner(g1, ("model_1", "model_2")),
+            g2_winner=_winner(g2, ("model_2", "model_1")),
+            judge=(judge_name, name),
+            g1_judgment=g1.feedback,
+            g2_judgment=g2.feedback,
+            turn=turn,
+            failure=g1.failure or g2.failure,
+        )
+        for (q, turn), (name, _), g1, g2 in zip(
+            rounds, asked[::2], told[::2], told[1::2], strict=True
+        )
+    ]
+
+
+def _complete(questions: Sequence[Question], answers: Mapping[int, Turns]) -> None:
+    missing = [q.question_id for q in questions if q.question_id not in answers]
+    if missing:
+        raise UserError(f"questions without an answer: {missing[:10]}", where="MT-Bench")
+
+
+def _rating(judgment: str) -> str | None:
+    rating = read_rating(judgment)
+    return None if rating is None else str(rating)
+
+
+def _winner(said: Reply, places: tuple[Winner, Winner]) -> Winner:
+    winners: dict[str | None, Winner] = {"A": places[0], "B": places[1], "C": "tie"}
+    return winners.get(said.result, "error")
+
+
+def read_rating(judgment: str) -> float | None:
+    """The last [[n]] of a judge's text, or else its last [n]; None unless it is from 1 to 10."""
+    number = r"(\d+(?:\.\d+)?)"
+    found = re.findall(rf"\[\[{number}\]\]", judgment) or re.findall(rf"\[{number}\]", judgment)
+    rating = float(found[-1]) if found else None
+    return rating if rating is not None and 1 <= rating <= 10 else None
+
+
+def read_choice(judgment: str) -> Literal["A", "B", "C"] | None:
+    """The last [[A]], [[B]] or [[C]] (a tie) of a judge's text; None when there is none."""
+    found = re.findall(r"\[\[([ABC])\]\]", judgment)
+    return found[-1] if found else None
+
+
+def single_prompt(
+    question: Question,
+    turn: Turn,
+    answers: Turns,
+    prompts: Prompts,
+    references: Mapping[int, Turns],
+    control: Collection[str] = (),
+) -> tuple[str, tuple[Message, ...]]:
+    """What the judge reads to rate one turn: the prompt's name, and the messages.
+
+    A category that wants a reference but has none for this question is judged without.
+    """
+    prompt = _choose(prompts, ("single-v1", "single-math-v1"), question, turn, references)
+    shown = [disarmed(answer, prompts, control) for answer in answers]
+    fields = {"answer": shown[0], "answer_1": shown[0], "answer_2": shown[1]}
+    return prompt.name, _messages(prompt, question, references, fields)
+
+
+def pair_prompt(
+    question: Question,
+    turn: Turn,
+    first: Turns,
+    second: Turns,
+    prompts: Prompts,
+    references: Mapping[int, Turns],
+    control: Collection[str] = (),
+) -> tuple[str, tuple[Message, ...]]:
+    """What the judge reads to compare two answers, the `first` as assistant A."""
+    prompt = _choose(prompts, ("pair-v2", "pair-math-v1"), question, turn, references)
+    fields: dict[str, str] = {}
+    for letter, answers in (("a", first), ("b", second)):
+        shown = [disarmed(answer, prompts, control) for answer in answers]
+        fields |= {f"answer_{letter}": shown[0], f"answer_{letter}_1": shown[0]}
+        fields |= {f"answer_{letter}_2": shown[1]}
+    return prompt.name, _messages(prompt, question, references, fields)
+
+
+def _choose(
+    prompts: Prompts,
+    names: tuple[str, str],
+    question: Question,
+    turn: Turn,
+    references: Mapping[int, Turns],
+) -> JudgePrompt:
+    """The prompt of these two names (without and with a reference) for the question and turn."""
+    referenced = question.category in REFERENCED and question.question_id in references
+    name = names[referenced] + ("-multi-turn" if turn == 2 else "")
+    if name not in prompts:
+        raise UserError(
+            f"there is no judge prompt {name}",
+            where="MT-Bench's judge prompts",
+            expected=f"one of each name, as in judge_prompts.jsonl; found {sorted(prompts)}",
+        )
+    return prompts[name]
+
+
+def _messages(
+    prompt: JudgePrompt,
+    question: Question,
+    references: Mapping[int, Turns],
+    fields: Mapping[str, str],
+) -> tuple[Message, ...]:
+    """The template filled in: once, so that braces in an answer stay braces."""
+    asked, reference = question.turns, references.get(question.question_id, ("", ""))
+    text = prompt.prompt_template.format(
+        question=asked[0],
+        question_1=asked[0],
+        question_2=asked[1],
+        ref_answer_1=reference[0],
+        ref_answer_2=reference[1],
+        **fields,
+    )
+    return (
+        Message(role="system", content=prompt.system_prompt),
+        Message(role="user", content=text),
+    )
+
+
+_VERDICT = r"\[(?=\[\s*(?:\d+(?:\.\d+)?|[ABC])\s*\]\])"
+LONGEST_MARKER = 80
+"""Longest line of a template, in characters, that marks a place and is no instruction."""
+
+
+def disarmed(answer: str, prompts: Prompts, control: Collection[str] = ()) -> str:
+    """An answer as the judge sees it: a space inside whatever could pass for more than words.
+
+    That is a line that marks a place in any of the prompts ("[The End of Assistant's Answer]", in
+    any case and spacing), a verdict ([[10]], [[A]]), and what chat templates write between turns
+    (`models.judges.base.disarm`). So no answer can end itself, and no quotation of it is a verdict.
+    """
+    lines = {line.strip() for p in prompts.values() for line in p.prompt_template.split("\n")}
+    short = sorted(
+        line for line in lines if line and "{" not in line and len(line) < LONGEST_MARKER
+    )
+    markers = [r"\s+".join(map(re.escape, line.split())).replace("'", "['’]") for line in short]
+    armed = re.compile(rf"{_VERDICT}|(?=(?:{'|'.join(markers) or '(?!)'})).", re.I | re.S)
+    return disarm(armed.sub(r"\g<0> ", answer), control)

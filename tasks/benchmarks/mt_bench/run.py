@@ -1,0 +1,311 @@
+"""MT-Bench on the policy of an iteration: dialogues of two turns, each answered y1 → z → y2.
+
+The second turn follows the policy's own answer to the first. Writes FastChat's files: the answers
+(`mt_bench/model_answer.jsonl`, without time stamps: the same answers are the same bytes) and the
+judgements (`mt_bench/model_judgment_single.jsonl`, `…_pair.jsonl`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from pydantic import BaseModel, Field
+
+from constitutions.errors import UserError
+from constitutions.foreign_text import control_strings
+from models.judges.base import JudgeSettings
+from models.judges.llm import Asker
+from models.policy import Message, Policy, Progress
+from tasks.benchmarks.base import RunSettings
+from tasks.benchmarks.mt_bench.data import (
+    FAILED,
+    TURNS,
+    Game,
+    Prompts,
+    Question,
+    Rating,
+    Turns,
+    mt_bench_metrics,
+    pair_prompt,
+    play,
+    rate,
+    read_answers,
+    read_judge_prompts,
+    read_questions,
+    single_prompt,
+    win_rates,
+)
+from tasks.benchmarks.rows import single_turn, spread, write_lines
+from tasks.judging.comparisons import order_figures, rate_metrics, too_many_failed
+from tasks.judging.panel import Judges, Panel
+from tasks.policies.answers import Manner, Respondent, Which, given
+from tasks.record.work import Metrics, shards
+from tasks.rows import Answer, DialogueAnswer, Prompt, fields, prompt_id
+
+Judged = TypeVar("Judged", bound=BaseModel)
+
+NAME = "mt_bench"
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1} | dict.fromkeys(
+    ("extraction", "math", "coding", "reasoning"), 0.0
+)
+"""At which FastChat samples the answers to each category."""
+
+
+class MTBenchSettings(RunSettings):
+    """MT-Bench: ratings from 1 to 10 over two turns, and games against a reference's answers.
+
+    The judge's model reads MT-Bench's own prompts; its kind and its rubric do not matter here.
+    """
+
+    questions: str = Field(min_length=1)
+    """The benchmark's `question.jsonl`."""
+    judge_prompts: str = Field(min_length=1)
+    """The benchmark's `judge_prompts.jsonl`."""
+    references: str | None = None
+    """Reference answers for the judge (`gpt-4.jsonl`); when empty those within the questions."""
+    against: str | None = None
+    """Another model's answers, to be played against as well."""
+    category_temperatures: bool = True
+    """Answer each category at FastChat's temperature, and not at evaluate's."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The files that it reads."""
+        named = (self.questions, self.judge_prompts, self.references, self.against)
+        return tuple(source for source in named if source)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """A row of one of FastChat's files, as JSON."""
+
+    json: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MTBench:
+    """The benchmark as its files have it."""
+
+    judge: JudgeSettings
+    which: Which
+    questions: Sequence[Question]
+    judge_prompts: Prompts
+    references: Mapping[int, Turns]
+    against: Mapping[int, Turns] | None
+    temperatures: Mapping[str, float]
+    """By category; a category that is not there is answered at evaluate's."""
+
+    def answer(self, respondent: Respondent) -> list[DialogueAnswer]:
+        """Two rows a question."""
+        return respondent.in_shards(
+            f"{NAME}-answers",
+            DialogueAnswer,
+            self.questions,
+            partial(self._dialogues, respondent.manner),
+            prompts_each=len(TURNS),
+        )
+
+    def _dialogues(
+        self, manner: Manner, policy: Policy, questions: Sequence[Question], tick: Progress
+    ) -> list[DialogueAnswer]:
+        groups: dict[float | None, list[Question]] = {}
+        for question in questions:
+            groups.setdefault(self.temperatures.get(question.category), []).append(question)
+        rows = []
+        for temperature, group in groups.items():
+            asked = [single_turn(q.turns[0], NAME) for q in group]
+            first = manner.ask(policy, asked, tick, temperature)
+            asked = [self._second(q, a) for q, a in zip(group, first, strict=True)]
+            second = manner.ask(policy, asked, tick, temperature)
+            for turn, answers in zip(TURNS, (first, second), strict=True):
+                rows += [
+                    DialogueAnswer(**fields(a), question_id=q.question_id, turn=turn)
+                    for q, a in zip(group, answers, strict=True)
+                ]
+        return rows
+
+    def _second(self, question: Question, first: Answer) -> Prompt:
+        """The second turn, after the answer to the first one that is measured."""
+        turns = (
+            Message(role="user", content=question.turns[0]),
+            Message(role="assistant", content=given(first, self.which).text),
+            Message(role="user", content=question.turns[1]),
+        )
+        return Prompt(prompt_id=prompt_id(turns), prompt=turns, gold="", source=NAME)
+
+    def measure(self, answers: Sequence[DialogueAnswer], panel: Panel) -> Metrics:
+        """Scores from 1 to 10, overall, per turn and per category; the win rate in [0, 1]."""
+        told = {(a.question_id, a.turn): given(a, self.which).text for a in answers}
+        ours = {
+            q.question_id: (told[q.question_id, 1], told[q.question_id, 2]) for q in self.questions
+        }
+        self._write(
+            panel, "model_answer", [_answer_line(panel.model, *item) for item in ours.items()]
+        )
+        return self._rated(ours, panel) | (self._played(ours, panel) if self.against else {})
+
+    def _rated(self, ours: Mapping[int, Turns], panel: Panel) -> Metrics:
+        job = partial(self._rate, ours, panel.model, panel.seed)
+        ratings = self._judged(panel, "single", Rating, job, len(TURNS))
+        failures = [row.failure or "" for row in ratings if row.score == FAILED]
+        self._accept(failures, len(ratings), "MT-Bench's ratings", panel)
+        how = {"seed": panel.seed, "resamples": panel.resamples}
+        return mt_bench_metrics(ratings, self.questions, **how)
+
+    def _played(self, ours: Mapping[int, Turns], panel: Panel) -> Metrics:
+        job = partial(self._play, ours, panel.model, panel.seed)
+        games = self._judged(panel, "pair", Game, job, 2 * len(TURNS))
+        failures = [game.failure or "" for game in games if game.outcome is None]
+        self._accept(failures, len(games), "MT-Bench's games", panel)
+        rates = win_rates(games, self.questions, seed=panel.seed, resamples=panel.resamples)
+        figures = order_figures(NAME, [game.both_orders for game in games])
+        for name, found in rates.items():
+            place = f"{NAME}/win_rate" if name == "overall" else f"{NAME}/win_rate/{name}"
+            figures |= rate_metrics(place, found)
+        return figures
+
+    def _rate(
+        self,
+        ours: Mapping[int, Turns],
+        model: str,
+        seed: int,
+        judges: Judges,
+        questions: Sequence[Question],
+        tick: Progress,
+    ) -> list[Rating]:
+        asker, control = self._asker(judges, seed)
+        return rate(
+            questions,
+            ours,
+            self.judge_prompts,
+            asker,
+            model=model,
+            judge_name=self._judge_name,
+            references=self.references,
+            control=control,
+            advance=tick,
+        )
+
+    def _play(
+        self,
+        ours: Mapping[int, Turns],
+        model: str,
+        seed: int,
+        judges: Judges,
+        questions: Sequence[Question],
+        tick: Progress,
+    ) -> list[Game]:
+        asker, control = self._asker(judges, seed)
+        return play(
+            questions,
+            ours,
+            self.against or {},
+            self.judge_prompts,
+            asker,
+            models=(model, "reference"),
+            judge_name=self._judge_name,
+            references=self.references,
+            control=control,
+            advance=tick,
+        )
+
+    def _judged(
+        self,
+        panel: Panel,
+        kind: str,
+        row_type: type[Judged],
+        judge: Callable[[Judges, Sequence[Question], Progress], Sequence[Judged]],
+        each: int,
+    ) -> list[Judged]:
+        """Rows of one of the judgements' files, made in shards of questions, and the file."""
+        lines = panel.in_shards(
+            f"{NAME}-{kind}",
+            Line,
+            shards(self.questions, panel.shard_size),
+            partial(_lines, judge),
+            lambda _: self.judge,
+            each,
+        )
+        self._write(panel, f"model_judgment_{kind}", [line.json for line in lines])
+        return [row_type.model_validate_json(line.json) for line in lines]
+
+    def _asker(self, judges: Judges, seed: int) -> tuple[Asker, frozenset[str]]:
+        """The judge's model, and its own control strings where it is in this process."""
+        policy = judges.model(self.judge)
+        tokenizer = getattr(policy, "tokenizer", None)
+        control = control_strings(tokenizer) if tokenizer is not None else frozenset[str]()
+        return Asker(policy=policy, settings=self.judge, seed=seed), control
+
+    @property
+    def _judge_name(self) -> str:
+        assert self.judge.policy is not None, "an LLM judge has one"
+        return self.judge.policy.model.rstrip("/").rsplit("/", 1)[-1]
+
+    def _accept(self, failures: Sequence[str], of: int, what: str, panel: Panel) -> None:
+        if len(failures) == of or len(failures) / of > panel.max_failed:
+            raise too_many_failed(failures, of, what, self._judge_name, panel.max_failed)
+
+    def _write(self, panel: Panel, name: str, lines: Sequence[str]) -> None:
+        write_lines(panel.work.outputs / NAME / f"{name}.jsonl", lines)
+
+
+def _lines(
+    judge: Callable[[Judges, Sequence[Question], Progress], Sequence[BaseModel]],
+    judges: Judges,
+    questions: Sequence[Question],
+    tick: Progress,
+) -> list[Line]:
+    found = judge(judges, questions, tick)
+    return [Line(json=row.model_dump_json(exclude_none=True)) for row in found]
+
+
+def _answer_line(model: str, question: int, turns: Turns) -> str:
+    identity = hashlib.sha256(f"{model}/{question}".encode()).hexdigest()[:22]
+    return json.dumps(
+        {
+            "question_id": question,
+            "answer_id": identity,
+            "model_id": model,
+            "choices": [{"index": 0, "turns": turns}],
+        },
+        ensure_ascii=False,
+    )
+
+
+def load_mt_bench(settings: MTBenchSettings, judge: JudgeSettings) -> MTBench:
+    """Read and check the files.
+
+    Raises:
+        UserError: one is missing or wrong; a question lacks a judge prompt or an opponent's answer.
+    """
+    questions = spread(read_questions(settings.questions), settings.limit)
+    bench = MTBench(
+        judge=judge,
+        which=settings.answer,
+        questions=questions,
+        judge_prompts=read_judge_prompts(settings.judge_prompts),
+        references=read_answers(settings.references) if settings.references else _own(questions),
+        against=read_answers(settings.against) if settings.against else None,
+        temperatures=TEMPERATURES if settings.category_temperatures else {},
+    )
+    missing = [q.question_id for q in questions if q.question_id not in (bench.against or {})]
+    if settings.against and missing:
+        raise UserError(f"questions without an answer: {missing[:10]}", where=settings.against)
+    for question in questions:  # all of their prompts are there
+        for turn in TURNS:
+            how = bench.judge_prompts, bench.references
+            single_prompt(question, turn, ("", ""), *how)
+            if settings.against:
+                pair_prompt(question, turn, ("", ""), ("", ""), *how)
+    return bench
+
+
+def _own(questions: Sequence[Question]) -> dict[int, Turns]:
+    """The reference answers within the questions' file."""
+    given_ = ((q.question_id, q.reference or ()) for q in questions)
+    return {number: (own[0], own[1]) for number, own in given_ if len(own) == len(TURNS)}

@@ -1,0 +1,1 @@
+"""The user's prompts and gold responses, read from their files."""

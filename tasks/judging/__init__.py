@@ -1,0 +1,1 @@
+"""Pairs of answers, judged; and the verdicts as rates with their uncertainty."""

@@ -1,0 +1,93 @@
+"""A judge as a part of a stage: what its judgements depend on, and the device that it takes.
+
+`score` and `evaluate` ask `noted` for the slot that they run in; `models.judges.base` opens the
+judge.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from constitutions.errors import UserError
+from models.endpoint.client import open_endpoint
+from models.judges import llm as llm_judge
+from models.judges.base import JudgeSettings
+from tasks.policies.base import check_model, folder_digest, open_model
+from tasks.record.store import Slot
+
+
+def judge_notes(settings: JudgeSettings, home: Path | None = None) -> dict[str, str]:
+    """What a judge's answers depend on beside its settings and our code, for a fingerprint.
+
+    "judge" identifies the model: its files, or its name where they are elsewhere (at an endpoint,
+    on the hub); "judge_wording" is the version of an LLM judge's prompts. A judge that has no
+    model of its own has no notes.
+
+    Args:
+        home: where the digests of unchanged files are remembered; without it every file is read.
+
+    Raises:
+        UserError: the model's directory lacks what transformers needs.
+    """
+    if settings.kind not in ("pairwise", "absolute", "reward"):
+        return {}
+    model = {"judge": _model(settings, home)}
+    if settings.kind == "reward":
+        return model
+    return model | {"judge_wording": llm_judge.WORDING}
+
+
+def noted(at: Slot, settings: JudgeSettings | None) -> Slot:
+    """The slot with `judge_notes`, and the device that a judge in this process takes.
+
+    A device that the slot holds already (the policy's) stays held.
+    """
+    if settings is None:
+        return at
+    notes = {**at.notes, **judge_notes(settings, at.record.home)}
+    device = settings.policy.answers_on if settings.policy else "cpu"
+    return replace(at, notes=notes, device=device if at.device == "cpu" else at.device)
+
+
+def check_judge(settings: JudgeSettings, home: Path | None = None) -> str:
+    """What the judge's model is, in words; makes and loads nothing, and asks nobody.
+
+    Args:
+        home: where it is remembered what was found good; None: the model's files are not opened.
+
+    Raises:
+        UserError: there is no such directory, or it lacks what transformers needs; an endpoint
+            without an address or key.
+    """
+    if settings.policy is None or settings.kind in ("auto", "similarity", "oracle"):
+        return f"none: {settings.kind}"
+    try:
+        if settings.policy.endpoint:
+            open_endpoint(settings.policy)  # its address and key
+            return f"{settings.policy.served_name} at {settings.policy.endpoint}"
+        if home is None:
+            return check_model(settings.policy)
+        return open_model(
+            settings.policy, home, "reward" if settings.kind == "reward" else "sampled"
+        )
+    except UserError as error:
+        raise UserError(
+            error.what, where=f"judge: {error.where}", expected=error.expected, fix=error.fix
+        ) from None
+
+
+def _model(settings: JudgeSettings, home: Path | None) -> str:
+    assert settings.policy is not None, "JudgeSettings sees to it"
+    model = settings.policy.model
+    if settings.policy.endpoint:
+        return settings.policy.served_name
+    check_judge(settings)
+    directory = Path(model).expanduser()
+    if not directory.is_dir():
+        return f"{model}@{settings.policy.revision or 'main'}"
+    if home is not None:
+        return folder_digest(directory, home)
+    with TemporaryDirectory() as forgotten:
+        return folder_digest(directory, Path(forgotten))

@@ -1,0 +1,131 @@
+"""What only the planted world's truth can tell: were the right principles found, and followed?
+
+`tasks.evaluate` asks on the planted world alone. Nothing of this reaches what is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
+
+from models.judges.base import PrincipleJudge
+from models.policy import Message
+from tasks.rows import Answer, Labelled, Prompt, Response, Scored
+
+
+def faithfulness_metrics(
+    judge: PrincipleJudge, *, labelled: Sequence[Labelled], answers: Sequence[Answer]
+) -> dict[str, float]:
+    """Does a refinement do what the principle asks that it is filed under? Shares in [0, 1].
+
+    For the kept trajectories under their own principle ("original") and under the label that is
+    trained on ("label"); and for the answers to held-out prompts under the principle that the
+    policy gave itself ("answers"). `faithfulness/failed` counts what the judge could not say.
+    """
+    claims = {
+        "original": [(row.principle, row.refined) for row in labelled],
+        "label": [(row.label, row.refined) for row in labelled],
+        "answers": [(row.principle, row.refined) for row in answers],
+    }
+    figures: dict[str, float] = {}
+    failed = 0
+    for name, pairs in claims.items():
+        verdicts = judge.follows([z for z, _ in pairs], [y for _, y in pairs])
+        told = [v for v in verdicts if v is not None]
+        failed += len(verdicts) - len(told)
+        if told:
+            figures[f"faithfulness/{name}"] = fmean(told)
+    return figures | {"faithfulness/failed": float(failed)}
+
+
+def planted_metrics(
+    *,
+    scored: Iterable[Scored],
+    labelled: Sequence[Labelled],
+    principles: Sequence[str],
+    prompts: Sequence[Prompt],
+    answers: Sequence[Answer],
+) -> dict[str, float]:
+    """What only the planted world's truth can tell; shares in [0, 1].
+
+    - `planted/nmi`, `planted/ari`: the clusters against the behaviour that each distinct kept
+      principle names (malformed ones left out and counted).
+    - `planted/precision`: entries of the constitution (`principles`) that name a behaviour which
+      prompts call for; `planted/recall`: such behaviours that at least one entry names;
+      `planted/duplicates`: entries that name a behaviour which another entry already names.
+    - `planted/hinted_right`, `kept_right`, `invented_right`: principles that the prompt calls for
+      and y1 lacks, among all sampled candidates, the kept trajectories and the held-out answers.
+    - `planted/core_initial`, `planted/core_refined`: how much of the content survives.
+    """
+    from models.planted import oracle
+
+    def right(prompt: Sequence[Message], initial: str, principle: str) -> bool:
+        named = oracle.behaviour_of(principle)
+        return named in oracle.needed(prompt[-1]["content"]) - oracle.shown(initial)
+
+    asked = {p.prompt_id: p.prompt for p in prompts}
+    shares: dict[str, Sequence[float]] = {
+        "hinted_right": [
+            right(r.prompt, r.initial, c.principle) for r in scored for c in r.candidates
+        ],
+        "kept_right": [right(r.prompt, r.initial, r.principle) for r in labelled],
+        "invented_right": [right(asked[a.prompt_id], a.initial, a.principle) for a in answers],
+        "core_initial": [
+            oracle.core_share(asked[a.prompt_id][-1]["content"], a.initial) for a in answers
+        ],
+        "core_refined": [
+            oracle.core_share(asked[a.prompt_id][-1]["content"], a.refined) for a in answers
+        ],
+    }
+    return (
+        {f"planted/{name}": fmean(values) for name, values in shares.items() if values}
+        | _recovery(principles, oracle.TRUTH, oracle.behaviour_of)
+        | _agreement(labelled, oracle.behaviour_of)
+    )
+
+
+def obedience_metrics(responses: Iterable[Response], prompts: Iterable[Prompt]) -> dict[str, float]:
+    """Of SAMI's responses, by the kind of constitution; shares in [0, 1].
+
+    - `planted/obeyed_<arm>`: of the principles and antitheses that a response was told (and that
+      word a behaviour), those that it follows.
+    - `planted/core_<arm>`: how much of the content survives, "plain" being without a constitution.
+    """
+    from models.planted import oracle
+
+    asked = {p.prompt_id: p.prompt[-1]["content"] for p in prompts}
+    shares: dict[str, list[float]] = {}
+    for row in responses:
+        core = oracle.core_share(asked[row.prompt_id], row.response)
+        shares.setdefault(f"core_{row.arm}", []).append(core)
+        if (obeyed := oracle.obeyed(row.principles, row.response)) is not None:
+            shares.setdefault(f"obeyed_{row.arm}", []).append(obeyed)
+    return {f"planted/{name}": fmean(values) for name, values in shares.items()}
+
+
+def _recovery(
+    principles: Sequence[str], truth: frozenset[str], behaviour_of: Callable[[str], str | None]
+) -> dict[str, float]:
+    """Precision, recall and duplicates of the constitution against the truth."""
+    named = [b for b in map(behaviour_of, principles) if b in truth]
+    figures = {"planted/recall": len(set(named)) / len(truth)}
+    if principles:
+        figures["planted/precision"] = len(named) / len(principles)
+        figures["planted/duplicates"] = float(len(named) - len(set(named)))
+    return figures
+
+
+def _agreement(
+    labelled: Sequence[Labelled], behaviour_of: Callable[[str], str | None]
+) -> dict[str, float]:
+    """NMI and ARI of the clusters of distinct principles against what they name."""
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    clusters = {row.principle: row.cluster for row in labelled}
+    named = {z: b for z in clusters if (b := behaviour_of(z)) is not None}
+    figures = {"planted/malformed": float(len(clusters) - len(named))}
+    if len(named) > 1:
+        truth, found = list(named.values()), [clusters[z] for z in named]
+        figures["planted/nmi"] = float(normalized_mutual_info_score(truth, found))
+        figures["planted/ari"] = float(adjusted_rand_score(truth, found))
+    return figures

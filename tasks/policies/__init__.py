@@ -1,0 +1,1 @@
+"""The policy that a stage samples from, and how it answers."""

@@ -1,0 +1,200 @@
+"""A policy answers prompts without any gold response: y1, then z, then y2.
+
+`tasks.evaluate` has the held-out prompts and the benchmarks' answered, `flows.commands.ask` a
+person's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field
+
+from models import prompts as ask
+from models.policy import SILENT, Completion, Messages, Policy, Progress, Request, finish_of
+from models.pools.local import Compute, Pool
+from models.prompts import Templates
+from models.settings import Settings
+from tasks.record.progress import progress
+from tasks.record.work import Workspace, shards
+from tasks.rows import Answer, Prompt
+
+Row = TypeVar("Row")
+Which = Literal["refined", "initial"]
+"""Which of a policy's two answers is meant: y2 or y1."""
+
+
+class AnswerSettings(Settings):
+    """How a policy answers."""
+
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    """Sampling temperature of every answer; 0 is greedy."""
+    max_response_tokens: int = Field(default=512, ge=1, le=16_384)
+    """Longest first response and refinement."""
+    max_principle_tokens: int = Field(default=64, ge=1, le=1024)
+    """Longest principle."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """A policy's answer to a prompt, or the reason why there is none."""
+
+    text: str
+    missing: str | None = None
+
+
+def given(row: Answer | None, which: Which) -> Given:
+    """One of a row's two answers. A prompt that left no room for one silenced the policy, and so
+    did a server that refused.
+    """
+    if row is None:
+        return Given(text="", missing="there is none")
+    text = row.refined if which == "refined" else row.initial
+    return Given(text=text, missing=None if text.strip() else SILENT.get(row.finish))
+
+
+def requests_each(templates: Templates) -> int:
+    """Requests that one prompt takes: y1, z (where there are principles), y2."""
+    return 3 if templates.guided else 2
+
+
+def answer(
+    prompts: Sequence[Prompt],
+    policy: Policy,
+    settings: AnswerSettings,
+    templates: Templates,
+    *,
+    seed: int,
+    iteration: int,
+    advance: Progress | None = None,
+) -> list[Answer]:
+    """y1, z ~ p(· | x, y1), y2 ~ p(· | x, y1, z) for every prompt, in its order; gold is not read.
+
+    Unguided templates have no z: y2 ~ p(· | x, y1).
+
+    The noise is keyed by seed and prompt, not by iteration: policies that differ little answer
+    alike, which makes their comparison tight. `advance` is called with the number of requests
+    that were answered, `requests_each` a prompt.
+    """
+
+    def sample(role: str, messages: Iterable[Messages], max_tokens: int) -> list[Completion]:
+        requests = [
+            Request(
+                messages=m,
+                key=f"{seed}/evaluate/{p.prompt_id}/{role}",
+                temperature=settings.temperature,
+                max_tokens=max_tokens,
+            )
+            for p, m in zip(prompts, messages, strict=True)
+        ]
+        return [completions[0] for completions in policy.generate(requests, advance)]
+
+    y1 = sample("initial", (p.prompt for p in prompts), settings.max_response_tokens)
+    z = [Completion(text="", tokens=0, logprob=0.0, finish="stop")] * len(prompts)
+    if templates.guided:
+        asked = (ask.ask(templates, p.prompt, a.text) for p, a in zip(prompts, y1, strict=True))
+        z = sample("principle", asked, settings.max_principle_tokens)
+    told = (
+        ask.ask_refinement(templates, p.prompt, a.text, b.text)
+        for p, a, b in zip(prompts, y1, z, strict=True)
+    )
+    y2 = sample("refined", told, settings.max_response_tokens)
+    return [_answer(p, iteration, parts) for p, *parts in zip(prompts, y1, z, y2, strict=True)]
+
+
+def _answer(prompt: Prompt, iteration: int, parts: Sequence[Completion]) -> Answer:
+    initial, principle, refined = parts
+    return Answer(
+        prompt_id=prompt.prompt_id,
+        iteration=iteration,
+        initial=initial.text,
+        initial_thoughts=initial.thoughts,
+        principle=principle.text,
+        principle_thoughts=principle.thoughts,
+        refined=refined.text,
+        refined_thoughts=refined.thoughts,
+        finish=finish_of(parts),
+        tokens=sum(part.tokens for part in parts),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manner:
+    """How a policy is asked: all but the policy and the prompts."""
+
+    templates: Templates
+    settings: AnswerSettings
+    seed: int
+    iteration: int
+
+    def ask(
+        self,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        advance: Progress,
+        temperature: float | None = None,
+    ) -> list[Answer]:
+        """Answers at once, at another temperature where one is given; see `answer`."""
+        settings = self.settings
+        if temperature is not None:
+            settings = settings.model_copy(update={"temperature": temperature})
+        return answer(
+            prompts,
+            policy,
+            settings,
+            self.templates,
+            seed=self.seed,
+            iteration=self.iteration,
+            advance=advance,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Respondent:
+    """A policy that answers in shards: what it has answered, no later attempt asks again."""
+
+    pool: Pool[Policy]
+    manner: Manner
+    work: Workspace
+    shard_size: int
+
+    def answers(self, name: str, prompts: Sequence[Prompt]) -> list[Answer]:
+        """An answer to every prompt, in their order, kept as `<name>.parquet`."""
+        return self.in_shards(name, Answer, prompts, self.manner.ask)
+
+    def in_shards(
+        self,
+        name: str,
+        row_type: type[Row],
+        items: Sequence[Any],
+        compute: Compute[Policy, Row],
+        prompts_each: int = 1,
+    ) -> list[Row]:
+        """`compute` over shards of items, of which each takes `prompts_each` prompts."""
+        each = requests_each(self.manner.templates) * prompts_each
+        what = f"evaluate {self.manner.iteration}: {name}"
+        with progress(what, each * len(items), "requests") as tick:
+            return self.work.sharded(
+                name,
+                row_type,
+                shards(items, self.shard_size),
+                lambda missing: self.pool.map(compute, missing, tick),
+                found=lambda shard: tick(each * len(shard)),
+            )
+
+
+def answer_metrics(answers: Sequence[Answer]) -> dict[str, float]:
+    """What the answers look like: lengths in characters, shares in [0, 1], tokens a prompt."""
+    if not answers:
+        return {}
+    return {
+        "answers/initial_characters": fmean(len(a.initial) for a in answers),
+        "answers/refined_characters": fmean(len(a.refined) for a in answers),
+        "answers/kept_initial": fmean(a.refined == a.initial for a in answers),
+        "answers/empty": fmean(not a.refined.strip() for a in answers),
+        "answers/truncated": fmean(a.finish != "stop" for a in answers),
+        "answers/tokens": fmean(a.tokens for a in answers),
+    }

@@ -1,0 +1,152 @@
+"""The base model's files: a planted one made when missing, a directory checked, a hub name noted.
+
+Everything that the model's answers depend on is in its digest.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from constitutions.errors import UserError
+from models.checkpoints.architecture import Use
+from models.checkpoints.check import check_directory, located
+from models.checkpoints.headers import check_listing
+from models.files import Damaged, text_sha256
+from models.planted import NAMES
+from models.policy import PolicySettings
+from models.pools.weights import file_hashes
+from tasks.record.code import code_version
+from tasks.record.progress import progress, say
+from tasks.record.store import SUMMARY, Record
+
+
+@dataclass(frozen=True)
+class BaseModelFiles:
+    """`path` is what transformers loads (a directory or a hub name); `digest` identifies it."""
+
+    path: str
+    digest: str
+
+
+def resolve_model(
+    settings: PolicySettings, seed: int, home: Path, record: Record
+) -> BaseModelFiles:
+    """Find or make the base model, before any other compute is spent.
+
+    The planted model is made once for an experiment and kept in its record: another machine's
+    arithmetic might make another one.
+
+    Raises:
+        UserError: the model cannot be sampled from exactly; see `open_model`.
+    """
+    open_model(settings, home, "sampled")
+    kept = kept_model(settings, seed, home, record)
+    if kept.path:
+        return kept
+    model = settings.model
+    made, name = make_planted(model, seed, home), _planted_name(model, seed)
+    record.client.log_artifacts(record.iteration_run(SUMMARY), str(made), name)
+    record.log_text(f"{name}.digest", folder_digest(made, home))  # last: the copy is whole
+    return kept_model(settings, seed, home, record)
+
+
+def kept_model(settings: PolicySettings, seed: int, home: Path, record: Record) -> BaseModelFiles:
+    """The base model where it is; a planted one that was never made has an empty path.
+
+    Raises:
+        UserError: the directory lacks what transformers needs.
+    """
+    check_model(settings)
+    if settings.model in NAMES:
+        return _kept_planted(settings.model, seed, home, record)
+    directory = Path(settings.model).expanduser()
+    if directory.is_dir():
+        return BaseModelFiles(str(directory.resolve()), folder_digest(directory, home))
+    return BaseModelFiles(settings.model, f"{settings.model}@{settings.revision or 'main'}")
+
+
+def check_model(settings: PolicySettings) -> str:
+    """What the model is, in words; makes and loads nothing.
+
+    Raises:
+        UserError: there is no such directory, or it lacks what transformers needs.
+    """
+    if settings.model in NAMES:
+        return "the planted world's, pretrained here the first time (a few minutes at most)"
+    directory = Path(settings.model).expanduser()
+    if directory.is_dir():
+        check_listing(directory)
+        return f"directory {directory}"
+    if directory.is_absolute() or settings.model.startswith((".", "~")):
+        raise UserError(
+            "there is no such directory",
+            where=f"setting 'policy.model' = {settings.model}",
+            expected="a transformers model directory, a hub name such as owner/model, or one of "
+            + ", ".join(NAMES),
+        )
+    return f"{settings.model} from the hub, revision {settings.revision or 'main'}"
+
+
+def open_model(settings: PolicySettings, home: Path, use: Use = "trained") -> str:
+    """`check_model`, with the model's files looked into where they are on this machine.
+
+    It takes some seconds the first time, in a process of its own; what was found good is
+    remembered under `home`. The planted models are our own, and are not looked into.
+
+    Raises:
+        UserError: as `check_model` and `models.checkpoints.check.check_directory`.
+    """
+    found = check_model(settings)
+    if settings.model in NAMES:
+        return found
+    directory = located(settings)
+    return f"{found}: {check_directory(directory, settings, use, home)}" if directory else found
+
+
+def folder_digest(folder: Path, home: Path) -> str:
+    """sha256 over the names and contents of a folder's files; see `file_hashes`."""
+    return text_sha256(json.dumps(file_hashes(folder, home), sort_keys=True))
+
+
+def _kept_planted(model: str, seed: int, home: Path, record: Record) -> BaseModelFiles:
+    """The planted model as the record has it."""
+    name = _planted_name(model, seed)
+    try:
+        digest = record.read_text(f"{name}.digest")
+    except Damaged as error:
+        say(f"{error}; the model is recorded again")
+        digest = None
+    if digest is None:
+        return BaseModelFiles("", "not made yet")
+    folder = record.fetch_folder(name)
+    if folder_digest(folder, home) != digest:
+        raise UserError(
+            "the planted model in the record is damaged",
+            where=str(folder),
+            expected=f"files with the digest {digest[:12]}…",
+            fix="delete it if it is a copy of the record, below the home; else start again under "
+            "another name: --set experiment=NAME",
+        )
+    return BaseModelFiles(str(folder.resolve()), digest)
+
+
+def _planted_name(model: str, seed: int) -> str:
+    return f"{model}-{seed}-{code_version('models.planted.pretrain')[:12]}"
+
+
+def make_planted(model: str, seed: int, home: Path) -> Path:
+    """The directory of a planted model in this machine's cache, pretrained the first time."""
+    from models.planted.pretrain import RECIPES, planted_model
+
+    done = 0
+    with progress(f"pretrain {model}", 100, "%") as tick:
+
+        def advance(step: int, steps: int) -> None:
+            nonlocal done
+            percent = 100 * step // steps
+            tick(percent - done)
+            done = percent
+
+        return planted_model(home / "planted", seed, advance, RECIPES[model])

@@ -1,0 +1,114 @@
+"""Which policy a stage talks to: the base model, the adapter of an earlier iteration, templates.
+
+The flow makes one `PolicySource` for each iteration; `mine`, `cluster` and `evaluate` load it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from models.policy import Policy, PolicySettings
+from models.pools.local import LocalPool, Pool, Where, open_pool
+from models.prompts import CONSTITUTION_WORDINGS, TEMPLATES, ConstitutionWording, Templates
+from tasks.record.store import Attempt, Slot
+
+TEMPLATE = ("chat_template", "template_arguments", "thought_tags", "thought_tokens")
+"""Settings that say how the chat template is used."""
+
+
+@dataclass(frozen=True)
+class PolicySource:
+    """A reference to a policy: nothing is loaded before `load`.
+
+    `base_digest` identifies the base model's files; `adapter` is a finished train attempt.
+    """
+
+    settings: PolicySettings
+    model: str
+    base_digest: str
+    adapter: Attempt | None = None
+    guided: bool = True
+    """Whether a principle stands between the policy's two responses."""
+    constitutional: bool = False
+    """Whether it is told a constitution instead (SAMI)."""
+
+    @property
+    def templates(self) -> Templates:
+        """The wording of the turns."""
+        templates = TEMPLATES[self.settings.templates]
+        return templates if self.guided else templates.unguided()
+
+    @property
+    def wording(self) -> ConstitutionWording:
+        """How it is told a constitution, or asked for one."""
+        return CONSTITUTION_WORDINGS[self.settings.templates]
+
+    @property
+    def adapter_path(self) -> Path | None:
+        """The adapter's local folder; None is the initial policy."""
+        return self.adapter.path("adapter") if self.adapter else None
+
+    @property
+    def local(self) -> PolicySource:
+        """The same policy in this process, whoever answers for it: what is trained."""
+        return replace(self, settings=self.settings.model_copy(update={"endpoint": None}))
+
+    def load(self) -> Policy:
+        """The policy: at its endpoint where it has one, else in this process.
+
+        Raises:
+            UserError: it cannot be loaded, or the endpoint cannot be used.
+        """
+        if self.settings.endpoint:
+            from models.endpoint.server import open_server
+
+            return open_server(self.settings, self.adapter_path)
+        from models.engine.local import load_policy
+
+        return load_policy(self.settings, self.model, self.adapter_path)
+
+    def pool(self) -> Pool[Policy]:
+        """Engines of the policy, where the settings ask for them."""
+        if self.settings.pool.kind == "local" or self.settings.endpoint:
+            return LocalPool(self.load)
+        models = [self.model, *([str(self.adapter_path)] if self.adapter else [])]
+        return open_pool(self.settings, partial(_load_there, self.settings, models), models=models)
+
+    def trained(self, adapter: Attempt) -> PolicySource:
+        """The same base model with the adapter of a finished train attempt."""
+        return replace(self, adapter=adapter)
+
+    def inputs(self, **others: Attempt) -> Mapping[str, Attempt]:
+        """The attempts that a stage reads, with the adapter among them."""
+        return {**others, **({"adapter": self.adapter} if self.adapter else {})}
+
+    def noted(self, at: Slot) -> Slot:
+        """The slot with what else this policy's answers depend on, and the device that they take.
+
+        Behind an endpoint it is the server's model that answers, wherever the server is.
+        """
+        told = astuple(self.wording if self.constitutional else self.templates)
+        wording = hashlib.sha256("\0".join(told).encode()).hexdigest()
+        if self.settings.endpoint:
+            held: Mapping[str, object] = {"served_model": self.settings.served_name}
+        else:
+            held = self.settings.model_dump(include={"quantization", "dtype", "revision"})
+        notes = {"base": self.base_digest, "templates": wording, **_texts(held)}
+        notes |= _texts(self.settings.model_dump(include=set(TEMPLATE), exclude_defaults=True))
+        return replace(at, notes={**at.notes, **notes}, device=self.settings.answers_on)
+
+
+def _load_there(settings: PolicySettings, models: Sequence[str], where: Where) -> Policy:
+    """`PolicySource.load` on a node that may have the base model and the adapter elsewhere."""
+    from models.engine.local import load_policy
+
+    base, *adapter = map(where, models)
+    return load_policy(settings, base, Path(adapter[0]) if adapter else None)
+
+
+def _texts(values: Mapping[str, object]) -> dict[str, str]:
+    return {key: str(value) for key, value in values.items()}

@@ -1,0 +1,1 @@
+"""How results are kept: the record in MLflow, work in progress, locks, and code versions."""

@@ -1,0 +1,229 @@
+"""Where an attempt works before it counts: a folder on this machine's disk, named by what it makes.
+
+A killed attempt leaves its finished shards, its training checkpoints or even its finished outputs
+here; the next attempt with the same fingerprint finds them. `journal.jsonl` beside the folders
+says what this machine computed and what it found again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from constitutions.errors import UserError
+from models.files import (
+    Damaged,
+    bytes_sha256,
+    file_sha256,
+    read_sealed,
+    remove,
+    text_sha256,
+    write_sealed,
+    written,
+)
+from models.pools.local import Finished, Shards
+from tasks.record import kept
+from tasks.record.progress import say
+from tasks.record.tables import read_rows, rows_as_bytes, write_rows
+
+Row = TypeVar("Row")
+Metrics = dict[str, float]
+Manifest = dict[str, dict[str, Any]]
+"""File (relative path) → its sha256 and, for Parquet, its rows."""
+
+FIGURES = (".png", ".html")
+"""For people: no stage reads them, so they have no part in the digest."""
+JOURNAL = "journal.jsonl"
+
+
+class Done(NamedTuple):
+    """An attempt whose outputs are whole."""
+
+    metrics: Metrics
+    seconds: float
+    manifest: Manifest
+
+
+class Workspace:
+    """The folder of one fingerprint: `outputs` of the attempt, and `parts` that are finished.
+
+    Made by the holder of the fingerprint's lock: nobody else writes there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.outputs = folder / "outputs"
+        self.parts = folder / "parts"
+        self._done = folder / "done.json"
+        for path in (self.outputs, self.parts):
+            path.mkdir(parents=True, exist_ok=True)
+        for litter in folder.rglob("*.tmp"):  # of a process that was killed while it wrote
+            litter.unlink(missing_ok=True)
+
+    def write(self, name: str, rows: Iterable[Any], row_type: type) -> None:
+        """Write `<name>.parquet` whole or not at all."""
+        write_rows(self.outputs / f"{name}.parquet", rows, row_type)
+
+    def sharded(
+        self,
+        name: str,
+        row_type: type[Row],
+        shards: Sequence[Sequence[Any]],
+        compute: Callable[[Shards], Iterable[Finished]],
+        found: Callable[[Sequence[Any]], None],
+    ) -> list[Row]:
+        """The shards that are missing computed, each kept when it is finished, in whatever order;
+        then `<name>.parquet` from all of them.
+
+        Args:
+            compute: yields shards as they are finished; `Pool.map` does.
+            found: is told of each shard that an earlier, killed attempt had finished.
+        """
+        parts = [Part(self.parts, f"{name}-{number:05}") for number in range(len(shards))]
+        missing = {n: shard for n, shard in enumerate(shards) if not parts[n].is_finished()}
+        whole = len(shards) - len(missing)
+        kept.tell(parts=f"{whole} of {len(shards)} shards")
+        for number, shard in enumerate(shards):
+            if number not in missing:
+                found(shard)
+        for done in compute(missing):
+            part = parts[done.number]
+            part.write(done.rows, row_type)
+            self.note("shard", name=part.name, seconds=done.seconds)
+            whole += 1
+            kept.tell(parts=f"{whole} of {len(shards)} shards")
+        rows = [row for part in parts for row in part.read(row_type)]
+        self.write(name, rows, row_type)
+        return rows
+
+    def finish(self, metrics: Metrics, seconds: float) -> Done:
+        """Mark the outputs as whole: from now on only recording them is left to do."""
+        done = Done(metrics, seconds, manifest(self.outputs))
+        write_sealed(self._done, done._asdict())
+        self.note("computed", seconds=seconds)
+        return done
+
+    def finished(self) -> Done | None:
+        """What an attempt computed that ended but was not recorded, if it is intact."""
+        try:
+            done = Done(**read_sealed(self._done))
+        except FileNotFoundError:
+            return None
+        except Damaged as error:
+            say(f"{error}; what it stood for is computed again")
+        else:
+            if is_intact(self.outputs, done.manifest):
+                return done
+            say(f"{self.outputs} was damaged; it is computed again")
+        for left in (self._done, self.outputs):
+            remove(left)
+        self.outputs.mkdir()
+        return None
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Append a line to this machine's journal: one write, so that several processes may."""
+        line = {
+            "time": time.time(),
+            "pid": os.getpid(),
+            "fingerprint": self.folder.name,
+            "event": event,
+            **facts,
+        }
+        with (self.folder.parent / JOURNAL).open("a", encoding="utf-8") as journal:
+            journal.write(json.dumps(line) + "\n")
+
+    def remove(self) -> None:
+        """The record has it all: nothing here is needed any more."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Part:
+    """A finished shard on disk. Its digest is in the file's name, so that both are there at once;
+    it covers the shard's own name, so that no other shard can be taken for it."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+
+    def is_finished(self) -> bool:
+        """Whether it is there and intact; one that was damaged is removed, and said."""
+        files = sorted(self.folder.glob(f"{self.name}.*parquet"))
+        intact = [file for file in files if self._content(file) is not None]
+        for file in files:
+            if file not in intact[:1]:
+                say(f"{file} was damaged; this shard is computed again")
+                remove(file)
+        return bool(intact)
+
+    def write(self, rows: Iterable[Any], row_type: type) -> None:
+        """Keep the shard's rows."""
+        content = rows_as_bytes(rows, row_type)
+        with written(self._place(content)) as sink:
+            sink.write(content)
+
+    def read(self, row_type: type[Row]) -> list[Row]:
+        """The shard's rows.
+
+        Raises:
+            UserError: the disk does not give back what was written to it.
+        """
+        for file in self.folder.glob(f"{self.name}.*parquet"):
+            content = self._content(file)
+            if content is not None:
+                return read_rows(pa.BufferReader(content), row_type)
+        raise UserError(
+            "a finished shard was damaged while the stage was at work",
+            where=str(self.folder / self.name),
+            expected="what was written to it a moment ago",
+            fix="look after the disk; the same command computes this shard again",
+        )
+
+    def _content(self, file: Path) -> bytes | None:
+        try:
+            content = file.read_bytes()
+        except OSError:
+            return None
+        return content if file == self._place(content) else None
+
+    def _place(self, content: bytes) -> Path:
+        digest = bytes_sha256(self.name.encode() + b"\0" + content)[:32]
+        return self.folder / f"{self.name}.{digest}.parquet"
+
+
+def manifest(folder: Path) -> Manifest:
+    """The files of a folder, by sorted relative path."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): _describe(p) for p in files}
+
+
+def is_intact(folder: Path, manifest: Manifest) -> bool:
+    """Whether a folder holds the files of a manifest, byte for byte, and no others."""
+    files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    return files == manifest.keys() and all(
+        file_sha256(folder / name) == facts["sha256"] for name, facts in manifest.items()
+    )
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """sha256 (hex) over the data files of a manifest: what a successor's fingerprint rests on."""
+    data = {name: facts for name, facts in manifest.items() if not name.endswith(FIGURES)}
+    return text_sha256(json.dumps(data, sort_keys=True))
+
+
+def shards(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+    """Rows in consecutive groups of at most `size`."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    described: dict[str, Any] = {"sha256": file_sha256(path)}
+    if path.suffix == ".parquet":
+        described["rows"] = pq.read_metadata(path).num_rows
+    return described

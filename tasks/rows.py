@@ -1,0 +1,256 @@
+"""The rows that travel through the loop, and their Arrow schemas.
+
+A prompt is one row; each stage adds columns and joins by `prompt_id`, never by position. What a
+policy thought before it answered stands in columns of its own, as it was sampled, tags included;
+records without them are of policies that did not think.
+Every stage and the store import this module; it imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from models.judges.base import Verdict
+from models.policy import Message
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """x and yG: what the user asks, and the reference response of the corpus."""
+
+    prompt_id: str
+    prompt: tuple[Message, ...]
+    gold: str
+    source: str
+    """Where the row came from: "prompts.jsonl:7"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One sampled (z, c, y2) of a prompt. `sample` is its number, 0 … N-1."""
+
+    sample: int
+    principle: str
+    critique: str
+    refined: str
+    finish: str
+    """"stop" when every part ended by itself, "length" when one was cut at its token limit."""
+    tokens: int
+    """Generated tokens of all parts, thoughts included."""
+    principle_thoughts: str = ""
+    critique_thoughts: str = ""
+    refined_thoughts: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mined(Prompt):
+    """+ y1 and its N candidates (E-step, proposals)."""
+
+    initial: str
+    initial_finish: str
+    initial_tokens: int
+    initial_thoughts: str = ""
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredCandidate(Candidate):
+    """+ f(y2, yG) in [0, 1], or None with the reason why it could not be scored."""
+
+    score: float | None
+    unscored: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored(Mined):
+    """+ f(y1, yG) in [0, 1], or None with the reason why it could not be scored."""
+
+    initial_score: float | None
+    initial_unscored: str | None
+    candidates: tuple[ScoredCandidate, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory(Prompt):
+    """A kept (x, y1, z, y2). Weights of one prompt's trajectories sum to 1."""
+
+    sample: int
+    initial: str
+    principle: str
+    refined: str
+    initial_score: float
+    score: float
+    weight: float
+    initial_thoughts: str = ""
+    principle_thoughts: str = ""
+    """They may quote the gold, which was in view: they are never trained on."""
+    refined_thoughts: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejected:
+    """A candidate that was not kept, or (sample None) a whole prompt of which none was."""
+
+    prompt_id: str
+    sample: int | None
+    source: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labelled(Trajectory):
+    """+ the principle that is trained on: the cluster's representative, or the original."""
+
+    label: str
+    cluster: int
+    replaced: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """One of a query's constitutions, and the policy's response under it (SAMI)."""
+
+    identifiers: tuple[str, ...]
+    """"pos ID" or "neg ID" of each principle or antithesis, in the order in which it is told."""
+    principles: tuple[str, ...]
+    """Their texts."""
+    response: str
+    finish: str
+    tokens: int
+    thoughts: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled(Prompt):
+    """+ C constitutions and a response under each (SAMI, sampling)."""
+
+    draws: tuple[Draw, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response(Draw):
+    """What one policy answers to one held-out prompt, under a constitution or (no principles)
+    without.
+    """
+
+    prompt_id: str
+    iteration: int
+    arm: str
+    """What kind of constitution it is: `tasks.sami.evaluate.ARMS`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What one policy answers to one held-out prompt without gold: y1, z, y2."""
+
+    prompt_id: str
+    iteration: int
+    initial: str
+    principle: str
+    refined: str
+    finish: str
+    tokens: int
+    initial_thoughts: str = ""
+    principle_thoughts: str = ""
+    refined_thoughts: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DialogueAnswer(Answer):
+    """+ its place in a benchmark's dialogue: `turn` is 1 or 2."""
+
+    question_id: int
+    turn: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One judged pair of answers to one prompt. `outcome` is 1, ½ or 0; None: it failed."""
+
+    prompt_id: str
+    iteration: int
+    answer: str
+    """Which answer of this iteration's policy is compared: "refined" or "initial"; SAMI: that to
+    which kind of constitution."""
+    against: int
+    """The iteration of the reference policy; -1: a model outside the experiment."""
+    reference: str
+    """Which answer of the reference policy it meets, "refined" or "initial"; or that model's name.
+    """
+    judge: str
+    ours: str
+    theirs: str
+    our_score: float | None
+    their_score: float | None
+    outcome: float | None
+    failure: str | None
+    asked: bool = True
+    """Whether the judge was asked: what is missing, empty or the same text twice needs none."""
+    verdicts: tuple[Verdict, ...] = ()
+    """What the judge said in each order, where the order may matter."""
+
+
+def prompt_id(prompt: Sequence[Message]) -> str:
+    """sha256 (hex) of the normalised prompt: NFC, outer white space stripped, roles kept."""
+    turns = [[m["role"], unicodedata.normalize("NFC", m["content"]).strip()] for m in prompt]
+    return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode()).hexdigest()
+
+
+def fields(row: Any) -> dict[str, Any]:
+    """A row's columns by name, nested rows kept: what a stage passes on and adds to."""
+    return {f.name: getattr(row, f.name) for f in dataclasses.fields(row)}
+
+
+def schema(row_type: type) -> pa.Schema:
+    """The Arrow schema of a row type, derived from its annotations."""
+    hints = typing.get_type_hints(row_type)
+    return pa.schema([_field(f.name, hints[f.name]) for f in dataclasses.fields(row_type)])
+
+
+def to_table(rows: Iterable[Any], row_type: type) -> pa.Table:
+    """Rows as an Arrow table with the type's schema (also when there are none)."""
+    return pa.Table.from_pylist([dataclasses.asdict(r) for r in rows], schema=schema(row_type))
+
+
+def from_table(table: pa.Table, row_type: type[Row]) -> list[Row]:
+    """The rows of an Arrow table; raises TypeError when columns are missing or unknown."""
+    return [_revive(row, row_type) for row in table.to_pylist()]
+
+
+def _field(name: str, hint: Any) -> pa.Field:
+    if isinstance(hint, types.UnionType):
+        inner = next(a for a in typing.get_args(hint) if a is not type(None))
+        return pa.field(name, _arrow(inner), nullable=True)
+    return pa.field(name, _arrow(hint), nullable=False)
+
+
+def _arrow(hint: Any) -> pa.DataType:
+    scalars = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+    if hint in scalars:
+        return scalars[hint]
+    if typing.get_origin(hint) is tuple:
+        return pa.list_(pa.field("item", _arrow(typing.get_args(hint)[0]), nullable=False))
+    return pa.struct([_field(n, h) for n, h in typing.get_type_hints(hint).items()])
+
+
+def _revive(value: Any, hint: Any) -> Any:
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)[0]
+        return tuple(_revive(v, inner) for v in value)
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        return hint(**{k: _revive(v, hints[k]) for k, v in value.items()})  # type: ignore[operator]
+    return value

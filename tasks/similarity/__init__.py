@@ -1,0 +1,1 @@
+"""How near a response comes to the gold response."""
