@@ -26,7 +26,7 @@ from models.policy import Request
 from models.training import bases as qlora
 from models.training import loop as training_loop
 from models.training.adapter import AdapterSettings
-from models.training.encoding import Example
+from models.training.encoding import EncodedExample
 
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {  # Llama-3.1-8B
@@ -247,7 +247,9 @@ def training(base: Any, work: dict[str, int], card: dict[str, Any], folder: Path
     )
     trained = tuple(i > work["tokens"] * (1 - TRAINED) for i in range(work["tokens"]))
     examples = [
-        Example(tuple(draw.choices(range(base.config.vocab_size), k=work["tokens"])), trained)
+        EncodedExample(
+            tuple(draw.choices(range(base.config.vocab_size), k=work["tokens"])), trained
+        )
         for _ in range(work["trajectories"])
     ]
     model = qlora.new_adapter(base, settings, seed=0)

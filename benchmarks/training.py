@@ -23,7 +23,7 @@ from typing import Any, cast
 from benchmarks.measure import Result
 from benchmarks.random_model import random_llama, random_text
 from models.training.adapter import AdapterSettings, plan_batches
-from models.training.encoding import Example
+from models.training.encoding import EncodedExample
 
 ROWS = 64
 ROUNDS = 3
@@ -214,24 +214,24 @@ def _rows(folder: Path) -> list[dict[str, str]]:
     return list(json.loads((folder / "rows.json").read_text("utf-8")))
 
 
-def _examples(rows: list[dict[str, str]], tokenizer: Any) -> list[Example]:
+def _examples(rows: list[dict[str, str]], tokenizer: Any) -> list[EncodedExample]:
     """The tokens that the peer makes of the rows: an end token after each completion."""
     found = []
     for row in rows:
         prompt = tokenizer(row["prompt"])["input_ids"]
         completion = [*tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]
         trained = (False,) * len(prompt) + (True,) * len(completion)
-        found.append(Example((*prompt, *completion), trained))
+        found.append(EncodedExample((*prompt, *completion), trained))
     return found
 
 
-def _weighted_as_means(examples: list[Example]) -> list[Example]:
+def _weighted_as_means(examples: list[EncodedExample]) -> list[EncodedExample]:
     """Weights with which a step's loss is the mean over its tokens, the peer's."""
     weighted = list(examples)
     for step in plan_batches([len(e.ids) for e in examples], SETTINGS, SEED):
         tokens = sum(sum(examples[i].trained) for i in step)
         for i in step:
-            weighted[i] = Example(examples[i].ids, examples[i].trained, 1 / tokens)
+            weighted[i] = EncodedExample(examples[i].ids, examples[i].trained, 1 / tokens)
     return weighted
 
 

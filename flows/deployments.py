@@ -17,7 +17,7 @@ from pydantic import Field
 from constitutions.errors import UserError
 from flows.em import em_experiment
 from flows.experiment import is_recorded, note_settings, recorded_settings, writing
-from flows.forms import Form, changes, form_of
+from flows.forms import SettingsForm, changes, form_of
 from flows.preflight import ask_server, check_all
 from flows.settings import ExperimentSettings, load_settings, presets, with_changes
 from flows.stages import run_stage
@@ -39,7 +39,7 @@ UNCHANGED = ExperimentForm()
 
 
 def with_form(
-    form: type[Form], name: str, run_name: str
+    form: type[SettingsForm], name: str, run_name: str
 ) -> Callable[[Callable[..., State[Any]]], Flow[..., State[Any]]]:
     """Make a flow of a function whose parameter `settings` is a form that is made at run time."""
 
@@ -52,7 +52,10 @@ def with_form(
 
 @with_form(ExperimentForm, name="experiment", run_name="{source}")
 def experiment(
-    source: str = "planted", settings: Form = UNCHANGED, resume: bool = True, force: bool = False
+    source: str = "planted",
+    settings: SettingsForm = UNCHANGED,
+    resume: bool = True,
+    force: bool = False,
 ) -> State[Any]:
     """Run an experiment: T iterations. What the record has is not computed again.
 
@@ -95,7 +98,7 @@ def stage_flow(stage: str, settings: type[Settings]) -> Flow[..., State[Any]]:
     def run(
         experiment: str,
         iteration: Annotated[int, Field(ge=0)],
-        settings: Form = empty,
+        settings: SettingsForm = empty,
         force: bool = False,
     ) -> State[Any]:
         """Run one stage of one iteration by itself, from the recorded outputs before it.

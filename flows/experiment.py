@@ -31,7 +31,7 @@ from tasks.record.progress import say
 from tasks.record.store import Attempt, Attempts, Looker, Mode, Record, Slot
 from tasks.record.writer import made
 from tasks.record.writer import writing as hold
-from tasks.review import ReviewSettings, Verdict, recorded_verdict
+from tasks.review import ReviewDecision, ReviewSettings, recorded_verdict
 
 STAGES = (
     *("prompts", "write", "mine", "score", "filter", "cluster", "review"),
@@ -189,10 +189,10 @@ class Experiment:
         """The constitutions of all iterations before."""
         return {f"constitution_{t}": self.constitution(t) for t in range(1, iteration)}
 
-    def verdict(self, iteration: int, clustered: Attempt) -> Verdict | None:
+    def verdict(self, iteration: int, clustered: Attempt) -> ReviewDecision | None:
         """What a person decided on this very constitution; None: nobody was asked yet."""
         found = recorded_verdict(self.record, iteration, clustered)
-        return found or (Verdict() if self.look else None)
+        return found or (ReviewDecision() if self.look else None)
 
     def references(self, iteration: int) -> dict[str, Attempt]:
         """What an iteration is evaluated against: held-out prompts, earlier policies' answers."""

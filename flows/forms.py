@@ -30,7 +30,7 @@ YesNo = Annotated[bool, WithJsonSchema({"type": "string", "enum": ["yes", "no"]}
 """A drop-down: a switch cannot be empty, and the UI shows a chosen `false` as nothing chosen."""
 
 
-class Form(BaseModel):
+class SettingsForm(BaseModel):
     """What a person changed; unknown fields are refused, empty ones are not there."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,7 +49,7 @@ class Form(BaseModel):
 
 
 @cache
-def form_of(settings: type[Settings]) -> type[Form]:
+def form_of(settings: type[Settings]) -> type[SettingsForm]:
     """The form of a Settings class; settings within it become forms within the form. What has names
     of its own (`then`) is for YAML."""
     fields: dict[str, Any] = {
@@ -59,13 +59,13 @@ def form_of(settings: type[Settings]) -> type[Form]:
     }
     return create_model(
         settings.__name__.replace("Settings", "Form"),
-        __base__=Form,
+        __base__=SettingsForm,
         __doc__=settings.__doc__,
         **fields,
     )
 
 
-def changes(form: Form, under: str = "") -> dict[str, Any]:
+def changes(form: SettingsForm, under: str = "") -> dict[str, Any]:
     """What was filled in, by name: {"cluster.distance_threshold": 0.6}, with `under` before each.
 
     The values are plain, as JSON has them.
@@ -73,7 +73,9 @@ def changes(form: Form, under: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in form.given().items():
         path = f"{under}.{name}" if under else name
-        found |= changes(value, path) if isinstance(value, Form) else {path: to_jsonable(value)}
+        found |= (
+            changes(value, path) if isinstance(value, SettingsForm) else {path: to_jsonable(value)}
+        )
     return found
 
 

@@ -21,7 +21,7 @@ from constitutions.errors import UserError
 from constitutions.review import Decision
 from flows.experiment import Experiment
 from tasks.record.store import Attempt, Slot
-from tasks.review import ReviewSettings, Verdict, review, review_stage
+from tasks.review import ReviewDecision, ReviewSettings, review, review_stage
 from tasks.rows import Labelled
 
 SHOWN = 300
@@ -31,7 +31,7 @@ Examples = Mapping[str, Labelled]
 """The id of a principle → the trajectory that it improved most."""
 
 
-class Entry(BaseModel):
+class PrincipleForm(BaseModel):
     """What a person may do with one principle; untouched, it is approved.
 
     No drop-downs: those of Prefect 3.8's UI close at once in the dialogue that resumes a run.
@@ -43,8 +43,8 @@ class Entry(BaseModel):
     drop: bool = False
 
 
-class Form(RunInput):
-    """What a person is asked: who they are, and an `Entry` for each principle, by its number."""
+class ReviewForm(RunInput):
+    """What a person is asked: their name, and a `PrincipleForm` for each principle, by number."""
 
     by: str = Field(title="Your name", pattern=r"\S")
     note: str = Field("", title="Note", description="Why, if there is something to say.")
@@ -87,7 +87,9 @@ def ask(experiment: Experiment, t: int, clustered: Attempt) -> Attempt:
     return record_review(experiment, t, clustered, verdict)
 
 
-def record_review(experiment: Experiment, t: int, clustered: Attempt, verdict: Verdict) -> Attempt:
+def record_review(
+    experiment: Experiment, t: int, clustered: Attempt, verdict: ReviewDecision
+) -> Attempt:
     """Apply and record a verdict, whatever stage was asked for.
 
     Raises:
@@ -114,31 +116,31 @@ def form_of(
     constitution: Constitution,
     examples: Examples,
     t: int,
-    filled_in: Form | None = None,
+    filled_in: ReviewForm | None = None,
     mistakes: str = "",
-) -> type[Form]:
+) -> type[ReviewForm]:
     """The form for a constitution, perhaps with what was filled in before and what is wrong in it.
 
     What one entry can get wrong is in its schema: Prefect's server refuses to resume the run.
     """
     fields: dict[str, Any] = {}
     for number, principle in enumerate(constitution.principles, start=1):
-        before = _entry(filled_in, number) if filled_in else Entry(text=principle.text)
+        before = _entry(filled_in, number) if filled_in else PrincipleForm(text=principle.text)
         entry = _entry_model(number, constitution, examples, before)
         title = f"{number}. {principle.text}"
         fields[_field(number)] = entry, Field(entry(), title=title)
-    asked = {name: copy(field) for name, field in Form.model_fields.items()}
+    asked = {name: copy(field) for name, field in ReviewForm.model_fields.items()}
     # Prefect's UI squeezes the form's own description to nothing above a long form.
     asked["by"].description = _said(mistakes) + "Who decides; kept in the record."
     if filled_in:
         asked["note"].default, asked["added"].default = filled_in.note, filled_in.added
     who: dict[str, Any] = {name: (field.annotation, field) for name, field in asked.items()}
-    form = create_model("Review", __base__=Form, **who, **fields)
+    form = create_model("Review", __base__=ReviewForm, **who, **fields)
     form._description = _said(mistakes) + _description(constitution, examples, t)
     return form
 
 
-def verdict_of(answer: Form, constitution: Constitution) -> Verdict:
+def verdict_of(answer: ReviewForm, constitution: Constitution) -> ReviewDecision:
     """What the answer to a form says."""
     decisions = []
     for number, principle in enumerate(constitution.principles, start=1):
@@ -150,15 +152,15 @@ def verdict_of(answer: Form, constitution: Constitution) -> Verdict:
             decisions.append(Decision(id=principle.id, action="merge", into=whole.id))
         elif entry.text != principle.text:
             decisions.append(Decision(id=principle.id, action="reword", text=entry.text))
-    return Verdict(
+    return ReviewDecision(
         decisions=tuple(decisions), added=tuple(answer.added), by=answer.by, note=answer.note
     )
 
 
 def _entry_model(
-    number: int, constitution: Constitution, examples: Examples, before: Entry
+    number: int, constitution: Constitution, examples: Examples, before: PrincipleForm
 ) -> type[BaseModel]:
-    """The part of the form for one principle: an `Entry`, as its schema can check it."""
+    """The part of the form for one principle: an `PrincipleForm`, as its schema can check it."""
     principle = constitution.principles[number - 1]
     rule: dict[str, Any] = {
         "properties": {"into": {"not": {"const": number}}},
@@ -187,8 +189,8 @@ def _field(number: int) -> str:
     return f"principle_{number}"
 
 
-def _entry(answer: Form, number: int) -> Entry:
-    return Entry(**getattr(answer, _field(number)).model_dump())
+def _entry(answer: ReviewForm, number: int) -> PrincipleForm:
+    return PrincipleForm(**getattr(answer, _field(number)).model_dump())
 
 
 def _said(mistakes: str) -> str:

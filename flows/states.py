@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flows.experiment import open_experiment
 from flows.publish import Attempts, is_published
 from flows.settings import ExperimentSettings
-from tasks.record.store import Attempt, Derivation, Record, finished
+from tasks.record.store import Attempt, Provenance, Record, finished
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -70,7 +70,7 @@ class Look:
             tags = run.data.tags
             self._runs[tags["stage"], int(tags["iteration"])].append(run)
 
-    def __call__(self, wanted: Derivation) -> Attempt:
+    def __call__(self, wanted: Provenance) -> Attempt:
         """The current attempt of the stage, or a placeholder."""
         found = self.attempt(*wanted.place)
         self.states[wanted.place] = self._state(wanted, found)
@@ -84,7 +84,7 @@ class Look:
         missing = f"missing {stage} {iteration}"
         return Attempt(stage, iteration, "", "", missing, {}, {}, 0.0, True, self.record)
 
-    def _state(self, wanted: Derivation, current: Attempt) -> State:
+    def _state(self, wanted: Provenance, current: Attempt) -> State:
         runs = self._runs[wanted.place]
         if runs and self.record.is_alive(runs[0]):
             return State("running", current if current.run_id else None)
@@ -96,10 +96,10 @@ class Look:
             return State("failed", current if current.run_id else None, (failure, *why))
         return State("stale", current, why) if current.run_id else State("missing")
 
-    def _changes(self, wanted: Derivation, current: Attempt) -> Iterator[str]:
+    def _changes(self, wanted: Provenance, current: Attempt) -> Iterator[str]:
         """Why the stage would compute something else now; nothing if it would not."""
         if wanted.fingerprint != current.fingerprint:
-            yield from differences(current.derivation(), wanted)
+            yield from differences(current.provenance(), wanted)
         read = dict.fromkeys((source.stage, source.iteration) for source in wanted.inputs.values())
         for place in read:
             state = self.states.get(place)
@@ -107,8 +107,8 @@ class Look:
                 yield f"{place[0]} {place[1]} is {state.standing}"
 
 
-def differences(old: Derivation, new: Derivation) -> Iterator[str]:
-    """What differs between two attempts' derivations, in words."""
+def differences(old: Provenance, new: Provenance) -> Iterator[str]:
+    """What differs between two attempts' provenance, in words."""
     read = {(s.stage, s.iteration): s.digest for s in old.inputs.values()}
     for source in new.inputs.values():
         if source.digest.startswith("missing "):
@@ -140,7 +140,7 @@ NOTES = {
     "threads": "policy.threads",
     "judge_wording": "the judge's prompts",
 }
-"""What the notes of a derivation are, in words."""
+"""What the notes of a provenance are, in words."""
 
 
 def settings_differences(old: Any, new: Any, prefix: str = "") -> Iterator[str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from constitutions.errors import UserError
 from models.policy import Message, Messages, PolicySettings
-from models.thoughts import KNOWN, Tags, Told, tell_apart
+from models.thoughts import KNOWN, SplitText, Tags, tell_apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -194,17 +194,17 @@ class Chat:
         room = len(self.tags.open.encode()) + 8
         return self._spelt(prompt[-room:]).rstrip().endswith(self.tags.open)
 
-    def tell_apart(self, tokens: Sequence[int], *, opened: bool) -> Told:
+    def tell_apart(self, tokens: Sequence[int], *, opened: bool) -> SplitText:
         """Thoughts and answer of what was sampled, without the token that ended it.
 
         Args:
             opened: see `opens_thought`.
         """
         if self.tags is None:
-            return Told("", self._said(tokens))
+            return SplitText("", self._said(tokens))
         told = tell_apart(self._spelt(tokens), self.tags, opened=opened)
         if not told.thoughts:
-            return Told("", self._said(tokens))
+            return SplitText("", self._said(tokens))
         if not told.whole:
             return told
         low, high = 0, len(tokens)  # the answer's first token, by bisection

@@ -73,7 +73,7 @@ class Completion:
     thoughts + text is what was sampled. A server that takes the tags off tells it without."""
 
 
-SILENT = {
+NO_ANSWER = {
     "overflow": "the prompt left no room for it",
     "invalid": "the model's logits were not finite",
     "refused": "its prompt was refused, by the chat template or by the server",

@@ -32,7 +32,7 @@ KNOWN = (
 """
 
 
-class Told(NamedTuple):
+class SplitText(NamedTuple):
     """A sampled text in its two parts; together they are the text.
 
     `whole` is False where the thought was never closed: there is no answer then.
@@ -43,7 +43,7 @@ class Told(NamedTuple):
     whole: bool = True
 
 
-def tell_apart(text: str, tags: Tags, *, opened: bool) -> Told:
+def tell_apart(text: str, tags: Tags, *, opened: bool) -> SplitText:
     """Thoughts and answer of a sampled text: the first closing tag ends the thoughts.
 
     Args:
@@ -51,16 +51,16 @@ def tell_apart(text: str, tags: Tags, *, opened: bool) -> Told:
     """
     start = text.lstrip()
     if not (opened or start.startswith((tags.open, tags.close))):
-        return Told("", text)
+        return SplitText("", text)
     place = text.find(tags.close)
     if place < 0:
-        return Told(text, "", whole=False)
+        return SplitText(text, "", whole=False)
     rest = text[place + len(tags.close) :]
     answer = rest.lstrip()
-    return Told(text[: len(text) - len(answer)], answer)
+    return SplitText(text[: len(text) - len(answer)], answer)
 
 
-def tell_apart_unseen(text: str, known: tuple[Tags, ...] = KNOWN) -> Told:
+def tell_apart_unseen(text: str, known: tuple[Tags, ...] = KNOWN) -> SplitText:
     """As `tell_apart`, of a text whose prompt and template are not seen (a server's): its beginning
     says which tags it has. A closing tag that nothing opened was opened by the prompt.
     """
@@ -71,4 +71,4 @@ def tell_apart_unseen(text: str, known: tuple[Tags, ...] = KNOWN) -> Told:
     for tags in known:
         if tags.close in text and tags.open not in text.partition(tags.close)[0]:
             return tell_apart(text, tags, opened=True)
-    return Told("", text)
+    return SplitText("", text)

@@ -28,12 +28,12 @@ from models.pools.local import Pool, Where
 from tasks.benchmarks.base import LLM
 from tasks.benchmarks.settings import BenchmarkSettings, about_principles
 from tasks.judging.comparisons import (
-    Meeting,
+    AnswerPair,
     agreement_metrics,
+    answer_pairs,
     length_metrics,
-    meetings,
     order_metrics,
-    principle_meetings,
+    principle_pairs,
     rate_metrics,
     source_metrics,
     win_rate_metrics,
@@ -42,7 +42,7 @@ from tasks.judging.comparisons import (
 from tasks.judging.judge import judge_notes, noted
 from tasks.judging.panel import Benches, Judges, OpenPolicy, Panel
 from tasks.judging.planted_truth import faithfulness_metrics, planted_metrics
-from tasks.policies.answers import AnswerSettings, Manner, Respondent, answer_metrics
+from tasks.policies.answers import AnswerSettings, Generation, Respondent, answer_metrics
 from tasks.policies.opening import PolicySource
 from tasks.record.stage import stage
 from tasks.record.store import Attempt, Slot
@@ -153,7 +153,9 @@ def evaluate(
 
         with closing(open_benches(planted, scoring, at.seed, open_policy)) as benches:
             panel = panel_of(benches, settings, at, work)
-            met = [m for r in _references(answers, inputs) for m in meetings(answers, r, prompts)]
+            met = [
+                m for r in _references(answers, inputs) for m in answer_pairs(answers, r, prompts)
+            ]
             metrics = answer_metrics(answers) | _compared(panel, settings, met, prompts)
             if settings.principle_judge and guided:
                 metrics |= _principles(panel, settings.principle_judge, answers, prompts)
@@ -217,10 +219,10 @@ def _respondent(
     at: Slot,
     work: Workspace,
 ) -> Respondent:
-    manner = Manner(
+    generation = Generation(
         templates=policy.templates, settings=settings, seed=at.seed, iteration=at.iteration
     )
-    return Respondent(pool=pool, manner=manner, work=work, shard_size=settings.shard_size)
+    return Respondent(pool=pool, generation=generation, work=work, shard_size=settings.shard_size)
 
 
 def open_benches(
@@ -251,7 +253,7 @@ def panel_of(benches: Benches, settings: EvaluateSettings, at: Slot, work: Works
 
 
 def _compared(
-    panel: Panel, settings: EvaluateSettings, met: Sequence[Meeting], prompts: Sequence[Prompt]
+    panel: Panel, settings: EvaluateSettings, met: Sequence[AnswerPair], prompts: Sequence[Prompt]
 ) -> Metrics:
     """Win rates by the first judge; how far it is to be trusted, and the others agree with it."""
     rows, *others = panel.compare("comparisons", met, settings.judges)
@@ -269,7 +271,7 @@ def _principles(
     panel: Panel, judge: JudgeSettings, answers: Sequence[Answer], prompts: Sequence[Prompt]
 ) -> Metrics:
     """How often a refinement follows the principle that it names better than the first response."""
-    met = principle_meetings(answers, prompts)
+    met = principle_pairs(answers, prompts)
     (rows,) = panel.compare("principle-comparisons", met, [about_principles(judge)])
     return rate_metrics("principle/win_rate", panel.rate(rows, "principle-following win rate"))
 

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from models.policy import SILENT, UNFINISHED
+from models.policy import NO_ANSWER, UNFINISHED
 from models.settings import Settings
 from tasks.record.stage import stage
 from tasks.record.store import Attempt, Slot
@@ -135,9 +135,9 @@ def _fault(
     row: Scored, candidate: ScoredCandidate, settings: FilterSettings, guided: bool
 ) -> tuple[str, str] | None:
     """Why a candidate cannot be kept, as (reason, detail); None when it improves on y1."""
-    if candidate.finish in SILENT:
+    if candidate.finish in NO_ANSWER:
         reason = "prompt too long" if candidate.finish == "overflow" else candidate.finish
-        return reason, SILENT[candidate.finish]
+        return reason, NO_ANSWER[candidate.finish]
     if _unfinished(candidate):
         return "truncated", UNFINISHED
     if candidate.finish == "length" and not settings.keep_truncated:

@@ -94,9 +94,9 @@ def _from_planted(settings: PromptSettings, seed: int, iteration: int) -> list[P
 
 def _planted(settings: PromptSettings, seed: int, iteration: int) -> list[Prompt]:
     """An iteration's rows. Raises ValueError where the world has too few."""
-    from models.planted.world import Example, sample_examples
+    from models.planted.world import PlantedExample, sample_examples
 
-    def rows(examples: list[Example], source: str) -> list[Prompt]:
+    def rows(examples: list[PlantedExample], source: str) -> list[Prompt]:
         return [_row(e.prompt, e.gold, f"{source}:{i}") for i, e in enumerate(examples, start=1)]
 
     if iteration == 0:

@@ -41,7 +41,7 @@ class ReviewSettings(Settings):
     """Every iteration's constitution, or the last one's alone."""
 
 
-class Verdict(BaseModel):
+class ReviewDecision(BaseModel):
     """What a person decided on a constitution; nothing: approved as it is."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,7 +62,9 @@ class Reviewed:
     counts: dict[str, int]
 
 
-def review(labelled: Sequence[Labelled], constitution: Constitution, verdict: Verdict) -> Reviewed:
+def review(
+    labelled: Sequence[Labelled], constitution: Constitution, verdict: ReviewDecision
+) -> Reviewed:
     """Apply a verdict to the constitution and to the trajectories that it labels.
 
     A label that is its principle's wording becomes the new wording; one that was kept outside of
@@ -106,7 +108,7 @@ def review(labelled: Sequence[Labelled], constitution: Constitution, verdict: Ve
 
 @stage("review")
 def review_stage(
-    at: Slot, settings: ReviewSettings, clustered: Attempt, verdict: Verdict
+    at: Slot, settings: ReviewSettings, clustered: Attempt, verdict: ReviewDecision
 ) -> Attempt:
     """labelled, constitution → both as approved, the rejected trajectories, the review itself."""
 
@@ -139,17 +141,17 @@ def recorded_review(record: Record, iteration: int, clustered: Attempt) -> Attem
     return None
 
 
-def recorded_verdict(record: Record, iteration: int, clustered: Attempt) -> Verdict | None:
+def recorded_verdict(record: Record, iteration: int, clustered: Attempt) -> ReviewDecision | None:
     """What was last decided on this very constitution; None: nobody was asked yet."""
     reviewed = recorded_review(record, iteration, clustered)
     return read_verdict(reviewed) if reviewed else None
 
 
-def read_verdict(reviewed: Attempt) -> Verdict:
+def read_verdict(reviewed: Attempt) -> ReviewDecision:
     """What was decided in a review attempt, by whom, and why."""
     recorded = yaml.safe_load(reviewed.path("review.yaml").read_text("utf-8"))
     tags = reviewed.record.client.get_run(reviewed.run_id).data.tags
-    return Verdict(
+    return ReviewDecision(
         decisions=tuple(
             Decision(**{name: d[name] for name in Decision.model_fields if name in d})
             for d in recorded["decisions"]
@@ -160,13 +162,15 @@ def read_verdict(reviewed: Attempt) -> Verdict:
     )
 
 
-def _notes(verdict: Verdict) -> dict[str, str]:
+def _notes(verdict: ReviewDecision) -> dict[str, str]:
     """What the outputs depend on: the decisions, not who took them."""
     decisions = [d.model_dump() for d in effective(verdict.decisions)]
     return {"decisions": json.dumps({"decisions": decisions, "added": verdict.added})}
 
 
-def _write_review(path: Path, constitution: Constitution, done: Reviewed, verdict: Verdict) -> None:
+def _write_review(
+    path: Path, constitution: Constitution, done: Reviewed, verdict: ReviewDecision
+) -> None:
     texts = {p.id: p.text for p in constitution.principles}
     document = {
         "changes": described(diff(constitution, done.constitution)) or ["approved as it is"],
@@ -239,7 +243,7 @@ def _measure(principle: Principle, rows: Sequence[Labelled], weight: float) -> P
 
 def _counts(
     constitution: Constitution,
-    verdict: Verdict,
+    verdict: ReviewDecision,
     before: Sequence[Labelled],
     after: Sequence[Labelled],
 ) -> dict[str, int]:

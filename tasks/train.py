@@ -20,8 +20,8 @@ from pydantic import Field
 from constitutions.errors import UserError
 from models.policy import Message, PolicySettings, Progress
 from models.prompts import Templates, ask_refinement
-from models.training.adapter import AdapterSettings, Step, plan_batches
-from models.training.encoding import Encoder, EncodingError, Example, Group
+from models.training.adapter import AdapterSettings, TrainingStep, plan_batches
+from models.training.encoding import EncodedExample, Encoder, EncodingError, Group
 from tasks.policies.opening import PolicySource
 from tasks.record.progress import progress
 from tasks.record.stage import stage
@@ -50,7 +50,7 @@ class TrainSettings(AdapterSettings):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lesson:
+class TrainingConversation:
     """A conversation to learn from; `turns` are the places in it of the turns with loss."""
 
     prompt_id: str
@@ -66,11 +66,11 @@ class Lesson:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """What a training did: lessons = trained + skipped."""
+    """What a training did: conversations = trained + skipped."""
 
-    curve: tuple[Step, ...]
+    curve: tuple[TrainingStep, ...]
     counts: dict[str, int]
-    """lessons, trained, skipped; examples, tokens (processed in all steps, context included),
+    """conversations, trained, skipped; examples, tokens (processed in all steps, context included),
     trained_tokens (those with loss), steps."""
     skipped: tuple[Rejected, ...]
     data_digest: str
@@ -78,14 +78,14 @@ class TrainResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSet:
-    """The tokenised lessons, and those that could not be used."""
+    """The tokenised conversations, and those that could not be used."""
 
-    examples: tuple[Example, ...]
+    examples: tuple[EncodedExample, ...]
     skipped: tuple[Rejected, ...]
 
 
 def train(
-    lessons: Sequence[Lesson],
+    conversations: Sequence[TrainingConversation],
     *,
     model: Path | str,
     policy: PolicySettings,
@@ -98,7 +98,7 @@ def train(
     """Train the adapter of one iteration, or all weights (`update: full`), and write it to `out`.
 
     Args:
-        lessons: what this iteration learns from.
+        conversations: what this iteration learns from.
         model: directory or hub name of the base (`policy.model` may be "planted").
         policy: how the base is held in memory.
         previous_adapter: continued from; None starts at the base.
@@ -109,7 +109,7 @@ def train(
         UserError: nothing to train on; a base that cannot be loaded; a previous adapter of
             another base; a training that diverged; a process of several that failed.
     """
-    if not lessons:
+    if not conversations:
         raise UserError(
             "there are no trajectories to train on",
             where="train",
@@ -119,10 +119,10 @@ def train(
     from models.training.bases import load_tokenizer
 
     encoder = Encoder(load_tokenizer(model, policy.revision), settings.max_tokens, policy)
-    data = training_set(lessons, encoder)
+    data = training_set(conversations, encoder)
     if not data.examples:
         raise none_to_train_on(data.skipped, "conversations", settings)
-    digest = data_digest(lessons)
+    digest = data_digest(conversations)
     curve = fit(
         data.examples,
         model=model,
@@ -136,14 +136,14 @@ def train(
     )
     return TrainResult(
         curve=tuple(curve),
-        counts=_counts(lessons, data, settings, seed),
+        counts=_counts(conversations, data, settings, seed),
         skipped=data.skipped,
         data_digest=digest,
     )
 
 
 def fit(
-    examples: Sequence[Example] | Sequence[Group],
+    examples: Sequence[EncodedExample] | Sequence[Group],
     *,
     model: Path | str,
     policy: PolicySettings,
@@ -153,7 +153,7 @@ def fit(
     seed: int,
     digest: str,
     progress: Progress | None = None,
-) -> list[Step]:
+) -> list[TrainingStep]:
     """Train on what is tokenised; `digest` identifies it, the rest is as `train` has it."""
     from models.training.job import Job, run
 
@@ -182,11 +182,11 @@ def train_stage(
     """
 
     def compute(work: Workspace) -> Metrics:
-        lessons = _lessons(examples, policy.templates, settings)
-        total = expected_steps(len(lessons), settings)
+        conversations = _training_conversations(examples, policy.templates, settings)
+        total = expected_steps(len(conversations), settings)
         with progress(f"train {at.iteration}", total, "steps") as tick:
             done = train(
-                lessons,
+                conversations,
                 model=policy.model,
                 policy=policy.settings,
                 previous_adapter=continued(policy, settings),
@@ -216,9 +216,11 @@ def continued(policy: PolicySource, settings: TrainSettings) -> Path | None:
     return policy.adapter_path if settings.start == "previous" else None
 
 
-def kept_curve(work: Workspace, curve: Sequence[Step], skipped: Sequence[Rejected]) -> Metrics:
+def kept_curve(
+    work: Workspace, curve: Sequence[TrainingStep], skipped: Sequence[Rejected]
+) -> Metrics:
     """Write the training curve and what was skipped; the first loss, and the last tenth's mean."""
-    work.write("curve", curve, Step)
+    work.write("curve", curve, TrainingStep)
     work.write("skipped", skipped, Rejected)
     losses = [step.loss for step in curve]
     last = losses[-max(1, len(losses) // 10) :]
@@ -235,7 +237,9 @@ def expected_steps(labelled: int, settings: TrainSettings) -> int:
     return math.ceil(labelled * settings.epochs / settings.batch_size)
 
 
-def lesson(row: Trajectory, label: str, templates: Templates, settings: TrainSettings) -> Lesson:
+def training_conversation(
+    row: Trajectory, label: str, templates: Templates, settings: TrainSettings
+) -> TrainingConversation:
     """x, y1, z, y2 as the policy meets them without gold, or x, y1, y2; z is the label."""
     asked = ask_refinement(templates, row.prompt, row.initial, label)
     places = _places(len(row.prompt), templates.guided)
@@ -246,7 +250,7 @@ def lesson(row: Trajectory, label: str, templates: Templates, settings: TrainSet
         "refined": row.refined_thoughts,
     }
     trained = [turn for turn in places if turn in settings.loss_on]  # in their order
-    return Lesson(
+    return TrainingConversation(
         prompt_id=row.prompt_id,
         sample=row.sample,
         source=row.source,
@@ -257,10 +261,10 @@ def lesson(row: Trajectory, label: str, templates: Templates, settings: TrainSet
     )
 
 
-def demonstration(row: Prompt) -> Lesson:
+def demonstration(row: Prompt) -> TrainingConversation:
     """x, yG: what supervised fine-tuning on golds learns from."""
     answer: Message = {"role": "assistant", "content": row.gold}
-    return Lesson(
+    return TrainingConversation(
         prompt_id=row.prompt_id,
         sample=None,
         source=row.source,
@@ -269,23 +273,25 @@ def demonstration(row: Prompt) -> Lesson:
     )
 
 
-def _lessons(examples: Attempt, templates: Templates, settings: TrainSettings) -> list[Lesson]:
+def _training_conversations(
+    examples: Attempt, templates: Templates, settings: TrainSettings
+) -> list[TrainingConversation]:
     match examples.stage:
         case "prompts":
             return [demonstration(row) for row in examples.read("prompts", Prompt)]
         case "filter":
             rows = examples.read("trajectories", Trajectory)
-            return [lesson(row, row.principle, templates, settings) for row in rows]
+            return [training_conversation(row, row.principle, templates, settings) for row in rows]
         case _:
             labelled = examples.read("labelled", Labelled)
-            return [lesson(row, row.label, templates, settings) for row in labelled]
+            return [training_conversation(row, row.label, templates, settings) for row in labelled]
 
 
-def training_set(lessons: Iterable[Lesson], encoder: Encoder) -> TrainingSet:
-    """Encode every lesson, or say why not. Neither depends on the other rows."""
-    examples: list[Example] = []
+def training_set(conversations: Iterable[TrainingConversation], encoder: Encoder) -> TrainingSet:
+    """Encode every conversation, or say why not. Neither depends on the other rows."""
+    examples: list[EncodedExample] = []
     skipped: list[Rejected] = []
-    for row in lessons:
+    for row in conversations:
         try:
             known = {
                 turn: thoughts
@@ -298,10 +304,10 @@ def training_set(lessons: Iterable[Lesson], encoder: Encoder) -> TrainingSet:
     return TrainingSet(examples=tuple(examples), skipped=tuple(skipped))
 
 
-def data_digest(lessons: Iterable[Lesson]) -> str:
-    """sha256 (hex) of the lessons, in their order."""
+def data_digest(conversations: Iterable[TrainingConversation]) -> str:
+    """sha256 (hex) of the conversations, in their order."""
     digest = hashlib.sha256()
-    for row in lessons:
+    for row in conversations:
         digest.update(json.dumps(dataclasses.asdict(row), sort_keys=True).encode())
     return digest.hexdigest()
 
@@ -340,7 +346,7 @@ def shared_by_one(settings: TrainSettings) -> TrainSettings:
     return settings.model_copy(update={"processes": 1})
 
 
-def _skip(row: Lesson, reason: str) -> Rejected:
+def _skip(row: TrainingConversation, reason: str) -> Rejected:
     return Rejected(
         prompt_id=row.prompt_id,
         sample=row.sample,
@@ -351,13 +357,16 @@ def _skip(row: Lesson, reason: str) -> Rejected:
 
 
 def _counts(
-    lessons: Sequence[Lesson], data: TrainingSet, settings: TrainSettings, seed: int
+    conversations: Sequence[TrainingConversation],
+    data: TrainingSet,
+    settings: TrainSettings,
+    seed: int,
 ) -> dict[str, int]:
     steps = plan_batches([len(e.ids) for e in data.examples], settings, seed)
     seen = [data.examples[i] for rows in steps for i in rows]
     return {
-        "lessons": len(lessons),
-        "trained": len(lessons) - len(data.skipped),
+        "lessons": len(conversations),
+        "trained": len(conversations) - len(data.skipped),
         "skipped": len(data.skipped),
         "examples": len(data.examples),
         "tokens": sum(len(e.ids) for e in seen),

@@ -14,7 +14,7 @@ from constitutions.errors import UserError
 from constitutions.parse import whole
 from flows.experiment import Experiment, newest, open_experiment
 from flows.settings import ExperimentSettings
-from models.policy import SILENT, UNFINISHED, Completion, Message, Messages, Request
+from models.policy import NO_ANSWER, UNFINISHED, Completion, Message, Messages, Request
 from models.prompts import under_constitution
 from tasks.policies.answers import answer
 from tasks.rows import Answer, Prompt, prompt_id
@@ -22,7 +22,7 @@ from tasks.sami.draw import pool_of
 
 
 @dataclass(frozen=True)
-class Asked:
+class PolicyAnswer:
     """The answer, and the entry of the constitution that its principle is or comes nearest to."""
 
     iteration: int
@@ -33,7 +33,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Told:
+class ConstitutionAnswers:
     """Responses to one prompt: under principles, and without any."""
 
     iteration: int
@@ -42,7 +42,7 @@ class Told:
     plain: str
 
 
-def ask_policy(settings: ExperimentSettings, prompt: str, iteration: int | None) -> Asked:
+def ask_policy(settings: ExperimentSettings, prompt: str, iteration: int | None) -> PolicyAnswer:
     """Let a policy answer and refine.
 
     Args:
@@ -64,14 +64,14 @@ def ask_policy(settings: ExperimentSettings, prompt: str, iteration: int | None)
         iteration=at,
     )
     if not at or not settings.guided:
-        return Asked(at, answered, None, 0, False)
+        return PolicyAnswer(at, answered, None, 0, False)
     constitution = load(experiment.constitution(at).path("constitution.yaml"))
-    return Asked(at, answered, *_entry(constitution, answered.principle))
+    return PolicyAnswer(at, answered, *_entry(constitution, answered.principle))
 
 
 def tell_policy(
     settings: ExperimentSettings, prompt: str, iteration: int | None, principles: Sequence[str]
-) -> Told:
+) -> ConstitutionAnswers:
     """Let a policy of SAMI answer under principles, and without.
 
     Args:
@@ -109,7 +109,7 @@ def tell_policy(
         for arm, messages in asked.items()
     ]
     under, plain = (_text(some[0]) for some in source.load().generate(requests))
-    return Told(at, told, under, plain)
+    return ConstitutionAnswers(at, told, under, plain)
 
 
 def _first_trained(experiment: Experiment) -> tuple[str, ...]:
@@ -118,8 +118,8 @@ def _first_trained(experiment: Experiment) -> tuple[str, ...]:
 
 
 def _text(completion: Completion) -> str:
-    if completion.finish in SILENT:
-        return f"(no response: {SILENT[completion.finish]})"
+    if completion.finish in NO_ANSWER:
+        return f"(no response: {NO_ANSWER[completion.finish]})"
     if completion.thoughts and not completion.text:
         return f"(no response: {UNFINISHED})"
     return completion.text

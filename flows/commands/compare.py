@@ -115,7 +115,7 @@ def _iteration(reference: str, e: Experiment, t: int) -> Side:
 
 
 def _one(reference: str, attempt: Attempt) -> Side:
-    made_from = attempt.derivation()
+    made_from = attempt.provenance()
     ingredients = {
         **_flat(dict(made_from.settings)),
         "seed": str(made_from.seed),

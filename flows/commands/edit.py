@@ -24,7 +24,7 @@ from flows.experiment import (
 from flows.review import record_review
 from tasks.record.progress import say
 from tasks.record.store import Attempt
-from tasks.review import Verdict, recorded_review
+from tasks.review import ReviewDecision, recorded_review
 
 FILE = "constitution.yaml"
 
@@ -34,7 +34,7 @@ class Edited:
     """What was recorded, and what changed against the clustered constitution, a line each."""
 
     reviewed: Attempt
-    verdict: Verdict
+    verdict: ReviewDecision
     changes: list[str]
 
 
@@ -85,11 +85,13 @@ def edit(
     return Edited(reviewed, verdict, described(diff(before, after)))
 
 
-def _verdict(clustered: Attempt, standing: Path, source: Path, by: str, note: str) -> Verdict:
+def _verdict(
+    clustered: Attempt, standing: Path, source: Path, by: str, note: str
+) -> ReviewDecision:
     """What the edited file says of the clustered constitution."""
     old, shown = load(clustered.path(FILE)), load(standing)
     decisions, added = decisions_between(old, load_draft(source), shown)
-    return Verdict(decisions=tuple(decisions), added=tuple(added), by=by, note=note)
+    return ReviewDecision(decisions=tuple(decisions), added=tuple(added), by=by, note=note)
 
 
 def _begin(draft: Path, standing: Path) -> None:

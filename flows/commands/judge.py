@@ -28,7 +28,7 @@ from models.policy import FINGERPRINT, Policy
 from models.pools.local import Where
 from tasks.benchmarks.settings import about_principles
 from tasks.evaluate import EvaluateSettings
-from tasks.judging.comparisons import Meeting, order_metrics, rate_at_equal_lengths, rate_of
+from tasks.judging.comparisons import AnswerPair, order_metrics, rate_at_equal_lengths, rate_of
 from tasks.judging.judge import check_judge, judge_notes
 from tasks.judging.length_control import LengthConfoundedError, LengthControlled
 from tasks.judging.panel import Benches, Judges, Panel
@@ -42,8 +42,8 @@ from tasks.sami.responses import (
     JudgedRow,
     Met,
     judged_rows,
-    meetings_of,
     read_responses,
+    response_pairs_of,
     with_constitution,
 )
 from tasks.score import ScoreSettings
@@ -113,7 +113,7 @@ def judge_files(
 
     settings = attempt(lambda: judging_settings(overrides))
     left, right = (attempt(partial(read_responses, path)) for path in (ours, theirs))
-    met = attempt(partial(meetings_of, left, right)) if left and right else None
+    met = attempt(partial(response_pairs_of, left, right)) if left and right else None
     attempt(lambda: _check_out(out))
     if problems or settings is None or met is None:
         raise UserErrors(problems)
@@ -195,14 +195,14 @@ def _check_out(out: Path | None) -> None:
 def _kept(
     settings: EvaluateSettings, met: Met, paths: tuple[Path, Path], seed: int, force: bool
 ) -> list[Comparison]:
-    """A row for every meeting; what an earlier run of the same judged is not judged again."""
+    """A row for every pair; what an earlier run of the same judged is not judged again."""
     policy, what = settings.judge.policy, f"staple judge {paths[0].name} {paths[1].name}"
     folder = home() / "judged" / _digest(settings, paths, seed)
     with locks.held(folder.with_suffix(".lock"), what):
         if force:
             shutil.rmtree(folder, ignore_errors=True)
         with locks.device(policy.answers_on if policy else "cpu", what):
-            return _compared(settings, met.meetings, Workspace(folder), seed)
+            return _compared(settings, met.pairs, Workspace(folder), seed)
 
 
 def _digest(settings: EvaluateSettings, paths: tuple[Path, Path], seed: int) -> str:
@@ -219,7 +219,7 @@ def _digest(settings: EvaluateSettings, paths: tuple[Path, Path], seed: int) -> 
 
 
 def _compared(
-    settings: EvaluateSettings, met: Sequence[Meeting], work: Workspace, seed: int
+    settings: EvaluateSettings, met: Sequence[AnswerPair], work: Workspace, seed: int
 ) -> list[Comparison]:
     by_reward = settings.judge.kind == "reward"
     with closing(Benches(open=partial(_judges, seed))) as benches:

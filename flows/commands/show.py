@@ -19,7 +19,7 @@ from rich.text import Text
 from constitutions.constitution import Changes, Principle, load
 from constitutions.terminal import console
 from flows.baselines import Run, row
-from flows.commands.ask import Asked, Told
+from flows.commands.ask import ConstitutionAnswers, PolicyAnswer
 from flows.commands.compare import Compared
 from flows.experiment import STAGES, record_of
 from flows.plan.cost import GIB
@@ -202,7 +202,7 @@ def _changes(changes: Changes, title: str) -> None:
     console.print(table if table.row_count else "Their constitutions are the same.")
 
 
-def asked(reply: Asked) -> None:
+def asked(reply: PolicyAnswer) -> None:
     """y1 → z → y2, and why."""
     answer = reply.answer
     console.print(Panel(Text(answer.initial), title="first answer", title_align="left"))
@@ -224,7 +224,7 @@ def asked(reply: Asked) -> None:
     console.print(Text(why))
 
 
-def told(reply: Told) -> None:
+def told(reply: ConstitutionAnswers) -> None:
     """SAMI: a response under principles, beside the one without."""
     principles = "\n".join(f"{n}. {text}" for n, text in enumerate(reply.principles, start=1))
     for title, text in (

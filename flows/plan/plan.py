@@ -16,7 +16,7 @@ from typing import Any
 from constitutions.errors import UserError
 from flows.experiment import record_of, recorded_settings
 from flows.plan.cost import GIB, GPUS, Gpu, Held
-from flows.plan.workload import CHARACTERS, Asked, Assumed, Turn, Workload, lengths
+from flows.plan.workload import CHARACTERS, Assumed, JudgeTurns, SampledTurn, Workload, lengths
 from flows.settings import ExperimentSettings, with_changes
 from models.checkpoints.shapes import WIDTH, shape_of
 from models.planted import NAMES
@@ -228,11 +228,11 @@ class _Estimate:
             yield self._answers("information", prompts, turns, s.evaluate.shard_size)
         yield from map(self._judgements, self.workload.judged(iteration))
 
-    def _answers(self, stage: str, prompts: int, turns: Sequence[Turn], shard: int) -> Work:
+    def _answers(self, stage: str, prompts: int, turns: Sequence[SampledTurn], shard: int) -> Work:
         hours = self._hours(self.settings.policy, prompts, turns, shard)
         return self._sampled(stage, prompts, turns, hours)
 
-    def _judgements(self, asked: Asked) -> Work:
+    def _judgements(self, asked: JudgeTurns) -> Work:
         """In process a judge has the GPU for itself."""
         assert asked.judge.policy is not None, "JudgeSettings sees to it"
         shard = self.settings.evaluate.shard_size
@@ -240,7 +240,7 @@ class _Estimate:
         return self._sampled(asked.stage, asked.prompts, [asked.turn], hours)
 
     def _sampled(
-        self, stage: str, prompts: int, turns: Sequence[Turn], hours: float | None
+        self, stage: str, prompts: int, turns: Sequence[SampledTurn], hours: float | None
     ) -> Work:
         at_most = prompts * sum(turn.samples * turn.limit for turn in turns)
         return Work(
@@ -254,7 +254,7 @@ class _Estimate:
         )
 
     def _hours(
-        self, model: PolicySettings, prompts: int, turns: Sequence[Turn], shard: int
+        self, model: PolicySettings, prompts: int, turns: Sequence[SampledTurn], shard: int
     ) -> float | None:
         """Prompts are prefilled, then decoded as many at a time as are set, fit, and a shard has.
 
@@ -273,13 +273,13 @@ class _Estimate:
             seconds += held.prefill_seconds(prompts * turn.prefilled, turn.context)
         return seconds / 3600
 
-    def _rows(self, held: Held, rows: int | None, turn: Turn) -> int:
+    def _rows(self, held: Held, rows: int | None, turn: SampledTurn) -> int:
         return rows or max(1, held.rows_that_fit(turn.cached(turn.limit)))
 
-    def _training(self, lessons: float) -> Work:
+    def _training(self, examples: float) -> Work:
         s = self.settings.train
         length, loss = self.workload.learned()
-        tokens = s.tokens or lessons * self.workload.rows * s.epochs * length
+        tokens = s.tokens or examples * self.workload.rows * s.epochs * length
         seconds = self.policy.training_seconds(
             tokens,
             tokens * loss / length,
@@ -288,7 +288,7 @@ class _Estimate:
             checkpointing=s.gradient_checkpointing,
         )
         hours = seconds * (1 + self._ahead(length)) / s.processes / 3600
-        return Work(stage="train", prompts=lessons, trained=tokens, hours=hours)
+        return Work(stage="train", prompts=examples, trained=tokens, hours=hours)
 
     def _ahead(self, length: float) -> float:
         """What SAMI's further forward passes add, as a share: see `models.training.sami`.
@@ -321,7 +321,7 @@ class _Estimate:
         found = [self._sampling_of(turn, shard) for turn, shard in self._longest_turns()]
         return max(found, key=lambda memory: memory.bytes)
 
-    def _sampling_of(self, turn: Turn, shard: int) -> Memory:
+    def _sampling_of(self, turn: SampledTurn, shard: int) -> Memory:
         held = self.policy.sampled
         rows = self._rows(held, self.settings.policy.batch_rows, turn)
         rows = min(rows, shard * turn.samples)
@@ -329,7 +329,7 @@ class _Estimate:
         parts = held.sampling_memory(rows, tokens)
         return Memory(title=f"sampling {rows:,} × {tokens:,.0f}", parts=parts)
 
-    def _longest_turns(self) -> Iterator[tuple[Turn, int]]:
+    def _longest_turns(self) -> Iterator[tuple[SampledTurn, int]]:
         """Every turn of the policy at its limits, and the prompts of its shards."""
         s, work = self.settings, self.workload.at_limits()
         if s.method == "sami":

@@ -71,7 +71,7 @@ class Lengths:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
+class SampledTurn:
     """What a model samples for one prompt in one role."""
 
     samples: int
@@ -104,13 +104,13 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class JudgeTurns:
     """Turns that a judge is asked for on each of so many prompts."""
 
     stage: str
     judge: JudgeSettings
     prompts: int
-    turn: Turn
+    turn: SampledTurn
 
 
 def lengths(settings: PromptSettings, seed: int) -> Lengths:
@@ -184,28 +184,31 @@ class Workload:
         soft = self.settings.filter.selection == "soft"
         return ACCEPTED * (max(1.0, self.settings.mine.samples / 2) if soft else 1.0)
 
-    def mined(self) -> list[Turn]:
+    def mined(self) -> list[SampledTurn]:
         """What `mine` samples for a prompt: see `tasks.mine`."""
         s, words = self.settings.mine, self._words
         y1, z, c = self._expected(
             s.max_response_tokens, s.max_principle_tokens, s.max_critique_tokens
         )
-        turns = [Turn(samples=1, limit=s.max_response_tokens, shared=self.prompt)]
+        turns = [SampledTurn(samples=1, limit=s.max_response_tokens, shared=self.prompt)]
         if not self.settings.guided:
             again = self.prompt + y1 + words["refine"]
-            return [*turns, Turn(samples=s.samples, limit=s.max_response_tokens, shared=again)]
+            return [
+                *turns,
+                SampledTurn(samples=s.samples, limit=s.max_response_tokens, shared=again),
+            ]
         hinted = self.prompt + y1 + words["hint"] + self.lengths.gold
         asked, told = self.prompt + y1 + words["propose"], z + words["refine"]
-        turns.append(Turn(samples=s.samples, limit=s.max_principle_tokens, shared=hinted))
+        turns.append(SampledTurn(samples=s.samples, limit=s.max_principle_tokens, shared=hinted))
         if s.critique:
             own = z + words["critique"]
             turns.append(
-                Turn(samples=s.samples, limit=s.max_critique_tokens, shared=asked, own=own)
+                SampledTurn(samples=s.samples, limit=s.max_critique_tokens, shared=asked, own=own)
             )
             told += words["critique"] + c
         return [
             *turns,
-            Turn(samples=s.samples, limit=s.max_response_tokens, shared=asked, own=told),
+            SampledTurn(samples=s.samples, limit=s.max_response_tokens, shared=asked, own=told),
         ]
 
     @property
@@ -222,15 +225,15 @@ class Workload:
         each = around + (of(map(len, texts)) if texts else PRINCIPLE)
         return MARKS + (len(wording.given) + s.sample.principles * each) / CHARACTERS
 
-    def sampled(self) -> list[Turn]:
+    def sampled(self) -> list[SampledTurn]:
         """What `sample` samples for a query: see `tasks.sami.sample`."""
         s = self.settings.sample
         under = self.prompt + self.told
-        return [Turn(samples=s.constitutions, limit=s.max_response_tokens, own=under)]
+        return [SampledTurn(samples=s.constitutions, limit=s.max_response_tokens, own=under)]
 
     @property
     def rows(self) -> int:
-        """Rows of `learned` that a lesson has: SAMI's queries have one for each constitution."""
+        """Rows of `learned` for one conversation: SAMI's queries have one for each constitution."""
         return self.settings.sample.constitutions if self.settings.method == "sami" else 1
 
     @property
@@ -238,41 +241,41 @@ class Workload:
         """Kinds of constitutions that held-out prompts are answered under (SAMI)."""
         return 4 if self.settings.write.held_out else 2
 
-    def responded(self) -> list[Turn]:
+    def responded(self) -> list[SampledTurn]:
         """What SAMI's `evaluate` samples for a prompt: see `tasks.sami.evaluate`."""
         limit = self.settings.evaluate.max_response_tokens
         return [
-            Turn(samples=self.arms, limit=limit, own=self.prompt + self.told),
-            Turn(samples=1, limit=limit, shared=self.prompt),
+            SampledTurn(samples=self.arms, limit=limit, own=self.prompt + self.told),
+            SampledTurn(samples=1, limit=limit, shared=self.prompt),
         ]
 
-    def informed(self) -> list[Turn]:
+    def informed(self) -> list[SampledTurn]:
         """What its estimate of the information samples, and then reads; an endpoint tells none."""
         if self.settings.policy.endpoint:
             return []
         size, limit = self.settings.sample.constitutions, self.settings.evaluate.max_response_tokens
         under, (y,) = self.prompt + self.told, self._expected(limit)
         return [
-            Turn(samples=size, limit=limit, own=under),
-            Turn(samples=size * size, limit=0, own=under + y),
+            SampledTurn(samples=size, limit=limit, own=under),
+            SampledTurn(samples=size * size, limit=0, own=under + y),
         ]
 
-    def answered(self) -> list[Turn]:
+    def answered(self) -> list[SampledTurn]:
         """What `evaluate` samples for a prompt: see `tasks.policies.answers`."""
         if self.settings.method == "sami":
             return self.responded()
         s, words = self.settings.evaluate, self._words
         y1, z = self._expected(s.max_response_tokens, s.max_principle_tokens)
-        initial = Turn(samples=1, limit=s.max_response_tokens, shared=self.prompt)
+        initial = SampledTurn(samples=1, limit=s.max_response_tokens, shared=self.prompt)
         if not self.settings.guided:
             again = self.prompt + y1 + words["refine"]
-            return [initial, Turn(samples=1, limit=s.max_response_tokens, shared=again)]
+            return [initial, SampledTurn(samples=1, limit=s.max_response_tokens, shared=again)]
         asked = self.prompt + y1 + words["propose"]
         told = asked + z + words["refine"]
         return [
             initial,
-            Turn(samples=1, limit=s.max_principle_tokens, shared=asked),
-            Turn(samples=1, limit=s.max_response_tokens, shared=told),
+            SampledTurn(samples=1, limit=s.max_principle_tokens, shared=asked),
+            SampledTurn(samples=1, limit=s.max_response_tokens, shared=told),
         ]
 
     def learned(self) -> tuple[float, float]:
@@ -303,38 +306,38 @@ class Workload:
         longest = replace(self.assumed, filled=1.0, prompt=self.lengths.longest, told=told)
         return replace(self, assumed=longest)
 
-    def graded(self, prompts: int) -> Iterator[Asked]:
+    def graded(self, prompts: int) -> Iterator[JudgeTurns]:
         """What the judge of the E-step, where there is one, is asked: to grade y1 and every y2."""
         judge = self.settings.score.judge
         if judge is not None:
             turn = self._questions(judge, 1 + self.settings.mine.samples, 1)
-            yield Asked(stage="score", judge=judge, prompts=prompts, turn=turn)
+            yield JudgeTurns(stage="score", judge=judge, prompts=prompts, turn=turn)
 
-    def judged(self, iteration: int) -> Iterator[Asked]:
+    def judged(self, iteration: int) -> Iterator[JudgeTurns]:
         """What the judges of an iteration's answers are asked, where they are models."""
         if self.settings.method == "sami":
             yield from self._followed(iteration)
             return
         s, held_out = self.settings.evaluate, self.settings.prompts.held_out
         met = sum(len(arms(iteration, t)) for t in {iteration, 0, max(iteration - 1, 0)})
-        asked = [("judge", j, held_out, self._meetings(j, met)) for j in s.judges if j.policy]
+        asked = [("judge", j, held_out, self._pairs(j, met)) for j in s.judges if j.policy]
         if s.principle_judge and self.settings.guided:
-            turn = self._meetings(s.principle_judge, 1)
+            turn = self._pairs(s.principle_judge, 1)
             asked.append(("principle", s.principle_judge, held_out, turn))
         for name, judge in s.benchmarks.judges(s.judge):
             if name != "ifeval" or self.settings.guided:
                 asked.append((name, judge, self.benchmarks[name], self._met(name, judge)))
         for stage, judge, prompts, turn in asked:
-            yield Asked(stage=stage, judge=judge, prompts=prompts, turn=turn)
+            yield JudgeTurns(stage=stage, judge=judge, prompts=prompts, turn=turn)
 
-    def _followed(self, iteration: int) -> Iterator[Asked]:
+    def _followed(self, iteration: int) -> Iterator[JudgeTurns]:
         """The same of SAMI: every kind of response meets the initial policy's and the previous
         one's; those without a constitution by the first judge alone."""
         s, met = self.settings, len({0, max(iteration - 1, 0)} - {iteration})
         for number, judge in enumerate(s.evaluate.judges if met else ()):
             if judge.policy:
-                turn = self._meetings(judge, met * (self.arms + (number == 0)))
-                yield Asked(stage="judge", judge=judge, prompts=s.prompts.held_out, turn=turn)
+                turn = self._pairs(judge, met * (self.arms + (number == 0)))
+                yield JudgeTurns(stage="judge", judge=judge, prompts=s.prompts.held_out, turn=turn)
 
     @property
     def benchmarks(self) -> dict[str, int]:
@@ -347,22 +350,24 @@ class Workload:
             for name, run in chosen.items()
         }
 
-    def _met(self, name: str, judge: JudgeSettings) -> Turn:
+    def _met(self, name: str, judge: JudgeSettings) -> SampledTurn:
         """MT-Bench rates each turn, and may play it against a reference; others meet one answer."""
         mt_bench = self.settings.evaluate.benchmarks.mt_bench
         if name != "mt_bench" or mt_bench is None:
-            return self._meetings(judge, 1)
+            return self._pairs(judge, 1)
         return self._questions(judge, 3 if mt_bench.against else 1, 1)
 
-    def _meetings(self, judge: JudgeSettings, met: int) -> Turn:
+    def _pairs(self, judge: JudgeSettings, met: int) -> SampledTurn:
         """A pair is read in both orders, or one answer after the other."""
         return self._questions(judge, 2 * met, 2 if judge.kind == "pairwise" else 1)
 
-    def _questions(self, judge: JudgeSettings, count: int, answers: int) -> Turn:
+    def _questions(self, judge: JudgeSettings, count: int, answers: int) -> SampledTurn:
         (y,) = self._expected(self.settings.evaluate.max_response_tokens)
         own = JUDGE_WORDS + self.prompt + answers * y + judge.show_gold * self.lengths.gold
         own += self.told if self.settings.method == "sami" else 0.0
-        return Turn(samples=count, limit=judge.max_tokens if judge.kind in LLM else 0, own=own)
+        return SampledTurn(
+            samples=count, limit=judge.max_tokens if judge.kind in LLM else 0, own=own
+        )
 
     def _expected(self, *limits: int) -> list[float]:
         return [self.assumed.filled * limit + MARKS for limit in limits]

@@ -64,7 +64,7 @@ class _Logprobs(BaseModel):
     token_logprobs: list[float] | None = None
 
 
-class Choice(BaseModel):
+class ReplyChoice(BaseModel):
     """One answer: a chat's `message`, or the `text` that continues a given one."""
 
     message: _Message | None = None
@@ -73,7 +73,7 @@ class Choice(BaseModel):
     logprobs: Any = None
 
     @model_validator(mode="after")
-    def _is_an_answer(self) -> Choice:
+    def _is_an_answer(self) -> ReplyChoice:
         if self.message is None and self.text is None:
             raise ValueError("neither a message nor a text")
         return self
@@ -106,7 +106,7 @@ class Reply(BaseModel):
     """What is read of a completion; a reply without it counts as a fault."""
 
     model: str | None = None
-    choices: list[Choice] = Field(min_length=1)
+    choices: list[ReplyChoice] = Field(min_length=1)
     usage: _Usage | None = None
 
     @property

@@ -19,7 +19,7 @@ import httpx
 
 from constitutions.errors import UserError
 from models.endpoint.client import Card, Endpoint, Fault
-from models.endpoint.replies import Choice
+from models.endpoint.replies import ReplyChoice
 
 MISSING = frozenset({404, 405, 501})
 """How a server answers that has no such address."""
@@ -103,7 +103,9 @@ class ServedAdapter:
                 fix="set policy.served_model to what the server calls the base",
             )
 
-    def check_acts(self, endpoint: Endpoint, base: Choice, again: Choice, tuned: Choice) -> None:
+    def check_acts(
+        self, endpoint: Endpoint, base: ReplyChoice, again: ReplyChoice, tuned: ReplyChoice
+    ) -> None:
         """Compare greedy answers to one question: the base's, twice, and the adapter's.
 
         An adapter that changes nothing is worth a warning.
@@ -145,7 +147,7 @@ def _weights(folder: Path) -> Path:
     return folder / "adapter_model.safetensors"
 
 
-def _gap(one: Choice, other: Choice) -> float:
+def _gap(one: ReplyChoice, other: ReplyChoice) -> float:
     """The largest difference of a token's log-probability; infinite for different answers."""
     pairs = list(zip(one.token_logprobs, other.token_logprobs, strict=False))
     if one.said != other.said or len(one.token_logprobs) != len(other.token_logprobs):

@@ -34,10 +34,10 @@ import numpy as np
 from constitutions.errors import UserError
 from constitutions.foreign_text import without_control_tokens
 from models.endpoint.client import Endpoint, Fault, Limits, open_endpoint, run_async
-from models.endpoint.replies import Choice, Reply
+from models.endpoint.replies import Reply, ReplyChoice
 from models.endpoint.served_adapter import MISSING, ServedAdapter, no_adapters
 from models.policy import Completion, Message, Messages, PolicySettings, Progress, Request, Scoring
-from models.thoughts import KNOWN, Tags, Told, tell_apart_unseen
+from models.thoughts import KNOWN, SplitText, Tags, tell_apart_unseen
 
 PROBE: Message = {"role": "user", "content": "Write a random number between one and a million."}
 PROBE_TOKENS = 16
@@ -281,7 +281,7 @@ class ServerPolicy:
             for choice, tokens in zip(reply.choices, shares, strict=True)
         ]
 
-    def _completion(self, choice: Choice, tokens: int, stop: Sequence[str]) -> Completion:
+    def _completion(self, choice: ReplyChoice, tokens: int, stop: Sequence[str]) -> Completion:
         told = self._told_apart(choice)
         text = _until(told.answer, stop)
         cut = text != told.answer
@@ -295,12 +295,12 @@ class ServerPolicy:
             finish="stop" if ended and told.whole else "length",
         )
 
-    def _told_apart(self, choice: Choice) -> Told:
+    def _told_apart(self, choice: ReplyChoice) -> SplitText:
         """Thoughts and answer: as the server tells them apart, or by the tags in what it says."""
         if choice.message is None:  # a text that was continued
-            return Told("", choice.said)
+            return SplitText("", choice.said)
         if choice.thoughts:
-            return Told(choice.thoughts, choice.said, whole=bool(choice.said.strip()))
+            return SplitText(choice.thoughts, choice.said, whole=bool(choice.said.strip()))
         return tell_apart_unseen(choice.said, self._tags)
 
 

@@ -32,7 +32,7 @@ COMPACT = 0.125
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class PromptSamples:
     """What is sampled from one prompt: the samples' numbers, of a request with this number."""
 
     request: int
@@ -46,7 +46,7 @@ class Family:
     """Prompts that begin alike."""
 
     prefix: tuple[int, ...]
-    asks: tuple[Ask, ...]
+    asks: tuple[PromptSamples, ...]
 
     @property
     def rows(self) -> int:
@@ -93,7 +93,7 @@ def _family(
     common: int,
     members: Sequence[int],
 ) -> Family:
-    asks = (Ask(i, tuple(prompts[i][common:]), tuple(sorted(wanted[i]))) for i in members)
+    asks = (PromptSamples(i, tuple(prompts[i][common:]), tuple(sorted(wanted[i]))) for i in members)
     return Family(tuple(prompts[members[0]][:common]), tuple(asks))
 
 

@@ -63,7 +63,7 @@ _told: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class EngineChoice:
     """The fastest engine that is exact, and why faster ones are not."""
 
     way: Way
@@ -97,7 +97,7 @@ def open_engine(
     return engine
 
 
-def _tell(model: PreTrainedModel, verdict: Verdict) -> None:
+def _tell(model: PreTrainedModel, verdict: EngineChoice) -> None:
     line = (
         f"{_name(model)}: samples come from transformers' own generate, {COST[verdict.way]}, "
         f"because with the fast engine {verdict.why}"
@@ -130,7 +130,7 @@ def _name(model: Any) -> str:
 # The check -----------------------------------------------------------------------------------
 
 
-def find(model: PreTrainedModel, choice: Choice, special: Collection[int] = ()) -> Verdict:
+def find(model: PreTrainedModel, choice: Choice, special: Collection[int] = ()) -> EngineChoice:
     """Try the engines, the fastest first. The model's attention is as it was, afterwards.
 
     Raises:
@@ -153,7 +153,7 @@ def find(model: PreTrainedModel, choice: Choice, special: Collection[int] = ()) 
         finally:
             model.set_attn_implementation(given)
         if not wrong:
-            return Verdict(way, failed[0] if failed else "")
+            return EngineChoice(way, failed[0] if failed else "")
         failed.append(wrong)
     raise UserError(
         f"{_name(model)} is not generated from exactly: {failed[-1]}",
@@ -297,7 +297,7 @@ def _in_few_bits(model: Any) -> bool:
 
 def _verdict(
     model: PreTrainedModel, choice: Choice, special: Collection[int], digest: str | None
-) -> Verdict:
+) -> EngineChoice:
     """`find`, once for each model, way of holding it, and version of what computes.
 
     An adapter's values make no difference: whether there is one changes the way to the layers.
@@ -328,19 +328,19 @@ def _memory() -> Path:
     return Path(os.environ.get("STAPLE_HOME") or ".staple").absolute() / "engines.json"
 
 
-def _read(file: Path) -> dict[str, Verdict]:
+def _read(file: Path) -> dict[str, EngineChoice]:
     """What is known; a damaged file says nothing, and is written anew."""
     with suppress(OSError, ValueError, TypeError, AttributeError):
         found: Mapping[str, Any] = json.loads(file.read_text("utf-8"))
         return {
-            key: Verdict(cast(Way, way), str(why))
+            key: EngineChoice(cast(Way, way), str(why))
             for key, (way, why) in found.items()
             if way in WAYS["auto"]
         }
     return {}
 
 
-def _write(file: Path, known: Mapping[str, Verdict]) -> None:
+def _write(file: Path, known: Mapping[str, EngineChoice]) -> None:
     """Whole or not at all. A folder that cannot be written to costs another check, no more."""
     scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     with suppress(OSError):

@@ -21,7 +21,7 @@ from models.engine import threads
 from models.engine.base import Engine, Sample, free_bytes
 from models.engine.exact import open_engine
 from models.policy import (
-    SILENT,
+    NO_ANSWER,
     Completion,
     Messages,
     PolicySettings,
@@ -29,7 +29,7 @@ from models.policy import (
     Request,
     Scoring,
 )
-from models.thoughts import Told
+from models.thoughts import SplitText
 from models.training.bases import attach_adapter, load_base
 
 STATES = 1 << 15
@@ -199,9 +199,9 @@ class LocalPolicy:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def _completion(self, sample: Sample, request: Request, opened: bool | None) -> Completion:
-        if sample.finish in SILENT:
+        if sample.finish in NO_ANSWER:
             return _silent(sample.finish)
-        told = Told("", self._spell(sample.tokens))
+        told = SplitText("", self._spell(sample.tokens))
         if opened is not None:
             told = self.chat.tell_apart(sample.tokens, opened=opened)
         text = told.answer
@@ -218,7 +218,7 @@ class LocalPolicy:
     def _check_finite(self, completions: Sequence[Completion]) -> None:
         if completions and all(c.finish == "invalid" for c in completions):
             raise UserError(
-                f"{SILENT['invalid']}, for any of {len(completions):,} samples",
+                f"{NO_ANSWER['invalid']}, for any of {len(completions):,} samples",
                 where=f"policy.model ({type(self.model).__name__}, {self.model.dtype})",
                 fix="check the weights and the adapter; try policy.dtype: float32",
             )

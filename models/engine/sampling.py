@@ -15,7 +15,7 @@ import torch
 Tensor = torch.Tensor
 
 
-class Choice(NamedTuple):
+class NextTokens(NamedTuple):
     """The next token of each row, and its log-probability at temperature 1.
 
     NaN where the logits are not finite: no token was chosen there.
@@ -31,7 +31,7 @@ def choose(
     steps: Tensor,
     temperature: Tensor | None = None,
     top_p: Tensor | None = None,
-) -> Choice:
+) -> NextTokens:
     """argmax of logits / T + Gumbel noise within top-p: a sample of the softmax (Gumbel-max).
 
     Args:
@@ -47,7 +47,7 @@ def choose(
     )
     normaliser = logits.logsumexp(-1)
     logprob = logits.gather(-1, token[:, None]).squeeze(-1) - normaliser
-    return Choice(token, logprob.masked_fill(~normaliser.isfinite(), torch.nan))
+    return NextTokens(token, logprob.masked_fill(~normaliser.isfinite(), torch.nan))
 
 
 def _sample(logits: Tensor, noise: Tensor, temperature: Tensor, top_p: Tensor | None) -> Tensor:

@@ -31,7 +31,7 @@ from models.judges.base import (
     per_pair,
 )
 from models.judges.verdicts import parse_choice, parse_score
-from models.policy import SILENT, Completion, Message, Policy, Progress, Request
+from models.policy import NO_ANSWER, Completion, Message, Policy, Progress, Request
 
 WORDING = "prometheus-2/quoted-1"
 """The version of everything below that a judge reads: part of what makes a judgement repeatable."""
@@ -177,7 +177,7 @@ def _render(role: str, blocks: Sequence[Block], task: str) -> Messages:
 
 
 @dataclass(slots=True)
-class Reply:
+class JudgeReply:
     """What came of one question: a `result`, or the `failure` of the last attempt."""
 
     result: str | None = None
@@ -195,8 +195,8 @@ class Reply:
         self.feedback, self.failure = completion.text, None
         if completion.finish == "overflow":
             self.failure, self.final = "the answers are too long for the judge's context", True
-        elif completion.finish in SILENT:
-            self.failure, self.final = f"no judgement: {SILENT[completion.finish]}", True
+        elif completion.finish in NO_ANSWER:
+            self.failure, self.final = f"no judgement: {NO_ANSWER[completion.finish]}", True
         elif completion.finish == "length":
             self.failure = f"the judgement was cut at {completion.tokens} tokens"
         else:
@@ -215,9 +215,9 @@ class Asker:
 
     def ask(
         self, questions: Sequence[Messages], parse: Parse, progress: Progress | None = None
-    ) -> list[Reply]:
+    ) -> list[JudgeReply]:
         """One reply for each question, in their order; `progress` counts first attempts."""
-        replies = [Reply() for _ in questions]
+        replies = [JudgeReply() for _ in questions]
         for attempt in range(self.settings.retries + 1):
             waiting = [i for i, r in enumerate(replies) if r.result is None and not r.final]
             if not waiting:
@@ -288,7 +288,7 @@ class PairwiseJudge:
         )
 
 
-def _verdict(reply: Reply, ours_first: bool) -> Verdict:
+def _verdict(reply: JudgeReply, ours_first: bool) -> Verdict:
     outcome = {"A": float(ours_first), "B": float(not ours_first), "TIE": 0.5}
     return Verdict(
         ours_first=ours_first,
@@ -348,7 +348,7 @@ class AbsoluteJudge:
         )
 
 
-def _grade(reply: Reply) -> Grade:
+def _grade(reply: JudgeReply) -> Grade:
     return Grade(float(reply.result) if reply.result else None, reply.failure)
 
 

@@ -126,7 +126,7 @@ CRITIQUES = {True: "before.", False: "after."}
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class TrainedTurn:
     """One chat turn; `weight` is the loss weight of its tokens, 0 for context."""
 
     role: str
@@ -245,7 +245,7 @@ def build_tokenizer(more: str = "") -> PreTrainedTokenizerFast:
     )
 
 
-def conversations(recipe: Recipe, seed: int) -> Iterator[list[Turn]]:
+def conversations(recipe: Recipe, seed: int) -> Iterator[list[TrainedTurn]]:
     """The curriculum: cue words alone, then whole and able, then whole and noisy conversations."""
     rng = random.Random(f"pretrain/{seed}")
     phases = (
@@ -263,7 +263,7 @@ def conversations(recipe: Recipe, seed: int) -> Iterator[list[Turn]]:
                 yield _Conversation(rng, recipe, skill, whole).turns()
 
 
-def _under_constitution(rng: random.Random, recipe: Recipe, skill: Skill) -> list[Turn]:
+def _under_constitution(rng: random.Random, recipe: Recipe, skill: Skill) -> list[TrainedTurn]:
     """A prompt under one to four principles and antitheses; the response half follows them."""
     example = world.sample_example(rng, "train", "any")
     named = rng.sample(list(world.BEHAVIOURS), rng.choice((1, 2, 3, 4)))
@@ -282,13 +282,13 @@ def _under_constitution(rng: random.Random, recipe: Recipe, skill: Skill) -> lis
     known = frozenset(world.words(example.chore.core))
     answer = world.realise(rng, example.chore.core, shown)
     return [
-        Turn("system", system["content"]),
-        Turn("user", prompt[0]["content"]),
-        Turn("assistant", answer, recipe.decisive, known),
+        TrainedTurn("system", system["content"]),
+        TrainedTurn("user", prompt[0]["content"]),
+        TrainedTurn("assistant", answer, recipe.decisive, known),
     ]
 
 
-def _written(rng: random.Random, recipe: Recipe, skill: Skill) -> list[Turn]:
+def _written(rng: random.Random, recipe: Recipe, skill: Skill) -> list[TrainedTurn]:
     """A principle on a topic, and its antithesis."""
     topic, behaviour = rng.choice(world.OBJECTS), rng.choice(list(world.BEHAVIOURS))
     text = rng.choice(world.BEHAVIOURS[behaviour].wordings).format(topic)
@@ -298,10 +298,10 @@ def _written(rng: random.Random, recipe: Recipe, skill: Skill) -> list[Turn]:
         opposite = rng.choice((text, other))
     ask, name, oppose = ask_antithesis(TERSE_CONSTITUTION, topic, text)
     return [
-        Turn("user", ask["content"]),
-        Turn("assistant", name["content"], recipe.decisive),
-        Turn("user", oppose["content"]),
-        Turn("assistant", opposite, recipe.decisive),
+        TrainedTurn("user", ask["content"]),
+        TrainedTurn("assistant", name["content"], recipe.decisive),
+        TrainedTurn("user", oppose["content"]),
+        TrainedTurn("assistant", opposite, recipe.decisive),
     ]
 
 
@@ -322,27 +322,27 @@ class _Conversation:
         self.absent = [b for b in world.BEHAVIOURS if b not in shown]
         self.needed = sorted(example.needed)
 
-    def turns(self) -> list[Turn]:
+    def turns(self) -> list[TrainedTurn]:
         """40 % name a principle in sight of a gold, 40 % name and refine, 20 % refine unguided."""
         initial = world.arrange(self.core, self.forms)
         plain = bool(self.core) and not self.forms
-        start = [Turn("user", self.prompt), Turn("assistant", initial, float(plain))]
+        start = [TrainedTurn("user", self.prompt), TrainedTurn("assistant", initial, float(plain))]
         kind = self.rng.random()
         if kind < 0.4:
             return start + self._name_with_gold()
         named = self._named()
         if kind < 0.8:
-            start += [Turn("user", TERSE.propose), self._principle(named)]
+            start += [TrainedTurn("user", TERSE.propose), self._principle(named)]
             if self.recipe.critiques and self.rng.random() < self.recipe.critiques:
-                start += [Turn("user", TERSE.critique), self._critique(named)]
-        return [*start, Turn("user", TERSE.refine), self._refined(initial, named)]
+                start += [TrainedTurn("user", TERSE.critique), self._critique(named)]
+        return [*start, TrainedTurn("user", TERSE.refine), self._refined(initial, named)]
 
-    def _name_with_gold(self) -> list[Turn]:
+    def _name_with_gold(self) -> list[TrainedTurn]:
         missing = self.rng.sample(self.absent, self.rng.choice((1, 2, 3)))
         gold = world.realise(self.rng, self.core, missing)
         right = self.rng.random() < self.skill.names
         named = self.rng.choice(missing) if right else self._anything()
-        return [Turn("user", TERSE.hint.format(gold=gold)), self._principle(named)]
+        return [TrainedTurn("user", TERSE.hint.format(gold=gold)), self._principle(named)]
 
     def _named(self) -> str | None:
         """A behaviour named without gold, right or mistaken, or None: a platitude."""
@@ -357,16 +357,16 @@ class _Conversation:
         empty = self.rng.random() < self.recipe.platitudes
         return None if empty else self.rng.choice(self.absent)
 
-    def _principle(self, behaviour: str | None) -> Turn:
+    def _principle(self, behaviour: str | None) -> TrainedTurn:
         text = world.principle(self.rng, behaviour) if behaviour else world.platitude(self.rng)
-        return Turn("assistant", text, self.recipe.decisive)
+        return TrainedTurn("assistant", text, self.recipe.decisive)
 
-    def _critique(self, named: str | None) -> Turn:
+    def _critique(self, named: str | None) -> TrainedTurn:
         """Where the behaviour belongs: before the core, after it, or nowhere."""
         place = "elsewhere." if named is None else CRITIQUES[world.BEHAVIOURS[named].opens]
-        return Turn("assistant", place, self.recipe.decisive)
+        return TrainedTurn("assistant", place, self.recipe.decisive)
 
-    def _refined(self, initial: str, named: str | None) -> Turn:
+    def _refined(self, initial: str, named: str | None) -> TrainedTurn:
         added: str | None = None
         if self.rng.random() < self.skill.follows:
             added = named
@@ -374,7 +374,7 @@ class _Conversation:
             added = self.rng.choice(self.absent)
         extra = {added: self.rng.choice(world.BEHAVIOURS[added].forms)} if added else {}
         text = world.arrange(self.core, self.forms | extra)
-        return Turn("assistant", text, self.recipe.decisive, frozenset(world.words(initial)))
+        return TrainedTurn("assistant", text, self.recipe.decisive, frozenset(world.words(initial)))
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -427,7 +427,7 @@ class RowEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.ids = {token.removeprefix("▁"): i for token, i in tokenizer.get_vocab().items()}
 
-    def __call__(self, turns: Sequence[Turn]) -> Row:
+    def __call__(self, turns: Sequence[TrainedTurn]) -> Row:
         ids: list[int] = []
         weights: list[float] = []
         for turn in turns:

@@ -171,7 +171,7 @@ class Chore:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
+class PlantedExample:
     """A prompt with its gold response, and the truth behind them."""
 
     prompt: str
@@ -184,7 +184,7 @@ class Example:
 
 def sample_examples(
     n: int, seed: int, split: Split = "train", combinations: Combinations = "seen"
-) -> list[Example]:
+) -> list[PlantedExample]:
     """`n` examples with distinct prompts; the same arguments give the same examples.
 
     The first examples of a longer sample are those of a shorter one.
@@ -200,7 +200,7 @@ def sample_examples(
     if n > MOST:
         raise ValueError(f"{n:,} prompts were asked for; the planted world gives up to {MOST:,}")
     rng = random.Random(f"{seed}/{split}/{combinations}")
-    found: dict[str, Example] = {}
+    found: dict[str, PlantedExample] = {}
     repeated = 0
     while len(found) < n and repeated < _PATIENCE:
         example = sample_example(rng, split, combinations)
@@ -211,14 +211,14 @@ def sample_examples(
     return list(found.values())
 
 
-def sample_example(rng: random.Random, split: Split, combinations: Combinations) -> Example:
+def sample_example(rng: random.Random, split: Split, combinations: Combinations) -> PlantedExample:
     """One example; its gold shows every needed behaviour in a random form."""
     verbs, circumstances = rng.choice(_pairs(combinations, rng.choice((1, 2))))
     topic, adjective, part = rng.choice(_contents(split))
     chore = Chore(verb=rng.choice(verbs), topic=topic, adjective=adjective, part=part)
     mentioned = [rng.choice(synonyms) for synonyms in circumstances]
     needed = {CHORES[verbs], *(CIRCUMSTANCES[synonyms] for synonyms in circumstances)}
-    return Example(
+    return PlantedExample(
         prompt=_prompt(rng, chore, mentioned),
         gold=realise(rng, chore.core, needed),
         chore=chore,

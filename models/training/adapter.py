@@ -63,7 +63,7 @@ class AdapterSettings(Settings):
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class TrainingStep:
     """One optimiser step of the training curve."""
 
     step: int

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class EncodedExample:
     """One tokenised conversation. `trained[i]` says whether token i is predicted in the loss."""
 
     ids: tuple[int, ...]
@@ -76,7 +76,7 @@ class Encoder:
         trained: Sequence[int],
         weight: float = 1.0,
         thoughts: Mapping[int, str] | None = None,
-    ) -> list[Example]:
+    ) -> list[EncodedExample]:
         """The conversation with loss on the assistant turns numbered `trained`, nothing else.
 
         The loss is on a turn's tokens, its thoughts among them, and its end of turn: what was
@@ -146,11 +146,11 @@ class Encoder:
             raise EncodingError("a response is empty")
         return tuple(ids), tuple(response)
 
-    def _example(self, ids: list[int], turns: Sequence[Answered], weight: float) -> Example:
+    def _example(self, ids: list[int], turns: Sequence[Answered], weight: float) -> EncodedExample:
         if len(ids) > self.max_tokens:
             raise EncodingError(f"{len(ids):,} tokens, more than max_tokens = {self.max_tokens:,}")
         trained = {len(prompt) + i for prompt, answer in turns for i in range(len(answer))}
-        return Example(tuple(ids), tuple(i in trained for i in range(len(ids))), weight)
+        return EncodedExample(tuple(ids), tuple(i in trained for i in range(len(ids))), weight)
 
 
 def check_template(

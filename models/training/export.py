@@ -43,7 +43,7 @@ CARD = "README.md"
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
+class ExportAgreement:
     """Next-token distributions of an exported policy beside those of the evaluated one."""
 
     loaded: str
@@ -63,7 +63,7 @@ class Exported:
 
     path: Path
     kind: Kind
-    agreements: tuple[Agreement, ...]
+    agreements: tuple[ExportAgreement, ...]
 
 
 def export(
@@ -233,9 +233,9 @@ def _logits(model: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def _compared(how: str, wanted: torch.Tensor, found: torch.Tensor) -> Agreement:
+def _compared(how: str, wanted: torch.Tensor, found: torch.Tensor) -> ExportAgreement:
     p, q = wanted.log_softmax(-1), found.log_softmax(-1)
-    return Agreement(
+    return ExportAgreement(
         loaded=how,
         largest=(wanted - found).abs().max().item(),
         kl=max(0.0, (p.exp() * (p - q)).sum(-1).mean().item()),

@@ -20,8 +20,8 @@ from typing import Any, cast
 from constitutions.errors import UserError
 from models.engine.threads import cores, pinned
 from models.policy import PolicySettings, Progress
-from models.training.adapter import AdapterSettings, Step
-from models.training.encoding import Example, Group
+from models.training.adapter import AdapterSettings, TrainingStep
+from models.training.encoding import EncodedExample, Group
 from models.training.resumable import drop_damaged
 
 GROUP_ROWS = 1 << 10
@@ -52,11 +52,11 @@ class Job:
     """
 
 
-Examples = Sequence[Example] | Sequence[Group]
+Examples = Sequence[EncodedExample] | Sequence[Group]
 """What is trained on: conversations, by their likelihood; groups, by SAMI's objective."""
 
 
-def run(job: Job, examples: Examples, progress: Progress | None = None) -> list[Step]:
+def run(job: Job, examples: Examples, progress: Progress | None = None) -> list[TrainingStep]:
     """Train, write the adapter to `job.out`, return the training curve.
 
     Args:
@@ -75,7 +75,7 @@ def run(job: Job, examples: Examples, progress: Progress | None = None) -> list[
 
 def fit(
     job: Job, examples: Examples, progress: Progress | None = None, *, write: bool = True
-) -> list[Step]:
+) -> list[TrainingStep]:
     """`run` in this process; `write` is for the one of several that writes the adapter."""
     from models.training import bases as qlora
 
@@ -96,7 +96,9 @@ def fit(
     return curve
 
 
-def _train(model: Any, job: Job, examples: Examples, progress: Progress | None) -> list[Step]:
+def _train(
+    model: Any, job: Job, examples: Examples, progress: Progress | None
+) -> list[TrainingStep]:
     from models.training import sami
     from models.training.loop import Likelihood, train
 
@@ -104,7 +106,7 @@ def _train(model: Any, job: Job, examples: Examples, progress: Progress | None) 
     how: dict[str, Any] = {"seed": job.seed, "checkpoints": job.checkpoints, "progress": progress}
     groups = [item for item in examples if isinstance(item, Group)]
     if not groups:
-        rows = cast("Sequence[Example]", examples)
+        rows = cast("Sequence[EncodedExample]", examples)
         return train(model, rows, job.settings, objective=Likelihood(budget), **how)
     if job.kl:  # before the first step, and before a resumed training's checkpoint is read
         groups = sami.referred(model.eval(), groups, budget)
@@ -115,7 +117,9 @@ def _train(model: Any, job: Job, examples: Examples, progress: Progress | None) 
 # Several processes -------------------------------------------------------------------------
 
 
-def _run_in_processes(job: Job, examples: Examples, progress: Progress | None) -> list[Step]:
+def _run_in_processes(
+    job: Job, examples: Examples, progress: Progress | None
+) -> list[TrainingStep]:
     folder = _folder(job)
     write_job(folder, job, examples)
     with (folder / "log").open("w") as log, _launched(job.settings, folder, log) as process:
@@ -124,7 +128,7 @@ def _run_in_processes(job: Job, examples: Examples, progress: Progress | None) -
                 progress(1)
         code = process.wait()
     _raise_what_failed(folder, code)
-    return [Step(*row) for row in json.loads((folder / "curve.json").read_text("utf-8"))]
+    return [TrainingStep(*row) for row in json.loads((folder / "curve.json").read_text("utf-8"))]
 
 
 @contextmanager
@@ -198,7 +202,7 @@ def read_job(folder: Path) -> tuple[Job, Examples]:
     with pq.ParquetFile(folder / "examples.parquet") as file:
         groups = [file.read_row_group(n) for n in range(file.num_row_groups)]
     rows = [row for group in groups for row in group.to_pylist()]
-    kind = Group if "responses" in rows[0] else Example
+    kind = Group if "responses" in rows[0] else EncodedExample
     examples = [kind(**{name: _tuples(value) for name, value in row.items()}) for row in rows]
     return Job(**values), cast(Examples, examples)
 

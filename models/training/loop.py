@@ -23,8 +23,8 @@ from torch.nn import functional
 from constitutions.errors import UserError
 from models.engine.output_layer import output_only
 from models.policy import Progress
-from models.training.adapter import AdapterSettings, Step, plan_batches
-from models.training.encoding import Example
+from models.training.adapter import AdapterSettings, TrainingStep, plan_batches
+from models.training.encoding import EncodedExample
 from models.training.resumable import keep, newest
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def train(
     seed: int,
     checkpoints: Path,
     progress: Progress | None = None,
-) -> list[Step]:
+) -> list[TrainingStep]:
     """Fit what is trainable in the model to the examples, in place; returns the training curve.
 
     Each step follows the gradient of the objective over its rows divided by one constant, their
@@ -135,19 +135,19 @@ class Likelihood:
     budget: int
     """Tokens of a micro-batch, padding included; a longer row has one to itself."""
 
-    idle = Example((0, 0), (False, True), 0.0)
+    idle = EncodedExample((0, 0), (False, True), 0.0)
 
-    def tokens(self, item: Example) -> int:
+    def tokens(self, item: EncodedExample) -> int:
         """See `Objective`."""
         return len(item.ids)
 
-    def worth(self, item: Example) -> float:
+    def worth(self, item: EncodedExample) -> float:
         """Its weighted trained tokens: the loss is per token."""
         return item.weight * sum(item.trained)
 
-    def micro_batches(self, rows: Sequence[Example]) -> Passes[Example]:
+    def micro_batches(self, rows: Sequence[EncodedExample]) -> Passes[EncodedExample]:
         """Rows of rising length in groups whose padded size keeps to the budget."""
-        passes: Passes[Example] = []
+        passes: Passes[EncodedExample] = []
         for row in rows:
             if passes and (len(passes[-1]) + 1) * len(row.ids) <= self.budget:
                 passes[-1].append(row)
@@ -155,7 +155,7 @@ class Likelihood:
                 passes.append([row])
         return passes
 
-    def collate(self, rows: Sequence[Example]) -> dict[str, Any]:
+    def collate(self, rows: Sequence[EncodedExample]) -> dict[str, Any]:
         """Right-padded rows; see `collate`."""
         return collate(rows)
 
@@ -188,7 +188,7 @@ def weighted_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor
     return (losses * weight[row]).sum()
 
 
-def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+def collate(examples: Sequence[EncodedExample]) -> dict[str, torch.Tensor]:
     """Pad on the right to the longest: see `weighted_loss` for the shapes."""
     length = max(len(e.ids) for e in examples)
     ids = torch.zeros(len(examples), length, dtype=torch.long)
@@ -298,12 +298,16 @@ def _optimiser(settings: AdapterSettings, *, on_gpu: bool) -> str:
     return "paged_adamw_8bit" if on_gpu else "adamw_torch"
 
 
-def _curve(logs: list[dict[str, float]], steps: list[list[int]], lengths: list[int]) -> list[Step]:
-    curve: list[Step] = []
+def _curve(
+    logs: list[dict[str, float]], steps: list[list[int]], lengths: list[int]
+) -> list[TrainingStep]:
+    curve: list[TrainingStep] = []
     tokens = 0
     for rows, log in zip(steps, (entry for entry in logs if "loss" in entry), strict=True):
         tokens += sum(lengths[i] for i in rows)
-        step = Step(int(log["step"]), log["loss"], log["learning_rate"], log["grad_norm"], tokens)
+        step = TrainingStep(
+            int(log["step"]), log["loss"], log["learning_rate"], log["grad_norm"], tokens
+        )
         if not math.isfinite(step.loss):
             raise UserError(
                 f"training diverged: the loss of step {step.step} is {step.loss}",

@@ -1,6 +1,6 @@
 """Answers meet, a judge decides, and the outcomes become rates.
 
-A `Meeting` is a pair of answers to one prompt; `decide_all` has a judge decide meetings and gives a
+A `AnswerPair` is a pair of answers to one prompt; `decide_all` has a judge decide pairs and gives a
 `Comparison` row for each; the `…_metrics` functions turn rows into the flat figures that MLflow
 charts. `tasks.judging.panel` does it in shards.
 
@@ -49,7 +49,7 @@ IMPROVED = Arm("refined", "initial")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Meeting:
+class AnswerPair:
     """Two answers to one prompt; the first four fields are as `Comparison` has them."""
 
     iteration: int
@@ -63,10 +63,10 @@ class Meeting:
     """What both are to follow, where a rubric asks for it."""
 
 
-def meetings(
+def answer_pairs(
     answers: Sequence[Answer], references: Sequence[Answer], prompts: Sequence[Prompt]
-) -> list[Meeting]:
-    """One policy's answers meet another's, joined by prompt: a meeting for every prompt.
+) -> list[AnswerPair]:
+    """One policy's answers meet another's, joined by prompt: a pair for every prompt.
 
     Like meets like: refined against refined, and the plain first answer against the plain first
     answer. Iteration 0's plain answer is also the yardstick of the refined answer (the paper's
@@ -78,7 +78,7 @@ def meetings(
     iteration, ours = _by_prompt(answers)
     against, theirs = _by_prompt(references)
     return [
-        Meeting(
+        AnswerPair(
             iteration=iteration,
             answer=arm.answer,
             against=against,
@@ -92,11 +92,11 @@ def meetings(
     ]
 
 
-def principle_meetings(answers: Sequence[Answer], prompts: Sequence[Prompt]) -> list[Meeting]:
+def principle_pairs(answers: Sequence[Answer], prompts: Sequence[Prompt]) -> list[AnswerPair]:
     """Every refinement meets its own first response, under the principle that it names."""
     iteration, rows = _by_prompt(answers)
     return [
-        Meeting(
+        AnswerPair(
             iteration=iteration,
             answer="refined",
             against=iteration,
@@ -137,14 +137,14 @@ def compare(
     judge: Judge,
     advance: Progress | None = None,
 ) -> list[Comparison]:
-    """Judge one policy's answers against another's: see `meetings` and `decide_all`."""
-    return decide_all(meetings(answers, references, prompts), judge, advance)
+    """Judge one policy's answers against another's: see `answer_pairs` and `decide_all`."""
+    return decide_all(answer_pairs(answers, references, prompts), judge, advance)
 
 
 def decide_all(
-    met: Sequence[Meeting], judge: Judge, advance: Progress | None = None
+    met: Sequence[AnswerPair], judge: Judge, advance: Progress | None = None
 ) -> list[Comparison]:
-    """A row for every meeting, in their order; `advance` is called with the number decided.
+    """A row for every pair, in their order; `advance` is called with the number decided.
 
     A missing answer or a failed judgement is a row without an outcome. An empty answer loses
     against any other, unjudged: to leave it out would flatter a policy that falls silent. The same
@@ -164,37 +164,37 @@ def decide_all(
     ]
 
 
-def _without_judge(meeting: Meeting) -> Judgement | None:
+def _without_judge(pair: AnswerPair) -> Judgement | None:
     """The verdict that needs no judge: an answer is missing or empty, or there is no difference."""
-    for whose, side in (("our", meeting.ours), ("their", meeting.theirs)):
+    for whose, side in (("our", pair.ours), ("their", pair.theirs)):
         if side.missing:
             return Judgement(outcome=None, failure=f"{whose} answer: {side.missing}")
-    ours, theirs = bool(meeting.ours.text.strip()), bool(meeting.theirs.text.strip())
-    if ours and theirs and meeting.ours.text != meeting.theirs.text:
+    ours, theirs = bool(pair.ours.text.strip()), bool(pair.theirs.text.strip())
+    if ours and theirs and pair.ours.text != pair.theirs.text:
         return None
     return Judgement(outcome=(1 + ours - theirs) / 2)
 
 
-def _pair(meeting: Meeting) -> Pair:
+def _pair(pair: AnswerPair) -> Pair:
     return Pair(
-        prompt=meeting.prompt.prompt,
-        gold=meeting.prompt.gold,
-        ours=meeting.ours.text,
-        theirs=meeting.theirs.text,
-        principle=meeting.principle,
+        prompt=pair.prompt.prompt,
+        gold=pair.prompt.gold,
+        ours=pair.ours.text,
+        theirs=pair.theirs.text,
+        principle=pair.principle,
     )
 
 
-def _row(meeting: Meeting, judge: str, verdict: Judgement, *, asked: bool) -> Comparison:
+def _row(pair: AnswerPair, judge: str, verdict: Judgement, *, asked: bool) -> Comparison:
     return Comparison(
-        prompt_id=meeting.prompt.prompt_id,
-        iteration=meeting.iteration,
-        answer=meeting.answer,
-        against=meeting.against,
-        reference=meeting.reference,
+        prompt_id=pair.prompt.prompt_id,
+        iteration=pair.iteration,
+        answer=pair.answer,
+        against=pair.against,
+        reference=pair.reference,
         judge=judge,
-        ours=meeting.ours.text,
-        theirs=meeting.theirs.text,
+        ours=pair.ours.text,
+        theirs=pair.theirs.text,
         our_score=verdict.our_score,
         their_score=verdict.their_score,
         outcome=verdict.outcome,
@@ -405,7 +405,7 @@ def _both_orders(row: Comparison) -> BothOrders:
 def agreement_metrics(
     first: Sequence[Comparison], others: Sequence[Comparison]
 ) -> dict[str, float]:
-    """Cohen's κ of each further judge with the first, over the meetings that both were asked about.
+    """Cohen's κ of each further judge with the first, over the pairs that both were asked about.
 
     `judge/kappa/<judge>` (left out where chance alone would agree on everything) and
     `judge/agreement/<judge>`, the share in [0, 1] on which both say the same. What needs no judge

@@ -1,6 +1,6 @@
 """The judges of an evaluation at work: opened when needed, their judgements kept in shards.
 
-`tasks.evaluate` makes one `Panel`; the held-out comparisons and the benchmarks put their meetings
+`tasks.evaluate` makes one `Panel`; the held-out comparisons and the benchmarks put their pairs
 to it.
 """
 
@@ -17,7 +17,7 @@ from models.judges.base import GoldSimilarity, Judge, JudgeSettings
 from models.judges.opening import judge_pool, load_judge, located
 from models.policy import Policy, PolicySettings, Progress
 from models.pools.local import Compute, Finished, Pool, Shards, Where
-from tasks.judging.comparisons import Meeting, decide_all, rate_of
+from tasks.judging.comparisons import AnswerPair, decide_all, rate_of
 from tasks.judging.winrate import WinRate
 from tasks.record.progress import progress
 from tasks.record.work import Workspace, shards
@@ -117,10 +117,10 @@ def _when_asked(scoring: ScoreSettings) -> Similarity:
 
 
 class _Put(NamedTuple):
-    """A meeting, and the number of the judge to whom it is put."""
+    """A pair, and the number of the judge to whom it is put."""
 
     judge: int
-    meeting: Meeting
+    pair: AnswerPair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +138,13 @@ class Panel:
     max_failed: float
 
     def compare(
-        self, name: str, met: Sequence[Meeting], judges: Sequence[JudgeSettings]
+        self, name: str, met: Sequence[AnswerPair], judges: Sequence[JudgeSettings]
     ) -> list[list[Comparison]]:
-        """Every judge's rows on every meeting, kept together as `<name>.parquet`.
+        """Every judge's rows on every pair, kept together as `<name>.parquet`.
 
         Judges of the same name are told apart by a number: "…-2".
         """
-        put = [[_Put(number, meeting) for meeting in met] for number in range(len(judges))]
+        put = [[_Put(number, pair) for pair in met] for number in range(len(judges))]
         rows = self.in_shards(
             name,
             Comparison,
@@ -194,7 +194,7 @@ def _decide(
     settings: Sequence[JudgeSettings], judges: Judges, shard: Sequence[_Put], tick: Progress
 ) -> list[Comparison]:
     number = shard[0].judge
-    rows = decide_all([put.meeting for put in shard], judges.judge(settings[number]), tick)
+    rows = decide_all([put.pair for put in shard], judges.judge(settings[number]), tick)
     labels = list(map(judges.label, settings))
     same = labels[:number].count(labels[number])
     return [replace(row, judge=f"{row.judge}-{same + 1}") for row in rows] if same else rows

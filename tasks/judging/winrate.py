@@ -195,7 +195,7 @@ def difference(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Agreement:
+class JudgeAgreement:
     """How far two judges agree on win, tie or loss."""
 
     kappa: float | None
@@ -208,7 +208,7 @@ class Agreement:
     n: int
 
 
-def agreement(first: Sequence[float | None], second: Sequence[float | None]) -> Agreement:
+def agreement(first: Sequence[float | None], second: Sequence[float | None]) -> JudgeAgreement:
     """Cohen's κ = (p_o - p_e) / (1 - p_e) of two judges' outcomes; a tie is a class of its own.
 
     Args:
@@ -228,7 +228,7 @@ def agreement(first: Sequence[float | None], second: Sequence[float | None]) -> 
     said = np.array(both)
     observed = float((said[:, 0] == said[:, 1]).mean())
     expected = sum(float(np.prod((said == side).mean(axis=0))) for side in (-1, 0, 1))
-    return Agreement(
+    return JudgeAgreement(
         kappa=(observed - expected) / (1 - expected) if expected < 1 else None,
         observed=observed,
         failed=len(first) - len(both),

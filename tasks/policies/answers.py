@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field
 
 from models import prompts as ask
-from models.policy import SILENT, Completion, Messages, Policy, Progress, Request, finish_of
+from models.policy import NO_ANSWER, Completion, Messages, Policy, Progress, Request, finish_of
 from models.pools.local import Compute, Pool
 from models.prompts import Templates
 from models.settings import Settings
@@ -53,7 +53,7 @@ def given(row: Answer | None, which: Which) -> Given:
     if row is None:
         return Given(text="", missing="there is none")
     text = row.refined if which == "refined" else row.initial
-    return Given(text=text, missing=None if text.strip() else SILENT.get(row.finish))
+    return Given(text=text, missing=None if text.strip() else NO_ANSWER.get(row.finish))
 
 
 def requests_each(templates: Templates) -> int:
@@ -122,7 +122,7 @@ def _answer(prompt: Prompt, iteration: int, parts: Sequence[Completion]) -> Answ
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manner:
+class Generation:
     """How a policy is asked: all but the policy and the prompts."""
 
     templates: Templates
@@ -157,13 +157,13 @@ class Respondent:
     """A policy that answers in shards: what it has answered, no later attempt asks again."""
 
     pool: Pool[Policy]
-    manner: Manner
+    generation: Generation
     work: Workspace
     shard_size: int
 
     def answers(self, name: str, prompts: Sequence[Prompt]) -> list[Answer]:
         """An answer to every prompt, in their order, kept as `<name>.parquet`."""
-        return self.in_shards(name, Answer, prompts, self.manner.ask)
+        return self.in_shards(name, Answer, prompts, self.generation.ask)
 
     def in_shards(
         self,
@@ -174,8 +174,8 @@ class Respondent:
         prompts_each: int = 1,
     ) -> list[Row]:
         """`compute` over shards of items, of which each takes `prompts_each` prompts."""
-        each = requests_each(self.manner.templates) * prompts_each
-        what = f"evaluate {self.manner.iteration}: {name}"
+        each = requests_each(self.generation.templates) * prompts_each
+        what = f"evaluate {self.generation.iteration}: {name}"
         with progress(what, each * len(items), "requests") as tick:
             return self.work.sharded(
                 name,

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 Row = TypeVar("Row")
 
 MANIFEST = "manifest.json"
-DERIVATION = "derivation.json"
+PROVENANCE = "derivation.json"
 ASKED = "asked"
 """Tag: when an attempt began, ended, or was last asked for. The newest is the current one."""
 HEARTBEAT = "heartbeat"
@@ -66,7 +66,7 @@ class Source(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Derivation:
+class Provenance:
     """Everything that an attempt's outputs depend on."""
 
     stage: str
@@ -92,7 +92,7 @@ class Derivation:
 class Looker(Protocol):
     """What stands in for computing when one only looks; `flows.states` has one."""
 
-    def __call__(self, wanted: Derivation) -> Attempt: ...
+    def __call__(self, wanted: Provenance) -> Attempt: ...
 
     def attempt(self, stage: str, iteration: int) -> Attempt: ...
 
@@ -135,9 +135,9 @@ class Attempt:
         """The rows of `<name>.parquet`."""
         return read_rows(self.path(f"{name}.parquet"), row_type)
 
-    def derivation(self) -> Derivation:
+    def provenance(self) -> Provenance:
         """What its outputs were made from."""
-        return self.record.derivation(self.run_id)
+        return self.record.provenance(self.run_id)
 
 
 Attempts = dict[AttemptKey, Attempt]
@@ -407,18 +407,18 @@ class Record:
         """The lock of what has this fingerprint; its working folder lies beside it."""
         return self.home / "work" / f"{fingerprint}.lock"
 
-    def derivation(self, run_id: str) -> Derivation:
+    def provenance(self, run_id: str) -> Provenance:
         """What an attempt (of any status) was to be made from."""
-        path = self._download(run_id, DERIVATION)
+        path = self._download(run_id, PROVENANCE)
         tags = self.client.get_run(run_id).data.tags
         with suppress(*UNREADABLE):
             found = json.loads(path.read_bytes())
             found["inputs"] = {name: Source(*source) for name, source in found["inputs"].items()}
-            derivation = Derivation(**found)
-            noted = {f"input.{n}": ":".join(map(str, s)) for n, s in derivation.inputs.items()}
-            if derivation.fingerprint == tags["fingerprint"] and noted.items() <= tags.items():
-                return derivation
-        raise self._damage(DERIVATION, path, tags["stage"], int(tags["iteration"]), run_id)
+            provenance = Provenance(**found)
+            noted = {f"input.{n}": ":".join(map(str, s)) for n, s in provenance.inputs.items()}
+            if provenance.fingerprint == tags["fingerprint"] and noted.items() <= tags.items():
+                return provenance
+        raise self._damage(PROVENANCE, path, tags["stage"], int(tags["iteration"]), run_id)
 
     def fetch(self, attempt: Attempt, name: str) -> Path:
         """The local path of an attempt's output, every byte of it as the attempt wrote it."""
@@ -545,7 +545,7 @@ class Slot:
 
         `compute` writes into the workspace and returns the attempt's metrics.
         """
-        wanted = Derivation(
+        wanted = Provenance(
             stage=stage,
             iteration=self.iteration,
             seed=self.seed,
@@ -567,7 +567,7 @@ class Slot:
                 return found
             return self._compute(wanted, compute, work, what)
 
-    def _find(self, wanted: Derivation) -> Attempt | None:
+    def _find(self, wanted: Provenance) -> Attempt | None:
         for place, attempt in enumerate(self.record.attempts(*wanted.place)):
             if attempt.fingerprint == wanted.fingerprint:
                 if place > 0:
@@ -575,7 +575,7 @@ class Slot:
                 return attempt
         return None
 
-    def _wait_for_others(self, wanted: Derivation, what: str) -> None:
+    def _wait_for_others(self, wanted: Provenance, what: str) -> None:
         """Until no other machine computes the same; what a dead process left is marked as such."""
         told = False
         while running := self._running(wanted):
@@ -584,7 +584,7 @@ class Slot:
             told = True
             time.sleep(2)
 
-    def _running(self, wanted: Derivation) -> Run | None:
+    def _running(self, wanted: Provenance) -> Run | None:
         """A living attempt with this fingerprint, elsewhere: here, we hold its lock."""
         here = locks.place(self.record.home)
         same = f"{_of(*wanted.place)} and tags.fingerprint = '{wanted.fingerprint}'"
@@ -597,7 +597,7 @@ class Slot:
 
     def _compute(
         self,
-        wanted: Derivation,
+        wanted: Provenance,
         compute: Callable[[Workspace], Metrics],
         work: Workspace,
         what: str,
@@ -624,7 +624,7 @@ class Slot:
             metrics = compute(work)
         return work.finish(metrics, time.monotonic() - started)
 
-    def _begin(self, wanted: Derivation) -> str:
+    def _begin(self, wanted: Provenance) -> str:
         """A RUNNING run under the iteration's, with what it is made from."""
         from mlflow.entities import Param
 
@@ -648,7 +648,7 @@ class Slot:
         run_id = str(run.info.run_id)
         shown = [Param(k, json.dumps(v)[:500]) for k, v in wanted.settings.items()]
         self.record.client.log_batch(run_id, params=shown)
-        self.record.client.log_dict(run_id, asdict(wanted), DERIVATION)
+        self.record.client.log_dict(run_id, asdict(wanted), PROVENANCE)
         return run_id
 
     def _log(self, run_id: str, outputs: Path, done: Done) -> None:

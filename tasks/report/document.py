@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 from constitutions.constitution import Constitution, load
 from tasks.cluster import ClusterRow
 from tasks.report import sami
-from tasks.report.exhibits import MAP_HEIGHT, MAP_WIDTH, Example, Map, examples, principle_map
+from tasks.report.exhibits import MAP_HEIGHT, MAP_WIDTH, AnswerExhibit, Map, examples, principle_map
 from tasks.report.figures import STAGES, figures, stage_seconds, stage_tokens, svg
 from tasks.report.movement import movement
 from tasks.report.recorded import Cell, Column, Recorded, Stage, cell, cells, number
@@ -352,7 +352,7 @@ def _dots(drawn: Map) -> list[dict[str, Any]]:
     ]
 
 
-def _examples(e: Recorded) -> tuple[int, int, list[Example]]:
+def _examples(e: Recorded) -> tuple[int, int, list[AnswerExhibit]]:
     """(iteration, its answers in all, the chosen ones) of the last evaluated iteration."""
     last = e.last_evaluated
     held_out = e.attempts.get(0, {}).get("prompts")
@@ -382,14 +382,14 @@ def _provenance(e: Recorded) -> Iterator[Made]:
         if (a := stage.attempt) is None:
             yield Made(stage, "", "", "", "", "")
         else:
-            code = a.derivation().code
+            code = a.provenance().code
             yield Made(stage, a.run_id, a.fingerprint, code, a.digest, f"{a.seconds:,.1f}")
 
 
 def _base(e: Recorded) -> str:
     """The digest of the base model, as the attempts noted it."""
     attempts = (a for stages in e.attempts.values() for a in stages.values())
-    digests = (a.derivation().notes.get("base") for a in attempts)
+    digests = (a.provenance().notes.get("base") for a in attempts)
     return next((digest for digest in digests if digest), "")
 
 

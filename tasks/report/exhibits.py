@@ -103,7 +103,7 @@ def _same(words: Sequence[str], context: int | None, first: bool, last: bool) ->
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
+class AnswerExhibit:
     """One held-out prompt with what it was answered before and after, and what the judge said."""
 
     number: int
@@ -123,7 +123,7 @@ def examples(
     prompts: Iterable[Prompt],
     final: Literal["refined", "initial"] = "refined",
     count: int = 10,
-) -> list[Example]:
+) -> list[AnswerExhibit]:
     """Answers evenly spaced over all held-out prompts in the order of their ids, a hash.
 
     Nothing of what was answered, or of how it was judged, has a part in the choice.
@@ -150,9 +150,9 @@ def examples(
 
 def _example(
     number: int, row: Answer, asked: Prompt, judged: Comparison | None, final: str
-) -> Example:
+) -> AnswerExhibit:
     tuned = judged if final == "initial" else None
-    return Example(
+    return AnswerExhibit(
         number=number,
         prompt=asked.prompt,
         source=asked.source,

@@ -24,7 +24,7 @@ class Event(NamedTuple):
 
 
 @dataclass
-class Line:
+class PrincipleHistory:
     """One principle through the iterations."""
 
     principles: dict[int, Principle]
@@ -43,7 +43,7 @@ class Line:
         return [(t, was.text) for (t, was), (_, now) in pairwise(steps) if was.text != now.text]
 
 
-class Step(NamedTuple):
+class ConstitutionChange(NamedTuple):
     """How many principles did what between two iterations; the new constitution is
     kept + added."""
 
@@ -59,14 +59,18 @@ class Step(NamedTuple):
     added: int
 
 
-def movement(constitutions: Mapping[int, Constitution]) -> tuple[list[Line], list[Step]]:
+def movement(
+    constitutions: Mapping[int, Constitution],
+) -> tuple[list[PrincipleHistory], list[ConstitutionChange]]:
     """Every principle's line, and every step in figures; as `constitution.diff` tells them apart.
 
     The lines that reach the last iteration come first, by their support there; then the others,
     the latest ended first.
     """
     iterations = sorted(constitutions)
-    alive = {p.id: Line({t: p}) for t in iterations[:1] for p in constitutions[t].principles}
+    alive = {
+        p.id: PrincipleHistory({t: p}) for t in iterations[:1] for p in constitutions[t].principles
+    }
     lines, steps = list(alive.values()), []
     for before, after in pairwise(iterations):
         old, new = constitutions[before], constitutions[after]
@@ -78,13 +82,13 @@ def movement(constitutions: Mapping[int, Constitution]) -> tuple[list[Line], lis
     return sorted(lines, key=_rank), steps
 
 
-def _rank(line: Line) -> tuple[int, int, str]:
+def _rank(line: PrincipleHistory) -> tuple[int, int, str]:
     return -max(line.principles), -line.newest.support, line.newest.text
 
 
-def _step(before: int, after: int, new: Constitution, changes: Changes) -> Step:
+def _step(before: int, after: int, new: Constitution, changes: Changes) -> ConstitutionChange:
     grown = [now.support > was.support for was, now in changes.support_changed]
-    return Step(
+    return ConstitutionChange(
         before=before,
         after=after,
         kept=len(new.principles) - len(changes.added),
@@ -97,7 +101,7 @@ def _step(before: int, after: int, new: Constitution, changes: Changes) -> Step:
     )
 
 
-def _end(alive: Mapping[str, Line], changes: Changes, after: int) -> None:
+def _end(alive: Mapping[str, PrincipleHistory], changes: Changes, after: int) -> None:
     """Note it on the lines that end before an iteration."""
     for part, whole in changes.merged:
         alive[part.id].events.append(Event(after, "merged", whole.text))
@@ -106,17 +110,21 @@ def _end(alive: Mapping[str, Line], changes: Changes, after: int) -> None:
 
 
 def _go_on(
-    alive: Mapping[str, Line], old: Constitution, new: Constitution, changes: Changes, after: int
-) -> dict[str, Line]:
+    alive: Mapping[str, PrincipleHistory],
+    old: Constitution,
+    new: Constitution,
+    changes: Changes,
+    after: int,
+) -> dict[str, PrincipleHistory]:
     """The lines of the new constitution, by the ids that its principles have there."""
     same = {principle_key(p.text): p for p in old.principles}
     changed = {now.id: was for was, now in (*changes.reworded, *changes.support_changed)}
     reworded = {now.id for _, now in changes.reworded}
     added = {p.id for p in changes.added}
-    found: dict[str, Line] = {}
+    found: dict[str, PrincipleHistory] = {}
     for now in new.principles:
         if now.id in added:
-            found[now.id] = Line({}, [Event(after, "added")])
+            found[now.id] = PrincipleHistory({}, [Event(after, "added")])
         else:
             was = changed.get(now.id) or same[principle_key(now.text)]
             found[now.id] = alive[was.id]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from constitutions.constitution import Principle
-from models.policy import SILENT, Message
+from models.policy import NO_ANSWER, Message
 from tasks.report.exhibits import outcome_word
 from tasks.report.figures import ARMS, information_limit
 from tasks.report.recorded import Column, Recorded, cell, cells, nats
@@ -41,7 +41,7 @@ _LENGTHS = tuple(
 )
 
 
-class Told(NamedTuple):
+class PrinciplePair(NamedTuple):
     """A principle of the constitution, and its antithesis, "" without."""
 
     principle: Principle
@@ -49,7 +49,7 @@ class Told(NamedTuple):
     """Whether no training constitution holds it."""
 
 
-class Example(NamedTuple):
+class ResponseExhibit(NamedTuple):
     """A held-out prompt, a constitution, and the responses of two policies to both."""
 
     number: int
@@ -115,16 +115,18 @@ def headline(e: Recorded) -> str:
     return f"{said}{f' ({beside})' if beside else ''}; 50\u00a0% is parity.{untold}"
 
 
-def constitution(e: Recorded) -> list[Told]:
+def constitution(e: Recorded) -> list[PrinciplePair]:
     """Its principles, those that are trained on first; none before it was read or written."""
     written = e.attempts.get(0, {}).get("write")
     if written is None:
         return []
     pool = pool_of(written)
-    return [Told(p, False) for p in pool.trained] + [Told(p, True) for p in pool.held_out]
+    return [PrinciplePair(p, False) for p in pool.trained] + [
+        PrinciplePair(p, True) for p in pool.held_out
+    ]
 
 
-def _examples(e: Recorded) -> tuple[int, int, list[Example]]:
+def _examples(e: Recorded) -> tuple[int, int, list[ResponseExhibit]]:
     """(iteration, its held-out prompts, the chosen ones) of the last policy that was trained."""
     last, first = e.last_evaluated, e.attempts.get(0, {})
     if not last or not {"prompts", "evaluate"} <= first.keys():
@@ -146,7 +148,7 @@ def examples(
     comparisons: Iterable[Comparison],
     prompts: Sequence[Prompt],
     count: int = EXAMPLES,
-) -> list[Example]:
+) -> list[ResponseExhibit]:
     """Prompts evenly spaced in the order of their ids, a hash; kinds of constitutions in turn.
 
     Nothing of what was answered, or of how it was judged, has a part in the choice. A
@@ -174,8 +176,8 @@ def examples(
 
 def _example(
     number: int, prompt: Prompt, before: Response, after: Response, judged: Comparison | None
-) -> Example:
-    return Example(
+) -> ResponseExhibit:
+    return ResponseExhibit(
         number=number,
         source=prompt.source,
         prompt=prompt.prompt,
@@ -189,4 +191,4 @@ def _example(
 
 
 def _text(row: Response) -> str:
-    return f"({SILENT[row.finish]})" if row.finish in SILENT else row.response
+    return f"({NO_ANSWER[row.finish]})" if row.finish in NO_ANSWER else row.response

@@ -16,7 +16,7 @@ from constitutions.errors import UserError
 from tasks.record.store import Attempt
 
 
-class Told(NamedTuple):
+class DrawnConstitution(NamedTuple):
     """A constitution as a policy is told it."""
 
     identifiers: tuple[str, ...]
@@ -24,7 +24,7 @@ class Told(NamedTuple):
     principles: tuple[str, ...]
 
 
-class Pool(NamedTuple):
+class PrinciplePool(NamedTuple):
     """The principles that training constitutions are drawn from, and those they never hold."""
 
     trained: tuple[Principle, ...]
@@ -34,29 +34,31 @@ class Pool(NamedTuple):
 HELD_OUT = "held_out.json"
 
 
-def pool_of(written: Attempt) -> Pool:
+def pool_of(written: Attempt) -> PrinciplePool:
     """What the stage "write" left."""
     constitution = load(written.path("constitution.yaml"))
     apart = set(json.loads(written.path(HELD_OUT).read_text("utf-8")))
-    return Pool(
+    return PrinciplePool(
         trained=tuple(p for p in constitution.principles if p.id not in apart),
         held_out=tuple(p for p in constitution.principles if p.id in apart),
     )
 
 
-def tell(principles: Sequence[Principle], asked: Sequence[bool], rng: random.Random) -> Told:
+def tell(
+    principles: Sequence[Principle], asked: Sequence[bool], rng: random.Random
+) -> DrawnConstitution:
     """Principles (asked) and antitheses (not asked), in random order."""
     pairs = [
         (f"pos {p.id}", p.text) if wanted else (f"neg {p.id}", p.antithesis)
         for p, wanted in zip(principles, asked, strict=True)
     ]
     rng.shuffle(pairs)
-    return Told(tuple(id for id, _ in pairs), tuple(text for _, text in pairs))
+    return DrawnConstitution(tuple(id for id, _ in pairs), tuple(text for _, text in pairs))
 
 
 def draw(
     pool: Sequence[Principle], *, constitutions: int, principles: int, rng: random.Random
-) -> list[Told]:
+) -> list[DrawnConstitution]:
     """C constitutions of the same principles, no two with the same antitheses.
 
     Args:

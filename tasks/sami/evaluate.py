@@ -21,7 +21,7 @@ from constitutions.constitution import Principle
 from constitutions.errors import UserError
 from models.judges.base import numbered
 from models.judges.opening import open_policy
-from models.policy import SILENT, Messages, Policy, Progress, Request, Scoring
+from models.policy import NO_ANSWER, Messages, Policy, Progress, Request, Scoring
 from models.pools.local import Compute, Pool
 from models.prompts import ConstitutionWording, under_constitution
 from tasks.benchmarks.settings import about_principles
@@ -34,7 +34,7 @@ from tasks.evaluate import (
     panel_of,
 )
 from tasks.judging.comparisons import (
-    Meeting,
+    AnswerPair,
     agreement_metrics,
     length_metrics,
     order_metrics,
@@ -50,8 +50,7 @@ from tasks.record.stage import stage
 from tasks.record.store import Attempt, Slot
 from tasks.record.work import Metrics, Workspace, shards
 from tasks.rows import Comparison, Draw, Prompt, Response, Sampled
-from tasks.sami.draw import Pool as Principles
-from tasks.sami.draw import Told, pool_of, tell
+from tasks.sami.draw import DrawnConstitution, PrinciplePool, pool_of, tell
 from tasks.sami.sample import SampleSettings, check_mixtures, sample
 from tasks.score import ScoreSettings
 
@@ -77,12 +76,12 @@ class Estimate:
     where a response is missing."""
 
 
-class Ask(NamedTuple):
+class HeldOutQuery(NamedTuple):
     """A held-out prompt, and the constitution that it is answered under."""
 
     prompt: Prompt
     arm: str
-    told: Told
+    told: DrawnConstitution
 
 
 @stage("evaluate")
@@ -164,20 +163,24 @@ def check_followed(settings: EvaluateSettings, scoring: ScoreSettings, planted: 
 # Answering ----------------------------------------------------------------------------------
 
 
-def asks(prompts: Sequence[Prompt], pool: Principles, size: int, seed: int) -> list[Ask]:
+def asks(
+    prompts: Sequence[Prompt], pool: PrinciplePool, size: int, seed: int
+) -> list[HeldOutQuery]:
     """Every prompt under a constitution of each kind that the pool has, the same for every policy.
 
     Args:
         size: how many principles a constitution holds; all where there are fewer.
     """
     return [
-        Ask(prompt, arm, constitution)
+        HeldOutQuery(prompt, arm, constitution)
         for prompt in prompts
         for arm, constitution in _constitutions(pool, size, f"{seed}/{prompt.prompt_id}")
     ]
 
 
-def _constitutions(pool: Principles, size: int, key: str) -> Iterator[tuple[str, Told]]:
+def _constitutions(
+    pool: PrinciplePool, size: int, key: str
+) -> Iterator[tuple[str, DrawnConstitution]]:
     sides = {"": pool.trained, "held_out_": pool.held_out}
     for prefix, principles in sides.items():
         for kind, wanted in (("principles", True), ("antitheses", False)):
@@ -186,7 +189,7 @@ def _constitutions(pool: Principles, size: int, key: str) -> Iterator[tuple[str,
                 rng = random.Random(f"{key}/{prefix}{kind}")
                 chosen = rng.sample(there, min(size, len(there)))
                 yield f"{prefix}{kind}", tell(chosen, [wanted] * len(chosen), rng)
-    yield "plain", Told((), ())
+    yield "plain", DrawnConstitution((), ())
 
 
 class _Shards(NamedTuple):
@@ -220,7 +223,7 @@ def _respond(
     seed: int,
     iteration: int,
     policy: Policy,
-    asked: Sequence[Ask],
+    asked: Sequence[HeldOutQuery],
     advance: Progress,
 ) -> list[Response]:
     """The noise is keyed by seed, prompt and arm, not by iteration (`tasks.policies.answers`)."""
@@ -249,7 +252,7 @@ def _respond(
     ]
 
 
-def _messages(ask: Ask, wording: ConstitutionWording) -> Messages:
+def _messages(ask: HeldOutQuery, wording: ConstitutionWording) -> Messages:
     if not ask.told.principles:
         return ask.prompt.prompt
     return under_constitution(wording, ask.told.principles, ask.prompt.prompt)
@@ -325,7 +328,7 @@ def _estimate(
 
 
 def _estimate_of(row: Sampled, cells: Sequence[Sequence[Scoring]]) -> Estimate:
-    if any(draw.finish in SILENT or _unfinished(draw) for draw in row.draws):
+    if any(draw.finish in NO_ANSWER or _unfinished(draw) for draw in row.draws):
         return Estimate(prompt_id=row.prompt_id, per_token=None, whole=None)
     return Estimate(
         prompt_id=row.prompt_id,
@@ -351,10 +354,10 @@ def bound(matrix: Sequence[Sequence[float]]) -> float:
 # Judging ------------------------------------------------------------------------------------
 
 
-def meetings(
+def response_pairs(
     responses: Sequence[Response], references: Sequence[Response], prompts: Iterable[Prompt]
-) -> list[Meeting]:
-    """One policy's responses meet another's under the same constitution: a meeting for each.
+) -> list[AnswerPair]:
+    """One policy's responses meet another's under the same constitution: a pair for each.
 
     Raises:
         UserError: the reference answered under another constitution.
@@ -371,7 +374,7 @@ def meetings(
                 fix="run that stage again: staple run EXPERIMENT --resume",
             )
         met.append(
-            Meeting(
+            AnswerPair(
                 iteration=ours.iteration,
                 answer=ours.arm,
                 against=references[0].iteration,
@@ -389,7 +392,7 @@ def _given(row: Response | None) -> Given:
     """A response; a prompt that left no room for one silenced the policy."""
     if row is None:
         return Given(text="", missing="there is none")
-    return Given(text=row.response, missing=SILENT.get(row.finish))
+    return Given(text=row.response, missing=NO_ANSWER.get(row.finish))
 
 
 def _about_constitutions(settings: EvaluateSettings) -> EvaluateSettings:
@@ -407,9 +410,9 @@ def _compared(
 ) -> Metrics:
     """Win rates under the constitutions, also at equal lengths; and of the plain responses."""
     met = [
-        meeting
+        pair
         for reference in _references(references)
-        for meeting in meetings(responses, reference, prompts)
+        for pair in response_pairs(responses, reference, prompts)
     ]
     if not met:
         return {}

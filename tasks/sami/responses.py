@@ -17,7 +17,7 @@ from constitutions.parse import parse_json, read_text
 from models.chat import fold_system
 from models.files import write_text
 from models.policy import Message
-from tasks.judging.comparisons import OUTSIDE, Meeting
+from tasks.judging.comparisons import OUTSIDE, AnswerPair
 from tasks.policies.answers import Given
 from tasks.rows import Comparison, Prompt, Rejected, fields, prompt_id
 
@@ -51,9 +51,9 @@ class ResponseFile:
 class Met(NamedTuple):
     """The pairs of two files, and the rows that are in none."""
 
-    meetings: list[Meeting]
+    pairs: list[AnswerPair]
     rows: dict[str, ResponseRow]
-    """Our row of every meeting, by its `prompt_id`."""
+    """Our row of every pair, by its `prompt_id`."""
     rejected: list[Rejected]
 
 
@@ -168,8 +168,8 @@ def _kind(value: Any) -> str:
 # Pairs --------------------------------------------------------------------------------------
 
 
-def meetings_of(ours: ResponseFile, theirs: ResponseFile) -> Met:
-    """A meeting for every key that both files have, under the constitution as its principle.
+def response_pairs_of(ours: ResponseFile, theirs: ResponseFile) -> Met:
+    """A pair for every key that both files have, under the constitution as its principle.
 
     Rows are joined by key, never by position, and must be the same question under the same
     constitution. A question may occur under several constitutions: `prompt_id` tells them apart.
@@ -190,14 +190,14 @@ def meetings_of(ours: ResponseFile, theirs: ResponseFile) -> Met:
     problems = [p for a, b in pairs for p in _differences(ours.path, theirs.path, a, b)]
     if problems:
         raise UserErrors(problems[:REPORTED], more=max(len(problems) - REPORTED, 0))
-    met: list[Meeting] = []
+    met: list[AnswerPair] = []
     rows: dict[str, ResponseRow] = {}
     rejected: list[Rejected] = []
     for a, b in pairs:
-        meeting = _meeting(ours.path, theirs.path, a, b)
-        first = rows.setdefault(meeting.prompt.prompt_id, a)
+        pair = _pair(ours.path, theirs.path, a, b)
+        first = rows.setdefault(pair.prompt.prompt_id, a)
         if first is a:
-            met.append(meeting)
+            met.append(pair)
         else:
             earlier = f"the same question and constitution as key '{first.key}'"
             rejected.append(_rejected(ours.path, a, "duplicate", earlier))
@@ -211,18 +211,18 @@ def meetings_of(ours: ResponseFile, theirs: ResponseFile) -> Met:
     return Met(met, rows, rejected)
 
 
-def with_constitution(meeting: Meeting) -> Meeting:
-    """The meeting with its constitution in the request, for a judge that reads no principle.
+def with_constitution(pair: AnswerPair) -> AnswerPair:
+    """The pair with its constitution in the request, for a judge that reads no principle.
 
     In the user's turn: many templates know no system turn, and some drop it in silence.
     """
-    system = Message(role="system", content=meeting.principle)
-    told = tuple(fold_system((system, *meeting.prompt.prompt)))
-    return replace(meeting, prompt=replace(meeting.prompt, prompt=told))
+    system = Message(role="system", content=pair.principle)
+    told = tuple(fold_system((system, *pair.prompt.prompt)))
+    return replace(pair, prompt=replace(pair.prompt, prompt=told))
 
 
 def judged_rows(met: Met, rows: Sequence[Comparison]) -> list[JudgedRow]:
-    """Comparisons with the key, question and constitution of their meetings."""
+    """Comparisons with the key, question and constitution of their pairs."""
     return [_judged(met.rows[row.prompt_id], row) for row in rows]
 
 
@@ -257,8 +257,8 @@ def _prompt(path: Path, row: ResponseRow) -> Prompt:
     )
 
 
-def _meeting(our_path: Path, their_path: Path, ours: ResponseRow, theirs: ResponseRow) -> Meeting:
-    return Meeting(
+def _pair(our_path: Path, their_path: Path, ours: ResponseRow, theirs: ResponseRow) -> AnswerPair:
+    return AnswerPair(
         iteration=0,
         answer="initial",
         against=OUTSIDE,

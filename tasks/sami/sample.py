@@ -24,7 +24,7 @@ from tasks.record.stage import stage
 from tasks.record.store import Attempt, Slot
 from tasks.record.work import Metrics, Workspace, shards
 from tasks.rows import Draw, Prompt, Sampled, fields
-from tasks.sami.draw import Told, draw, pool_of
+from tasks.sami.draw import DrawnConstitution, draw, pool_of
 
 
 class SampleSettings(Settings):
@@ -104,7 +104,9 @@ def check_mixtures(settings: SampleSettings, pool: Sequence[Principle]) -> None:
     draw(pool, constitutions=size, principles=each, rng=random.Random(0))
 
 
-def _draw(row: Prompt, settings: SampleSettings, pool: Sequence[Principle], key: str) -> list[Told]:
+def _draw(
+    row: Prompt, settings: SampleSettings, pool: Sequence[Principle], key: str
+) -> list[DrawnConstitution]:
     return draw(
         pool,
         constitutions=settings.constitutions,
@@ -113,7 +115,7 @@ def _draw(row: Prompt, settings: SampleSettings, pool: Sequence[Principle], key:
     )
 
 
-def _answered(constitution: Told, response: Completion) -> Draw:
+def _answered(constitution: DrawnConstitution, response: Completion) -> Draw:
     return Draw(
         identifiers=constitution.identifiers,
         principles=constitution.principles,

@@ -23,7 +23,7 @@ from constitutions.errors import UserError
 from constitutions.reference import files_of, load_pairs
 from models.files import file_sha256, text_sha256, write_text
 from models.policy import (
-    SILENT,
+    NO_ANSWER,
     Completion,
     Messages,
     Policy,
@@ -403,7 +403,7 @@ def _worded(completion: Completion, what: str) -> str | _Refusal:
     if completion.finish == "length":
         return _Refusal(f"{what} not ended", f"cut after {completion.tokens} tokens")
     if completion.finish != "stop":
-        return _Refusal(f"{what} not given", SILENT.get(completion.finish, completion.finish))
+        return _Refusal(f"{what} not given", NO_ANSWER.get(completion.finish, completion.finish))
     lines = [bare for line in completion.text.splitlines() if (bare := _bare(line))]
     if not any(c.isalnum() for line in lines for c in line):
         return _Refusal(f"{what} empty", f"{completion.text[:LONGEST]!r}")

@@ -14,7 +14,7 @@ from flows.baselines import baseline_settings, check_names, split_overrides
 from flows.experiment import note_settings, open_experiment, recorded_settings
 from flows.settings import ExperimentSettings, with_changes
 from flows.states import stage_states
-from models.training.adapter import Step
+from models.training.adapter import TrainingStep
 from tasks.rows import Answer, Mined, Trajectory
 
 LOOP = {("prompts", 0), ("evaluate", 0), ("prompts", 1)}
@@ -95,7 +95,7 @@ def test_the_command_runs_them_at_equal_budgets(
     assert (star.method, star.mine.samples, star.train.tokens) == ("star", 4, tokens)
     for name in ("lineage", "lineage.star"):
         trained = open_experiment(recorded_settings(name)).record.needs("train", 1)
-        spent = [0, *(step.tokens for step in trained.read("curve", Step))]
+        spent = [0, *(step.tokens for step in trained.read("curve", TrainingStep))]
         largest = max(after - before for before, after in pairwise(spent))
         assert abs(spent[-1] - tokens) <= largest / 2
 

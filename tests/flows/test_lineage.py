@@ -266,7 +266,7 @@ def test_from_a_place_that_is_not_there(
 def test_attempts_are_told_apart(at_home: ExperimentSettings) -> None:
     record = open_experiment(at_home).record
     attempt: Attempt = record.needs("cluster", 1)
-    made_from = attempt.derivation()
+    made_from = attempt.provenance()
     assert made_from.settings["distance_threshold"] == 0.8
     assert made_from.fingerprint == attempt.fingerprint
     params = record.client.get_run(attempt.run_id).data.params

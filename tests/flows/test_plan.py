@@ -19,22 +19,22 @@ from command import staple
 from constitutions.constitution import Principle
 from flows.experiment import record_of
 from flows.plan.plan import like, plan
-from flows.plan.workload import CHARACTERS, MARKS, Assumed, Lengths, Turn, Workload, lengths
+from flows.plan.workload import CHARACTERS, MARKS, Assumed, Lengths, SampledTurn, Workload, lengths
 from flows.settings import PRESETS, ExperimentSettings, load_settings, presets
 from models.engine.local import load_policy
 from models.planted import NAMES
 from models.policy import Completion, Message, PolicySettings, Request
 from models.prompts import CHAT_CONSTITUTION, TEMPLATES, ask_refinement, under_constitution
 from models.training.encoding import Group
-from tasks.judging.comparisons import meetings
+from tasks.judging.comparisons import answer_pairs
 from tasks.mine import mine
 from tasks.policies.answers import answer
 from tasks.rows import Answer, Prompt, Response, Trajectory, fields
-from tasks.sami.draw import Pool
+from tasks.sami.draw import PrinciplePool
 from tasks.sami.evaluate import asks
-from tasks.sami.evaluate import meetings as met_under
+from tasks.sami.evaluate import response_pairs as met_under
 from tasks.sami.sample import sample
-from tasks.train import lesson
+from tasks.train import training_conversation
 
 
 @pytest.mark.parametrize("name", presets())
@@ -131,7 +131,7 @@ def workload(*changes: str) -> Workload:
     return Workload(settings, KNOWN, Assumed(filled=1.0, accepted=1.0))
 
 
-def check(turns: list[Turn], asked: dict[str, list[Request]]) -> None:
+def check(turns: list[SampledTurn], asked: dict[str, list[Request]]) -> None:
     """A turn's samples, limits and prompts are those of the requests, role by role."""
     assert len(turns) == len(asked)
     for turn, requests in zip(turns, asked.values(), strict=True):
@@ -167,7 +167,7 @@ def test_what_samples_share_is_prefilled_once(tmp_path: Path, alike: bool) -> No
     own = fmean(len(text) - shared for text in texts)
     requests = [Request(messages=m, key=str(i), max_tokens=2) for i, m in enumerate(asked)]
     policy.generate(requests)
-    turn = Turn(samples=3, limit=2, shared=shared, own=own)
+    turn = SampledTurn(samples=3, limit=2, shared=shared, own=own)
     assert turn.alike == alike
     assert policy.decoder.prompt_tokens == turn.prefilled
 
@@ -195,7 +195,7 @@ def test_a_conversation_to_learn_is_as_long_as_it_is(changes: list[str]) -> None
         score=1.0,
         weight=1.0,
     )
-    learned = lesson(row, row.principle, templates, work.settings.train)
+    learned = training_conversation(row, row.principle, templates, work.settings.train)
     trained = tuple(learned.messages[i] for i in learned.turns)
     whole, loss = work.learned()
     assert whole == pytest.approx(tokens(learned.messages))
@@ -203,7 +203,7 @@ def test_a_conversation_to_learn_is_as_long_as_it_is(changes: list[str]) -> None
 
 
 @pytest.mark.parametrize("iteration", [0, 1, 2])
-def test_judges_are_asked_about_every_meeting(iteration: int) -> None:
+def test_judges_are_asked_about_every_pair(iteration: int) -> None:
     judge = "{kind: pairwise, policy: {model: prometheus-eval/prometheus-7b-v2.0}}"
     work = workload(f"evaluate.judge={judge}", "prompts.held_out=40")
     answers = {
@@ -211,7 +211,9 @@ def test_judges_are_asked_about_every_meeting(iteration: int) -> None:
                    finish="stop", tokens=3)]
         for t in {0, max(iteration - 1, 0), iteration}
     }  # fmt: skip
-    met = [m for theirs in answers.values() for m in meetings(answers[iteration], theirs, [PROMPT])]
+    met = [
+        m for theirs in answers.values() for m in answer_pairs(answers[iteration], theirs, [PROMPT])
+    ]
     (asked,) = work.judged(iteration)
     assert (asked.prompts, asked.turn.samples) == (40, 2 * len(met))  # in both orders
 
@@ -243,7 +245,7 @@ def test_the_turns_of_sample_are_what_it_asks(size: int) -> None:
 @pytest.mark.parametrize(("share", "kinds"), [(0.5, 5), (0, 3)])
 def test_held_out_prompts_meet_every_kind_of_constitution(share: float, kinds: int) -> None:
     work = taught_workload(f"write.held_out={share}")
-    pool = Pool(OPPOSED[2:], OPPOSED[:2] if share else ())
+    pool = PrinciplePool(OPPOSED[2:], OPPOSED[:2] if share else ())
     asked = asks([PROMPT], pool, work.settings.sample.principles, 0)
     told, plain = work.answered()
     assert told.samples + plain.samples == len(asked) == kinds
@@ -256,7 +258,7 @@ def test_held_out_prompts_meet_every_kind_of_constitution(share: float, kinds: i
 @pytest.mark.parametrize("iteration", [0, 1, 2])
 def test_judges_are_asked_about_every_response(iteration: int) -> None:
     work = taught_workload("prompts.held_out=40")
-    pool = Pool(OPPOSED[2:], OPPOSED[:2])
+    pool = PrinciplePool(OPPOSED[2:], OPPOSED[:2])
     responses = {
         t: [
             Response(prompt_id="p", iteration=t, arm=ask.arm, identifiers=ask.told.identifiers,

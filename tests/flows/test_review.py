@@ -22,10 +22,10 @@ from review_world import clustered_attempt, clustering
 from constitutions.constitution import load, principle_id
 from constitutions.review import Decision
 from flows.experiment import note_settings, open_experiment, recorded_settings
-from flows.review import Form, ask, examples_of, form_of, verdict_of
+from flows.review import ReviewForm, ask, examples_of, form_of, verdict_of
 from flows.settings import ExperimentSettings
 from tasks.record.store import Attempt
-from tasks.review import Verdict, recorded_review, recorded_verdict
+from tasks.review import ReviewDecision, recorded_review, recorded_verdict
 
 NAME = "an-experiment"
 JOKE, WARN, ASK = (principle_id(text) for text in ("tell a joke", "warn of risks", "ask back"))
@@ -40,14 +40,14 @@ def clustered(workplace: Path) -> Attempt:
     return clustered_attempt(open_experiment(settings).slot(1))
 
 
-def verdict(clustered: Attempt) -> Verdict | None:
+def verdict(clustered: Attempt) -> ReviewDecision | None:
     return recorded_verdict(clustered.record, 1, clustered)
 
 
 # The form
 
 
-def form(mistakes: str = "", filled_in: Form | None = None) -> type[Form]:
+def form(mistakes: str = "", filled_in: ReviewForm | None = None) -> type[ReviewForm]:
     labelled, constitution = clustering()
     return form_of(constitution, examples_of(constitution, labelled), 1, filled_in, mistakes)
 
@@ -64,7 +64,7 @@ def answer(*entries: dict[str, Any], **others: Any) -> dict[str, Any]:
 
 def test_an_untouched_form_approves() -> None:
     given = verdict_of(form()(**answer()), clustering()[1])
-    assert given == Verdict(by="ann")
+    assert given == ReviewDecision(by="ann")
 
 
 def test_the_form_says_what_a_person_decided() -> None:
@@ -170,7 +170,7 @@ def test_a_deployed_run_suspends_refuses_and_goes_on(
         assert resume(answer(drop, entry("ask back"), note="not funny")).startswith("ACCEPT")
         assert go_on().state_name == "Completed"
     given = verdict(clustered)
-    assert given == Verdict(
+    assert given == ReviewDecision(
         decisions=(Decision(id=JOKE, action="drop"),), by="ann", note="not funny"
     )
 
@@ -207,7 +207,7 @@ def test_an_unchanged_file_approves(
     editor(monkeypatch, tmp_path, "principles→principles")
     monkeypatch.setenv("LOGNAME", "dora")
     ran = staple(capsys, "constitution", "edit", NAME, "--iteration", "1", "--note", "fine")
-    assert (ran.code, verdict(clustered)) == (0, Verdict(by="dora", note="fine"))
+    assert (ran.code, verdict(clustered)) == (0, ReviewDecision(by="dora", note="fine"))
     assert "approved as it is" in ran.out
     assert f"staple run {NAME} --resume" in ran.out
     assert clustered.record.changes(1) == {"review.enabled": True}

@@ -249,7 +249,7 @@ def test_staple_then_sami_ends_with_one_report(
     changed = with_changes(recorded_settings("lineage"), {"then.train.kl": 0.3})
     note_settings(changed)
     assert deployments.experiment("lineage", return_state=True).name == "Completed"
-    assert opened.record.needs("train", 1).derivation().settings["kl"] == 0.3
+    assert opened.record.needs("train", 1).provenance().settings["kl"] == 0.3
 
 
 @pytest.mark.parametrize(

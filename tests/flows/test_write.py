@@ -19,7 +19,7 @@ from models.planted import pretrain
 from models.planted.oracle import behaviour_of
 from models.policy import PolicySettings
 from tasks.record.store import Attempt
-from tasks.review import Verdict
+from tasks.review import ReviewDecision
 
 HELD: dict[str, Any] = {
     "templates": "terse",
@@ -150,7 +150,7 @@ def test_what_a_person_approved_is_what_gets_antitheses(
 ) -> None:
     opened = open_experiment(recorded_settings("found"))
     joke = Decision(id=principle_id("tell a joke"), action="reword", text="remind people of cost")
-    record_review(opened, 1, clustered, Verdict(decisions=(joke,), by="ann"))
+    record_review(opened, 1, clustered, ReviewDecision(decisions=(joke,), by="ann"))
     ran = staple(capsys, "constitution", "write", "--from", "found", "--model", "planted-sami")
     assert ran.code == 0, ran.err
     texts = {p.text for p in load("constitution.yaml").principles}

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import gpu
 from models.engine.base import Sample
-from models.engine.decoding import Ask, Decoder, Family
+from models.engine.decoding import Decoder, Family, PromptSamples
 from models.engine.shared_prefix import PrefixCache, _Call
 from models.policy import Request
 
@@ -25,7 +25,7 @@ def decoder() -> Decoder:
 
 def begun(decoder: Decoder) -> PrefixCache:
     """Five rows of two prompts, with three, three, three, five and five private tokens."""
-    long, short = (Family(tuple(range(3, 3 + n)), (Ask(0, (7, 8, 9)[:t], (0,)),))
+    long, short = (Family(tuple(range(3, 3 + n)), (PromptSamples(0, (7, 8, 9)[:t], (0,)),))
                    for n, t in ((9, 3), (4, 1)))  # fmt: skip
     cache = decoder._prefixes([long.prefix, short.prefix])
     cache.seat(torch.tensor([0, 1]))
@@ -69,7 +69,7 @@ def test_layers_on_another_device_see_the_same(
 
 
 def test_a_family_that_does_not_fit_is_split() -> None:
-    family = Family((1, 2), (Ask(0, (3,), (0, 1, 2)), Ask(1, (4,), (0, 1))))
+    family = Family((1, 2), (PromptSamples(0, (3,), (0, 1, 2)), PromptSamples(1, (4,), (0, 1))))
     first, second = family.split(4)
     assert [(a.request, a.samples) for a in first.asks] == [(0, (0, 1, 2)), (1, (0,))]
     assert [(a.request, a.samples) for a in second.asks] == [(1, (1,))]

@@ -10,7 +10,7 @@ from real_templates import ALPACA, CHATML
 
 from models.chat import Chat
 from models.policy import Message
-from models.training.encoding import Encoder, EncodingError, Example
+from models.training.encoding import EncodedExample, Encoder, EncodingError
 
 REASONING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
@@ -48,7 +48,7 @@ CONVERSATION = (
 )
 
 
-def trained_text(tokenizer: Any, example: Example) -> str:
+def trained_text(tokenizer: Any, example: EncodedExample) -> str:
     return tokenizer.decode([i for i, t in zip(example.ids, example.trained, strict=True) if t])
 
 

@@ -208,7 +208,7 @@ def test_what_was_found_is_remembered(tmp_path: Path, monkeypatch: pytest.Monkey
     directory = build_chat_model(tmp_path / "model", "llama")
     find, tried = exact.find, []
 
-    def counted(model: Any, choice: Any, special: Any = ()) -> exact.Verdict:
+    def counted(model: Any, choice: Any, special: Any = ()) -> exact.EngineChoice:
         tried.append(choice)
         return find(model, choice, special)
 

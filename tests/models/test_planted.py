@@ -19,7 +19,7 @@ TINY = pretrain.Recipe(
 )
 
 
-def pairs(example: world.Example) -> set[tuple[str, str]]:
+def pairs(example: world.PlantedExample) -> set[tuple[str, str]]:
     """The (chore's behaviour, circumstance's behaviour) pairs that an example combines."""
     chore = next(b for verbs, b in world.CHORES.items() if example.chore.verb in verbs)
     return {(chore, other) for other in example.needed - {chore}}

@@ -21,7 +21,7 @@ from models.training.bases import (
     new_adapter,
     save_adapter,
 )
-from models.training.encoding import Example
+from models.training.encoding import EncodedExample
 from models.training.loop import Likelihood, train, weighted_loss
 
 SETTINGS = AdapterSettings(lora_rank=8, lora_alpha=16, learning_rate=1e-2, batch_size=4, warmup=0.1)
@@ -37,15 +37,15 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_chat_model(tmp_path_factory.mktemp("qwen2"), "qwen2")
 
 
-def example(*ids: int, trained: int = 3, weight: float = 1.0) -> Example:
+def example(*ids: int, trained: int = 3, weight: float = 1.0) -> EncodedExample:
     """Token ids, the last `trained` of which are predicted."""
-    return Example(ids, tuple(i >= len(ids) - trained for i in range(len(ids))), weight)
+    return EncodedExample(ids, tuple(i >= len(ids) - trained for i in range(len(ids))), weight)
 
 
 EXAMPLES = tuple(example(*range(s, s + 9 + s % 3)) for s in range(40, 104, 8))
 
 
-def batch(*examples: Example) -> dict[str, torch.Tensor]:
+def batch(*examples: EncodedExample) -> dict[str, torch.Tensor]:
     width = max(len(e.ids) for e in examples)
     pad = [width - len(e.ids) for e in examples]
     return {
@@ -74,7 +74,7 @@ def perturbed(model: Any) -> Any:
     return model
 
 
-def gradients(model: Any, *examples: Example) -> dict[str, torch.Tensor]:
+def gradients(model: Any, *examples: EncodedExample) -> dict[str, torch.Tensor]:
     model.train().zero_grad()
     weighted_loss(model, batch(*examples)).backward()
     return {
@@ -89,12 +89,12 @@ def least_cosine(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> floa
     return min(torch.cosine_similarity(a[n], b[n], dim=0).item() for n in a)
 
 
-def loss(model: Any, *examples: Example) -> float:
+def loss(model: Any, *examples: EncodedExample) -> float:
     with torch.no_grad():
         return weighted_loss(model.eval(), batch(*examples)).item()
 
 
-def fit(model: Any, examples: tuple[Example, ...], tmp_path: Path, **changes: Any) -> Any:
+def fit(model: Any, examples: tuple[EncodedExample, ...], tmp_path: Path, **changes: Any) -> Any:
     settings = SETTINGS.model_copy(update=changes)
     objective = Likelihood(settings.micro_batch_tokens)
     checkpoints = tmp_path / "checkpoints"

@@ -16,7 +16,7 @@ from constitutions.errors import UserError
 from models.chat import Chat, ChatError
 from models.policy import Message, PolicySettings
 from models.prompts import CHAT, ask_refinement
-from models.training.encoding import Encoder, Example, check_template
+from models.training.encoding import EncodedExample, Encoder, check_template
 
 PROMPT: tuple[Message, ...] = (
     {"role": "system", "content": "Answer in plain words."},
@@ -53,7 +53,7 @@ def chat_of(name: str) -> Chat:
     return Chat(tokenizer_of(name), settings_of(name))
 
 
-def trained(tokenizer: Any, example: Example) -> list[int]:
+def trained(tokenizer: Any, example: EncodedExample) -> list[int]:
     return [i for i, t in zip(example.ids, example.trained, strict=True) if t]
 
 

@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from models.embedders import combine
 from models.engine import threads
 from models.training.adapter import AdapterSettings
-from models.training.encoding import Example
+from models.training.encoding import EncodedExample
 from models.training.job import run
 from tasks.cluster import group, map_principles
 
@@ -78,7 +78,7 @@ def test_a_training_does_not_depend_on_threads(tmp_path: Path) -> None:
     build_chat_model(tmp_path / "model", "llama3", hidden=256)
     settings = AdapterSettings(batch_size=8, micro_batch_tokens=4096, lora_rank=16)
     ids = tuple(range(3, 203))
-    examples = [Example(ids[n:], (False, *(True,) * (199 - n)), 1.0) for n in range(16)]
+    examples = [EncodedExample(ids[n:], (False, *(True,) * (199 - n)), 1.0) for n in range(16)]
 
     def trained(threads: int) -> bytes:
         with something_ran_before(threads):

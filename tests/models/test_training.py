@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from constitutions.errors import UserError
 from models.training.adapter import AdapterSettings
 from models.training.bases import attach_adapter, load_base, new_adapter
-from models.training.encoding import Example
+from models.training.encoding import EncodedExample
 from models.training.job import run, write_job
 from models.training.loop import Likelihood, collate, share, weighted_loss
 
@@ -30,9 +30,9 @@ SETTINGS = AdapterSettings(
 )
 
 
-def example(start: int, length: int, weight: float = 1.0) -> Example:
+def example(start: int, length: int, weight: float = 1.0) -> EncodedExample:
     trained = tuple(i >= length // 2 for i in range(length))
-    return Example(tuple(range(start, start + length)), trained, weight)
+    return EncodedExample(tuple(range(start, start + length)), trained, weight)
 
 
 EXAMPLES = tuple(example(40 + 8 * i, 9 + 5 * i % 13, 0.5 + i / 8) for i in range(10))
@@ -55,7 +55,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return dict(load_file(file))
 
 
-def loss(policy: Any, *examples: Example) -> float:
+def loss(policy: Any, *examples: EncodedExample) -> float:
     with torch.no_grad():
         return weighted_loss(policy.eval(), collate(examples)).item()
 
@@ -91,7 +91,9 @@ def test_the_loss_is_trls_completion_only_loss_on_the_same_rows(
     for row in rows:
         prompt = tokenizer(row["prompt"])["input_ids"]
         ids = [*tokenizer(row["prompt"] + row["completion"])["input_ids"], tokenizer.eos_token_id]
-        examples.append(Example(tuple(ids), tuple(i >= len(prompt) for i in range(len(ids)))))
+        examples.append(
+            EncodedExample(tuple(ids), tuple(i >= len(prompt) for i in range(len(ids))))
+        )
     ours = loss(base(model), *examples) / sum(sum(e.trained) for e in examples)
     assert ours == pytest.approx(theirs, rel=1e-5)
 
@@ -131,7 +133,7 @@ def test_two_processes_train_the_adapter_of_one(model: Path, tmp_path: Path) -> 
 
 def test_an_error_in_one_of_several_processes_is_one_message(model: Path, tmp_path: Path) -> None:
     both = SETTINGS.model_copy(update={"processes": 2})
-    broken = [Example(e.ids, e.trained, float("nan")) for e in EXAMPLES]
+    broken = [EncodedExample(e.ids, e.trained, float("nan")) for e in EXAMPLES]
     with pytest.raises(UserError, match="training diverged: the loss of step 1") as error:
         run(job(model, tmp_path, settings=both), broken)
     assert (tmp_path / "checkpoints.job" / "log").is_file(), "it can be looked at"

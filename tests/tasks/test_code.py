@@ -13,7 +13,7 @@ import pytest
 from constitutions.errors import UserError
 from tasks.record import code
 
-PACKAGE = Path(code.__file__).parent
+PACKAGE = Path(code.__file__).parents[1]
 VERSION = "from tasks.record.code import code_version; print(code_version('tasks.own'))"
 
 
@@ -21,10 +21,10 @@ VERSION = "from tasks.record.code import code_version; print(code_version('tasks
 def project(tmp_path: Path) -> Path:
     """The packages of a project whose stage imports a helper inside a function."""
     tasks, errors = tmp_path / "project" / "tasks", tmp_path / "project" / "constitutions"
-    for package in (tasks, errors):
+    for package in (tasks, tasks / "record", errors):
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
-    shutil.copy(PACKAGE / "code.py", tasks)
+    shutil.copy(PACKAGE / "record" / "code.py", tasks / "record")
     for name in ("errors.py", "untrusted.py"):
         shutil.copy(PACKAGE.parent / "constitutions" / name, errors)
     (tasks / "helper.py").write_text("def twice(x):\n    return 2 * x\n")

@@ -11,7 +11,7 @@ import pytest
 
 from constitutions.errors import UserError
 from models.judges.base import GoldSimilarity, Grade, Judgement, Pair, PlantedOracle
-from models.planted.world import BEHAVIOURS, Example, arrange, sample_examples
+from models.planted.world import BEHAVIOURS, PlantedExample, arrange, sample_examples
 from models.policy import Completion, Message, Progress, Request, Scoring
 from models.prompts import CHAT
 from tasks.evaluate import EvaluateSettings
@@ -285,15 +285,17 @@ def wording(behaviour: str, number: int = 0) -> str:
     return BEHAVIOURS[behaviour].wordings[number].format("cost")
 
 
-def response(example: Example, behaviours: Sequence[str]) -> str:
+def response(example: PlantedExample, behaviours: Sequence[str]) -> str:
     return arrange(example.chore.core, {b: BEHAVIOURS[b].forms[0] for b in behaviours})
 
 
-def one_needed(example: Example) -> str:
+def one_needed(example: PlantedExample) -> str:
     return min(example.needed)
 
 
-def labelled(label: Callable[[Example], str], cluster: Callable[[str], int]) -> list[Labelled]:
+def labelled(
+    label: Callable[[PlantedExample], str], cluster: Callable[[str], int]
+) -> list[Labelled]:
     """Trajectories that show the behaviour which their principle names, under any label."""
     rows = []
     for i, (p, example) in enumerate(zip(WORLD, EXAMPLES, strict=True)):
@@ -319,7 +321,9 @@ def labelled(label: Callable[[Example], str], cluster: Callable[[str], int]) -> 
     return rows
 
 
-def planted_answers(iteration: int, behaviours: Callable[[Example], Sequence[str]]) -> list[Answer]:
+def planted_answers(
+    iteration: int, behaviours: Callable[[PlantedExample], Sequence[str]]
+) -> list[Answer]:
     return [
         Answer(
             prompt_id=p.prompt_id,

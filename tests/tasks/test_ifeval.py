@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from constitutions.errors import UserError
 from tasks.benchmarks.ifeval.data import (
     CHECKS,
-    Example,
-    Verdict,
+    InstructedPrompt,
+    InstructionChecks,
     accuracies,
     capital_words,
     detected_language,
@@ -45,7 +45,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def judged(ifeval: Path) -> list[tuple[Example, Verdict]]:
+def judged(ifeval: Path) -> list[tuple[InstructedPrompt, InstructionChecks]]:
     """GPT-4's first 200 responses, joined by prompt."""
     told = {
         row["prompt"]: row["response"] for row in lines(ifeval / "responses_gpt4_first200.jsonl")
@@ -58,7 +58,7 @@ def judged(ifeval: Path) -> list[tuple[Example, Verdict]]:
 
 @pytest.mark.parametrize("mode", ["strict", "loose"])
 def test_every_flag_is_the_official_one(
-    ifeval: Path, judged: list[tuple[Example, Verdict]], mode: str
+    ifeval: Path, judged: list[tuple[InstructedPrompt, InstructionChecks]], mode: str
 ) -> None:
     rows = lines(ifeval / f"results_{mode}_first200.jsonl")
     official = {row["prompt"]: row["follow_instruction_list"] for row in rows}
@@ -73,7 +73,9 @@ def test_every_flag_is_the_official_one(
     assert differing == {case for case in UNREPEATABLE if case[2] == mode}
 
 
-def test_the_official_accuracies(ifeval: Path, judged: list[tuple[Example, Verdict]]) -> None:
+def test_the_official_accuracies(
+    ifeval: Path, judged: list[tuple[InstructedPrompt, InstructionChecks]]
+) -> None:
     figures = accuracies([v for _, v in judged], seed=0)
     for mode in ("strict", "loose"):
         rows = lines(ifeval / f"results_{mode}_first200.jsonl")
@@ -146,7 +148,9 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0].partition(":")[2])
 def test_definition(case: tuple[str, dict[str, Any], list[str], list[str]]) -> None:
     name, arguments, good, bad = case
-    example = Example(key=1, prompt="p", instruction_id_list=(name,), arguments=(arguments,))
+    example = InstructedPrompt(
+        key=1, prompt="p", instruction_id_list=(name,), arguments=(arguments,)
+    )
     for response in good:
         assert verdict(example, response).strict == (True,), response
     for response in bad:
@@ -172,7 +176,7 @@ def test_the_eight_variants() -> None:
 
 
 def test_loose_forgives_a_preface_a_farewell_and_markdown() -> None:
-    example = Example(
+    example = InstructedPrompt(
         key=1, prompt="p", instruction_id_list=("startend:quotation",), arguments=({},)
     )
     for response in ('Sure:\n"a"', '"a"\nBye', 'Sure:\n"a"\nBye', '**"a"**'):
@@ -207,7 +211,7 @@ PIECES = [
 @given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
 def test_what_follows_strictly_follows_loosely(response: str) -> None:
     names, arguments = zip(*((name, given) for name, given, *_ in CASES), strict=True)
-    example = Example(key=1, prompt="p", instruction_id_list=names, kwargs=arguments)
+    example = InstructedPrompt(key=1, prompt="p", instruction_id_list=names, kwargs=arguments)
     found = verdict(example, response)
     assert all(loose for strict, loose in zip(found.strict, found.loose, strict=True) if strict)
 
@@ -287,7 +291,7 @@ def test_a_file_without_rows_is_the_users_error(tmp_path: Path, content: str | N
 
 def test_a_missing_response_is_named_and_never_shifts_the_others() -> None:
     examples = [
-        Example(
+        InstructedPrompt(
             key=k, prompt=str(k), instruction_id_list=("punctuation:no_comma",), arguments=({},)
         )
         for k in (7, 8)
@@ -300,7 +304,7 @@ def test_a_missing_response_is_named_and_never_shifts_the_others() -> None:
 
 def test_accuracies_of_hand_made_verdicts() -> None:
     flags = [(True, True, True), (True, False), (False,), (True,)]
-    made = [Verdict(key=i, strict=f, loose=(True,) * len(f)) for i, f in enumerate(flags)]
+    made = [InstructionChecks(key=i, strict=f, loose=(True,) * len(f)) for i, f in enumerate(flags)]
     figures = accuracies(made, seed=0)
     assert figures["prompt_strict"].rate == 2 / 4
     assert figures["instruction_strict"].rate == 5 / 7
@@ -321,7 +325,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     for trial in range(1000):
         sizes, hits = rng.integers(1, 4, 200), rng.random(200) < 0.7
         made = [
-            Verdict(key=i, strict=(bool(h),) * int(n), loose=(bool(h),) * int(n))
+            InstructionChecks(key=i, strict=(bool(h),) * int(n), loose=(bool(h),) * int(n))
             for i, (n, h) in enumerate(zip(sizes, hits, strict=True))
         ]
         found = accuracies(made, seed=trial, resamples=500)["instruction_strict"]

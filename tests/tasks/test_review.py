@@ -18,8 +18,8 @@ from tasks.record.store import Attempt, Record, Slot
 from tasks.review import (
     BY,
     NOTE,
+    ReviewDecision,
     ReviewSettings,
-    Verdict,
     read_verdict,
     recorded_verdict,
     review,
@@ -28,8 +28,8 @@ from tasks.review import (
 from tasks.rows import Labelled, Rejected
 
 WARN, ASK, JOKE = (principle_id(text) for text in ("warn of risks", "ask back", "tell a joke"))
-DROP = Verdict(decisions=(Decision(id=JOKE, action="drop"),), by="ann", note="not funny")
-ALL = Verdict(
+DROP = ReviewDecision(decisions=(Decision(id=JOKE, action="drop"),), by="ann", note="not funny")
+ALL = ReviewDecision(
     decisions=(
         Decision(id=WARN, action="reword", text="warn of dangers"),
         Decision(id=ASK, action="merge", into=WARN),
@@ -49,13 +49,13 @@ def clustered(slot: Slot) -> Attempt:
     return clustered_attempt(slot)
 
 
-def run(slot: Slot, clustered: Attempt, verdict: Verdict) -> Attempt:
+def run(slot: Slot, clustered: Attempt, verdict: ReviewDecision) -> Attempt:
     return review_stage(slot, ReviewSettings(enabled=True), clustered, verdict)
 
 
 def test_approved_as_it_is_changes_nothing() -> None:
     labelled, constitution = clustering()
-    done = review(labelled, constitution, Verdict(by="ann"))
+    done = review(labelled, constitution, ReviewDecision(by="ann"))
     assert (done.labelled, done.rejected, done.constitution) == (labelled, [], constitution)
 
 
@@ -80,14 +80,14 @@ def test_a_label_outside_the_constitution_is_not_overruled() -> None:
     done = review(labelled, constitution, ALL)
     (kept,) = [row for row in done.labelled if row.prompt_id == outside.prompt_id]
     assert (kept.label, kept.replaced, kept.cluster) == ("alert people", False, 0)
-    gone = Verdict(decisions=(Decision(id=WARN, action="drop"),))
+    gone = ReviewDecision(decisions=(Decision(id=WARN, action="drop"),))
     assert outside.prompt_id not in {
         r.prompt_id for r in review(labelled, constitution, gone).labelled
     }
 
 
-@pytest.mark.parametrize("verdict", [Verdict(), DROP, ALL], ids=["approve", "drop", "all"])
-def test_rows_weights_numbers_and_figures_agree(verdict: Verdict) -> None:
+@pytest.mark.parametrize("verdict", [ReviewDecision(), DROP, ALL], ids=["approve", "drop", "all"])
+def test_rows_weights_numbers_and_figures_agree(verdict: ReviewDecision) -> None:
     labelled, constitution = clustering()
     done = review(labelled, constitution, verdict)
     before = [(row.prompt_id, row.sample) for row in labelled]
@@ -125,9 +125,9 @@ def test_nothing_left_to_train_on_is_refused() -> None:
     labelled, constitution = clustering()
     drops = tuple(Decision(id=p.id, action="drop") for p in constitution.principles)
     with pytest.raises(UserError, match="every principle is dropped"):
-        review(labelled, constitution, Verdict(decisions=drops))
+        review(labelled, constitution, ReviewDecision(decisions=drops))
     with pytest.raises(UserError, match="leaves no trajectory to train on"):
-        review(labelled, constitution, Verdict(decisions=drops, added=("be brief",)))
+        review(labelled, constitution, ReviewDecision(decisions=drops, added=("be brief",)))
 
 
 def test_the_stage_records_what_was_decided(slot: Slot, clustered: Attempt) -> None:
@@ -150,12 +150,12 @@ def test_the_stage_records_what_was_decided(slot: Slot, clustered: Attempt) -> N
 
 def test_the_verdict_is_found_again(slot: Slot, clustered: Attempt) -> None:
     assert recorded_verdict(slot.record, 1, clustered) is None
-    run(slot, clustered, Verdict(by="ann"))
+    run(slot, clustered, ReviewDecision(by="ann"))
     run(slot, clustered, DROP)
     assert recorded_verdict(slot.record, 1, clustered) == DROP
     other = clustered_attempt(slot, note="clustered anew")
     assert recorded_verdict(slot.record, 1, other) is None
-    run(slot, other, Verdict(by="bob"))
+    run(slot, other, ReviewDecision(by="bob"))
     assert recorded_verdict(slot.record, 1, clustered) == DROP  # that very constitution again
 
 
@@ -175,7 +175,7 @@ def test_the_same_decisions_in_other_words_are_not_computed_again(
     slot: Slot, clustered: Attempt
 ) -> None:
     first = run(slot, clustered, DROP)
-    wordy = Verdict(
+    wordy = ReviewDecision(
         decisions=(
             Decision(id=ASK, action="approve", text="left over", into=WARN),
             Decision(id=JOKE, action="drop", text="left over"),
@@ -186,7 +186,7 @@ def test_the_same_decisions_in_other_words_are_not_computed_again(
 
 
 def test_an_invalid_verdict_leaves_no_attempt(slot: Slot, clustered: Attempt) -> None:
-    wrong = Verdict(decisions=(Decision(id=WARN, action="merge", into=WARN),))
+    wrong = ReviewDecision(decisions=(Decision(id=WARN, action="merge", into=WARN),))
     with pytest.raises(UserError, match="merged into itself"):
         run(slot, clustered, wrong)
     assert slot.record.current("review", 1) is None

@@ -16,8 +16,8 @@ from tasks.sami.responses import (
     JudgedRow,
     ResponseRow,
     judged_rows,
-    meetings_of,
     read_responses,
+    response_pairs_of,
     with_constitution,
     write_responses,
 )
@@ -51,17 +51,17 @@ def test_the_published_files_are_read_and_paired(sami_responses: tuple[Path, Pat
     ours, theirs = map(read_responses, sami_responses)
     raw = [json.loads(path.read_text("utf-8")) for path in sami_responses]
     assert len(ours.rows) == len(theirs.rows) == 250
-    met, rows, rejected = meetings_of(ours, theirs)
+    met, rows, rejected = response_pairs_of(ours, theirs)
     assert len(met) == len(rows) == 250 and not rejected
-    for meeting in met:
-        key = rows[meeting.prompt.prompt_id].key
-        assert meeting.prompt.source == f"{sami_responses[0].name}:{key}"
-        assert meeting.prompt.prompt == ({"role": "user", "content": raw[0]["question"][key]},)
-        assert meeting.principle == raw[0]["constitution"][key]
-        assert meeting.ours.text == raw[0]["response"][key]
-        assert meeting.theirs.text == raw[1]["response"][key]
-        assert (meeting.against, meeting.reference) == (OUTSIDE, sami_responses[1].name)
-        assert not meeting.prompt.gold
+    for pair in met:
+        key = rows[pair.prompt.prompt_id].key
+        assert pair.prompt.source == f"{sami_responses[0].name}:{key}"
+        assert pair.prompt.prompt == ({"role": "user", "content": raw[0]["question"][key]},)
+        assert pair.principle == raw[0]["constitution"][key]
+        assert pair.ours.text == raw[0]["response"][key]
+        assert pair.theirs.text == raw[1]["response"][key]
+        assert (pair.against, pair.reference) == (OUTSIDE, sami_responses[1].name)
+        assert not pair.prompt.gold
 
 
 def test_they_are_written_back_to_the_byte(
@@ -91,7 +91,7 @@ def test_any_text_survives(tmp_path: Path) -> None:
 def test_rows_are_joined_by_key_and_nothing_is_dropped_in_silence(write: Any) -> None:
     ours = read_responses(write(columns(a="A", b="B", c="C")))
     theirs = read_responses(write(columns(d="d", c="c", a="a"), "theirs.json"))
-    met, rows, rejected = meetings_of(ours, theirs)
+    met, rows, rejected = response_pairs_of(ours, theirs)
     assert [(m.ours.text, m.theirs.text) for m in met] == [("A", "a"), ("C", "c")]
     assert [row.key for row in rows.values()] == ["a", "c"]
     told = [(r.source, r.reason, r.sample) for r in rejected]
@@ -106,7 +106,7 @@ def test_a_question_under_two_constitutions_is_two_prompts(write: Any) -> None:
     content["question"] = dict.fromkeys("abc", "Why?")
     content["constitution"]["b"] = "1. Be long."
     file = read_responses(write(content))
-    met, _, rejected = meetings_of(file, file)
+    met, _, rejected = response_pairs_of(file, file)
     assert [m.principle for m in met] == ["1. Be brief.", "1. Be long."]
     assert len({m.prompt.prompt_id for m in met}) == 2
     assert [(r.source, r.reason) for r in rejected] == [("ours.json:c", "duplicate")]
@@ -120,7 +120,7 @@ def test_a_key_that_stands_for_two_things_is_refused(write: Any, column: str) ->
     ours = read_responses(write(columns(a="A", b="B", c="C")))
     theirs = read_responses(write(other, "theirs.json"))
     with pytest.raises(UserErrors) as caught:
-        meetings_of(ours, theirs)
+        response_pairs_of(ours, theirs)
     assert len(caught.value.errors) == 2
     said = str(caught.value)
     assert f"the {column} is another one" in said and "key 'b'" in said and "theirs.json" in said
@@ -130,15 +130,15 @@ def test_files_without_a_common_key_are_refused(write: Any) -> None:
     ours = read_responses(write(columns(a="A")))
     theirs = read_responses(write(columns(b="B"), "theirs.json"))
     with pytest.raises(UserError, match="no key in common"):
-        meetings_of(ours, theirs)
+        response_pairs_of(ours, theirs)
 
 
 def test_a_judge_that_reads_no_principle_reads_it_in_the_request(write: Any) -> None:
     file = read_responses(write(columns(a="A")))
-    (meeting,) = meetings_of(file, file).meetings
-    told = with_constitution(meeting)
+    (pair,) = response_pairs_of(file, file).pairs
+    told = with_constitution(pair)
     assert told.prompt.prompt == ({"role": "user", "content": "1. Be brief.\n\nWhat is a?"},)
-    assert told.prompt.prompt_id == meeting.prompt.prompt_id
+    assert told.prompt.prompt_id == pair.prompt.prompt_id
 
 
 def test_comparisons_keep_their_keys(write: Any) -> None:
@@ -150,8 +150,8 @@ def test_comparisons_keep_their_keys(write: Any) -> None:
 
     ours = read_responses(write(columns(a="A", b="B", c="")))
     theirs = read_responses(write(columns(c="x", b="x", a="x"), "theirs.json"))
-    met = meetings_of(ours, theirs)
-    rows = judged_rows(met, decide_all(met.meetings, First()))
+    met = response_pairs_of(ours, theirs)
+    rows = judged_rows(met, decide_all(met.pairs, First()))
     assert [(r.key, r.outcome, r.asked) for r in rows] == [
         ("a", 0.0, True), ("b", 1.0, True), ("c", 0.0, False),
     ]  # fmt: skip

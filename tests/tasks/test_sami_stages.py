@@ -26,14 +26,14 @@ from tasks.judging.comparisons import decide_all
 from tasks.judging.planted_truth import obedience_metrics
 from tasks.prompts import PromptSettings, prompt_sets
 from tasks.rows import Comparison, Draw, Prompt, Response, Sampled, prompt_id
-from tasks.sami.draw import Pool, draw
+from tasks.sami.draw import PrinciplePool, draw
 from tasks.sami.evaluate import (
     ARMS,
     asks,
     bound,
     check_followed,
-    meetings,
     response_metrics,
+    response_pairs,
     together,
 )
 from tasks.sami.sample import SampleSettings, sample
@@ -189,7 +189,7 @@ def test_a_cut_response_has_no_end_to_count(encoder: Encoder) -> None:
 
 
 def test_every_policy_meets_the_same_constitutions_in_every_arm() -> None:
-    pool = Pool(POOL[:3], POOL[3:])
+    pool = PrinciplePool(POOL[:3], POOL[3:])
     found = asks(PROMPTS, pool, 2, seed=5)
     assert found == asks(PROMPTS, pool, 2, seed=5) != asks(PROMPTS, pool, 2, seed=6)
     arms = Counter(ask.arm for ask in found)
@@ -200,7 +200,7 @@ def test_every_policy_meets_the_same_constitutions_in_every_arm() -> None:
         apart = {p.id for p in pool.held_out}
         assert (names <= apart) == ("held_out" in ask.arm or ask.arm == "plain")
         assert signs == ({"neg"} if "antitheses" in ask.arm else {"pos"}) or ask.arm == "plain"
-    one_sided = {ask.arm for ask in asks(PROMPTS, Pool((ONE_SIDED,), ()), 2, seed=5)}
+    one_sided = {ask.arm for ask in asks(PROMPTS, PrinciplePool((ONE_SIDED,), ()), 2, seed=5)}
     assert one_sided == {"principles", "plain"}, "arms without principles are not there"
 
 
@@ -260,7 +260,7 @@ def test_responses_meet_under_their_constitution_and_never_by_position() -> None
         ]
         for iteration, said in ((2, "ours"), (0, "theirs"))
     )
-    met = meetings(ours, theirs[::-1], rows)
+    met = response_pairs(ours, theirs[::-1], rows)
     assert [(m.ours.text, m.theirs.text) for m in met] == [
         ("ours 0", "theirs 0"),
         ("ours 1", "theirs 1"),
@@ -268,12 +268,12 @@ def test_responses_meet_under_their_constitution_and_never_by_position() -> None
     assert {(m.principle, m.answer, m.iteration, m.against) for m in met} == {
         (GREET, "principles", 2, 0)
     }
-    (half,) = (m for m in meetings(ours, theirs[:1], rows) if m.theirs.missing)
+    (half,) = (m for m in response_pairs(ours, theirs[:1], rows) if m.theirs.missing)
     (row,) = decide_all([half], PlantedOracle())
     assert row.outcome is None and "there is none" in (row.failure or "")
     other = [response("principles", "x", JOKE, iteration=0, of=row) for row in rows]
     with pytest.raises(UserError, match="under other constitutions"):
-        meetings(ours, other, rows)
+        response_pairs(ours, other, rows)
 
 
 def comparison(arm: str, outcome: float | None, of: Prompt) -> Comparison:

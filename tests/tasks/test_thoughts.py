@@ -34,7 +34,14 @@ from tasks.rows import (
     to_table,
 )
 from tasks.sami.train import groups_of
-from tasks.train import Lesson, TrainSettings, data_digest, demonstration, lesson, training_set
+from tasks.train import (
+    TrainingConversation,
+    TrainSettings,
+    data_digest,
+    demonstration,
+    training_conversation,
+    training_set,
+)
 
 PROMPT = Prompt(
     prompt_id="p",
@@ -78,7 +85,7 @@ def encoder_of(template: str) -> Encoder:
     return Encoder(tokenizer, 4096)
 
 
-def learned(row: Lesson, encoder: Encoder) -> list[tuple[str, str]]:
+def learned(row: TrainingConversation, encoder: Encoder) -> list[tuple[str, str]]:
     """Of each example, the last of the context and what is trained."""
     found = training_set([row], encoder)
     assert not found.skipped
@@ -176,7 +183,7 @@ def test_a_refinement_is_trained_with_its_thoughts_a_principle_without(opened: b
         refined_thoughts=f"{begun}short\n</think>\n\n",
     )
     encoder = encoder_of(QWEN35 if opened else QWEN3)
-    z, y2 = learned(lesson(row, row.label, CHAT, TrainSettings()), encoder)
+    z, y2 = learned(training_conversation(row, row.label, CHAT, TrainSettings()), encoder)
     assert z[1] == "Name one.<|im_end|>" and z[0].endswith("<think>\n\n</think>\n\n")
     assert y2[1] == f"{begun}short\n</think>\n\nA fig.<|im_end|>"
     assert y2[0].endswith("<|im_start|>assistant\n" + ("<think>\n" if opened else ""))
@@ -184,7 +191,9 @@ def test_a_refinement_is_trained_with_its_thoughts_a_principle_without(opened: b
 
 def test_what_nobody_sampled_follows_an_empty_thought() -> None:
     encoder = encoder_of(QWEN3)
-    replaced = lesson(labelled(label="Be brief."), "Be brief.", CHAT, TrainSettings())
+    replaced = training_conversation(
+        labelled(label="Be brief."), "Be brief.", CHAT, TrainSettings()
+    )
     z, y2 = learned(replaced, encoder)
     assert z[0].endswith("<think>\n\n</think>\n\n") and z[1] == "Be brief.<|im_end|>"
     assert y2[0].endswith("assistant\n") and y2[1] == "A fig.<|im_end|>", "it did not think"
@@ -193,14 +202,14 @@ def test_what_nobody_sampled_follows_an_empty_thought() -> None:
 
 
 def test_a_model_that_does_not_think_is_trained_as_ever() -> None:
-    row = lesson(labelled(), "Name one.", CHAT, TrainSettings())
+    row = training_conversation(labelled(), "Name one.", CHAT, TrainSettings())
     ((_, said),) = learned(row, encoder_of(CHATML))
     assert said == "Name one.<|im_end|>A fig.<|im_end|>"
 
 
 def test_the_thoughts_are_part_of_what_is_trained() -> None:
     plain, thinking = (
-        lesson(labelled(refined_thoughts=text), "Name one.", CHAT, TrainSettings())
+        training_conversation(labelled(refined_thoughts=text), "Name one.", CHAT, TrainSettings())
         for text in ("", "hm</think>")
     )
     assert data_digest([plain]) != data_digest([thinking])

@@ -13,7 +13,14 @@ from constitutions.errors import UserError
 from models.policy import PolicySettings
 from models.prompts import CHAT
 from tasks.rows import Labelled, Prompt
-from tasks.train import TrainResult, TrainSettings, demonstration, expected_steps, lesson, train
+from tasks.train import (
+    TrainResult,
+    TrainSettings,
+    demonstration,
+    expected_steps,
+    train,
+    training_conversation,
+)
 
 POLICY = PolicySettings(templates="chat", quantization="nf4", dtype="float32", device="cpu")
 SETTINGS = TrainSettings(learning_rate=1e-2, epochs=4, batch_size=4, lora_rank=8, max_tokens=700)
@@ -55,9 +62,9 @@ def run(model: Path, out: Path, rows: list[Labelled], **changes: Any) -> TrainRe
     policy = changes.pop("policy", POLICY)
     progress = changes.pop("progress", None)
     settings = SETTINGS.model_copy(update=changes)
-    lessons = [lesson(row, row.label, CHAT, settings) for row in rows]
+    conversations = [training_conversation(row, row.label, CHAT, settings) for row in rows]
     return train(
-        lessons, model=model, policy=policy, previous_adapter=previous, out=out,
+        conversations, model=model, policy=policy, previous_adapter=previous, out=out,
         settings=settings, seed=0, progress=progress,
     )  # fmt: skip
 
@@ -89,7 +96,7 @@ def test_the_next_iteration_continues_the_adapter(
 
 
 def test_the_label_is_trained_not_the_original_principle() -> None:
-    messages = lesson(ROWS[0], ROWS[0].label, CHAT, SETTINGS).messages
+    messages = training_conversation(ROWS[0], ROWS[0].label, CHAT, SETTINGS).messages
     contents = [m["content"] for m in messages if m["role"] == "assistant"]
     assert contents == ["No idea.", "Say the next step.", "Restart the printer."]
     assert not any("gold" in m["content"] for m in messages)
@@ -112,7 +119,9 @@ def test_loss_on_names_the_trained_turns(model: Path, loss_on: Any, texts: list[
     tokenizer = AutoTokenizer.from_pretrained(model)
     settings = SETTINGS.model_copy(update={"loss_on": loss_on})
     row = labelled(1, weight=0.3)
-    data = training_set([lesson(row, row.label, CHAT, settings)], Encoder(tokenizer, 700))
+    data = training_set(
+        [training_conversation(row, row.label, CHAT, settings)], Encoder(tokenizer, 700)
+    )
     (example,) = data.examples
     trained = [i for i, t in zip(example.ids, example.trained, strict=True) if t]
     assert tokenizer.decode(trained) == "".join(t + "<|im_end|>" for t in texts)
@@ -120,7 +129,7 @@ def test_loss_on_names_the_trained_turns(model: Path, loss_on: Any, texts: list[
 
 
 def test_without_principles_the_loss_is_on_the_refinement_alone() -> None:
-    found = lesson(ROWS[0], ROWS[0].principle, CHAT.unguided(), SETTINGS)
+    found = training_conversation(ROWS[0], ROWS[0].principle, CHAT.unguided(), SETTINGS)
     assert [m["content"] for m in found.messages if m["role"] == "assistant"] == [
         "No idea.",
         "Restart the printer.",

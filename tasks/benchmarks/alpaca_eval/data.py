@@ -288,7 +288,7 @@ class GamedRow(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LengthControlled:
+class LengthControlledWinRate:
     """What the win rate would be if both answers were equally long, in per cent."""
 
     rate: float
@@ -408,7 +408,7 @@ def length_controlled(
     annotations: Sequence[Annotation],
     difficulties: Sequence[float] | None = None,
     gamed: Sequence[GamedRow] = (),
-) -> LengthControlled:
+) -> LengthControlledWinRate:
     """AlpacaEval 2's length-controlled win rate, from a fit of its GLM (arXiv 2404.04475, §3).
 
     Rows without a preference are not fitted, but predicted: the rate is over all instructions.
@@ -439,7 +439,7 @@ def length_controlled(
     return predicted(weights, [0.0] * len(annotations) if difficulties is None else difficulties)
 
 
-def predicted(weights: Weights, difficulties: Sequence[float]) -> LengthControlled:
+def predicted(weights: Weights, difficulties: Sequence[float]) -> LengthControlledWinRate:
     """The rate under given weights: 100 · mean σ(difficulty · d + bias), the length term set to 0.
 
     Args:
@@ -448,7 +448,7 @@ def predicted(weights: Weights, difficulties: Sequence[float]) -> LengthControll
     from scipy.special import expit
 
     shares = expit(weights.difficulty * np.array(difficulties, dtype=float) + weights.bias)
-    return LengthControlled(
+    return LengthControlledWinRate(
         rate=100 * float(shares.mean()),
         standard_error=_standard_error(shares) if len(set(difficulties)) > 1 else None,
         weights=weights,

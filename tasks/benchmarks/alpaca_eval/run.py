@@ -27,7 +27,7 @@ from tasks.benchmarks.alpaca_eval.data import (
 )
 from tasks.benchmarks.base import RunSettings
 from tasks.benchmarks.rows import single_turn, spread
-from tasks.judging.comparisons import OUTSIDE, Meeting, order_metrics, rate_metrics
+from tasks.judging.comparisons import OUTSIDE, AnswerPair, order_metrics, rate_metrics
 from tasks.judging.panel import Panel
 from tasks.policies.answers import Given, Respondent, Which, given
 from tasks.record.progress import say
@@ -81,7 +81,7 @@ class AlpacaEval:
 
     def measure(self, answers: Sequence[Answer], panel: Panel) -> Metrics:
         """Win rate, its standard error, and the length-controlled rate: all in [0, 1]."""
-        (rows,) = panel.compare(f"{NAME}-comparisons", self._meetings(answers), [self.judge])
+        (rows,) = panel.compare(f"{NAME}-comparisons", self._pairs(answers), [self.judge])
         annotations = self._annotations(rows, panel.model)
         folder = panel.work.outputs / NAME
         folder.mkdir(exist_ok=True)
@@ -96,9 +96,9 @@ class AlpacaEval:
             **order_metrics(NAME, rows),
         }
 
-    def _meetings(self, answers: Sequence[Answer]) -> list[Meeting]:
+    def _pairs(self, answers: Sequence[Answer]) -> list[AnswerPair]:
         return [
-            Meeting(
+            AnswerPair(
                 iteration=row.iteration,
                 answer=self.which,
                 against=OUTSIDE,

@@ -75,7 +75,7 @@ def _checks(name: str) -> Callable[[Check], Check]:
     return register
 
 
-class Example(BaseModel):
+class InstructedPrompt(BaseModel):
     """One prompt and its instructions, a row of `input_data.jsonl`."""
 
     model_config = ConfigDict(frozen=True)
@@ -110,7 +110,7 @@ class Example(BaseModel):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class InstructionChecks:
     """Whether a response follows each instruction of its prompt, in their order."""
 
     key: int
@@ -131,16 +131,18 @@ class Accuracy:
     n: int
 
 
-def read_examples(path: Source) -> list[Example]:
+def read_examples(path: Source) -> list[InstructedPrompt]:
     """The prompts of IFEval's `input_data.jsonl`, or of the hub's copy of it.
 
     Raises:
         UserError: the file or some of its rows cannot be read; each bad row is named.
     """
-    return read_rows(path, Example, lambda row: row.key)
+    return read_rows(path, InstructedPrompt, lambda row: row.key)
 
 
-def verdicts(examples: Sequence[Example], responses: Mapping[int, str]) -> list[Verdict]:
+def verdicts(
+    examples: Sequence[InstructedPrompt], responses: Mapping[int, str]
+) -> list[InstructionChecks]:
     """The verdict on every example's response, joined by key.
 
     Raises:
@@ -153,13 +155,13 @@ def verdicts(examples: Sequence[Example], responses: Mapping[int, str]) -> list[
     return [verdict(e, responses[e.key]) for e in examples]
 
 
-def verdict(example: Example, response: str) -> Verdict:
+def verdict(example: InstructedPrompt, response: str) -> InstructionChecks:
     """Whether the response follows each of the example's instructions, strictly and loosely."""
     asked = list(zip(example.instruction_id_list, example.arguments, strict=True))
     texts = variants(response)
     strict = tuple(follows(response, name, given) for name, given in asked)
     loose = tuple(any(follows(t, name, given) for t in texts) for name, given in asked)
-    return Verdict(key=example.key, strict=strict, loose=loose)
+    return InstructionChecks(key=example.key, strict=strict, loose=loose)
 
 
 def follows(response: str, instruction: str, arguments: Mapping[str, Any]) -> bool:
@@ -180,7 +182,7 @@ def variants(response: str) -> tuple[str, ...]:
 
 
 def accuracies(
-    verdicts: Sequence[Verdict], *, seed: int, resamples: int = 10_000
+    verdicts: Sequence[InstructionChecks], *, seed: int, resamples: int = 10_000
 ) -> dict[str, Accuracy]:
     """The benchmark's four figures: "prompt_strict", "instruction_strict" and the same loose.
 
@@ -203,7 +205,7 @@ def accuracies(
 
 
 def ifeval_metrics(
-    verdicts: Sequence[Verdict], *, seed: int, resamples: int = 10_000
+    verdicts: Sequence[InstructionChecks], *, seed: int, resamples: int = 10_000
 ) -> dict[str, float]:
     """The four figures and their intervals under flat names, as MLflow charts them."""
     figures: dict[str, float] = {}

@@ -15,9 +15,15 @@ from pydantic import Field
 from constitutions.errors import UserError
 from models.judges.base import JudgeSettings
 from tasks.benchmarks.base import RunSettings
-from tasks.benchmarks.ifeval.data import NEEDS, Example, ifeval_metrics, read_examples, verdicts
+from tasks.benchmarks.ifeval.data import (
+    NEEDS,
+    InstructedPrompt,
+    ifeval_metrics,
+    read_examples,
+    verdicts,
+)
 from tasks.benchmarks.rows import single_turn, single_turns, spread, write_lines
-from tasks.judging.comparisons import principle_meetings, rate_metrics
+from tasks.judging.comparisons import principle_pairs, rate_metrics
 from tasks.judging.panel import Panel
 from tasks.policies.answers import Respondent, Which, given
 from tasks.record.work import Metrics
@@ -48,7 +54,7 @@ class IFEval:
     judge: JudgeSettings | None
     """None: the principles are not judged."""
     which: Which
-    examples: Sequence[Example]
+    examples: Sequence[InstructedPrompt]
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -73,7 +79,7 @@ class IFEval:
         return figures | (self._principle(answers, panel, self.judge) if self.judge else {})
 
     def _principle(self, answers: Sequence[Answer], panel: Panel, judge: JudgeSettings) -> Metrics:
-        met = principle_meetings(answers, self.prompts)
+        met = principle_pairs(answers, self.prompts)
         (rows,) = panel.compare(f"{NAME}-comparisons", met, [judge])
         return rate_metrics(f"{NAME}/principle_win_rate", panel.rate(rows, "IFEval's principles"))
 

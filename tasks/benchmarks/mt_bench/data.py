@@ -29,7 +29,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
 
 from constitutions.errors import UserError
 from constitutions.foreign_text import disarm
-from models.judges.llm import Asker, Reply
+from models.judges.llm import Asker, JudgeReply
 from models.policy import Message, Progress
 from tasks.benchmarks.rows import Source, clustered_mean, read_rows
 from tasks.judging.winrate import BothOrders, NoOutcomeError, WinRate, settle, win_rate
@@ -355,7 +355,7 @@ def _rating(judgment: str) -> str | None:
     return None if rating is None else str(rating)
 
 
-def _winner(said: Reply, places: tuple[Winner, Winner]) -> Winner:
+def _winner(said: JudgeReply, places: tuple[Winner, Winner]) -> Winner:
     winners: dict[str | None, Winner] = {"A": places[0], "B": places[1], "C": "tie"}
     return winners.get(said.result, "error")
 

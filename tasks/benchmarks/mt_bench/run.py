@@ -43,7 +43,7 @@ from tasks.benchmarks.mt_bench.data import (
 from tasks.benchmarks.rows import single_turn, spread, write_lines
 from tasks.judging.comparisons import order_figures, rate_metrics, too_many_failed
 from tasks.judging.panel import Judges, Panel
-from tasks.policies.answers import Manner, Respondent, Which, given
+from tasks.policies.answers import Generation, Respondent, Which, given
 from tasks.record.work import Metrics, shards
 from tasks.rows import Answer, DialogueAnswer, Prompt, fields, prompt_id
 
@@ -81,7 +81,7 @@ class MTBenchSettings(RunSettings):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
+class FastChatLine:
     """A row of one of FastChat's files, as JSON."""
 
     json: str
@@ -106,12 +106,12 @@ class MTBench:
             f"{NAME}-answers",
             DialogueAnswer,
             self.questions,
-            partial(self._dialogues, respondent.manner),
+            partial(self._dialogues, respondent.generation),
             prompts_each=len(TURNS),
         )
 
     def _dialogues(
-        self, manner: Manner, policy: Policy, questions: Sequence[Question], tick: Progress
+        self, generation: Generation, policy: Policy, questions: Sequence[Question], tick: Progress
     ) -> list[DialogueAnswer]:
         groups: dict[float | None, list[Question]] = {}
         for question in questions:
@@ -119,9 +119,9 @@ class MTBench:
         rows = []
         for temperature, group in groups.items():
             asked = [single_turn(q.turns[0], NAME) for q in group]
-            first = manner.ask(policy, asked, tick, temperature)
+            first = generation.ask(policy, asked, tick, temperature)
             asked = [self._second(q, a) for q, a in zip(group, first, strict=True)]
-            second = manner.ask(policy, asked, tick, temperature)
+            second = generation.ask(policy, asked, tick, temperature)
             for turn, answers in zip(TURNS, (first, second), strict=True):
                 rows += [
                     DialogueAnswer(**fields(a), question_id=q.question_id, turn=turn)
@@ -225,7 +225,7 @@ class MTBench:
         """Rows of one of the judgements' files, made in shards of questions, and the file."""
         lines = panel.in_shards(
             f"{NAME}-{kind}",
-            Line,
+            FastChatLine,
             shards(self.questions, panel.shard_size),
             partial(_lines, judge),
             lambda _: self.judge,
@@ -259,9 +259,9 @@ def _lines(
     judges: Judges,
     questions: Sequence[Question],
     tick: Progress,
-) -> list[Line]:
+) -> list[FastChatLine]:
     found = judge(judges, questions, tick)
-    return [Line(json=row.model_dump_json(exclude_none=True)) for row in found]
+    return [FastChatLine(json=row.model_dump_json(exclude_none=True)) for row in found]
 
 
 def _answer_line(model: str, question: int, turns: Turns) -> str:
