@@ -20,7 +20,7 @@ from models.endpoint.client import Limits, open_endpoint
 from models.endpoint.server import check_server
 from models.planted.oracle import known
 from models.policy import PoolSettings
-from models.pools.local import check_pool
+from models.pools.opening import check_pool
 from tasks.corpus.prompts import CorpusSettings, load_corpus
 from tasks.evaluate import check_judges
 from tasks.judging.judge import check_judge

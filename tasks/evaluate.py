@@ -24,7 +24,7 @@ from constitutions.errors import UserError
 from models.judges.base import JudgeSettings, PlantedOracle
 from models.judges.opening import open_policy
 from models.policy import Policy
-from models.pools.local import Pool, Where
+from models.pools.base import Pool, Where
 from tasks.benchmarks.base import LLM
 from tasks.benchmarks.settings import BenchmarkSettings, about_principles
 from tasks.judging.comparisons import (

@@ -26,7 +26,7 @@ from models.judges.base import Grade, JudgeSettings
 from models.judges.llm import AbsoluteJudge, Graded
 from models.judges.opening import judge_pool, located, open_policy
 from models.policy import Progress
-from models.pools.local import Finished, Shards, Where
+from models.pools.base import Finished, Shards, Where
 from models.settings import Settings
 from tasks.judging.judge import noted
 from tasks.record.progress import progress

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from models.pools.local import Finished, Shards
+from models.pools.base import Finished, Shards
 
 
 def in_turn(

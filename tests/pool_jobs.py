@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from constitutions.errors import UserError
 from models.policy import Progress
-from models.pools.local import Where
+from models.pools.base import Where
 
 
 def open_nothing(where: Where) -> str:

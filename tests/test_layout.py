@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import time
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,38 @@ def test_imports_point_down(module: Path) -> None:
     above = ORDER[ORDER.index(package) + 1 :]
     climbing = {name for name in imported(module) if name.split(".")[0] in above}
     assert not climbing
+
+
+def uses(source: Path, modules: frozenset[str]) -> set[str]:
+    """The project's modules that a file imports, inside functions too; not when it is run."""
+    found = set[str]()
+    nodes = {
+        n
+        for block in ast.parse(source.read_text("utf-8")).body
+        if not (isinstance(block, ast.If) and "__main__" in ast.unparse(block.test))
+        for n in ast.walk(block)
+    }
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            parts = (f"{node.module}.{alias.name}" for alias in node.names)
+            found |= {part if part in modules else node.module for part in parts}
+    return found & modules
+
+
+def test_no_two_modules_import_each_other() -> None:
+    """Directly or through others; TYPE_CHECKING counts."""
+    names = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
+        for p in MODULES
+    }
+    known = frozenset(names)
+    graph = {name: uses(path, known) - {name} for name, path in names.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" ← ".join(error.args[1]))
 
 
 @pytest.mark.parametrize("module", ["flows.commands.cli", "tasks.rows", "models.prompts"])

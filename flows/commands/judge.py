@@ -25,7 +25,7 @@ from models.files import file_sha256, text_sha256, write_text
 from models.judges.base import JudgeSettings
 from models.judges.opening import open_policy
 from models.policy import FINGERPRINT, Policy
-from models.pools.local import Where
+from models.pools.base import Where
 from tasks.benchmarks.settings import about_principles
 from tasks.evaluate import EvaluateSettings
 from tasks.judging.comparisons import AnswerPair, order_metrics, rate_at_equal_lengths, rate_of

@@ -8,7 +8,8 @@ from typing import Literal
 from constitutions.errors import UserError
 from models.judges.base import GoldSimilarity, Judge, JudgeSettings, PlantedOracle
 from models.policy import Policy, PolicySettings
-from models.pools.local import E, Opener, Pool, Where, open_pool
+from models.pools.base import E, Opener, Pool, Where
+from models.pools.opening import open_pool
 
 
 def open_policy(settings: JudgeSettings) -> Policy:

@@ -25,7 +25,7 @@ import psutil
 
 from constitutions.errors import UserError
 from models.policy import PolicySettings, PoolSettings, Progress
-from models.pools.local import Compute, E, Finished, Opener, Pool, Row, Shards
+from models.pools.base import Compute, E, Finished, Opener, Pool, Row, Shards
 from models.pools.weights import Folder, Read, Shelf, bring, folders
 
 LOSSES = 3

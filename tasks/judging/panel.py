@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from models.judges.base import GoldSimilarity, Judge, JudgeSettings
 from models.judges.opening import judge_pool, load_judge, located
 from models.policy import Policy, PolicySettings, Progress
-from models.pools.local import Compute, Finished, Pool, Shards, Where
+from models.pools.base import Compute, Finished, Pool, Shards, Where
 from tasks.judging.comparisons import AnswerPair, decide_all, rate_of
 from tasks.judging.winrate import WinRate
 from tasks.record.progress import progress

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from models import prompts as ask
 from models.policy import NO_ANSWER, Completion, Messages, Policy, Progress, Request, finish_of
-from models.pools.local import Compute, Pool
+from models.pools.base import Compute, Pool
 from models.prompts import Templates
 from models.settings import Settings
 from tasks.record.progress import progress

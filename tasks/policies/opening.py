@@ -12,7 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from models.policy import Policy, PolicySettings
-from models.pools.local import LocalPool, Pool, Where, open_pool
+from models.pools.base import Pool, Where
+from models.pools.local import LocalPool
+from models.pools.opening import open_pool
 from models.prompts import CONSTITUTION_WORDINGS, TEMPLATES, ConstitutionWording, Templates
 from tasks.record.store import Attempt, Slot
 

@@ -30,7 +30,9 @@ MACHINERY = frozenset(
     | {
         "tasks.record.tables",
         "models.files",
+        "models.pools.base",
         "models.pools.local",
+        "models.pools.opening",
         "models.pools.ray_cluster",
         "models.pools.weights",
     }

@@ -29,7 +29,7 @@ from models.files import (
     write_sealed,
     written,
 )
-from models.pools.local import Finished, Shards
+from models.pools.base import Finished, Shards
 from tasks.record import kept
 from tasks.record.progress import say
 from tasks.record.tables import read_rows, rows_as_bytes, write_rows

@@ -22,7 +22,7 @@ from constitutions.errors import UserError
 from models.judges.base import numbered
 from models.judges.opening import open_policy
 from models.policy import NO_ANSWER, Messages, Policy, Progress, Request, Scoring
-from models.pools.local import Compute, Pool
+from models.pools.base import Compute, Pool
 from models.prompts import ConstitutionWording, under_constitution
 from tasks.benchmarks.settings import about_principles
 from tasks.evaluate import (

@@ -128,6 +128,6 @@ def test_ray_is_named_or_missed_before_anything_runs(
     found = check(load_settings("planted", asked))
     assert found["pool"] == "a worker for each GPU of Ray, on this machine; 2 workers of Ray, auto"
     assert "pool" not in check(load_settings("planted"))
-    monkeypatch.setattr("models.pools.local.find_spec", lambda name: None)
+    monkeypatch.setattr("models.pools.opening.find_spec", lambda name: None)
     with pytest.raises(UserErrors, match=r"pip install -e '.\[ray\]'"):
         check(load_settings("planted", asked))

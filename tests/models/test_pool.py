@@ -31,7 +31,8 @@ from models.judges.base import JudgeSettings
 from models.judges.opening import judge_pool
 from models.policy import PolicySettings, PoolSettings
 from models.pools import ray_cluster as cluster
-from models.pools.local import LocalPool, open_pool
+from models.pools.local import LocalPool
+from models.pools.opening import open_pool
 from tasks.evaluate import EvaluateSettings, evaluate_stage
 from tasks.record.store import Attempt
 from tasks.score import ScoreSettings, score_stage
@@ -306,7 +307,7 @@ OWN = """
 import threading, psutil, pool_jobs
 from pathlib import Path
 from models.policy import PolicySettings
-from models.pools.local import open_pool
+from models.pools.opening import open_pool
 
 done = []
 
