@@ -18,7 +18,6 @@ from flows.settings import ExperimentSettings, explain, following
 from models.embedders import check_embedder
 from models.endpoint.client import Limits, open_endpoint
 from models.endpoint.server import check_server
-from models.planted.oracle import known
 from models.policy import PoolSettings
 from models.pools.opening import check_pool
 from tasks.corpus.prompts import CorpusSettings, load_corpus
@@ -137,7 +136,7 @@ def check_data(path: str) -> dict[str, str]:
 
 def _prompts(settings: ExperimentSettings) -> str:
     last = prompt_sets(settings.prompts, settings.seed, settings.iterations)
-    if settings.prompts.sources == "planted" and settings.iterations:
+    if settings.prompts.world and settings.iterations:
         prompt_sets(settings.prompts, settings.seed, 0)  # a corpus is split in one go
     mined = [settings.prompts.first] + [settings.prompts.later] * (settings.iterations - 1)
     rejected = f"; {len(last.rejected):,} rows rejected" if last.rejected else ""
@@ -159,12 +158,13 @@ def _constitution(settings: ExperimentSettings, follows: bool) -> str:
         found = f"discovered by {settings.after}, antitheses" if settings.after else "written"
         return f"{found} by {writer}"
     constitution = load_pairs(write.constitution)
-    if settings.prompts.sources == "planted" and not any(map(known, constitution.texts)):
+    world, oracle = settings.prompts.world, settings.prompts.oracle
+    if world and oracle and not any(map(oracle.known, constitution.texts)):
         raise UserError(
-            "none of these principles is about the planted world",
+            f"none of these principles is about the {world.name} world",
             where=f"setting 'write.constitution' = {write.constitution}",
-            expected="principles such as 'greet people before noise'",
-            fix="write.constitution=planted",
+            expected=f"principles such as '{world.principle}'",
+            fix=f"write.constitution={world.name}",
         )
     trained, held_out = _check_pool(settings, constitution)
     return f"{trained} principles of {write.constitution}, {held_out} more held out"
@@ -191,7 +191,7 @@ def _similarity(settings: ExperimentSettings) -> str:
 def _judges(settings: ExperimentSettings) -> str:
     evaluate = settings.evaluate
     check_them = check_followed if settings.method == "sami" else check_judges
-    check_them(evaluate, settings.score, planted=settings.prompts.sources == "planted")
+    check_them(evaluate, settings.score, settings.prompts.oracle)
     models = [check_judge(judge, home()) for judge in evaluate.all_judges if judge.policy]
     kinds = ", ".join(judge.kind for judge in evaluate.judges)
     return f"judge {kinds}" + (f" ({'; '.join(dict.fromkeys(models))})" if models else "")

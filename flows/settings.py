@@ -240,7 +240,7 @@ def check_succession(before: ExperimentSettings, then: ExperimentSettings) -> No
                 expected="an experiment with method: staple, or a write.constitution of your own",
             )
         )
-    if before.prompts.held_out < then.prompts.held_out and then.prompts.sources != "planted":
+    if before.prompts.held_out < then.prompts.held_out and then.prompts.corpora:
         found.append(
             UserError(
                 f"experiment {before.experiment} mined prompts that would be held out",
@@ -282,8 +282,7 @@ def _contradictions(settings: ExperimentSettings, source: str) -> list[UserError
 
 def _sami_contradictions(settings: ExperimentSettings, source: str) -> Iterator[UserError]:
     if settings.method != "sami":
-        sources = settings.prompts.sources
-        if sources != "planted" and not all(source.gold_column for source in sources):
+        if not settings.prompts.has_golds:
             yield UserError(
                 f"method {settings.method} needs gold responses",
                 where=f"{source}, setting 'prompts.sources'",
@@ -305,8 +304,7 @@ def _sami_contradictions(settings: ExperimentSettings, source: str) -> Iterator[
         )
     judges = settings.evaluate.judges
     by_gold = any(judge.kind == "similarity" or judge.show_gold for judge in judges)
-    sources = settings.prompts.sources
-    if by_gold and sources != "planted" and not all(source.gold_column for source in sources):
+    if by_gold and not settings.prompts.has_golds:
         yield UserError(
             "a judge reads the golds, and there are none",
             where=f"{source}, settings 'evaluate.judge', 'prompts.sources'",

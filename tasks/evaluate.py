@@ -2,7 +2,7 @@
 
 The stage reads top to bottom: `tasks.policies.answers` lets the policy answer,
 `tasks.judging.panel` has the judges decide, `tasks.judging.comparisons` and
-`tasks.judging.planted_truth` turn rows into figures. The benchmarks are answered with the rest,
+`tasks.judging.truth` turn rows into figures. The benchmarks are answered with the rest,
 before any judge is opened: the policy's memory is then the judges'.
 
 A figure that is undefined (nothing was kept, so nothing can be faithful) is left out: never NaN,
@@ -21,10 +21,11 @@ from pydantic import Field, field_validator, model_validator
 
 from constitutions.constitution import load
 from constitutions.errors import UserError
-from models.judges.base import JudgeSettings, PlantedOracle
+from models.judges.base import JudgeSettings, OracleJudge
 from models.judges.opening import open_policy
 from models.policy import Policy
 from models.pools.base import Pool, Where
+from models.worlds.base import Oracle
 from tasks.benchmarks.base import LLM
 from tasks.benchmarks.settings import BenchmarkSettings, about_principles
 from tasks.judging.comparisons import (
@@ -41,9 +42,10 @@ from tasks.judging.comparisons import (
 )
 from tasks.judging.judge import judge_notes, noted
 from tasks.judging.panel import Benches, Judges, OpenPolicy, Panel
-from tasks.judging.planted_truth import faithfulness_metrics, planted_metrics
+from tasks.judging.truth import faithfulness_metrics, truth_metrics
 from tasks.policies.answers import AnswerSettings, Generation, Respondent, answer_metrics
 from tasks.policies.opening import PolicySource
+from tasks.prompts import world_of
 from tasks.record.stage import stage
 from tasks.record.store import Attempt, Slot
 from tasks.record.work import Metrics, Workspace
@@ -142,8 +144,9 @@ def evaluate(
 
     def compute(work: Workspace) -> Metrics:
         prompts = inputs["held_out"].read("prompts", Prompt)
-        planted, guided = are_planted(prompts), policy.templates.guided
-        check_judges(settings, scoring, planted)
+        world, guided = world_of(prompts), policy.templates.guided
+        oracle = world.oracle if world else None
+        check_judges(settings, scoring, oracle)
         benchmarks = settings.benchmarks.load(settings.judge, guided=guided)
 
         with policy.pool() as pool:
@@ -151,7 +154,7 @@ def evaluate(
             answers = respondent.answers("answers", prompts)
             answered = {name: b.answer(respondent) for name, b in benchmarks.items()}
 
-        with closing(open_benches(planted, scoring, at.seed, open_policy)) as benches:
+        with closing(open_benches(oracle, scoring, at.seed, open_policy)) as benches:
             panel = panel_of(benches, settings, at, work)
             met = [
                 m for r in _references(answers, inputs) for m in answer_pairs(answers, r, prompts)
@@ -161,17 +164,13 @@ def evaluate(
                 metrics |= _principles(panel, settings.principle_judge, answers, prompts)
             for name, benchmark in benchmarks.items():
                 metrics |= benchmark.measure(answered[name], panel)
-        if planted and {"scored", "labelled"} <= inputs.keys():
-            metrics |= _truth(prompts, answers, inputs["scored"], inputs["labelled"])
+        if world and oracle and {"scored", "labelled"} <= inputs.keys():
+            scored, labelled = inputs["scored"], inputs["labelled"]
+            metrics |= _truth(world.name, oracle, prompts, answers, scored, labelled)
         return metrics
 
     where = noted_judges(policy.noted(at), settings, scoring)
     return where.attempt("evaluate", settings, policy.inputs(**inputs), compute)
-
-
-def are_planted(prompts: Sequence[Prompt]) -> bool:
-    """Whether the oracle knows the truth of all of them."""
-    return all(p.source.startswith("planted/") for p in prompts)
 
 
 def _references(answers: Sequence[Answer], inputs: Mapping[str, Attempt]) -> list[Sequence[Answer]]:
@@ -181,20 +180,20 @@ def _references(answers: Sequence[Answer], inputs: Mapping[str, Attempt]) -> lis
     return [answers, *(a.read("answers", Answer) for a in once.values())]
 
 
-def check_judges(settings: EvaluateSettings, scoring: ScoreSettings, planted: bool) -> None:
+def check_judges(settings: EvaluateSettings, scoring: ScoreSettings, oracle: Oracle | None) -> None:
     """Refuse judges that cannot judge these prompts, before anything is answered.
 
     Raises:
-        UserError: the oracle outside the planted world; a similarity that needs more than the gold.
+        UserError: the oracle where there is none; a similarity that needs more than the gold.
     """
     for judge in settings.judges:
-        if judge.kind == "oracle" and not planted:
+        if judge.kind == "oracle" and not oracle:
             raise UserError(
-                "the oracle knows only the planted world's prompts",
+                "the oracle knows only the prompts of an embedded world",
                 where="evaluate.judge",
                 expected="another kind of judge",
             )
-        by_gold = judge.kind == "similarity" or (judge.kind == "auto" and not planted)
+        by_gold = judge.kind == "similarity" or (judge.kind == "auto" and not oracle)
         if by_gold and scoring.similarity == "judge":
             load_similarity(scoring)("", ())  # says why it is none
 
@@ -226,16 +225,16 @@ def _respondent(
 
 
 def open_benches(
-    planted: bool, scoring: ScoreSettings, seed: int, open_policy: OpenPolicy
+    oracle: Oracle | None, scoring: ScoreSettings, seed: int, open_policy: OpenPolicy
 ) -> Benches:
     """The judges, none of them opened yet; `open_policy` opens an LLM judge's model."""
-    return Benches(open=partial(_judges, planted, scoring, seed, open_policy))
+    return Benches(open=partial(_judges, oracle, scoring, seed, open_policy))
 
 
 def _judges(
-    planted: bool, scoring: ScoreSettings, seed: int, open_policy: OpenPolicy, where: Where
+    oracle: Oracle | None, scoring: ScoreSettings, seed: int, open_policy: OpenPolicy, where: Where
 ) -> Judges:
-    return Judges(planted=planted, scoring=scoring, seed=seed, open_policy=open_policy, where=where)
+    return Judges(oracle=oracle, scoring=scoring, seed=seed, open_policy=open_policy, where=where)
 
 
 def panel_of(benches: Benches, settings: EvaluateSettings, at: Slot, work: Workspace) -> Panel:
@@ -277,11 +276,18 @@ def _principles(
 
 
 def _truth(
-    prompts: Sequence[Prompt], answers: Sequence[Answer], scored: Attempt, labelled: Attempt
+    world: str,
+    oracle: Oracle,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Answer],
+    scored: Attempt,
+    labelled: Attempt,
 ) -> Metrics:
-    """What the planted world's oracle can measure."""
-    rows = labelled.read("labelled", Labelled)
-    return faithfulness_metrics(PlantedOracle(), labelled=rows, answers=answers) | planted_metrics(
+    """What only the oracle of the embedded world can measure."""
+    rows, judge = labelled.read("labelled", Labelled), OracleJudge(oracle)
+    return faithfulness_metrics(judge, labelled=rows, answers=answers) | truth_metrics(
+        world,
+        oracle,
         scored=scored.read("scored", Scored),
         labelled=rows,
         principles=load(labelled.path("constitution.yaml")).texts,

@@ -6,14 +6,17 @@ No prompt serves two iterations, or mining and evaluation. Read by `mine` (itera
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from constitutions.errors import UserError
 from models.policy import Message
 from models.settings import Settings
+from models.worlds.base import Oracle, World, WorldPrompt
+from models.worlds.registry import WORLDS
 from tasks.corpus.prompts import CorpusSettings, load_corpus, shuffle_golds, source_digests, split
 from tasks.record.stage import stage
 from tasks.record.store import Attempt, Slot
@@ -24,11 +27,17 @@ MOST = 100_000_000
 """Prompts that a setting may ask for."""
 
 
+def _world_name(name: str) -> str:
+    if name not in WORLDS:
+        raise ValueError(f"a list of corpora, or an embedded world: {', '.join(WORLDS)}")
+    return name
+
+
 class PromptSettings(Settings):
     """Where prompts and gold responses come from, and how many go where."""
 
-    sources: Literal["planted"] | tuple[CorpusSettings, ...] = "planted"
-    """"planted", or a list of corpora, which are mixed."""
+    sources: Annotated[str, AfterValidator(_world_name)] | tuple[CorpusSettings, ...] = "planted"
+    """The name of an embedded world ("planted"), or a list of corpora, which are mixed."""
     first: int = Field(50_000, ge=1, le=MOST)
     """Prompts that iteration 1 mines."""
     later: int = Field(10_000, ge=1, le=MOST)
@@ -41,6 +50,26 @@ class PromptSettings(Settings):
     shuffle_gold: bool = False
     """The control: gold responses are dealt out to other prompts, so that there is nothing to
     learn from them."""
+
+    @property
+    def world(self) -> World | None:
+        """The embedded world that the prompts come from; None where they come from corpora."""
+        return WORLDS[self.sources] if isinstance(self.sources, str) else None
+
+    @property
+    def oracle(self) -> Oracle | None:
+        """Who knows the truth of the prompts; None where nobody does."""
+        return self.world.oracle if self.world else None
+
+    @property
+    def corpora(self) -> tuple[CorpusSettings, ...]:
+        """The corpora that the prompts come from; empty where they come from a world."""
+        return () if isinstance(self.sources, str) else self.sources
+
+    @property
+    def has_golds(self) -> bool:
+        """Whether every source has gold responses."""
+        return all(corpus.gold_column for corpus in self.corpora)
 
 
 @dataclass(frozen=True)
@@ -57,10 +86,10 @@ def prompt_sets(settings: PromptSettings, seed: int, iteration: int) -> PromptSe
     Raises:
         UserError: the sources cannot be read, or hold too few prompts.
     """
-    if settings.sources == "planted":
-        found = PromptSet(_from_planted(settings, seed, iteration), [])
+    if settings.world:
+        found = PromptSet(_of_world(settings.world, settings, seed, iteration), [])
     else:
-        corpus = load_corpus(settings.sources, seed)
+        corpus = load_corpus(settings.corpora, seed)
         sizes = [settings.held_out, settings.skip, settings.first]
         sizes += [settings.later] * max(iteration - 1, 0)
         held_out, _, *mined = split(corpus.rows, sizes, seed)
@@ -78,38 +107,37 @@ def prompts_stage(at: Slot, settings: PromptSettings) -> Attempt:
         work.write("rejected", found.rejected, Rejected)
         return {"prompts": len(found.rows), "rejected_rows": len(found.rejected)}
 
-    if settings.sources != "planted":
-        at = replace(at, notes={**at.notes, **source_digests(settings.sources)})
+    at = replace(at, notes={**at.notes, **source_digests(settings.corpora)})
     return at.attempt("prompts", settings, {}, compute)
 
 
-def _from_planted(settings: PromptSettings, seed: int, iteration: int) -> list[Prompt]:
+def world_of(prompts: Sequence[Prompt]) -> World | None:
+    """The embedded world that all of these prompts come from; None where there is none."""
+    names = {p.source.partition("/")[0] for p in prompts}
+    return WORLDS.get(names.pop()) if len(names) == 1 else None
+
+
+def _of_world(world: World, settings: PromptSettings, seed: int, iteration: int) -> list[Prompt]:
     try:
-        return _planted(settings, seed, iteration)
+        if iteration == 0:
+            return _rows(world, world.held_out(settings.held_out, seed))
+        start = settings.first + (iteration - 2) * settings.later if iteration > 1 else 0
+        stop = settings.skip + settings.first + (iteration - 1) * settings.later
+        return _rows(world, world.mined(stop, seed)[start + settings.skip :])
     except ValueError as error:
         names = ["held_out"] if iteration == 0 else ["first", "later", "skip"]
         where = ", ".join(f"'prompts.{name}'" for name in names)
         raise UserError(str(error), where=f"settings {where}", expected="fewer prompts") from error
 
 
-def _planted(settings: PromptSettings, seed: int, iteration: int) -> list[Prompt]:
-    """An iteration's rows. Raises ValueError where the world has too few."""
-    from models.planted.world import PlantedExample, sample_examples
-
-    def rows(examples: list[PlantedExample], source: str) -> list[Prompt]:
-        return [_row(e.prompt, e.gold, f"{source}:{i}") for i, e in enumerate(examples, start=1)]
-
-    if iteration == 0:
-        half = settings.held_out // 2
-        seen = sample_examples(settings.held_out - half, seed, "eval", "seen")
-        held = sample_examples(half, seed, "eval", "held")
-        return rows(seen, "planted/seen") + rows(held, "planted/held")
-    start = settings.first + (iteration - 2) * settings.later if iteration > 1 else 0
-    stop = settings.skip + settings.first + (iteration - 1) * settings.later
-    start += settings.skip
-    return rows(sample_examples(stop, seed, "train", "seen"), "planted/train")[start:stop]
-
-
-def _row(prompt: str, gold: str, source: str) -> Prompt:
-    turns = (Message(role="user", content=prompt),)
-    return Prompt(prompt_id=prompt_id(turns), prompt=turns, gold=gold, source=source)
+def _rows(world: World, found: Sequence[WorldPrompt]) -> list[Prompt]:
+    asked = [(Message(role="user", content=each.prompt),) for each in found]
+    return [
+        Prompt(
+            prompt_id=prompt_id(turns),
+            prompt=turns,
+            gold=each.gold,
+            source=f"{world.name}/{each.source}",
+        )
+        for turns, each in zip(asked, found, strict=True)
+    ]

@@ -142,7 +142,7 @@ def judging_settings(overrides: Sequence[str]) -> EvaluateSettings:
     judge = settings.judge
     if judge.kind not in ABLE:
         raise UserError(
-            f"a judge of kind '{judge.kind}' needs a gold response or the planted world's prompts, "
+            f"a judge of kind '{judge.kind}' needs a gold response or an embedded world's prompts, "
             "and response files have neither",
             where="setting 'judge.kind'",
             expected=" or ".join(ABLE),
@@ -239,7 +239,7 @@ def _compared(
 
 
 def _judges(seed: int, where: Where) -> Judges:
-    return Judges(planted=False, scoring=ScoreSettings(), seed=seed, open_policy=_open, where=where)
+    return Judges(oracle=None, scoring=ScoreSettings(), seed=seed, open_policy=_open, where=where)
 
 
 def _open(judge: JudgeSettings) -> Policy:

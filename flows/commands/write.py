@@ -22,11 +22,10 @@ from flows.experiment import (
     recorded_settings,
 )
 from flows.settings import short
-from models.planted import NAMES
-from models.planted.world import OBJECTS
 from models.policy import Policy, PolicySettings
 from models.prompts import CONSTITUTION_WORDINGS
-from tasks.policies.base import make_planted, open_model
+from models.worlds.registry import WORLD_MODELS
+from tasks.policies.base import make_world_model, open_model
 from tasks.policies.opening import PolicySource
 from tasks.record.progress import progress
 from tasks.record.store import Attempt
@@ -35,14 +34,6 @@ from tasks.sami.write import WriteSettings, Written, oppose, write_pairs
 
 FILE = Path("constitution.yaml")
 DEFAULT_WRITER = "planted-sami"
-PLANTED: dict[str, Any] = {
-    "templates": "terse",
-    "dtype": "float32",
-    "device": "cpu",
-    "quantization": "none",
-    "threads": 1,
-}
-"""How a planted model is held and asked, where `--set writer.…` says nothing else."""
 
 
 def write_constitution(
@@ -57,7 +48,7 @@ def write_constitution(
 
     Args:
         given: settings of `WriteSettings` by name, as in {"topics": […], "writer.model": "small"}.
-            Without `writer.model` it is the experiment's policy, or the planted world's writer.
+            Without `writer.model` it is the experiment's policy, or `DEFAULT_WRITER`.
         experiment: words the antitheses of the newest constitution that it discovered, as a person
             approved it where one did; empty: words principles too.
         seed: of the noise; the same one writes the same constitution.
@@ -125,9 +116,10 @@ def _settings(
         writer = opened.settings_at(0).policy.model_dump() | writer
     else:
         model = writer.setdefault("model", DEFAULT_WRITER)
-        writer = (PLANTED if model in NAMES else {}) | writer
-    if writer["model"] in NAMES:
-        values.setdefault("topics", OBJECTS)  # the only topics that it knows
+        world = WORLD_MODELS.get(model)
+        writer = dict(world.policy if world else {}) | writer
+    if world := WORLD_MODELS.get(writer["model"]):
+        values.setdefault("topics", world.topics)  # the only topics that it knows
     try:
         settings = WriteSettings.model_validate({**values, "writer": writer})
     except ValidationError as error:
@@ -162,12 +154,12 @@ def _load(writer: PolicySettings, seed: int, opened: Experiment | None) -> Polic
 
 
 def model_path(writer: PolicySettings, seed: int) -> str:
-    """Where the writer's files are; a planted model is pretrained here the first time.
+    """Where the writer's files are; a world's model is pretrained here the first time.
 
     Raises:
         UserError: the model cannot be sampled from exactly.
     """
-    if writer.model not in NAMES:
+    if writer.model not in WORLD_MODELS:
         open_model(writer, home(), "sampled")
         return writer.model
-    return str(make_planted(writer.model, seed, home()))
+    return str(make_world_model(writer.model, seed, home()))

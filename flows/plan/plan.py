@@ -19,8 +19,8 @@ from flows.plan.cost import GIB, GPUS, Gpu, Held
 from flows.plan.workload import CHARACTERS, Assumed, JudgeTurns, SampledTurn, Workload, lengths
 from flows.settings import ExperimentSettings, with_changes
 from models.checkpoints.shapes import WIDTH, shape_of
-from models.planted import NAMES
 from models.policy import PolicySettings
+from models.worlds.registry import WORLD_MODELS
 from tasks.record.store import Record
 from tasks.record.work import Metrics
 
@@ -387,7 +387,7 @@ class _Estimate:
         """Bytes; without the corpora, which are the hub's to tell."""
         s, shape = self.settings, self.policy.shape
         files = Path(s.policy.model).expanduser().glob("*.safetensors")
-        published = "float32" if s.policy.model in NAMES else "bfloat16"
+        published = "float32" if s.policy.model in WORLD_MODELS else "bfloat16"
         weights = sum(f.stat().st_size for f in files) or shape.parameters * WIDTH[published]
         found = {"model": float(weights)}
         if s.iterations:

@@ -114,16 +114,16 @@ class JudgeTurns:
 
 
 def lengths(settings: PromptSettings, seed: int) -> Lengths:
-    """Of local files and the planted world as they are, of data sets as their formats usually are.
+    """Of local files and embedded worlds as they are, of data sets as their formats usually are.
 
     Raises:
         UserError: a file is not there, or wrong.
     """
-    if settings.sources == "planted":
+    if settings.world:
         few = settings.model_copy(update={"first": min(settings.first, 200)})
         rows = prompt_sets(few, seed, 1).rows
         return _measured([(len(r.prompt[-1]["content"]), len(r.gold)) for r in rows])
-    found = [_source(source, seed) for source in settings.sources]
+    found = [_source(source, seed) for source in settings.corpora]
     known = all(rows for rows, _ in found)
     weights = [rows if known else 1 for rows, _ in found]
     return Lengths(

@@ -14,6 +14,7 @@ from typing import Any
 
 from constitutions.errors import UserError
 from models.policy import PolicySettings
+from models.worlds.registry import WORLD_MODELS
 
 NF4_BYTES = 0.5 + 4 / 64
 """Of one weight: four bits, and a float32 scale for each block of 64 (bitsandbytes)."""
@@ -173,12 +174,11 @@ FIELDS = (
     "max_position_embeddings",
     "tie_word_embeddings",
 )
-PUBLISHED: dict[str, dict[str, Any]] = {
+PUBLISHED: dict[str, Mapping[str, Any]] = {
+    name: world.models[name] for name, world in WORLD_MODELS.items()
+} | {
     name: dict(zip(FIELDS, values, strict=True))
     for name, *values in (
-        ("planted", "llama", 128, 3, 4, 4, 384, 358, 512, True),
-        ("planted-sami", "llama", 128, 3, 4, 4, 384, 359, 512, True),
-        ("planted-sami-small", "llama", 64, 2, 2, 2, 192, 359, 512, True),
         ("meta-llama/llama-3.1-8b", "llama", 4096, 32, 32, 8, 14336, 128256, 131072, False),
         ("meta-llama/llama-3.1-70b", "llama", 8192, 80, 64, 8, 28672, 128256, 131072, False),
         ("meta-llama/llama-3.2-1b", "llama", 2048, 16, 32, 8, 8192, 128256, 131072, True),
@@ -218,4 +218,5 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         ),
     )
 }
-"""Published configurations by hub name, lower case, without "-instruct"."""
+"""Configurations of the worlds' models, and published ones by hub name, lower case, without
+"-instruct"."""

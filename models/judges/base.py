@@ -18,9 +18,10 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 from pydantic import Field, model_validator
 
 from constitutions.errors import UserError
-from models.planted import NAMES
 from models.policy import Message, PolicySettings, Progress
 from models.settings import Settings
+from models.worlds.base import Oracle
+from models.worlds.registry import WORLD_MODELS
 
 TIE = 1e-9
 """Scores nearer than this are equal."""
@@ -140,11 +141,14 @@ class GoldSimilarity:
         return decide(Grade(*ours), Grade(*theirs))
 
 
-class PlantedOracle:
-    """Reads the planted truth out of the prompt: for measuring on the planted world, only."""
+class OracleJudge:
+    """Reads the truth of an embedded world out of the prompt: it measures, and teaches nothing."""
 
     name = "oracle"
     ordered = False
+
+    def __init__(self, oracle: Oracle) -> None:
+        self._oracle = oracle
 
     def compare(self, pairs: Sequence[Pair], advance: Progress | None = None) -> list[Judgement]:
         """One judgement for each pair, in the order of the pairs."""
@@ -152,26 +156,21 @@ class PlantedOracle:
 
     def follows(self, principles: Sequence[str], responses: Sequence[str]) -> list[bool | None]:
         """Whether each response shows the behaviour that its principle names."""
-        from models.planted import oracle
-
         return [
-            oracle.behaviour_of(principle) in oracle.shown(response)
+            self._oracle.behaviour_of(principle) in self._oracle.shown(response)
             for principle, response in zip(principles, responses, strict=True)
         ]
 
     def _judge(self, pair: Pair) -> Judgement:
         return decide(self._grade(pair, pair.ours), self._grade(pair, pair.theirs))
 
-    @staticmethod
-    def _grade(pair: Pair, response: str) -> Grade:
+    def _grade(self, pair: Pair, response: str) -> Grade:
         """By what the prompt calls for; or, where there is a constitution, by that alone."""
-        from models.planted import oracle
-
         prompt = pair.prompt[-1]["content"]
         try:
             if pair.principle:
-                return Grade(oracle.obedience(prompt, listed(pair.principle), response))
-            return Grade(oracle.score(prompt, response))
+                return Grade(self._oracle.obedience(prompt, listed(pair.principle), response))
+            return Grade(self._oracle.score(prompt, response))
         except (UserError, ValueError) as error:
             return Grade(None, str(error))
 
@@ -281,9 +280,9 @@ class JudgeSettings(Settings):
     """Who compares answers, and how."""
 
     kind: Kind = "auto"
-    """"similarity" to the gold response; the planted world's "oracle"; an LLM that compares two
+    """"similarity" to the gold response; an embedded world's "oracle"; an LLM that compares two
     answers in both orders ("pairwise") or grades each from 1 to 5 ("absolute"); a scalar "reward"
-    model. "auto" is the oracle on the planted world and similarity elsewhere."""
+    model. "auto" is the oracle where the world has one, else similarity."""
     policy: PolicySettings | None = None
     """The judge's own model, for "pairwise", "absolute" and "reward". It has no adapter, and does
     not use `templates`. Its `endpoint` and `key_variable` may stand beside it as well as in it."""
@@ -317,7 +316,7 @@ class JudgeSettings(Settings):
     @model_validator(mode="after")
     def _has_a_model(self) -> JudgeSettings:
         needs = self.kind in ("pairwise", "absolute", "reward")
-        if needs and (self.policy is None or self.policy.model in NAMES):
+        if needs and (self.policy is None or self.policy.model in WORLD_MODELS):
             raise ValueError(f"a {self.kind} judge needs a model of its own: set policy.model")
         if self.policy and self.policy.endpoint and self.kind not in ("pairwise", "absolute"):
             raise ValueError(f"a {self.kind} judge runs in process: leave endpoint unset")

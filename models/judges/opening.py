@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Literal
 
 from constitutions.errors import UserError
-from models.judges.base import GoldSimilarity, Judge, JudgeSettings, PlantedOracle
+from models.judges.base import GoldSimilarity, Judge, JudgeSettings, OracleJudge
 from models.policy import Policy, PolicySettings
 from models.pools.base import E, Opener, Pool, Where
 from models.pools.opening import open_pool
+from models.worlds.base import Oracle
 
 
 def open_policy(settings: JudgeSettings) -> Policy:
@@ -54,7 +55,7 @@ def located(settings: JudgeSettings, where: Where) -> JudgeSettings:
 def load_judge(
     settings: JudgeSettings,
     *,
-    planted: bool,
+    oracle: Oracle | None,
     similarity: GoldSimilarity,
     seed: int = 0,
     open_policy: Callable[[JudgeSettings], Policy] = open_policy,
@@ -62,16 +63,16 @@ def load_judge(
     """The judge that the settings ask for, with its model in memory.
 
     Args:
-        planted: whether the prompts are the planted world's.
+        oracle: who knows the truth of the prompts; None where nobody does.
         similarity: the judge "similarity".
         seed: of a sampled LLM judge.
         open_policy: opens an LLM judge's model.
 
     Raises:
-        UserError: the oracle outside the planted world, or a model that cannot be loaded.
+        UserError: the oracle where there is none, or a model that cannot be loaded.
     """
     if settings.kind in ("auto", "similarity", "oracle"):
-        return choose_judge(settings.kind, planted=planted, similarity=similarity)
+        return choose_judge(settings.kind, oracle=oracle, similarity=similarity)
     if settings.kind == "reward":
         from models.judges.reward import load_reward_model
 
@@ -85,17 +86,20 @@ def load_judge(
 
 
 def choose_judge(
-    choice: Literal["auto", "similarity", "oracle"], *, planted: bool, similarity: GoldSimilarity
+    choice: Literal["auto", "similarity", "oracle"],
+    *,
+    oracle: Oracle | None,
+    similarity: GoldSimilarity,
 ) -> Judge:
     """The judge that the settings ask for; "auto" is the oracle where there is one.
 
     Raises:
-        UserError: when the oracle is asked for and the prompts are not of the planted world.
+        UserError: the oracle is asked for, and there is none.
     """
-    if choice == "oracle" and not planted:
+    if choice == "oracle" and oracle is None:
         raise UserError(
-            "the oracle knows only the planted world's prompts",
+            "the oracle knows only the prompts of an embedded world",
             where="evaluate.judge",
             expected='"similarity" or "auto"',
         )
-    return PlantedOracle() if planted and choice != "similarity" else similarity
+    return OracleJudge(oracle) if oracle and choice != "similarity" else similarity

@@ -149,7 +149,7 @@ def planted_model(
     """The directory of the seed model, pretrained the first time it is asked for.
 
     Args:
-        cache: the folder that holds one model per fingerprint of (this package, recipe, seed,
+        cache: the folder that holds one model per fingerprint of (the sources, recipe, seed,
             torch version).
         seed: of the weights and the pretraining data.
         progress: called with (steps done, steps in all).
@@ -185,8 +185,8 @@ def _digests(directory: Path) -> dict[str, str]:
 
 
 def fingerprint(recipe: Recipe, seed: int) -> str:
-    """16 hex digits that change with the package's sources, the recipe, the seed or torch."""
-    sources = [path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
+    """16 hex digits that change with the world's and this file's source, recipe, seed or torch."""
+    sources = [Path(path).read_text("utf-8") for path in (world.__file__, __file__)]
     version = ".".join(torch.__version__.split(".")[:2])
     wording = [asdict(TERSE), asdict(TERSE_CONSTITUTION)]
     parts = json.dumps([sources, asdict(recipe), wording, seed, version], sort_keys=True)

@@ -17,6 +17,7 @@ from models.judges.base import GoldSimilarity, Judge, JudgeSettings
 from models.judges.opening import judge_pool, load_judge, located
 from models.policy import Policy, PolicySettings, Progress
 from models.pools.base import Compute, Finished, Pool, Shards, Where
+from models.worlds.base import Oracle
 from tasks.judging.comparisons import AnswerPair, decide_all, rate_of
 from tasks.judging.winrate import WinRate
 from tasks.record.progress import progress
@@ -33,7 +34,7 @@ OpenPolicy = Callable[[JudgeSettings], Policy]
 class Judges:
     """Opens judges by their settings; only the last one's model stays in memory."""
 
-    planted: bool
+    oracle: Oracle | None
     scoring: ScoreSettings
     """The judge "similarity"."""
     seed: int
@@ -53,7 +54,7 @@ class Judges:
             similarity = GoldSimilarity(_when_asked(self.scoring), self.scoring.similarity)
             opened = load_judge(
                 located(settings, self.where),
-                planted=self.planted,
+                oracle=self.oracle,
                 similarity=similarity,
                 seed=self.seed,
                 open_policy=self.model,
@@ -65,7 +66,7 @@ class Judges:
         """What a judge's name in the record is made of: kind, rubric, model."""
         kind, model = settings.kind, settings.policy.model if settings.policy else ""
         if kind == "auto":
-            kind = "oracle" if self.planted else "similarity"
+            kind = "oracle" if self.oracle else "similarity"
         return kind, settings.chosen_rubric.name, model.rstrip("/").rsplit("/", 1)[-1]
 
     def model(self, settings: JudgeSettings) -> Policy:

@@ -1,4 +1,4 @@
-"""The base model's files: a planted one made when missing, a directory checked, a hub name noted.
+"""The base model's files: a world's made when missing, a directory checked, a hub name noted.
 
 Everything that the model's answers depend on is in its digest.
 """
@@ -14,9 +14,9 @@ from models.checkpoints.architecture import Use
 from models.checkpoints.check import check_directory, located
 from models.checkpoints.headers import check_listing
 from models.files import Damaged, text_sha256
-from models.planted import NAMES
 from models.policy import PolicySettings
 from models.pools.weights import file_hashes
+from models.worlds.registry import WORLD_MODELS
 from tasks.record.code import code_version
 from tasks.record.progress import progress, say
 from tasks.record.store import SUMMARY, Record
@@ -35,7 +35,7 @@ def resolve_model(
 ) -> BaseModelFiles:
     """Find or make the base model, before any other compute is spent.
 
-    The planted model is made once for an experiment and kept in its record: another machine's
+    A world's model is made once for an experiment and kept in its record: another machine's
     arithmetic might make another one.
 
     Raises:
@@ -46,21 +46,21 @@ def resolve_model(
     if kept.path:
         return kept
     model = settings.model
-    made, name = make_planted(model, seed, home), _planted_name(model, seed)
+    made, name = make_world_model(model, seed, home), _recorded_name(model, seed)
     record.client.log_artifacts(record.iteration_run(SUMMARY), str(made), name)
     record.log_text(f"{name}.digest", folder_digest(made, home))  # last: the copy is whole
     return kept_model(settings, seed, home, record)
 
 
 def kept_model(settings: PolicySettings, seed: int, home: Path, record: Record) -> BaseModelFiles:
-    """The base model where it is; a planted one that was never made has an empty path.
+    """The base model where it is; a world's that was never made has an empty path.
 
     Raises:
         UserError: the directory lacks what transformers needs.
     """
     check_model(settings)
-    if settings.model in NAMES:
-        return _kept_planted(settings.model, seed, home, record)
+    if settings.model in WORLD_MODELS:
+        return _kept_world_model(settings.model, seed, home, record)
     directory = Path(settings.model).expanduser()
     if directory.is_dir():
         return BaseModelFiles(str(directory.resolve()), folder_digest(directory, home))
@@ -73,8 +73,9 @@ def check_model(settings: PolicySettings) -> str:
     Raises:
         UserError: there is no such directory, or it lacks what transformers needs.
     """
-    if settings.model in NAMES:
-        return "the planted world's, pretrained here the first time (a few minutes at most)"
+    if settings.model in WORLD_MODELS:
+        world = WORLD_MODELS[settings.model].name
+        return f"the {world} world's, pretrained here the first time (a few minutes at most)"
     directory = Path(settings.model).expanduser()
     if directory.is_dir():
         check_listing(directory)
@@ -84,7 +85,7 @@ def check_model(settings: PolicySettings) -> str:
             "there is no such directory",
             where=f"setting 'policy.model' = {settings.model}",
             expected="a transformers model directory, a hub name such as owner/model, or one of "
-            + ", ".join(NAMES),
+            + ", ".join(WORLD_MODELS),
         )
     return f"{settings.model} from the hub, revision {settings.revision or 'main'}"
 
@@ -93,13 +94,13 @@ def open_model(settings: PolicySettings, home: Path, use: Use = "trained") -> st
     """`check_model`, with the model's files looked into where they are on this machine.
 
     It takes some seconds the first time, in a process of its own; what was found good is
-    remembered under `home`. The planted models are our own, and are not looked into.
+    remembered under `home`. The worlds' models are our own: they are not looked into.
 
     Raises:
         UserError: as `check_model` and `models.checkpoints.check.check_directory`.
     """
     found = check_model(settings)
-    if settings.model in NAMES:
+    if settings.model in WORLD_MODELS:
         return found
     directory = located(settings)
     return f"{found}: {check_directory(directory, settings, use, home)}" if directory else found
@@ -110,9 +111,9 @@ def folder_digest(folder: Path, home: Path) -> str:
     return text_sha256(json.dumps(file_hashes(folder, home), sort_keys=True))
 
 
-def _kept_planted(model: str, seed: int, home: Path, record: Record) -> BaseModelFiles:
-    """The planted model as the record has it."""
-    name = _planted_name(model, seed)
+def _kept_world_model(model: str, seed: int, home: Path, record: Record) -> BaseModelFiles:
+    """A world's model as the record has it."""
+    name = _recorded_name(model, seed)
     try:
         digest = record.read_text(f"{name}.digest")
     except Damaged as error:
@@ -123,7 +124,7 @@ def _kept_planted(model: str, seed: int, home: Path, record: Record) -> BaseMode
     folder = record.fetch_folder(name)
     if folder_digest(folder, home) != digest:
         raise UserError(
-            "the planted model in the record is damaged",
+            f"the model {model} in the record is damaged",
             where=str(folder),
             expected=f"files with the digest {digest[:12]}…",
             fix="delete it if it is a copy of the record, below the home; else start again under "
@@ -132,14 +133,12 @@ def _kept_planted(model: str, seed: int, home: Path, record: Record) -> BaseMode
     return BaseModelFiles(str(folder.resolve()), digest)
 
 
-def _planted_name(model: str, seed: int) -> str:
-    return f"{model}-{seed}-{code_version('models.planted.pretrain')[:12]}"
+def _recorded_name(model: str, seed: int) -> str:
+    return f"{model}-{seed}-{code_version(WORLD_MODELS[model].pretraining)[:12]}"
 
 
-def make_planted(model: str, seed: int, home: Path) -> Path:
-    """The directory of a planted model in this machine's cache, pretrained the first time."""
-    from models.planted.pretrain import RECIPES, planted_model
-
+def make_world_model(model: str, seed: int, home: Path) -> Path:
+    """The directory of a world's model in this machine's cache, pretrained the first time."""
     done = 0
     with progress(f"pretrain {model}", 100, "%") as tick:
 
@@ -149,4 +148,4 @@ def make_planted(model: str, seed: int, home: Path) -> Path:
             tick(percent - done)
             done = percent
 
-        return planted_model(home / "planted", seed, advance, RECIPES[model])
+        return WORLD_MODELS[model].pretrain(model, seed, home, advance)

@@ -24,10 +24,10 @@ from models.judges.opening import open_policy
 from models.policy import NO_ANSWER, Messages, Policy, Progress, Request, Scoring
 from models.pools.base import Compute, Pool
 from models.prompts import ConstitutionWording, under_constitution
+from models.worlds.base import Oracle
 from tasks.benchmarks.settings import about_principles
 from tasks.evaluate import (
     EvaluateSettings,
-    are_planted,
     check_judges,
     noted_judges,
     open_benches,
@@ -42,9 +42,10 @@ from tasks.judging.comparisons import (
     win_rates,
 )
 from tasks.judging.panel import Panel
-from tasks.judging.planted_truth import obedience_metrics
+from tasks.judging.truth import obedience_metrics
 from tasks.policies.answers import Given
 from tasks.policies.opening import PolicySource
+from tasks.prompts import world_of
 from tasks.record.progress import progress
 from tasks.record.stage import stage
 from tasks.record.store import Attempt, Slot
@@ -109,8 +110,9 @@ def evaluate_stage(
 
     def compute(work: Workspace) -> Metrics:
         prompts = held_out.read("prompts", Prompt)
-        planted = are_planted(prompts)
-        check_followed(settings, scoring, planted)
+        world = world_of(prompts)
+        oracle = world.oracle if world else None
+        check_followed(settings, scoring, oracle)
         pool = pool_of(written)
         check_mixtures(sampling, pool.trained)
         asked = asks(prompts, pool, sampling.principles, at.seed)
@@ -129,10 +131,12 @@ def evaluate_stage(
             if not policy.settings.endpoint:  # it tells no log-probabilities
                 metrics |= mi_metrics(shard.map("information", Estimate, prompts, estimate))
 
-        with closing(open_benches(planted, scoring, at.seed, open_policy)) as benches:
+        with closing(open_benches(oracle, scoring, at.seed, open_policy)) as benches:
             panel = panel_of(benches, settings, at, work)
             metrics |= _compared(panel, settings, responses, references, prompts)
-        return metrics | (obedience_metrics(responses, prompts) if planted else {})
+        if world and oracle:
+            metrics |= obedience_metrics(world.name, oracle, responses, prompts)
+        return metrics
 
     where = noted_judges(policy.noted(at), _about_constitutions(settings), scoring)
     mixtures = sampling.model_dump_json(include={"constitutions", "principles"})
@@ -141,15 +145,17 @@ def evaluate_stage(
     return where.attempt("evaluate", settings, inputs, compute)
 
 
-def check_followed(settings: EvaluateSettings, scoring: ScoreSettings, planted: bool) -> None:
+def check_followed(
+    settings: EvaluateSettings, scoring: ScoreSettings, oracle: Oracle | None
+) -> None:
     """Refuse judges that cannot tell how a constitution is followed, before anything is answered.
 
     Raises:
-        UserError: the oracle outside the planted world; a judge that reads no constitution.
+        UserError: the oracle where there is none; a judge that reads no constitution.
     """
-    check_judges(settings, scoring, planted)
+    check_judges(settings, scoring, oracle)
     for judge in settings.judges:
-        blind = judge.kind == "reward" or (judge.kind == "auto" and not planted)
+        blind = judge.kind == "reward" or (judge.kind == "auto" and not oracle)
         if blind:
             raise UserError(
                 "this judge reads no constitution",

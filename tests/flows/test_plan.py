@@ -22,10 +22,10 @@ from flows.plan.plan import like, plan
 from flows.plan.workload import CHARACTERS, MARKS, Assumed, Lengths, SampledTurn, Workload, lengths
 from flows.settings import PRESETS, ExperimentSettings, load_settings, presets
 from models.engine.local import load_policy
-from models.planted import NAMES
 from models.policy import Completion, Message, PolicySettings, Request
 from models.prompts import CHAT_CONSTITUTION, TEMPLATES, ask_refinement, under_constitution
 from models.training.encoding import Group
+from models.worlds.registry import WORLD_MODELS
 from tasks.judging.comparisons import answer_pairs
 from tasks.mine import mine
 from tasks.policies.answers import answer
@@ -49,7 +49,7 @@ def test_every_preset_is_planned(
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in presets() if load_settings(name).policy.model not in NAMES]
+    "name", [name for name in presets() if load_settings(name).policy.model not in WORLD_MODELS]
 )
 def test_a_preset_says_what_it_takes(name: str) -> None:
     text = (PRESETS / f"{name}.yaml").read_text("utf-8")

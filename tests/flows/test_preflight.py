@@ -57,7 +57,7 @@ def test_the_oracle_elsewhere_and_a_similarity_that_is_no_judge_are_refused(
         "prompts.later=1",
         "prompts.held_out=2",
     ]
-    with pytest.raises(UserErrors, match="the oracle knows only the planted world"):
+    with pytest.raises(UserErrors, match="the oracle knows only the prompts of an embedded world"):
         check(load_settings("planted", [*real, "evaluate.judge=oracle"]))
     grades = "{kind: absolute, policy: {model: m}, endpoint: 'http://localhost:1/v1'}"
     scoring = ["score.similarity=judge", f"score.judge={grades}"]

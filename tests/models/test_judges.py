@@ -20,8 +20,8 @@ from models.judges.base import (
     Grade,
     Judge,
     JudgeSettings,
+    OracleJudge,
     Pair,
-    PlantedOracle,
     PrincipleJudge,
     Rubric,
     Verdict,
@@ -30,6 +30,7 @@ from models.judges.base import (
     per_pair,
 )
 from models.judges.opening import choose_judge, load_judge, open_policy
+from models.planted import oracle
 from models.planted.world import sample_examples
 from models.policy import Policy, PolicySettings, Request
 from tasks.score import ScoreSettings, similarity_of
@@ -78,7 +79,7 @@ def test_a_failed_grade_is_a_failure_with_its_reason(text: str, reason: str) -> 
 
 def test_the_oracle_fails_on_a_prompt_of_another_world() -> None:
     example = sample_examples(1, seed=0)[0]
-    foreign, planted = PlantedOracle().compare(
+    foreign, planted = OracleJudge(oracle).compare(
         [
             pair("a", "b", prompt="What is the capital of France?"),
             pair(example.gold, example.chore.core, prompt=example.prompt),
@@ -96,7 +97,8 @@ def test_progress_counts_pairs() -> None:
 
 def test_auto_asks_the_oracle_only_where_it_knows_the_truth() -> None:
     def chosen(choice: str, planted: bool) -> str:
-        return choose_judge(choice, planted=planted, similarity=SIMILARITY).name  # type: ignore[arg-type]
+        truth = oracle if planted else None
+        return choose_judge(choice, oracle=truth, similarity=SIMILARITY).name  # type: ignore[arg-type]
 
     assert chosen("auto", True) == chosen("oracle", True) == "oracle"
     assert chosen("auto", False) == chosen("similarity", True) == "similarity:overlap"
@@ -105,7 +107,7 @@ def test_auto_asks_the_oracle_only_where_it_knows_the_truth() -> None:
 
 
 def test_only_the_oracle_judges_principles() -> None:
-    assert isinstance(PlantedOracle(), PrincipleJudge)
+    assert isinstance(OracleJudge(oracle), PrincipleJudge)
     assert not isinstance(SIMILARITY, PrincipleJudge)
 
 
@@ -198,7 +200,7 @@ def test_control_tokens_are_broken_and_nothing_is_lost(token: str) -> None:
 
 
 def test_a_judge_says_whether_the_order_matters() -> None:
-    judges: list[Judge] = [PlantedOracle(), SIMILARITY]
+    judges: list[Judge] = [OracleJudge(oracle), SIMILARITY]
     assert [judge.ordered for judge in judges] == [False, False]
     assert SIMILARITY.compare([pair("a", "b")])[0].verdicts == ()
 
@@ -236,7 +238,7 @@ def test_the_settings_open_the_judge(monkeypatch: pytest.MonkeyPatch) -> None:
         return None  # type: ignore[return-value]
 
     def judge(settings: JudgeSettings, **more: Any) -> Judge:
-        return load_judge(settings, planted=True, similarity=SIMILARITY, **more)
+        return load_judge(settings, oracle=oracle, similarity=SIMILARITY, **more)
 
     remote = JudgeSettings(kind="pairwise", policy=ENGINE, endpoint="http://localhost:8000/v1")
     assert judge(JudgeSettings()).name == "oracle"

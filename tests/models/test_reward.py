@@ -129,7 +129,7 @@ def test_the_settings_open_it(tmp_path: Path) -> None:
     given = JudgeSettings(
         kind="reward", policy=settings(build(tmp_path / "judge")), reward_tie=0.25
     )
-    judge = load_judge(given, planted=False, similarity=None)  # type: ignore[arg-type]
+    judge = load_judge(given, oracle=None, similarity=None)  # type: ignore[arg-type]
     assert isinstance(judge, RewardModel) and judge.tie == 0.25 and judge.name == "reward:judge"
 
 

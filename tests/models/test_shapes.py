@@ -14,11 +14,11 @@ from transformers import DynamicCache
 
 from constitutions.errors import UserError
 from models.checkpoints.shapes import PUBLISHED, Shape, read_shape, shape_of
-from models.planted import NAMES
 from models.policy import PolicySettings
 from models.prompts import TERSE_CONSTITUTION
 from models.training.adapter import AdapterSettings
 from models.training.bases import load_base, new_adapter
+from models.worlds.registry import WORLD_MODELS
 
 ODD: dict[str, Any] = {
     "vocab_size": 515,
@@ -91,7 +91,7 @@ def test_published_configurations_build_what_they_say(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WORLD_MODELS)
 def test_a_planted_model_is_the_one_that_is_pretrained(name: str) -> None:
     from models.planted.pretrain import RECIPES, build_model, build_tokenizer
 

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from constitutions.errors import UserError
-from models.judges.base import GoldSimilarity, Grade, Judgement, Pair, PlantedOracle
+from models.judges.base import GoldSimilarity, Grade, Judgement, OracleJudge, Pair
+from models.planted import oracle
 from models.planted.world import BEHAVIOURS, PlantedExample, arrange, sample_examples
 from models.policy import Completion, Message, Progress, Request, Scoring
 from models.prompts import CHAT
 from tasks.evaluate import EvaluateSettings
 from tasks.judging.comparisons import compare, source_metrics, win_rate_metrics, win_rates
-from tasks.judging.planted_truth import faithfulness_metrics, planted_metrics
+from tasks.judging.truth import faithfulness_metrics, truth_metrics
 from tasks.policies.answers import answer, answer_metrics
 from tasks.rows import (
     Answer,
@@ -341,7 +342,7 @@ def planted_answers(
 def test_the_oracle_prefers_what_the_prompt_calls_for() -> None:
     right = planted_answers(1, lambda e: [one_needed(e)])
     wrong = planted_answers(0, lambda e: ["joke"])
-    rates = win_rates(compare(right, wrong, WORLD, PlantedOracle()), seed=0)
+    rates = win_rates(compare(right, wrong, WORLD, OracleJudge(oracle)), seed=0)
     assert rates["refined_vs_0"].rate == 1.0
     assert rates["refined_vs_initial_0"].rate == 1.0
     assert rates["initial_vs_0"].ties == len(WORLD)
@@ -350,7 +351,7 @@ def test_the_oracle_prefers_what_the_prompt_calls_for() -> None:
 def test_faithfulness_tells_right_labels_from_wrong_ones() -> None:
     rows = labelled(label=lambda e: wording("joke"), cluster=lambda b: 0)
     figures = faithfulness_metrics(
-        PlantedOracle(), labelled=rows, answers=planted_answers(1, lambda e: [])
+        OracleJudge(oracle), labelled=rows, answers=planted_answers(1, lambda e: [])
     )
     assert figures == {
         "faithfulness/original": 1.0,
@@ -401,9 +402,8 @@ def planted(rows: Sequence[Labelled], principles: Sequence[str]) -> dict[str, fl
         for r in rows
     ]
     answers_ = planted_answers(1, lambda e: [one_needed(e)])
-    return planted_metrics(
-        scored=scored, labelled=rows, principles=principles, prompts=WORLD, answers=answers_
-    )
+    found = {"scored": scored, "labelled": rows, "prompts": WORLD, "answers": answers_}
+    return truth_metrics("planted", oracle, principles=principles, **found)  # type: ignore[arg-type]
 
 
 def test_perfect_clusters_agree_with_the_truth_and_arbitrary_ones_do_not() -> None:

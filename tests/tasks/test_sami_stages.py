@@ -15,7 +15,7 @@ from scripted import Script
 
 from constitutions.constitution import Principle
 from constitutions.errors import UserError
-from models.judges.base import Pair, PlantedOracle, listed, numbered
+from models.judges.base import OracleJudge, Pair, listed, numbered
 from models.planted import oracle
 from models.policy import Message
 from models.prompts import CHAT_CONSTITUTION, under_constitution
@@ -23,7 +23,7 @@ from models.training.bases import load_tokenizer
 from models.training.encoding import Encoder
 from tasks.evaluate import EvaluateSettings
 from tasks.judging.comparisons import decide_all
-from tasks.judging.planted_truth import obedience_metrics
+from tasks.judging.truth import obedience_metrics
 from tasks.prompts import PromptSettings, prompt_sets
 from tasks.rows import Comparison, Draw, Prompt, Response, Sampled, prompt_id
 from tasks.sami.draw import PrinciplePool, draw
@@ -223,7 +223,7 @@ def test_the_oracle_judges_by_the_constitution() -> None:
     assert oracle.obedience(CHORE, ["always win", GREET], f"{HELLO} {CORE}") == 1
     assert oracle.obeyed(["always win"], CORE) is None, "a platitude asks for nothing"
 
-    (judged,) = PlantedOracle().compare(
+    (judged,) = OracleJudge(oracle).compare(
         [
             Pair(
                 prompt=(Message(role="user", content=CHORE),),
@@ -269,7 +269,7 @@ def test_responses_meet_under_their_constitution_and_never_by_position() -> None
         (GREET, "principles", 2, 0)
     }
     (half,) = (m for m in response_pairs(ours, theirs[:1], rows) if m.theirs.missing)
-    (row,) = decide_all([half], PlantedOracle())
+    (row,) = decide_all([half], OracleJudge(oracle))
     assert row.outcome is None and "there is none" in (row.failure or "")
     other = [response("principles", "x", JOKE, iteration=0, of=row) for row in rows]
     with pytest.raises(UserError, match="under other constitutions"):
@@ -320,7 +320,7 @@ def test_lengths_and_obedience_are_told_by_arm() -> None:
     assert found["answers/antitheses_characters"] == len(CORE)
     assert found["answers/plain_characters"] == 0 and found["answers/tokens"] == 6
     assert found["answers/empty"] == pytest.approx(1 / 3)
-    truth = obedience_metrics(rows, [row])
+    truth = obedience_metrics("planted", oracle, rows, [row])
     assert truth["planted/obeyed_principles"] == 0.5 and truth["planted/obeyed_antitheses"] == 1
     assert truth["planted/core_principles"] == 1 and truth["planted/core_plain"] == 0
     assert "planted/obeyed_plain" not in truth
@@ -336,11 +336,9 @@ def test_the_bound_is_the_losss() -> None:
 def test_judges_that_read_no_constitution_are_refused(judge: Any) -> None:
     settings = EvaluateSettings(judge=judge)
     with pytest.raises(UserError, match="reads no constitution"):
-        check_followed(settings, ScoreSettings(), planted=False)
-    check_followed(EvaluateSettings(), ScoreSettings(), planted=True)
-    check_followed(
-        EvaluateSettings.model_validate({"judge": "similarity"}), ScoreSettings(), planted=False
-    )
+        check_followed(settings, ScoreSettings(), None)
+    check_followed(EvaluateSettings(), ScoreSettings(), oracle)
+    check_followed(EvaluateSettings.model_validate({"judge": "similarity"}), ScoreSettings(), None)
 
 
 def test_an_experiment_that_goes_on_leaves_out_what_was_mined(corpora: Path) -> None:

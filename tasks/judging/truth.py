@@ -1,15 +1,16 @@
-"""What only the planted world's truth can tell: were the right principles found, and followed?
+"""What only the truth of an embedded world can tell: were the right principles found, and followed?
 
-`tasks.evaluate` asks on the planted world alone. Nothing of this reaches what is learned.
+`tasks.evaluate` asks where the world has an oracle. Nothing of this reaches what is learned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 from models.judges.base import PrincipleJudge
 from models.policy import Message
+from models.worlds.base import Oracle
 from tasks.rows import Answer, Labelled, Prompt, Response, Scored
 
 
@@ -38,7 +39,9 @@ def faithfulness_metrics(
     return figures | {"faithfulness/failed": float(failed)}
 
 
-def planted_metrics(
+def truth_metrics(
+    world: str,
+    oracle: Oracle,
     *,
     scored: Iterable[Scored],
     labelled: Sequence[Labelled],
@@ -46,18 +49,17 @@ def planted_metrics(
     prompts: Sequence[Prompt],
     answers: Sequence[Answer],
 ) -> dict[str, float]:
-    """What only the planted world's truth can tell; shares in [0, 1].
+    """Figures under the world's name; shares in [0, 1].
 
-    - `planted/nmi`, `planted/ari`: the clusters against the behaviour that each distinct kept
+    - `nmi`, `ari`: the clusters against the behaviour that each distinct kept
       principle names (malformed ones left out and counted).
-    - `planted/precision`: entries of the constitution (`principles`) that name a behaviour which
-      prompts call for; `planted/recall`: such behaviours that at least one entry names;
-      `planted/duplicates`: entries that name a behaviour which another entry already names.
+    - `precision`: entries of the constitution (`principles`) that name a behaviour which
+      prompts call for; `recall`: such behaviours that at least one entry names;
+      `duplicates`: entries that name a behaviour which another entry already names.
     - `planted/hinted_right`, `kept_right`, `invented_right`: principles that the prompt calls for
       and y1 lacks, among all sampled candidates, the kept trajectories and the held-out answers.
-    - `planted/core_initial`, `planted/core_refined`: how much of the content survives.
+    - `core_initial`, `core_refined`: how much of the content survives.
     """
-    from models.planted import oracle
 
     def right(prompt: Sequence[Message], initial: str, principle: str) -> bool:
         named = oracle.behaviour_of(principle)
@@ -77,22 +79,23 @@ def planted_metrics(
             oracle.core_share(asked[a.prompt_id][-1]["content"], a.refined) for a in answers
         ],
     }
-    return (
-        {f"planted/{name}": fmean(values) for name, values in shares.items() if values}
-        | _recovery(principles, oracle.TRUTH, oracle.behaviour_of)
-        | _agreement(labelled, oracle.behaviour_of)
+    figures = (
+        {name: fmean(values) for name, values in shares.items() if values}
+        | _recovery(principles, oracle)
+        | _agreement(labelled, oracle)
     )
+    return {f"{world}/{name}": value for name, value in figures.items()}
 
 
-def obedience_metrics(responses: Iterable[Response], prompts: Iterable[Prompt]) -> dict[str, float]:
-    """Of SAMI's responses, by the kind of constitution; shares in [0, 1].
+def obedience_metrics(
+    world: str, oracle: Oracle, responses: Iterable[Response], prompts: Iterable[Prompt]
+) -> dict[str, float]:
+    """Of SAMI's responses under the world's name, by the kind of constitution; shares in [0, 1].
 
-    - `planted/obeyed_<arm>`: of the principles and antitheses that a response was told (and that
+    - `obeyed_<arm>`: of the principles and antitheses that a response was told (and that
       word a behaviour), those that it follows.
-    - `planted/core_<arm>`: how much of the content survives, "plain" being without a constitution.
+    - `core_<arm>`: how much of the content survives, "plain" being without a constitution.
     """
-    from models.planted import oracle
-
     asked = {p.prompt_id: p.prompt[-1]["content"] for p in prompts}
     shares: dict[str, list[float]] = {}
     for row in responses:
@@ -100,32 +103,28 @@ def obedience_metrics(responses: Iterable[Response], prompts: Iterable[Prompt]) 
         shares.setdefault(f"core_{row.arm}", []).append(core)
         if (obeyed := oracle.obeyed(row.principles, row.response)) is not None:
             shares.setdefault(f"obeyed_{row.arm}", []).append(obeyed)
-    return {f"planted/{name}": fmean(values) for name, values in shares.items()}
+    return {f"{world}/{name}": fmean(values) for name, values in shares.items()}
 
 
-def _recovery(
-    principles: Sequence[str], truth: frozenset[str], behaviour_of: Callable[[str], str | None]
-) -> dict[str, float]:
+def _recovery(principles: Sequence[str], oracle: Oracle) -> dict[str, float]:
     """Precision, recall and duplicates of the constitution against the truth."""
-    named = [b for b in map(behaviour_of, principles) if b in truth]
-    figures = {"planted/recall": len(set(named)) / len(truth)}
+    named = [b for b in map(oracle.behaviour_of, principles) if b in oracle.TRUTH]
+    figures = {"recall": len(set(named)) / len(oracle.TRUTH)}
     if principles:
-        figures["planted/precision"] = len(named) / len(principles)
-        figures["planted/duplicates"] = float(len(named) - len(set(named)))
+        figures["precision"] = len(named) / len(principles)
+        figures["duplicates"] = float(len(named) - len(set(named)))
     return figures
 
 
-def _agreement(
-    labelled: Sequence[Labelled], behaviour_of: Callable[[str], str | None]
-) -> dict[str, float]:
+def _agreement(labelled: Sequence[Labelled], oracle: Oracle) -> dict[str, float]:
     """NMI and ARI of the clusters of distinct principles against what they name."""
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
     clusters = {row.principle: row.cluster for row in labelled}
-    named = {z: b for z in clusters if (b := behaviour_of(z)) is not None}
-    figures = {"planted/malformed": float(len(clusters) - len(named))}
+    named = {z: b for z in clusters if (b := oracle.behaviour_of(z)) is not None}
+    figures = {"malformed": float(len(clusters) - len(named))}
     if len(named) > 1:
         truth, found = list(named.values()), [clusters[z] for z in named]
-        figures["planted/nmi"] = float(normalized_mutual_info_score(truth, found))
-        figures["planted/ari"] = float(adjusted_rand_score(truth, found))
+        figures["nmi"] = float(normalized_mutual_info_score(truth, found))
+        figures["ari"] = float(adjusted_rand_score(truth, found))
     return figures

@@ -1,0 +1,1 @@
+"""The embedded worlds: what one offers (`base`), and which there are (`registry`)."""

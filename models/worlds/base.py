@@ -1,0 +1,102 @@
+"""What an embedded world offers: prompts with golds; and, where it has them, models and an oracle.
+
+The stages, the judges and the planner ask a `World`, and never for its name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+Steps = Callable[[int, int], None]
+"""Is called with (steps done, steps in all)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorldPrompt:
+    """A prompt with its gold response; `source` says where in the world it is from ("train:1")."""
+
+    prompt: str
+    gold: str
+    source: str
+
+
+class Oracle(Protocol):
+    """What is true of a world's prompts. It measures; nothing that learns may call it.
+
+    Each function that reads a prompt raises UserError where the prompt is not of the world.
+    """
+
+    TRUTH: frozenset[str]
+    """Every behaviour that a prompt can call for: what a constitution should recover."""
+
+    def score(self, prompt: str, response: str) -> float:
+        """How good a response is: higher is better."""
+
+    def obedience(self, prompt: str, principles: Sequence[str], response: str) -> float:
+        """How well a response follows a constitution: higher is better."""
+
+    def obeyed(self, principles: Sequence[str], response: str) -> float | None:
+        """The share, in [0, 1], of the principles that a response follows; None without any."""
+
+    def core_share(self, prompt: str, response: str) -> float:
+        """How much of the plain answer, in [0, 1], a response holds."""
+
+    def needed(self, prompt: str) -> frozenset[str]:
+        """The behaviours that a prompt calls for."""
+
+    def shown(self, response: str) -> frozenset[str]:
+        """The behaviours that a response shows."""
+
+    def behaviour_of(self, principle: str) -> str | None:
+        """The behaviour that a principle names; None where it names none."""
+
+    def known(self, principle: str) -> bool:
+        """Whether a text names a behaviour, or the antithesis of one."""
+
+
+class World(ABC):
+    """An embedded world: one object in `models.worlds.registry`; its name is `prompts.sources`."""
+
+    name: str
+    models: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """The world's own models: each name that `policy.model` may have, and its `config.json`."""
+    pretraining: str = ""
+    """The module whose code decides what `pretrain` makes."""
+    policy: ClassVar[Mapping[str, Any]] = {}
+    """The settings that those models need as a principle writer, by their name in `policy`."""
+    principle: str = ""
+    """An example of a principle that its oracle knows."""
+
+    @abstractmethod
+    def mined(self, n: int, seed: int) -> list[WorldPrompt]:
+        """The first `n` prompts to mine; those of a shorter list begin a longer one.
+
+        Raises:
+            ValueError: the world has fewer.
+        """
+
+    @abstractmethod
+    def held_out(self, n: int, seed: int) -> list[WorldPrompt]:
+        """`n` prompts for evaluation, none of them among those to mine.
+
+        Raises:
+            ValueError: the world has fewer.
+        """
+
+    @property
+    def topics(self) -> Sequence[str]:
+        """The topics on which its models can write principles."""
+        return ()
+
+    @property
+    def oracle(self) -> Oracle | None:
+        """Who knows the truth; None in a world whose answers only its golds can judge."""
+        return None
+
+    def pretrain(self, model: str, seed: int, cache: Path, progress: Steps) -> Path:
+        """The directory of one of `models`, below `cache`; it is made the first time."""
+        raise NotImplementedError(f"the world {self.name} has no models")

@@ -1,0 +1,63 @@
+"""`docs/extend.md`: the diff of each section applies to a copy of the project, and works there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("constitutions", "models", "tasks", "flows", "pyproject.toml", "prefect.yaml")
+
+
+def extended(section: str, place: Path) -> Path:
+    """A copy of the project below `place`, with the diff of a section applied."""
+    page = (ROOT / "docs/extend.md").read_text("utf-8")
+    (text,) = (part for part in page.split("\n## ")[1:] if part.startswith(f"{section}\n"))
+    (diff,) = re.findall(r"```diff\n(.*?)```", text, re.DOTALL)
+    copy = place / "project"
+    copy.mkdir()
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, copy / name)
+    subprocess.run(["git", "apply", "-"], cwd=copy, input=diff, text=True, check=True)
+    return copy
+
+
+def python(copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python in the copy, with what it printed."""
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=copy, capture_output=True, text=True, timeout=300
+    )
+
+
+def staple(copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`staple` in the copy, with what it printed."""
+    return python(copy, "-m", "flows.commands.cli", *arguments)
+
+
+def test_a_world(tmp_path: Path) -> None:
+    copy = extended("Add a world", tmp_path)
+    code = (
+        "from tasks.prompts import PromptSettings, prompt_sets, world_of\n"
+        "settings = PromptSettings(sources='sums', first=3, later=2, held_out=4)\n"
+        "sets = [prompt_sets(settings, 0, t).rows for t in range(3)]\n"
+        "assert [len(rows) for rows in sets] == [4, 3, 2]\n"
+        "assert len({row.prompt_id for rows in sets for row in rows}) == 9\n"
+        "assert sets[2][0].source == 'sums/train:4' and world_of(sets[0]).name == 'sums'\n"
+        "assert settings.oracle is None and settings.has_golds\n"
+    )
+    ran = python(copy, "-c", code)
+    assert ran.returncode == 0, ran.stderr
+    used = staple(copy, "validate", "planted", "--set", "prompts.sources=sums")
+    assert used.returncode == 0 and "can be run" in used.stdout, used.stderr
+    refused = staple(copy, "validate", "planted", "--set", "prompts.sources=nowhere")
+    assert refused.returncode == 2 and "planted, sums" in refused.stderr
+    oracle = ("--set", "prompts.sources=sums", "--set", "evaluate.judge=oracle")
+    refused = staple(copy, "validate", "planted", *oracle)
+    assert refused.returncode == 2 and "an embedded world" in refused.stderr
