@@ -3,14 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-servers lint bench install clean
+.PHONY: demo test test-quick test-servers lint bench install clean
 
 demo: $(VENV)/.run  ## the whole loop on the planted world: about three minutes on two cores
 	$(BIN)/staple run planted
 
 test: $(VENV)/.dev  ## everything, on a CPU, without a network
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-quick: $(VENV)/.dev  ## a broad part of it, in two minutes
+	$(PYTEST) -m "not slow"
 
 test-servers: $(VENV)/.dev  ## the whole loop through servers with passwords, on Debian's Postgres
 	STAPLE_TEST_SERVERS=1 $(BIN)/python docker/from_packages.py -- $(BIN)/python -m pytest tests/test_end_to_end.py

@@ -1,14 +1,15 @@
-"""What many tests share: quiet, offline libraries, and a fresh MLflow database without the wait."""
+"""What many tests share: quiet, offline libraries, and folders that one worker makes for all."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from models.engine import threads
 
@@ -34,14 +35,60 @@ if not GIVEN_SERVERS:
     os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
-@pytest.fixture(scope="session")
-def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database with its tables: creating them takes seconds, copying does not."""
-    from mlflow import MlflowClient
+Once = Callable[[str, Callable[[Path], object]], Path]
 
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """`once(name, make)` is a folder that `make` filled, one time for all workers of this run.
+
+    The first who asks makes it while the others wait. Nobody may change it: copy it instead.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        shared.mkdir(exist_ok=True)
+        place, made = shared / name, shared / f"{name}.made"
+        with FileLock(shared / f"{name}.lock"):
+            if not made.exists():
+                shutil.rmtree(place, ignore_errors=True)
+                place.mkdir()
+                make(place)
+                made.touch()
+        return place
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def migrated_database(once: Once) -> Path:
+    """An empty MLflow database with its tables: creating them takes seconds, copying does not."""
+
+    def make(folder: Path) -> None:
+        from mlflow import MlflowClient
+
+        MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+
+    return once("mlflow", make) / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def lineage(once: Once, migrated_database: Path) -> Path:
+    """A folder with a model, rows and the record of "lineage", for all modules to copy."""
+    import small_loop
+
+    return once("lineage", lambda folder: small_loop.make_finished(folder, migrated_database))
+
+
+@pytest.fixture(scope="session")
+def planted_writer(once: Once) -> Path:
+    """The folder of a planted model that was taught little but to write (`planted_writer.WRITER`)."""
+    from planted_writer import WRITER
+
+    from models.planted.pretrain import planted_model
+
+    return once("writer", lambda folder: planted_model(folder, 0, None, WRITER))
 
 
 @pytest.fixture

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from chat_model import TEXT, build_chat_model
 
@@ -77,6 +80,26 @@ def make(folder: Path, migrated_database: Path) -> None:
     (folder / "lineage.yaml").write_text(yaml.safe_dump(values))
     (folder / "pairs.yaml").write_text(yaml.safe_dump({"principles": PAIRS}))
     (folder / "taught.yaml").write_text(yaml.safe_dump({**values, **TAUGHT}))
+
+
+def make_finished(folder: Path, migrated_database: Path) -> None:
+    """The same with "lineage" finished; `copy_finished` takes it elsewhere."""
+    make(folder, migrated_database)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("STAPLE_HOME", str(folder / ".staple"))
+        finished()
+
+
+def copy_finished(made: Path, folder: Path) -> None:
+    """Copy a finished experiment; its settings and its record name the new folder."""
+    shutil.copytree(made, folder, dirs_exist_ok=True)
+    for settings in folder.glob("*.yaml"):
+        settings.write_text(settings.read_text().replace(str(made), str(folder)))
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database, database:
+        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+            moved = f"UPDATE {table} SET {column} = replace({column}, ?, ?)"
+            database.execute(moved, (str(made), str(folder)))
 
 
 def finished(name: str = "lineage") -> ExperimentSettings:

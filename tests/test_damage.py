@@ -95,13 +95,13 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> Iterator[Place]:
+def made(tmp_path_factory: pytest.TempPathFactory, lineage: Path) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("finished")
+    small_loop.copy_finished(lineage, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("STAPLE_HOME", str(folder / ".staple"))
-        small_loop.make(folder, migrated_database)
-        small_loop.finished()
+        note_settings(load_settings("lineage.yaml"))
         record = record_of("lineage")
         run = record.client.get_run(record.iteration_run(SUMMARY))
         yield Place(folder, Path(run.info.artifact_uri.removeprefix("file://")))

@@ -32,7 +32,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) ->
     return place
 
 
-PROGRAM = "import sys; from flows import program; program.GRACE_SECONDS = {}; program.main()"
+PROGRAM = (
+    "import sys; from flows.commands import program; program.GRACE_SECONDS = {}; program.main()"
+)
 
 
 def staple(folder: Path, *arguments: str, grace: float = GRACE_SECONDS) -> subprocess.Popen[bytes]:

@@ -1,4 +1,4 @@
-"""A finished small experiment, once for the tests of a module."""
+"""A finished small experiment: computed once, copied for each module."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from flows.settings import ExperimentSettings
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> Path:
-    """A folder with a model, rows and a record."""
+def made(lineage: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of it that the tests of a module may change."""
     folder = tmp_path_factory.mktemp("lineage")
-    small_loop.make(folder, migrated_database)
+    small_loop.copy_finished(lineage, folder)
     return folder
 
 

@@ -15,7 +15,6 @@ from brief_judge import judging, size
 from chat_model import build_chat_model
 from command import staple
 from openai_server import BASE
-from planted_writer import WRITER
 
 from constitutions.constitution import load
 from constitutions.errors import UserErrors
@@ -25,7 +24,6 @@ from flows.experiment import note_settings, open_experiment, record_of, recorded
 from flows.settings import ExperimentSettings, following, load_settings, with_changes
 from flows.stages import run_stage
 from flows.states import stage_states, unchanged
-from models.planted.pretrain import planted_model
 from models.training.bases import attach_adapter, load_base
 from tasks.judging.winrate import win_rate
 from tasks.rows import Comparison, Mined, Response, Sampled
@@ -188,8 +186,8 @@ def test_prompts_without_golds_are_enough(
 
 
 @pytest.fixture(scope="module")
-def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return planted_model(tmp_path_factory.mktemp("writer"), 0, None, WRITER)
+def writer(planted_writer: Path) -> Path:
+    return next(planted_writer.glob("planted-*"))
 
 
 @pytest.mark.usefixtures("prefect_server")

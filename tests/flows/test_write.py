@@ -30,21 +30,13 @@ HELD: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the model."""
-    folder = tmp_path_factory.mktemp("planted")
-    pretrain.planted_model(folder, 0, None, WRITER)
-    return folder
-
-
 @pytest.fixture
-def writer(made: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def writer(planted_writer: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The directory of the model that "planted-sami" names here, in an empty working directory."""
     monkeypatch.setitem(pretrain.RECIPES, "planted-sami", WRITER)
     (workplace / ".staple").mkdir()
-    (workplace / ".staple" / "planted").symlink_to(made)
-    return pretrain.planted_model(made, 0, None, WRITER)
+    (workplace / ".staple" / "planted").symlink_to(planted_writer)
+    return next(planted_writer.glob("planted-*"))
 
 
 @pytest.fixture

@@ -59,20 +59,12 @@ def warm() -> None:
     """Import what the commands do, and make what a first call makes."""
     import importlib
 
-    names = (
-        "cli",
-        "show",
-        "stages",
-        "report",
-        "export",
-        "ask",
-        "judge",
-        "edit",
-        "plan",
-        "services",
-    )
-    for name in (*names, "em", "together", "baselines", "write", "compare", "preflight"):
-        importlib.import_module(f"flows.{name}")
+    commands = ("cli", "show", "report", "export", "ask", "judge", "edit", "write", "compare")
+    modules = [f"flows.commands.{name}" for name in commands]
+    for name in ("stages", "em", "together", "baselines", "preflight"):
+        modules.append(f"flows.{name}")
+    for module in (*modules, "flows.plan.plan", "flows.server.services"):
+        importlib.import_module(module)
     from flows.experiment import record_of
     from flows.settings import load_settings
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planted_writer import WRITER
 from review_world import clustered_attempt
 from scripted import Script, ScriptedSource
 
@@ -20,7 +19,6 @@ from constitutions.reference import load_pairs
 from models.engine.local import load_policy
 from models.planted import world
 from models.planted.oracle import behaviour_of
-from models.planted.pretrain import pretrain
 from models.policy import Completion, Message, Policy, PolicySettings, Progress, Request
 from models.prompts import CHAT_CONSTITUTION, TERSE_CONSTITUTION
 from tasks.record.store import Record, Slot
@@ -405,21 +403,19 @@ def test_a_discovered_constitution_becomes_pairs(at: Slot) -> None:
 
 
 @pytest.fixture(scope="module")
-def planted_writer(tmp_path_factory: pytest.TempPathFactory) -> Policy:
-    """A planted model that was taught little but to write."""
-    directory = tmp_path_factory.mktemp("writer") / "model"
-    pretrain(WRITER, 0, directory)
+def real_writer(planted_writer: Path) -> Policy:
+    directory = next(planted_writer.glob("planted-*"))
     settings = PolicySettings(
         model=str(directory), dtype="float32", device="cpu", threads=1, quantization="none"
     )
     return load_policy(settings, directory, None)
 
 
-def test_a_planted_model_writes_a_constitution(planted_writer: Policy) -> None:
+def test_a_planted_model_writes_a_constitution(real_writer: Policy) -> None:
     settings = WriteSettings(topics=world.OBJECTS, principles=12)
-    found = write_pairs(planted_writer, settings, TERSE_CONSTITUTION, "0/0/write")
-    again = write_pairs(planted_writer, settings, TERSE_CONSTITUTION, "0/0/write")
-    other = write_pairs(planted_writer, settings, TERSE_CONSTITUTION, "1/0/write")
+    found = write_pairs(real_writer, settings, TERSE_CONSTITUTION, "0/0/write")
+    again = write_pairs(real_writer, settings, TERSE_CONSTITUTION, "0/0/write")
+    other = write_pairs(real_writer, settings, TERSE_CONSTITUTION, "1/0/write")
     assert found == again
     assert found.constitution != other.constitution, "the key seeds the noise"
     principles = found.constitution.principles

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conftest import Once
 
 from models.planted import pretrain
 
 
 @pytest.fixture(scope="session")
-def readable_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def readable_model(once: Once) -> Path:
     """A third of the usual pretraining: what it says is still readable."""
     recipe = pretrain.Recipe(words=2_000, clean=4_500, noisy=2_000)
-    return pretrain.planted_model(tmp_path_factory.mktemp("readable"), 0, recipe=recipe)
+    folder = once("readable", lambda made: pretrain.planted_model(made, 0, recipe=recipe))
+    return next(folder.glob("planted-*"))
