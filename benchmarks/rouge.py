@@ -1,4 +1,4 @@
-"""ROUGE-L: `tasks.score.rouge_l` beside the `rouge_score` package, one core, the same texts.
+"""ROUGE-L: `rouge_l` beside the `rouge_score` package, one core, the same texts.
 
 Every candidate has a reference of its own, the worst case for us: in the loop N + 1 responses share
 one gold, which is tokenised once. Equal scores, to the bit, are part of the benchmark.
@@ -12,9 +12,8 @@ from pathlib import Path
 from time import process_time
 
 from benchmarks.measure import Result, interleaved, timed
-from tasks import score
 from tasks.corpus.prompts import CorpusSettings, load_corpus
-from tasks.score import rouge_l
+from tasks.similarity.rouge import STEMS, rouge_l, tokens
 
 CORPORA = Path(os.environ.get("STAPLE_TEST_DATA", "../shared/data")) / "corpora"
 PAIRS = 100
@@ -47,7 +46,7 @@ def _beside_rouge_score(stem: bool) -> Result:
 
     shared = [reference for reference in references for _ in range(CANDIDATES)]
     many = [texts[i % len(texts)] for i in range(len(shared))]
-    score.STEMS.clear()
+    STEMS.clear()
     cold = timed(lambda: rouge_l(candidates, references, stem=stem), process_time)
     if rouge_l(candidates, references, stem=stem) != peer():
         raise AssertionError("rouge_l and rouge_score differ")
@@ -81,7 +80,7 @@ def _beside_rouge_score(stem: bool) -> Result:
 
 def _interned(a: str, b: str, stem: bool) -> tuple[str, str]:
     """Two texts as strings of one private character a word: the fastest food for the LCS."""
-    first, second = score.tokens(a, stem), score.tokens(b, stem)
+    first, second = tokens(a, stem), tokens(b, stem)
     letter = {word: chr(i) for i, word in enumerate(dict.fromkeys(first + second))}
     return "".join(letter[w] for w in first), "".join(letter[w] for w in second)
 

@@ -28,6 +28,7 @@ from tasks.prompts import prompt_sets
 from tasks.sami.evaluate import check_followed
 from tasks.sami.sample import check_mixtures
 from tasks.sami.write import split_held_out
+from tasks.similarity.registry import open_similarity
 
 LEAST_FREE_BYTES = 512 << 20
 """Free disk that an experiment needs at least: database, rows, adapters, figures."""
@@ -179,13 +180,9 @@ def _check_pool(settings: ExperimentSettings, constitution: Constitution) -> tup
 
 
 def _similarity(settings: ExperimentSettings) -> str:
-    judge = settings.score.judge
-    if settings.score.similarity == "embedding":
-        check_embedder(settings.score.embedding_model)
     if settings.guided and settings.iterations and "sentences" in settings.cluster.features:
         check_embedder(settings.cluster.embedding_model)
-    graded = f" ({check_judge(judge, home())})" if judge else ""
-    return f"similarity {settings.score.similarity}{graded}"
+    return f"similarity {open_similarity(settings.score).check(home())}"
 
 
 def _judges(settings: ExperimentSettings) -> str:

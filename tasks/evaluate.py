@@ -50,7 +50,8 @@ from tasks.record.stage import stage
 from tasks.record.store import Attempt, Slot
 from tasks.record.work import Metrics, Workspace
 from tasks.rows import Answer, Labelled, Prompt, Scored
-from tasks.score import ScoreSettings, load_similarity
+from tasks.score import ScoreSettings
+from tasks.similarity.registry import open_similarity
 
 
 class EvaluateSettings(AnswerSettings):
@@ -194,15 +195,19 @@ def check_judges(settings: EvaluateSettings, scoring: ScoreSettings, oracle: Ora
                 expected="another kind of judge",
             )
         by_gold = judge.kind == "similarity" or (judge.kind == "auto" and not oracle)
-        if by_gold and scoring.similarity == "judge":
-            load_similarity(scoring)("", ())  # says why it is none
+        similarity = open_similarity(scoring)
+        if by_gold and similarity.reads_prompt:
+            similarity.compare("", ())  # raises the error that says why it cannot
 
 
 def noted_judges(at: Slot, settings: EvaluateSettings, scoring: ScoreSettings) -> Slot:
     """The slot with what the judges and the benchmarks depend on, and the device that they take."""
-    notes = {**at.notes, **settings.benchmarks.notes()}
+    notes = settings.benchmarks.notes()
     if any(judge.kind in ("auto", "similarity") for judge in settings.judges):
         notes["scoring"] = scoring.model_dump_json(exclude={"judge", "shard_size", "max_unscored"})
+        similarity = open_similarity(scoring)
+        at = at if similarity.reads_prompt else similarity.noted(at)
+    notes = {**at.notes, **notes}
     for number, judge in enumerate(settings.all_judges, start=1):
         found = judge_notes(judge, at.record.home)
         which = f" {number}" if number > 1 else ""

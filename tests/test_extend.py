@@ -61,3 +61,43 @@ def test_a_world(tmp_path: Path) -> None:
     oracle = ("--set", "prompts.sources=sums", "--set", "evaluate.judge=oracle")
     refused = staple(copy, "validate", "planted", *oracle)
     assert refused.returncode == 2 and "an embedded world" in refused.stderr
+
+
+SCORED = """
+from pathlib import Path
+from tasks.record.store import Record, Slot
+from tasks.rows import Candidate, Mined, Scored
+from tasks.score import ScoreSettings, score_stage
+
+def candidate(sample, refined):
+    return Candidate(
+        sample=sample, principle="z", critique="", refined=refined, finish="stop", tokens=1
+    )
+
+row = Mined(
+    prompt_id="p", prompt=({"role": "user", "content": "Where?"},), gold="the cat sat",
+    source="a:1", initial="a dog", initial_finish="stop", initial_tokens=1,
+    candidates=(candidate(0, "The cat sat down"), candidate(1, " ")),
+)
+
+def compute(work):
+    work.write("mined", [row], Mined)
+    return {}
+
+slot = Slot(Record("an-experiment", Path("home")), 1, seed=0)
+settings = ScoreSettings(similarity="jaccard")
+done = score_stage(slot, settings, slot.attempt("mine", settings, {}, compute))
+(scored,) = done.read("scored", Scored)
+assert (scored.initial_score, *(c.score for c in scored.candidates)) == (0, 0.75, None), scored
+"""
+
+
+def test_a_similarity(tmp_path: Path) -> None:
+    copy = extended("Add a similarity", tmp_path)
+    (copy / "scoring.py").write_text(SCORED)
+    ran = python(copy, "-c", "import scoring")
+    assert ran.returncode == 0, ran.stderr
+    used = staple(copy, "validate", "planted", "--set", "score.similarity=jaccard")
+    assert used.returncode == 0 and "similarity jaccard" in used.stdout, used.stderr
+    refused = staple(copy, "validate", "planted", "--set", "score.similarity=jackard")
+    assert refused.returncode == 2 and "'python' or 'jaccard'" in refused.stderr

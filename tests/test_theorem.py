@@ -29,7 +29,7 @@ import torch
 
 from models.training.loop import weighted_loss
 from tasks.filter import weights
-from tasks.score import rouge_l
+from tasks.similarity.rouge import rouge_l
 
 WORDS = ("be", "kind", "wait", "and", "restart")
 CONTEXT = (0, 1, 0, 2)  # x, and y1 = "be wait"

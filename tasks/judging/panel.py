@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,7 +23,7 @@ from tasks.judging.winrate import WinRate
 from tasks.record.progress import progress
 from tasks.record.work import Workspace, shards
 from tasks.rows import Comparison
-from tasks.score import Score, ScoreSettings, Similarity, load_similarity
+from tasks.similarity.registry import SimilaritySettings, open_similarity
 
 Row = TypeVar("Row")
 OpenPolicy = Callable[[JudgeSettings], Policy]
@@ -35,7 +35,7 @@ class Judges:
     """Opens judges by their settings; only the last one's model stays in memory."""
 
     oracle: Oracle | None
-    scoring: ScoreSettings
+    scoring: SimilaritySettings
     """The judge "similarity"."""
     seed: int
     open_policy: OpenPolicy
@@ -51,7 +51,8 @@ class Judges:
             if settings.kind == "reward":  # it brings a model of its own
                 self._model = None
                 gc.collect()
-            similarity = GoldSimilarity(_when_asked(self.scoring), self.scoring.similarity)
+            compare = open_similarity(self.scoring).compare
+            similarity = GoldSimilarity(compare, self.scoring.similarity)
             opened = load_judge(
                 located(settings, self.where),
                 oracle=self.oracle,
@@ -105,16 +106,6 @@ def _own_model(settings: JudgeSettings) -> PolicySettings | None:
     """What a judge's workers were opened for; None in this process."""
     policy = settings.policy
     return policy if policy and policy.pool.kind == "ray" and not policy.endpoint else None
-
-
-def _when_asked(scoring: ScoreSettings) -> Similarity:
-    """The similarity, whose model (if it has one) is loaded at the first question."""
-    loaded = cache(lambda: load_similarity(scoring))
-
-    def similarity(gold: str, texts: Sequence[str]) -> list[Score]:
-        return loaded()(gold, texts)
-
-    return similarity
 
 
 class _Put(NamedTuple):

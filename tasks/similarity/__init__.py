@@ -1,1 +1,1 @@
-"""How near a response comes to the gold response."""
+"""Similarities f(y, yG) to the gold response: one file each, listed in `registry`."""

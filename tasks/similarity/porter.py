@@ -1,8 +1,8 @@
 """Porter's stemmer as ROUGE uses it (NLTK's extensions to the 1980 algorithm), fast when cold.
 
-Called by `tasks.score` through a memo. It gives what `nltk.stem.PorterStemmer().stem` gives (a test
-checks word by word) without NLTK's import of about a second, and in a quarter of its time: fresh
-text brings thousands of new words, and stemming them would cost more than scoring.
+`rouge` calls it through a memo. It gives what `nltk.stem.PorterStemmer().stem` gives (a test checks
+word by word) without NLTK's import of about a second, and in a quarter of its time: new texts hold
+thousands of new words, and stemming them would cost more than scoring.
 """
 
 from __future__ import annotations

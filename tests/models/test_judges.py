@@ -33,7 +33,7 @@ from models.judges.opening import choose_judge, load_judge, open_policy
 from models.planted import oracle
 from models.planted.world import sample_examples
 from models.policy import Policy, PolicySettings, Request
-from tasks.score import ScoreSettings, similarity_of
+from tasks.similarity.rouge import RougeL, RougeSettings
 
 
 def pair(ours: str, theirs: str, prompt: str = "x", gold: str = "a b c d") -> Pair:
@@ -112,7 +112,7 @@ def test_only_the_oracle_judges_principles() -> None:
 
 
 def test_rouge_l_is_a_similarity_to_judge_by() -> None:
-    judge = GoldSimilarity(similarity_of(ScoreSettings()), "rouge_l")
+    judge = GoldSimilarity(RougeL(RougeSettings()).compare, "rouge_l")
     near, unreadable = judge.compare(
         [
             pair("the cat sat", "the dog ran", gold="the cat sat down"),

@@ -115,7 +115,7 @@ def test_the_oracle_refuses_other_prompts(text: str) -> None:
 
 def test_adding_a_needed_behaviour_raises_rouge_and_adding_another_does_not() -> None:
     """Else rejection sampling could not tell right principles from wrong ones."""
-    from tasks.score import rouge_l
+    from tasks.similarity.rouge import rouge_l
 
     rng = random.Random(3)
     right, wrong, before, golds = [], [], [], []

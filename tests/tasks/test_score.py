@@ -21,24 +21,16 @@ from models.judges import llm as llm_judge
 from models.judges.base import PRINCIPLE, GoldSimilarity, JudgeSettings, Pair
 from models.judges.llm import AbsoluteJudge
 from models.policy import Completion, Message, PolicySettings, Progress, Request, Scoring
-from tasks import score as module
 from tasks.corpus.prompts import CorpusSettings, load_corpus
 from tasks.record.store import Attempt, Record, Slot
 from tasks.record.work import Metrics, Workspace
 from tasks.rows import Candidate, Mined, Scored, from_table, to_table
-from tasks.score import (
-    ScoreSettings,
-    by_gold,
-    by_grade,
-    embedding_similarity,
-    load_similarity,
-    rouge_l,
-    rouge_l_similarity,
-    score,
-    score_stage,
-    similarity_of,
-    tokens,
-)
+from tasks.score import ScoreSettings, score, score_stage
+from tasks.similarity import embedding, rouge
+from tasks.similarity.embedding import Embedding
+from tasks.similarity.judge import JudgeGrade
+from tasks.similarity.registry import open_similarity
+from tasks.similarity.rouge import RougeL, RougeSettings, rouge_l, tokens
 
 NAMES = [
     "hh_harmless_base_test.jsonl.gz",
@@ -58,10 +50,8 @@ def reference_scores(
     return [scorer.score(reference, candidate)["rougeL"].fmeasure for candidate, reference in pairs]
 
 
-def scored(
-    rows: Iterable[Mined], settings: ScoreSettings | None = None, embedder: Any = None
-) -> Iterator[Scored]:
-    return score(rows, by_gold(similarity_of(settings or ScoreSettings(), embedder)))
+def scored(rows: Iterable[Mined], settings: ScoreSettings | None = None) -> Iterator[Scored]:
+    return score(rows, open_similarity(settings or ScoreSettings()))
 
 
 def mined(initial: str, *refined: str, gold: str = "the cat sat on the mat") -> Mined:
@@ -140,10 +130,10 @@ def test_a_missing_reference_is_an_error() -> None:
 def test_stems_stay_right_when_their_memo_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["running dogs barked loudly", "relational databases generalize"] * 3
     expected = rouge_l(texts, texts[::-1], stem=True)
-    monkeypatch.setattr(module.STEMS, "limit", 2, raising=False)
-    module.STEMS.clear()
+    monkeypatch.setattr(rouge.STEMS, "limit", 2, raising=False)
+    rouge.STEMS.clear()
     assert rouge_l(texts, texts[::-1], stem=True) == expected
-    assert len(module.STEMS) <= 2
+    assert len(rouge.STEMS) <= 2
 
 
 # The unicode tokenizer
@@ -221,7 +211,9 @@ def test_an_unreadable_gold_leaves_the_row_unscored() -> None:
 
 
 def test_accents_do_not_make_a_text_unreadable() -> None:
-    (found,) = rouge_l_similarity()("le caf\u00e9 est pr\u00eat", ["le caf\u00e9 est pr\u00eat"])
+    (found,) = RougeL(RougeSettings()).compare(
+        "le caf\u00e9 est pr\u00eat", ["le caf\u00e9 est pr\u00eat"]
+    )
     assert found.value == 1.0
 
 
@@ -249,43 +241,49 @@ class Letters:
         return rows
 
 
+def embedded_by(embed: Any) -> Embedding:
+    """The similarity "embedding" with another model."""
+    found = Embedding(ScoreSettings(similarity="embedding"))
+    found.embed = embed
+    return found
+
+
 def test_cosine_of_embeddings_each_text_embedded_once() -> None:
     embed, rows = Letters(), [mined("a", "aab", "b", "a", gold="a")] * 3
-    found = list(scored(rows, ScoreSettings(similarity="embedding"), embed))
+    found = list(score(rows, embedded_by(embed)))
     assert found[2].initial_score == 1.0
     assert [c.score for c in found[2].candidates] == [pytest.approx(2 / 5**0.5), 0.0, 1.0]
     assert sorted(embed.seen) == ["a", "aab", "b"]
 
 
 def test_opposite_embeddings_score_zero() -> None:
-    similarity = embedding_similarity(lambda texts: np.array([[1.0], [-1.0]])[: len(texts)])
-    assert similarity("x", ["y"])[0].value == 0.0
+    similarity = embedded_by(lambda texts: np.array([[1.0], [-1.0]])[: len(texts)])
+    assert similarity.compare("x", ["y"])[0].value == 0.0
 
 
 def test_a_failed_embedding_is_reported_not_zero() -> None:
-    empty, nan, zero, good = embedding_similarity(Letters())("a", [" ", "nan", "zero", "ab"])
+    empty, nan, zero, good = embedded_by(Letters()).compare("a", [" ", "nan", "zero", "ab"])
     assert [s.value for s in (empty, nan, zero)] == [None, None, None]
     assert "empty" in (empty.unscored or "")
     assert "not finite" in (nan.unscored or "")
     assert "zero" in (zero.unscored or "")
     assert good.value == pytest.approx(0.5**0.5)
-    assert "gold: " in (embedding_similarity(Letters())("zero", ["a"])[0].unscored or "")
+    (no_gold,) = embedded_by(Letters()).compare("zero", ["a"])
+    assert "gold: its embedding is zero" in (no_gold.unscored or "")
 
 
-def test_remembered_embeddings_are_bounded_and_stay_right() -> None:
-    similarity = embedding_similarity(Letters(), remembered=1)
+def test_remembered_embeddings_are_bounded_and_stay_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding, "REMEMBERED", 1)
+    embed = Letters()
+    similarity = embedded_by(embed)
     for _ in range(3):
-        assert [s.value for s in similarity("a", ["a", "b", "c"])] == [1.0, 0.0, 0.0]
+        assert [s.value for s in similarity.compare("a", ["a", "b", "c"])] == [1.0, 0.0, 0.0]
+    assert len(embed.seen) == 9, "forgotten and embedded again"
 
 
 def test_an_embedder_that_loses_a_text_is_an_error() -> None:
     with pytest.raises(ValueError, match="shape"):
-        embedding_similarity(lambda texts: np.ones((1, 3)))("a", ["b"])
-
-
-def test_the_embedding_similarity_needs_an_embedder() -> None:
-    with pytest.raises(ValueError, match="embedder"):
-        next(scored([mined("a")], ScoreSettings(similarity="embedding")))
+        embedded_by(lambda texts: np.ones((1, 3))).compare("a", ["b"])
 
 
 # An LLM judge
@@ -326,8 +324,10 @@ class Grading:
 def judged(
     policy: Grading, rows: Iterable[Mined], advance: Progress | None = None, seed: int = 0
 ) -> list[Scored]:
+    similarity = JudgeGrade(BY_JUDGE)
     assert BY_JUDGE.judge is not None
-    return list(score(rows, by_grade(AbsoluteJudge(policy, BY_JUDGE.judge, seed=seed)), advance))
+    similarity.judge = AbsoluteJudge(policy, BY_JUDGE.judge, seed=seed)
+    return list(score(rows, similarity, advance))
 
 
 def test_grades_become_scores_in_the_order_of_the_responses() -> None:
@@ -381,6 +381,9 @@ def test_a_failed_grade_is_an_unscored_response_with_its_reason() -> None:
             "without a principle",
         ),
         ({"max_unscored": 1.5}, "max_unscored"),
+        ({"similarity": "python"}, "score.function to be set"),
+        ({"function": "a.py:b"}, "score.function to be set"),
+        ({"similarity": "python", "function": "os:system"}, "function"),
     ],
 )
 def test_settings_of_a_judge_that_cannot_score_are_refused(given: Any, reason: str) -> None:
@@ -394,10 +397,89 @@ def test_the_settings_say_that_the_gold_is_shown() -> None:
 
 
 def test_the_judge_compares_no_answers_by_the_gold_alone() -> None:
-    judge = GoldSimilarity(load_similarity(BY_JUDGE), "judge")
+    judge = GoldSimilarity(open_similarity(BY_JUDGE).compare, "judge")
     pair = Pair(prompt=mined("").prompt, gold="g", ours="a", theirs="b")
     with pytest.raises(UserError, match=r"needs the prompt.*set evaluate\.judge"):
         judge.compare([pair])
+
+
+# A function of the user's
+
+SHARED_WORDS = """
+def shared(gold, text):
+    if text == "fail":
+        raise RuntimeError("no idea")
+    words = set(gold.split())
+    return len(words & set(text.split())) / len(words) if text != "odd" else 2
+"""
+
+
+@pytest.fixture
+def function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("STAPLE_RUN_CODE", "1")
+    (tmp_path / "mine.py").write_text(SHARED_WORDS)
+    return f"{tmp_path / 'mine.py'}:shared"
+
+
+def by_function(function: str, **more: Any) -> ScoreSettings:
+    return ScoreSettings.model_validate({"similarity": "python", "function": function, **more})
+
+
+def test_a_function_of_the_user_scores(function: str) -> None:
+    (row,) = scored([mined("a b", "a", "fail", "odd", " ", gold="a b")], by_function(function))
+    assert row.initial_score == 1.0
+    assert [c.score for c in row.candidates] == [0.5, None, None, None]
+    reasons = [c.unscored or "" for c in row.candidates]
+    assert "RuntimeError: no idea" in reasons[1] and "from 0 to 1: 2" in reasons[2]
+    assert reasons[3] == "the text is empty"
+
+
+def test_a_function_is_run_where_the_environment_allows_it_only(
+    function: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert function in open_similarity(by_function(function)).check(tmp_path)
+    monkeypatch.delenv("STAPLE_RUN_CODE")
+    similarity = open_similarity(by_function(function))
+    for use in (lambda: similarity.check(tmp_path), lambda: similarity.compare("a", ["b"])):
+        with pytest.raises(UserError, match="set STAPLE_RUN_CODE=1"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "reason"),
+    [
+        (None, "shared", "no such file"),
+        ("1 / 0", "shared", "ZeroDivisionError"),
+        (SHARED_WORDS, "another", "defines no function 'another'"),
+    ],
+)
+def test_a_function_that_is_not_there_is_named(
+    function: str, content: str | None, name: str, reason: str
+) -> None:
+    file = Path(function.rpartition(":")[0])
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=reason):
+        open_similarity(by_function(f"{file}:{name}")).compare("a", ["b"])
+
+
+def test_the_stage_follows_the_function_and_its_failures(
+    function: str, slot: Slot, tmp_path: Path
+) -> None:
+    def compute(work: Workspace) -> Metrics:
+        work.write("mined", [mined("a b", "a", "fail", gold="a b")], Mined)
+        return {}
+
+    rows = slot.attempt("mine", ScoreSettings(), {}, compute)
+    done = score_stage(slot, by_function(function), rows)
+    assert done.metrics["candidate_similarity"] == 0.5
+    assert score_stage(slot, by_function(function), rows).reused
+    file = Path(function.rpartition(":")[0])
+    file.write_text(SHARED_WORDS + "\nother = 1\n")
+    assert not score_stage(slot, by_function(function), rows).reused
+    with pytest.raises(UserError, match=r"1 scores failed, of 3 .*no idea.*correct the function"):
+        score_stage(slot, by_function(function, max_unscored=0.1), rows)
 
 
 # The stage, with a real (random) judge: none of its judgements has a result
@@ -502,11 +584,11 @@ def test_a_judge_that_fails_too_often_ends_the_stage(
     slot: Slot, rows: Attempt, judge_model: Path, asked: Counter[str]
 ) -> None:
     settings = by_model(judge_model, max_unscored=0.5)
-    with pytest.raises(UserError, match=r"8 judgements failed, of 10 in all; \d of them .* cut at"):
+    with pytest.raises(UserError, match=r"8 scores failed, of 10 in all; \d of them .* cut at"):
         score_stage(slot, settings, rows)
     assert asked.total() == 8, "no more are asked for once too many have failed"
     assert slot.record.current("score", 1) is None
-    with pytest.raises(UserError, match=r"10 judgements failed"):
+    with pytest.raises(UserError, match=r"10 scores failed"):
         score_stage(slot, settings, rows)
     assert len(asked) == asked.total() == 10, "what was judged is kept"
 

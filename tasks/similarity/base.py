@@ -1,0 +1,97 @@
+"""What every similarity f(y, yG) is: it says how near responses come to the gold response.
+
+`tasks.score` scores the E-step with one, `tasks.judging.panel` compares answers with the same one.
+A text that cannot be scored has no score and a reason, never a 0.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar, Generic, NamedTuple, TypeVar
+
+from models.policy import PolicySettings, Progress
+from models.pools.base import E, Opener, Pool, Where
+from models.pools.opening import open_pool
+from models.settings import Settings
+from tasks.record.store import Slot
+from tasks.rows import Mined
+
+EMPTY = "the text is empty"
+
+
+class Score(NamedTuple):
+    """f(y, yG) in [0, 1], or None with the reason why there is none."""
+
+    value: float | None
+    unscored: str | None
+
+
+class Chosen(Settings):
+    """Base of every similarity's settings."""
+
+    similarity: str = "rouge_l"
+
+
+S = TypeVar("S", bound=Chosen)
+
+
+class Similarity(ABC, Generic[S]):
+    """A similarity with its settings. Making one loads nothing: its model is loaded when it is
+    first asked.
+
+    Args:
+        seed: of a similarity that samples.
+        where: a model's path on the driver → its path on this machine.
+    """
+
+    reads_prompt: ClassVar[bool] = False
+    """It cannot compare two answers by the gold alone."""
+    advice: ClassVar[str] = ""
+    """What to change where more than `score.max_unscored` of its scores fail; "": it has no model
+    or code of the user's that could fail, and no limit."""
+
+    def __init__(self, settings: S, seed: int = 0, where: Where = str) -> None:
+        self.settings, self.seed, self.where = settings, seed, where
+
+    def pool(self, opener: Opener[E]) -> Pool[E]:
+        """Where the shards of its scores are computed: in this process, if it has no model with
+        a pool of its own."""
+        return open_pool(PolicySettings(), opener, models=())
+
+    def check(self, home: Path) -> str:
+        """Describe it in words, for the checks before a run; loads nothing.
+
+        Raises:
+            UserError: what it needs is missing.
+        """
+        return self.settings.similarity
+
+    def noted(self, at: Slot) -> Slot:
+        """The slot with what its scores depend on beside the settings, and the device it takes."""
+        return at
+
+    @abstractmethod
+    def compare(self, gold: str, texts: Sequence[str]) -> list[Score]:
+        """One score for each text, in order."""
+
+    def scores(
+        self, rows: Iterable[Mined], advance: Progress | None = None
+    ) -> Iterator[tuple[Mined, list[Score]]]:
+        """Each row with the scores of its `responses`, in order; `advance` counts responses."""
+        for row in rows:
+            texts = responses(row)
+            yield row, self.compare(row.gold, texts)
+            if advance:
+                advance(len(texts))
+
+
+def responses(row: Mined) -> list[str]:
+    """y1 and every y2."""
+    return [row.initial, *(candidate.refined for candidate in row.candidates)]
+
+
+def not_empty(row: Mined) -> list[str]:
+    """The responses that can be compared: none where the gold is empty."""
+    return [text for text in responses(row) if text.strip()] if row.gold.strip() else []

@@ -1,0 +1,76 @@
+"""The cosine of two texts' sentence embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+
+from models.embedders import check_embedder, sentence_embedder
+from tasks.similarity.base import EMPTY, Chosen, Score, Similarity
+
+REMEMBERED = 4096
+"""Texts whose vectors are kept, so that each is embedded once while it is needed."""
+
+
+class EmbeddingSettings(Chosen):
+    """Settings of the similarity "embedding"."""
+
+    embedding_model: str = Field(default="sentence-transformers/all-MiniLM-L6-v2", min_length=1)
+    """Folder or hub name of a sentence-transformers model; used by the embedding similarity."""
+
+
+class Embedding(Similarity[EmbeddingSettings]):
+    """The cosine of the embeddings; a negative one counts as 0."""
+
+    @cached_property
+    def embed(self) -> Callable[[Sequence[str]], np.ndarray]:
+        """Texts to vectors, shape (texts, dimension)."""
+        return sentence_embedder(self.settings.embedding_model)
+
+    @cached_property
+    def _vectors(self) -> dict[str, np.ndarray | None]:
+        """Text → its vector of length 1, or None where it has none."""
+        return {}
+
+    def check(self, home: Path) -> str:
+        """See `Similarity.check`."""
+        check_embedder(self.settings.embedding_model)
+        return super().check(home)
+
+    def compare(self, gold: str, texts: Sequence[str]) -> list[Score]:
+        """See `Similarity.compare`."""
+        vectors = self._vectors
+        if len(vectors) > REMEMBERED:
+            vectors.clear()
+        new = [t for t in dict.fromkeys((gold, *texts)) if t.strip() and t not in vectors]
+        if new:
+            vectors.update(zip(new, _unit_vectors(self.embed(new), len(new)), strict=True))
+        reference = vectors.get(gold)
+        if reference is None:
+            return [Score(None, f"gold: {_no_vector(gold)}")] * len(texts)
+        scores = []
+        for text in texts:
+            vector = vectors.get(text)
+            if vector is None:
+                scores.append(Score(None, _no_vector(text)))
+            else:
+                scores.append(Score(float(np.clip(vector @ reference, 0.0, 1.0)), None))
+        return scores
+
+
+def _unit_vectors(embedded: np.ndarray, texts: int) -> list[np.ndarray | None]:
+    """Rows scaled to length 1, None where that is not possible."""
+    rows = np.asarray(embedded, dtype=np.float64)
+    if rows.ndim != 2 or len(rows) != texts:
+        raise ValueError(f"the embedder gave shape {rows.shape} for {texts} texts")
+    norms = np.linalg.norm(rows, axis=1)
+    usable = np.isfinite(norms) & (norms > 0)
+    return [row / norm if ok else None for row, norm, ok in zip(rows, norms, usable, strict=True)]
+
+
+def _no_vector(text: str) -> str:
+    return "its embedding is zero or not finite" if text.strip() else EMPTY
