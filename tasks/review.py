@@ -22,6 +22,7 @@ from constitutions.errors import UserError
 from constitutions.review import Decision, apply, described, effective
 from models.files import write_text
 from models.settings import Settings
+from tasks.clustering.support import measured
 from tasks.record.stage import stage
 from tasks.record.store import Attempt, Record, Slot
 from tasks.record.work import Metrics, Workspace
@@ -226,19 +227,8 @@ def _measured(approved: Constitution, ids: Sequence[str], rows: Sequence[Labelle
     return Constitution(
         experiment=approved.experiment,
         iteration=approved.iteration,
-        principles=tuple(_measure(p, carried[p.id], weight) for p in approved.principles),
+        principles=tuple(measured(p, carried[p.id], weight) for p in approved.principles),
     )
-
-
-def _measure(principle: Principle, rows: Sequence[Labelled], weight: float) -> Principle:
-    """As `tasks.cluster` does."""
-    best = min(rows, key=lambda r: (r.initial_score - r.score, r.prompt_id, r.sample), default=None)
-    figures = {
-        "support": len(rows),
-        "share": round(min(sum(row.weight for row in rows) / weight, 1.0), 6),
-        "example": best.prompt_id if best else "",
-    }
-    return principle.model_copy(update=figures)
 
 
 def _counts(

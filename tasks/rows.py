@@ -120,6 +120,25 @@ class Labelled(Trajectory):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterRow:
+    """One distinct principle and where it went."""
+
+    principle: str
+    cluster: int
+    """Its representative's place in the constitution, from 0."""
+    representative: str
+    support: int
+    """Trajectories that were kept with this principle."""
+    inserted: int
+    """Tokens that its refinements inserted; 0 where effect was not asked for."""
+    x: float | None
+    y: float | None
+    """Place on the map, or None where there is none."""
+    note: str
+    """What was missing: "no insertion" (compared by its other features), "no vector" (alone)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Draw:
     """One of a query's constitutions, and the policy's response under it (SAMI)."""
 

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from constitutions.constitution import Constitution, load
-from tasks.cluster import ClusterRow
 from tasks.report import sami
 from tasks.report.exhibits import MAP_HEIGHT, MAP_WIDTH, AnswerExhibit, Map, examples, principle_map
 from tasks.report.figures import STAGES, figures, stage_seconds, stage_tokens, svg
 from tasks.report.movement import movement
 from tasks.report.recorded import Cell, Column, Recorded, Stage, cell, cells, number
-from tasks.rows import Answer, Comparison, Labelled, Prompt
+from tasks.rows import Answer, ClusterRow, Comparison, Labelled, Prompt
 
 PAGE = Path(__file__).parent / "page"
 """The template with its style and script."""

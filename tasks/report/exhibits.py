@@ -16,8 +16,7 @@ from typing import Literal, NamedTuple
 
 from constitutions.constitution import principle_key
 from models.policy import Message
-from tasks.cluster import ClusterRow
-from tasks.rows import Answer, Comparison, Labelled, Prompt, Trajectory
+from tasks.rows import Answer, ClusterRow, Comparison, Labelled, Prompt, Trajectory
 
 Kind = Literal["same", "added", "removed", "gap"]
 

@@ -19,11 +19,10 @@ from flows.commands.report import gather, packages
 from flows.experiment import note_settings, open_experiment, record_of, recorded_settings
 from flows.publish import iteration_metrics
 from flows.settings import ExperimentSettings, with_changes
-from tasks.cluster import ClusterRow
 from tasks.record.store import SUMMARY
 from tasks.record.work import JOURNAL
 from tasks.report.document import page, results
-from tasks.rows import Answer
+from tasks.rows import Answer, ClusterRow
 
 
 @pytest.fixture

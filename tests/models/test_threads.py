@@ -15,12 +15,13 @@ import torch
 from chat_model import build_chat_model
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from models.embedders import combine
 from models.engine import threads
 from models.training.adapter import AdapterSettings
 from models.training.encoding import EncodedExample
 from models.training.job import run
-from tasks.cluster import group, map_principles
+from tasks.clustering.agglomeration import group
+from tasks.clustering.features import combine
+from tasks.clustering.picture import map_principles
 
 ROOT = Path(__file__).parents[2]
 

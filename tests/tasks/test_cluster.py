@@ -12,23 +12,22 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from sklearn.metrics import adjusted_rand_score
 
 from constitutions.constitution import Constitution, Principle, principle_key
-from models.embedders import Features, combine
 from models.policy import Completion, Message, Scoring
 from models.prompts import TERSE, ask_refinement
-from tasks.cluster import (
-    Clustering,
+from tasks.cluster import Clustering, ClusterSettings, cluster, discovery_rate
+from tasks.clustering import features as blocks
+from tasks.clustering.agglomeration import agglomerate, group, representatives
+from tasks.clustering.features import Features, combine, distinct_principles
+from tasks.clustering.picture import figure, map_principles
+from tasks.rows import (
     ClusterRow,
-    ClusterSettings,
-    agglomerate,
-    cluster,
-    discovery_rate,
-    distinct_principles,
-    figure,
-    group,
-    map_principles,
-    representatives,
+    Labelled,
+    Scored,
+    ScoredCandidate,
+    Trajectory,
+    from_table,
+    to_table,
 )
-from tasks.rows import Labelled, Scored, ScoredCandidate, Trajectory, from_table, to_table
 
 BEHAVIOURS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "warn": (("warn against {}", "flag {} dangers", "caution people on {}"), ("be careful now",)),
@@ -250,7 +249,7 @@ def test_the_reduction_of_large_blocks_keeps_the_clusters(monkeypatch: pytest.Mo
     truth = np.arange(1200) % 20
     block = rng.standard_normal((20, 600))[truth] + 0.7 * rng.standard_normal((1200, 600))
     exact = group(combine([block]), 0.8)
-    monkeypatch.setattr("models.embedders.EXACT_ENTRIES", 1000)
+    monkeypatch.setattr(blocks, "EXACT_ENTRIES", 1000)
     reduced = combine([block])
     assert reduced.vectors.shape == (1200, 256)
     assert adjusted_rand_score(exact, group(reduced, 0.8)) > 0.99

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.cluster import ClusterRow
 from tasks.report.exhibits import (
     MAP_HEIGHT,
     MAP_POINTS,
@@ -19,7 +18,7 @@ from tasks.report.exhibits import (
     principle_map,
     word_diff,
 )
-from tasks.rows import Answer, Comparison, Labelled, Prompt
+from tasks.rows import Answer, ClusterRow, Comparison, Labelled, Prompt
 
 words = st.lists(st.sampled_from(["a", "b", "c,", "é", "(d)", "e\n"]), max_size=12).map(" ".join)
 

@@ -21,11 +21,10 @@ from flows.em import em_experiment
 from flows.experiment import note_settings, open_experiment, record_of
 from flows.settings import ExperimentSettings, load_settings, with_changes
 from models.settings import Settings
-from tasks.cluster import ClusterRow
 from tasks.record.store import Attempt, Record
 from tasks.record.work import Metrics, Workspace
 from tasks.report.exhibits import best_examples
-from tasks.rows import Answer, Comparison, Labelled, Prompt
+from tasks.rows import Answer, ClusterRow, Comparison, Labelled, Prompt
 
 CHROMIUM = shutil.which("chromium") or ""
 SCREENSHOTS = Path(__file__).parent / "screenshots"

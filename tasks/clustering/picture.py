@@ -1,0 +1,88 @@
+"""The map of principles: a place in the plane for each, drawn as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.engine.threads import pinned
+from tasks.clustering.features import Features
+from tasks.rows import ClusterRow
+
+
+def map_principles(features: Features, how: str = "umap", seed: int = 0) -> np.ndarray:
+    """Places in the plane for a picture: (n, 2), NaN for rows without a vector.
+
+    UMAP (cosine) where asked for and where there are enough rows for it, else the two leading
+    singular directions; "none": NaN everywhere.
+    """
+    places = np.full((len(features.present), 2), np.nan)
+    vectors = features.vectors[features.present]
+    if how != "none" and len(vectors):
+        draw = _umap if how == "umap" and len(vectors) >= 5 else _leading_directions
+        places[features.present] = draw(vectors, seed)
+    return places
+
+
+def figure(rows: Sequence[ClusterRow], path: str | Path, labels: int = 20) -> None:
+    """Draw the map as a PNG: a dot a principle, a colour a cluster, the largest clusters named."""
+    from matplotlib.figure import Figure
+
+    placed = [row for row in rows if row.x is not None]
+    x, y = _points(placed).T
+    canvas = Figure(figsize=(10, 7), dpi=120, layout="constrained")
+    axes = canvas.add_subplot()
+    axes.scatter(
+        x,
+        y,
+        s=[12 + 8 * math.sqrt(row.support) for row in placed],
+        c=[row.cluster % 20 for row in placed],
+        cmap="tab20",
+        vmin=0,
+        vmax=19,
+        alpha=0.7,
+        linewidths=0,
+    )
+    for number in range(labels):
+        _name_cluster(axes, [row for row in placed if row.cluster == number])
+    clusters = len({row.cluster for row in placed})
+    axes.set_title(f"{len(placed):,} principles in {clusters:,} clusters")
+    axes.set_axis_off()
+    canvas.savefig(path)
+
+
+def _umap(vectors: np.ndarray, seed: int) -> np.ndarray:
+    from umap import UMAP
+
+    neighbours = min(15, len(vectors) - 1)
+    mapper = UMAP(n_neighbors=neighbours, metric="cosine", random_state=seed, n_jobs=1)
+    with pinned():
+        return np.asarray(mapper.fit_transform(vectors))
+
+
+@pinned()
+def _leading_directions(vectors: np.ndarray, seed: int) -> np.ndarray:
+    from sklearn.decomposition import TruncatedSVD
+
+    if min(vectors.shape) <= 2:
+        return np.pad(vectors, ((0, 0), (0, 2)))[:, :2]
+    return np.asarray(TruncatedSVD(2, random_state=seed).fit_transform(vectors - vectors.mean(0)))
+
+
+def _name_cluster(axes: Any, rows: Sequence[ClusterRow]) -> None:
+    if not rows:
+        return
+    x, y = np.median(_points(rows), axis=0)
+    text = rows[0].representative
+    short = text if len(text) <= 48 else text[:47] + "…"
+    box = {"fc": "white", "alpha": 0.7, "lw": 0}
+    above = {"xytext": (0, 9), "textcoords": "offset points"}
+    axes.annotate(short, (x, y), ha="center", fontsize=8, bbox=box, **above)
+
+
+def _points(rows: Sequence[ClusterRow]) -> np.ndarray:
+    return np.array([(row.x, row.y) for row in rows], dtype=float).reshape(-1, 2)
