@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from flows.experiment import open_experiment
+from constitutions.errors import UserError
+from flows.experiment import open_experiment, recorded_settings, writing
 from flows.publish import Attempts, is_published
 from flows.settings import ExperimentSettings
-from tasks.record.store import Attempt, Provenance, Record, finished
+from tasks.record.store import Acceptance, Attempt, Provenance, Record, finished
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -26,12 +27,21 @@ Standing = Literal["finished", "stale", "running", "failed", "missing"]
 class State:
     """How a stage stands.
 
-    `since` says which changes made it stale, or why it failed; `attempt` is the current one.
+    `since` says which changes made it stale, or why it failed; `attempt` is the current one, and
+    `wanted` says what the stage would be computed from now.
     """
 
     standing: Standing
     attempt: Attempt | None = None
     since: tuple[str, ...] = ()
+    wanted: Provenance | None = None
+
+    @property
+    def accepted(self) -> Acceptance | None:
+        """Who declared the attempt valid although code of the stage has changed since."""
+        if self.attempt and self.wanted:
+            return self.attempt.accepted.get(self.wanted.fingerprint)
+        return None
 
 
 def stage_states(
@@ -73,7 +83,7 @@ class Look:
     def __call__(self, wanted: Provenance) -> Attempt:
         """The current attempt of the stage, or a placeholder."""
         found = self.attempt(*wanted.place)
-        self.states[wanted.place] = self._state(wanted, found)
+        self.states[wanted.place] = replace(self._state(wanted, found), wanted=wanted)
         return found
 
     def attempt(self, stage: str, iteration: int) -> Attempt:
@@ -98,7 +108,7 @@ class Look:
 
     def _changes(self, wanted: Provenance, current: Attempt) -> Iterator[str]:
         """Why the stage would compute something else now; nothing if it would not."""
-        if wanted.fingerprint != current.fingerprint:
+        if not current.stands_for(wanted.fingerprint):
             yield from differences(current.provenance(), wanted)
         read = dict.fromkeys((source.stage, source.iteration) for source in wanted.inputs.values())
         for place in read:
@@ -124,8 +134,49 @@ def differences(old: Provenance, new: Provenance) -> Iterator[str]:
     for name in sorted({*old.notes, *new.notes}):
         if old.notes.get(name) != new.notes.get(name):
             yield f"{NOTES.get(name, name)} changed"
-    if old.code != new.code:
-        yield f"the code of {new.stage} changed"
+    if isinstance(old.code, str):
+        yield "recorded by an earlier version of staple: code not comparable by module"
+    elif changed := changed_modules(old, new):
+        more = f" and of {len(changed) - 5} more modules" if len(changed) > 5 else ""
+        yield f"code of {', '.join(changed[:5])}{more} changed"
+
+
+def changed_modules(old: Provenance, new: Provenance) -> list[str]:
+    """The modules whose code differs, or which only one of the two depends on."""
+    if isinstance(old.code, str) or isinstance(new.code, str):
+        return ["all"]
+    both = sorted({*old.code, *new.code})
+    return [name for name in both if old.code.get(name) != new.code.get(name)]
+
+
+def accept_code(experiment: str, stage: str, iteration: int, by: str) -> list[str]:
+    """Record that a stage's current attempt stays valid although its code has changed.
+
+    Returns:
+        The modules that changed, or ["all"] for an attempt of an earlier version of staple.
+
+    Raises:
+        UserError: the stage was never finished; its code is unchanged; more than code differs.
+    """
+    with writing(experiment, f"staple accept {stage}:{iteration} --experiment {experiment}"):
+        state = stage_states(recorded_settings(experiment), iteration).get((stage, iteration))
+        where = f"stage {stage} of iteration {iteration}, experiment {experiment}"
+        again = f"staple stage {stage} --experiment {experiment} --iteration {iteration}"
+        if state is None or state.attempt is None or state.wanted is None:
+            raise UserError("there is no finished attempt to accept", where=where, fix=again)
+        if state.attempt.stands_for(state.wanted.fingerprint):
+            raise UserError("nothing to accept: the stage's code is unchanged", where=where)
+        old = state.attempt.provenance()
+        if other := list(differences(replace(old, code=state.wanted.code), state.wanted)):
+            raise UserError(
+                f"more than code differs: {'; '.join(other)}",
+                where=where,
+                expected="the same settings, inputs and texts",
+                fix=f"compute it again: {again}",
+            )
+        modules = changed_modules(old, state.wanted)
+        state.attempt.record.accept(state.attempt, state.wanted.fingerprint, by, modules)
+        return modules
 
 
 NOTES = {
@@ -139,6 +190,7 @@ NOTES = {
     "judge": "the judge's model",
     "threads": "policy.threads",
     "judge_wording": "the judge's prompts",
+    "rubric": "the judge's rubric",
 }
 """What the notes of a provenance are, in words."""
 

@@ -245,6 +245,11 @@ class PolicySettings(Settings):
         return self.served_model or self.model
 
     @property
+    def answered_by(self) -> str:
+        """The module that answers for the policy."""
+        return "models.endpoint.server" if self.endpoint else "models.engine.local"
+
+    @property
     def answers_on(self) -> str:
         """The device that answering takes here: none, behind an endpoint."""
         return "cpu" if self.endpoint else self.device

@@ -100,10 +100,9 @@ def cluster_stage(
     inputs = policy.inputs(trajectories=trajectories, scored=scored, **earlier)
     noted = policy.noted(at)
     if not settings.needs_policy:
-        noted = replace(noted, device="cpu")
+        noted = replace(noted, device="cpu", uses=at.uses)
     elif policy.settings.device != "cuda":
-        threads = str(policy.settings.threads or "cores")
-        noted = replace(noted, notes={**noted.notes, "threads": threads})
+        noted = noted.using(threads=str(policy.settings.threads or "cores"))
     return noted.attempt("cluster", settings, inputs, compute)
 
 

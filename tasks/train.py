@@ -204,11 +204,10 @@ def train_stage(
 
 def where_trained(policy: PolicySource, at: Slot) -> Slot:
     """The slot of a training, which no endpoint does; on a CPU its bytes depend on the threads."""
-    noted = policy.local.noted(at)
+    noted = dataclasses.replace(policy.local.noted(at), uses=at.uses)  # it answers nothing
     if policy.settings.device == "cuda":
         return noted
-    threads = str(policy.settings.threads or "cores")
-    return dataclasses.replace(noted, notes={**noted.notes, "threads": threads})
+    return noted.using(threads=str(policy.settings.threads or "cores"))
 
 
 def continued(policy: PolicySource, settings: TrainSettings) -> Path | None:

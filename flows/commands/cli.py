@@ -156,6 +156,26 @@ def status(experiment: Name) -> None:
     show.status(recorded_settings(experiment))
 
 
+@app.command()
+def accept(
+    place: Annotated[str, typer.Argument(help="The stage and its iteration, as in mine:1.")],
+    experiment: Annotated[str, typer.Option(help="The experiment's name.")],
+    by: Annotated[str | None, typer.Option(help="Who says so. Default: your login name.")] = None,
+) -> None:
+    """Record that a change of code leaves a stage's outputs valid: it is not stale any longer.
+
+    To take it back, compute the stage again: staple stage STAGE --force.
+    """
+    from constitutions.parse import whole
+    from flows.commands.edit import login_name
+    from flows.experiment import parse_place, recorded_settings
+    from flows.states import accept_code
+
+    iteration, stage = parse_place(place, recorded_settings(experiment))
+    modules = accept_code(experiment, stage, iteration, whole(by or login_name(), "--by"))
+    say(f"Accepted {stage} {iteration} with the changed code of {', '.join(modules)}.")
+
+
 @constitutions.command("show")
 def constitution_show(
     experiment: Name,

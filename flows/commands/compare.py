@@ -119,7 +119,7 @@ def _one(reference: str, attempt: Attempt) -> Side:
     ingredients = {
         **_flat(dict(made_from.settings)),
         "seed": str(made_from.seed),
-        "code": made_from.code[:12],
+        "code": made_from.code_digest[:12],
         **{f"input {name}": source.digest[:12] for name, source in made_from.inputs.items()},
         **{name: value[:12] for name, value in made_from.notes.items()},
     }

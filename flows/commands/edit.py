@@ -62,7 +62,7 @@ def edit(
     check_discovers(opened.settings)
     clustered = newest(opened.settings, "cluster", iteration)
     t = clustered.iteration
-    decided_by, note = whole(by or _login_name(), "--by"), whole(note, "--note")
+    decided_by, note = whole(by or login_name(), "--by"), whole(note, "--note")
     command = f"staple constitution edit {experiment} --iteration {t}"
     standing = (recorded_review(opened.record, t, clustered) or clustered).path(FILE)
     draft = home() / "edits" / f"{experiment}-{t}-{clustered.digest[:12]}.yaml"
@@ -123,7 +123,12 @@ def _open_editor(path: Path, command: str) -> None:
         )
 
 
-def _login_name() -> str:
+def login_name() -> str:
+    """The user's login name.
+
+    Raises:
+        UserError: the system does not know it.
+    """
     try:
         return getpass.getuser()
     except (KeyError, OSError):

@@ -29,7 +29,7 @@ from models.pools.base import Where
 from tasks.benchmarks.settings import about_principles
 from tasks.evaluate import EvaluateSettings
 from tasks.judging.comparisons import AnswerPair, order_metrics, rate_at_equal_lengths, rate_of
-from tasks.judging.judge import check_judge, judge_notes
+from tasks.judging.judge import check_judge, judge_notes, judge_uses
 from tasks.judging.length_control import LengthConfoundedError, LengthControlled
 from tasks.judging.panel import Benches, Judges, Panel
 from tasks.judging.winrate import WinRate
@@ -213,7 +213,9 @@ def _digest(settings: EvaluateSettings, paths: tuple[Path, Path], seed: int) -> 
         "judge": dump | judge_notes(settings.judge, home()),
         "shard_size": settings.shard_size,
         "seed": seed,
-        "code": [code_version("tasks.judging.panel"), code_version("tasks.sami.responses")],
+        "code": code_version(
+            "tasks.judging.panel", "tasks.sami.responses", *judge_uses(settings.judge)
+        ),
     }
     return text_sha256(json.dumps(facts, sort_keys=True))
 

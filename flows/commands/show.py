@@ -108,6 +108,10 @@ def status(settings: ExperimentSettings) -> None:
         if state.since:
             why = "; ".join(state.since)
             console.print(Text(f"{name} {iteration} is {state.standing}: {why}"))
+        if word := state.accepted:
+            changed = ", ".join(word.modules)
+            shown = f"{name} {iteration}: {word.by} accepted changed code at {word.when}: {changed}"
+            console.print(Text(shown))
     for iteration, changes in record_of(settings.experiment).all_changes().items():
         shown = ", ".join(f"{name}={value}" for name, value in changes.items())
         console.print(Text(f"changed for iteration {iteration} alone: {shown}"))

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 from constitutions.errors import UserError
 from models.endpoint.client import open_endpoint
+from models.files import text_sha256
 from models.judges import llm as llm_judge
 from models.judges.base import JudgeSettings
 from tasks.policies.base import check_model, folder_digest, open_model
@@ -22,8 +23,8 @@ def judge_notes(settings: JudgeSettings, home: Path | None = None) -> dict[str, 
     """What a judge's answers depend on beside its settings and our code, for a fingerprint.
 
     "judge" identifies the model: its files, or its name where they are elsewhere (at an endpoint,
-    on the hub); "judge_wording" is the version of an LLM judge's prompts. A judge that has no
-    model of its own has no notes.
+    on the hub); "judge_wording" and "rubric" are an LLM judge's prompts and rubric. A judge that
+    has no model of its own has no notes.
 
     Args:
         home: where the digests of unchanged files are remembered; without it every file is read.
@@ -36,7 +37,13 @@ def judge_notes(settings: JudgeSettings, home: Path | None = None) -> dict[str, 
     model = {"judge": _model(settings, home)}
     if settings.kind == "reward":
         return model
-    return model | {"judge_wording": llm_judge.WORDING}
+    rubric = text_sha256(settings.chosen_rubric.model_dump_json())
+    return model | {"judge_wording": llm_judge.WORDING, "rubric": rubric}
+
+
+def judge_uses(settings: JudgeSettings) -> tuple[str, ...]:
+    """The modules whose code decides what a judge says."""
+    return (settings.policy.answered_by,) if settings.policy else ()
 
 
 def noted(at: Slot, settings: JudgeSettings | None) -> Slot:
@@ -46,9 +53,9 @@ def noted(at: Slot, settings: JudgeSettings | None) -> Slot:
     """
     if settings is None:
         return at
-    notes = {**at.notes, **judge_notes(settings, at.record.home)}
     device = settings.policy.answers_on if settings.policy else "cpu"
-    return replace(at, notes=notes, device=device if at.device == "cpu" else at.device)
+    at = replace(at, device=device if at.device == "cpu" else at.device)
+    return at.using(*judge_uses(settings), **judge_notes(settings, at.record.home))
 
 
 def check_judge(settings: JudgeSettings, home: Path | None = None) -> str:

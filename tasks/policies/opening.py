@@ -101,7 +101,8 @@ class PolicySource:
             held = self.settings.model_dump(include={"quantization", "dtype", "revision"})
         notes = {"base": self.base_digest, "templates": wording, **_texts(held)}
         notes |= _texts(self.settings.model_dump(include=set(TEMPLATE), exclude_defaults=True))
-        return replace(at, notes={**at.notes, **notes}, device=self.settings.answers_on)
+        at = replace(at, device=self.settings.answers_on)
+        return at.using(self.settings.answered_by, **notes)
 
 
 def _load_there(settings: PolicySettings, models: Sequence[str], where: Where) -> Policy:

@@ -1,67 +1,63 @@
 """The version of a stage's code: what it would compute, not how its source is laid out.
 
-`store` puts it into every fingerprint, so that a change to a stage, or to anything of this project
-that the stage imports, makes the stage compute again. Comments, docstrings and formatting do not.
+A stage's fingerprint holds a digest of each module that its outputs depend on: the stage's own
+module, the modules that its settings chose (`Slot.uses`), and all that these import. Comments,
+docstrings and formatting do not count. See docs/resume.md.
 """
 
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib.util
+import json
 import sys
 from functools import cache
 from pathlib import Path
 
 from constitutions.errors import UserError
+from models.files import text_sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 """Where this project's packages lie, whatever else is on the search path."""
 PACKAGES = ("tasks", "models", "constitutions")
-MACHINERY = frozenset(
-    {
-        "tasks.record.store",
-        "tasks.record.work",
-        "tasks.record.locks",
-        "tasks.record.stage",
-        "tasks.record.code",
-        "tasks.record.progress",
-    }
-    | {
-        "tasks.record.tables",
-        "models.files",
-        "models.pools.base",
-        "models.pools.local",
-        "models.pools.opening",
-        "models.pools.ray_cluster",
-        "models.pools.weights",
-    }
+APART = (
+    *("tasks.record", "tasks.report", "models.pools", "models.files", "models.notices"),
+    *("constitutions.errors", "models.checkpoints", "tasks.policies.base", "tasks.judging.judge"),
+    *("models.engine.local", "models.endpoint.server", "models.training.sami"),
 )
-"""How results are kept and shown, and where they are computed: a change here changes none."""
+"""Modules and packages that do not count because something imports them. The first two lines keep
+and show results, find and check a model's files, and say what else a result depends on: they
+change none. The last line is chosen by settings: a stage names it where it uses it (`Slot.uses`),
+and so it is with every module that a `registry` lists."""
+TEXTS = ("Rubric", "Templates", "ConstitutionWording")
+"""Classes whose module-level objects are texts: a stage notes the digest of those it uses."""
 
 
-def code_version(module: str) -> str:
-    """sha256 over the syntax trees of a module and of the project's modules that it imports.
+def code_versions(*modules: str) -> dict[str, str]:
+    """Module → sha256 of its syntax tree: of `modules`, and of the project's that they import.
 
     Raises:
         UserError: Python would run, or has run, another file of the same name instead.
     """
-    digest = hashlib.sha256()
-    for name in sorted(_closure(module)):
-        _check_is_ours(name)
-        digest.update(f"{name}:{_tree(name)}\n".encode())
-    return digest.hexdigest()
-
-
-def _closure(module: str) -> set[str]:
     seen: set[str] = set()
-    waiting = [module]
+    waiting = list(modules)
     while waiting:
         name = waiting.pop()
         if name not in seen:
             seen.add(name)
-            waiting += [n for n in _imports(name) if n not in MACHINERY]
-    return seen
+            waiting += _imports(name)
+    for name in seen:
+        _check_is_ours(name)
+    return {name: _tree(name) for name in sorted(seen)}
+
+
+def code_version(*modules: str) -> str:
+    """One sha256 over `code_versions`.
+
+    Raises:
+        UserError: as `code_versions`.
+    """
+    return text_sha256(json.dumps(code_versions(*modules)))
 
 
 @cache
@@ -112,7 +108,7 @@ def _entry(file: str) -> str:
 
 @cache
 def _imports(module: str) -> frozenset[str]:
-    """The project's modules that are imported anywhere in a module, inside functions too."""
+    """The modules that count because this one imports them, inside functions too."""
     source = _source(module)
     if source is None:
         return frozenset()
@@ -122,23 +118,39 @@ def _imports(module: str) -> frozenset[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return frozenset(name for name in found if _is_of_project(name) and _source(name))
+    return frozenset(name for name in found if _counts(name))
+
+
+def _counts(module: str) -> bool:
+    """Whether an imported module is code of the project that changes what is computed."""
+    if not _is_of_project(module) or module.endswith(".registry"):
+        return False
+    apart = any(module == name or module.startswith(f"{name}.") for name in APART)
+    return not apart and _source(module) is not None
 
 
 @cache
 def _tree(module: str) -> str:
+    """sha256 of a module's syntax tree without its docstrings and the texts that are noted."""
     source = _source(module)
     if source is None:
         return ""
     tree = ast.parse(source.read_bytes())
+    tree.body = [node for node in tree.body if not _is_noted(node)]
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and _is_text(body[0]):
-            del body[0]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+        if isinstance(body, list):
+            node.body = [n for n in body if not _is_text(n)]  # type: ignore[attr-defined]
+    return text_sha256(ast.dump(tree))
+
+
+def _is_noted(node: ast.stmt) -> bool:
+    call = node.value if isinstance(node, ast.Assign) else None
+    return isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in TEXTS
 
 
 def _is_text(node: ast.stmt) -> bool:
+    """A docstring, of a module, class, function or attribute."""
     return (
         isinstance(node, ast.Expr)
         and isinstance(node.value, ast.Constant)

@@ -15,7 +15,8 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
@@ -28,7 +29,7 @@ from models.files import UNREADABLE, file_sha256, remove, seal, text_sha256, uns
 from models.policy import FINGERPRINT
 from models.settings import Settings
 from tasks.record import database, kept, locks
-from tasks.record.code import code_version
+from tasks.record.code import code_versions
 from tasks.record.progress import say
 from tasks.record.tables import read_rows
 from tasks.record.work import Done, Metrics, Workspace, manifest_digest
@@ -47,6 +48,8 @@ HEARTBEAT = "heartbeat"
 """Tag of a running attempt: the wall-clock time at which its process was last alive."""
 CHANGE = "set."
 """Tags of an iteration's run: settings that were changed for this iteration alone, as JSON."""
+ACCEPTED = "accepted."
+"""Tags of an attempt: fingerprints that it stands for as well, with who said so, as JSON."""
 SUMMARY = -1
 """The iteration number under which the experiment's own summary run is kept."""
 BEATS_MISSED = 6
@@ -72,10 +75,16 @@ class Provenance:
     stage: str
     iteration: int
     seed: int
-    code: str
+    code: Mapping[str, str] | str
+    """Module → sha256 of its syntax tree; an earlier version of staple wrote one sha256 of all."""
     settings: Mapping[str, Any]
     inputs: Mapping[str, Source]
     notes: Mapping[str, str]
+
+    @property
+    def code_digest(self) -> str:
+        """sha256 (hex) of all code."""
+        return self.code if isinstance(self.code, str) else text_sha256(json.dumps(self.code))
 
     @property
     def fingerprint(self) -> str:
@@ -87,6 +96,15 @@ class Provenance:
     def place(self) -> tuple[str, int]:
         """(stage, iteration)."""
         return self.stage, self.iteration
+
+
+class Acceptance(NamedTuple):
+    """Somebody's word that a change of code leaves an attempt valid."""
+
+    by: str
+    when: str
+    """ISO 8601, in UTC."""
+    modules: list[str]
 
 
 class Looker(Protocol):
@@ -117,11 +135,17 @@ class Attempt:
     seconds: float
     reused: bool
     record: Record = field(repr=False, compare=False)
+    accepted: Mapping[str, Acceptance] = field(default_factory=dict)
+    """Fingerprint, after a change of code → who accepted the attempt for it."""
 
     @property
     def key(self) -> AttemptKey:
         """(experiment, stage, iteration)."""
         return self.record.experiment, self.stage, self.iteration
+
+    def stands_for(self, fingerprint: str) -> bool:
+        """Whether its outputs are those of a stage with this fingerprint."""
+        return fingerprint == self.fingerprint or fingerprint in self.accepted
 
     def path(self, name: str) -> Path:
         """Local path of an output file or folder, fetched when the store is remote.
@@ -361,11 +385,22 @@ class Record:
             seconds=float(tags["seconds"]),
             reused=reused,
             record=self,
+            accepted={
+                key.removeprefix(ACCEPTED): Acceptance(**json.loads(value))
+                for key, value in tags.items()
+                if key.startswith(ACCEPTED)
+            },
         )
 
     def touch(self, attempt: Attempt) -> None:
         """Make an older attempt the current one again (its fingerprint was asked for)."""
         self.client.set_tag(attempt.run_id, ASKED, self.stamp())
+
+    def accept(self, attempt: Attempt, fingerprint: str, by: str, modules: Iterable[str]) -> None:
+        """Let an attempt stand for another fingerprint, from which only its code differs."""
+        when = datetime.now(UTC).isoformat(timespec="seconds")
+        word = Acceptance(by, when, list(modules))
+        self.client.set_tag(attempt.run_id, ACCEPTED + fingerprint, json.dumps(word._asdict()))
 
     def runs(self, where: str) -> list[Run]:
         """The experiment's MLflow runs that match a filter, the newest by ASKED first."""
@@ -520,8 +555,14 @@ class Slot:
     """What else the outputs depend on, by name: the base model's digest."""
     made: Attempts = field(default_factory=dict)
     """What the run has made or found so far: it goes on from that, whatever is current by now."""
+    uses: tuple[str, ...] = ()
+    """Modules that the settings chose from a registry: their code counts like the stage's own."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """What is worth knowing of an attempt and changes nothing: who asked for it."""
+
+    def using(self, *modules: str, **notes: str) -> Slot:
+        """The slot with what else the outputs depend on: modules, and notes by name."""
+        return replace(self, uses=(*self.uses, *modules), notes={**self.notes, **notes})
 
     def needs(self, stage: str, iteration: int) -> Attempt:
         """What this run made, found or read first; else the current attempt, from now on.
@@ -549,7 +590,7 @@ class Slot:
             stage=stage,
             iteration=self.iteration,
             seed=self.seed,
-            code=code_version(compute.__module__),
+            code=code_versions(compute.__module__, *self.uses),
             settings=settings.model_dump(mode="json", context=FINGERPRINT),
             inputs={n: Source(a.stage, a.iteration, a.digest) for n, a in inputs.items()},
             notes=dict(self.notes),
@@ -569,7 +610,7 @@ class Slot:
 
     def _find(self, wanted: Provenance) -> Attempt | None:
         for place, attempt in enumerate(self.record.attempts(*wanted.place)):
-            if attempt.fingerprint == wanted.fingerprint:
+            if attempt.stands_for(wanted.fingerprint):
                 if place > 0:
                     self.record.touch(attempt)
                 return attempt

@@ -381,7 +381,7 @@ def _provenance(e: Recorded) -> Iterator[Made]:
         if (a := stage.attempt) is None:
             yield Made(stage, "", "", "", "", "")
         else:
-            code = a.provenance().code
+            code = a.provenance().code_digest
             yield Made(stage, a.run_id, a.fingerprint, code, a.digest, f"{a.seconds:,.1f}")
 
 

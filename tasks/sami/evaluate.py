@@ -140,7 +140,7 @@ def evaluate_stage(
 
     where = noted_judges(policy.noted(at), _about_constitutions(settings), scoring)
     mixtures = sampling.model_dump_json(include={"constitutions", "principles"})
-    where = replace(where, notes={**where.notes, "sampling": mixtures})
+    where = where.using("models.training.sami", sampling=mixtures)
     inputs = policy.inputs(held_out=held_out, written=written, **references)
     return where.attempt("evaluate", settings, inputs, compute)
 

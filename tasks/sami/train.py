@@ -117,7 +117,8 @@ def train_stage(
         return kept_curve(work, curve, data.skipped) | _counts(data, curve[-1].tokens)
 
     inputs = policy.inputs(sampled=sampled)
-    return where_trained(policy, at).attempt("train", shared_by_one(settings), inputs, compute)
+    where = where_trained(policy, at).using("models.training.sami")
+    return where.attempt("train", shared_by_one(settings), inputs, compute)
 
 
 def _counts(data: Groups, tokens: int) -> Metrics:

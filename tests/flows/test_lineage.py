@@ -21,7 +21,7 @@ from flows.settings import ExperimentSettings, with_changes
 from flows.states import stage_states
 from models import prompts
 from tasks.record import store
-from tasks.record.code import code_version
+from tasks.record.code import code_versions
 from tasks.record.store import Attempt
 from tasks.rows import Labelled, Rejected
 
@@ -151,13 +151,14 @@ def test_other_code_changes_its_stage(
     reached: list[tuple[str, int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def version(module: str) -> str:
-        return "edited" if module == f"tasks.{stage}" else code_version(module)
+    def versions(module: str, *others: str) -> dict[str, str]:
+        edited = {module: "edited"} if module == f"tasks.{stage}" else {}
+        return code_versions(module, *others) | edited
 
-    monkeypatch.setattr(store, "code_version", version)
+    monkeypatch.setattr(store, "code_versions", versions)
     found = stale(at_home)
     assert set(found) == set(reached)
-    assert f"the code of {stage} changed" in found[stage, 1]
+    assert f"code of tasks.{stage} changed" in found[stage, 1]
 
 
 # One stage by itself, as people type it ------------------------------------------------------

@@ -14,7 +14,8 @@ from constitutions.errors import UserError
 from tasks.record import code
 
 PACKAGE = Path(code.__file__).parents[1]
-VERSION = "from tasks.record.code import code_version; print(code_version('tasks.own'))"
+IMPORT = "from tasks.record.code import code_version, code_versions; "
+VERSION = f"{IMPORT}print(code_version('tasks.own'))"
 
 
 @pytest.fixture
@@ -27,6 +28,8 @@ def project(tmp_path: Path) -> Path:
     shutil.copy(PACKAGE / "record" / "code.py", tasks / "record")
     for name in ("errors.py", "untrusted.py"):
         shutil.copy(PACKAGE.parent / "constitutions" / name, errors)
+    (tmp_path / "project" / "models").mkdir()
+    shutil.copy(PACKAGE.parent / "models" / "files.py", tmp_path / "project" / "models")
     (tasks / "helper.py").write_text("def twice(x):\n    return 2 * x\n")
     (tasks / "own.py").write_text(
         "def run(x):\n    from tasks.helper import twice\n    return twice(x)\n"
@@ -71,7 +74,7 @@ class Editable:  # as setuptools installs a checkout: asked after the search pat
     @staticmethod
     def find_spec(name, path=None, target=None):
         parent, _, _ = name.rpartition(".")
-        if name in ("tasks", "constitutions"):
+        if name in ("tasks", "models", "constitutions"):
             return PathFinder.find_spec(name, [sys.argv[1]])
         return PathFinder.find_spec(name, [f"{sys.argv[1]}/{parent}"]) if parent else None
 
@@ -126,7 +129,26 @@ def test_the_stages_have_different_versions() -> None:
     assert len({code.code_version(f"tasks.{name}") for name in names}) == len(names)
 
 
-def test_the_machinery_is_left_out() -> None:
-    assert "tasks.record.store" in code._imports("tasks.mine")
-    assert "tasks.record.store" not in code._closure("tasks.mine")
-    assert "models.prompts" in code._closure("tasks.mine")
+def test_what_a_registry_lists_counts_where_it_is_named(project: Path) -> None:
+    tasks = project / "tasks"
+    (tasks / "registry.py").write_text("from tasks import first, second\n")
+    (tasks / "first.py").write_text("from tasks.helper import twice\n")
+    (tasks / "second.py").write_text("x = 2\n")
+    (tasks / "own.py").write_text("from tasks.registry import first\n")
+    names = f"{IMPORT}print(*code_versions('tasks.own', 'tasks.first'))"
+    assert version(project, script=names) == "tasks.first tasks.helper tasks.own"
+    assert version(project, script=f"{IMPORT}print(*code_versions('tasks.own'))") == "tasks.own"
+
+
+def test_a_text_counts_where_it_is_noted(project: Path) -> None:
+    helper = project / "tasks" / "helper.py"
+    helper.write_text("from x import Rubric\nKIND = Rubric(text='a')\ndef twice(x): return 2 * x\n")
+    before = version(project)
+    helper.write_text(helper.read_text().replace("'a'", "'b'"))
+    assert version(project) == before
+
+
+def test_what_only_keeps_results_is_left_out() -> None:
+    found = code.code_versions("tasks.mine")
+    assert "models.prompts" in found
+    assert not [name for name in found if name.startswith(("tasks.record", "models.pools"))]
