@@ -15,8 +15,10 @@ from prefect.artifacts import create_table_artifact
 from constitutions.errors import UserError
 from flows.em import em_experiment
 from flows.experiment import note_settings, writing
+from flows.methods import method_of
 from flows.publish import Attempts, iteration_metrics, rate_text
-from flows.settings import ExperimentSettings, parse_override, with_changes
+from flows.schema import ExperimentSettings
+from flows.settings import parse_override, with_changes
 from flows.states import unchanged
 from tasks.record.work import Metrics
 
@@ -56,7 +58,7 @@ def run_baselines(
         UserError: a baseline that there is not; changes of one that is not run.
     """
     check_names(names, changes or {})
-    if settings.method == "sami":
+    if method_of(settings).constitutional:
         raise UserError(
             "these are the baselines of STaPLe",
             where=f"experiment {settings.experiment}, method sami",
@@ -117,10 +119,11 @@ def check_names(names: Sequence[str], changes: Changes) -> None:
 def row(run: Run) -> dict[str, str]:
     """A line of the table: win rates against the initial policy's plain answers, and the costs."""
     history = [iteration_metrics(attempts) for attempts in run.done]
-    headline = run.settings.headline
+    method = method_of(run.settings)
+    headline = method.headline
     best = max(range(len(history)), key=lambda t: history[t].get(headline, 0.0))
     return {
-        "method": run.settings.method_name,
+        "method": method.title(run.settings),
         "experiment": run.settings.experiment,
         "best iteration": f"{best}: {rate_text(history[best], headline)}",
         "last iteration": f"{len(history) - 1}: {rate_text(history[-1], headline)}",

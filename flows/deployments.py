@@ -1,7 +1,8 @@
 """The flows that `prefect.yaml` deploys: the experiment, and every stage by itself.
 
 Their parameters are forms of Prefect's UI; what they run is what the command line runs. Where the
-record already has everything, a run ends in the state "Unchanged".
+record already has everything, a run ends in the state "Unchanged". `python -m flows.deployments`
+writes the stages' entries of `prefect.yaml` anew.
 """
 
 from __future__ import annotations
@@ -18,22 +19,18 @@ from constitutions.errors import UserError
 from flows.em import em_experiment
 from flows.experiment import is_recorded, note_settings, recorded_settings, writing
 from flows.forms import SettingsForm, changes, form_of
+from flows.methods import METHODS
 from flows.preflight import ask_server, check_all
-from flows.settings import ExperimentSettings, load_settings, presets, with_changes
+from flows.schema import ExperimentSettings
+from flows.settings import load_settings, presets, with_changes
 from flows.stages import run_stage
 from flows.states import stage_states, unchanged
 from flows.together import go_on
-from models.settings import Settings
-from tasks.cluster import ClusterSettings
-from tasks.evaluate import EvaluateSettings
-from tasks.filter import FilterSettings
-from tasks.mine import MineSettings
-from tasks.prompts import PromptSettings
-from tasks.sami.sample import SampleSettings
-from tasks.sami.write import WriteSettings
-from tasks.score import ScoreSettings
-from tasks.train import TrainSettings
+from tasks.stages import STAGES, Stage, settings_of
 
+DEPLOYED = tuple(name for name, stage in STAGES.items() if stage.deployed)
+PREFECT_FILE = Path(__file__).parents[1] / "prefect.yaml"
+MARK = "  # The stages, from tasks/stages.py: `python -m flows.deployments` writes what follows.\n"
 ExperimentForm = form_of(ExperimentSettings)
 UNCHANGED = ExperimentForm()
 
@@ -89,9 +86,9 @@ def experiment(
     return Completed(message=f"{chosen.experiment}: {chosen.iterations} iterations")
 
 
-def stage_flow(stage: str, settings: type[Settings]) -> Flow[..., State[Any]]:
+def stage_flow(stage: str) -> Flow[..., State[Any]]:
     """The flow that runs one stage."""
-    form = form_of(settings)
+    form = form_of(settings_of(stage))
     empty = form()
 
     @with_form(form, name=stage, run_name=f"{{experiment}} {stage} {{iteration}}")
@@ -105,7 +102,7 @@ def stage_flow(stage: str, settings: type[Settings]) -> Flow[..., State[Any]]:
 
         Args:
             experiment: The name of an experiment that was run before.
-            iteration: The iteration. 0 has only prompts, SAMI's write, and evaluate.
+            iteration: The iteration; 0 is the initial policy's.
             settings: What to change for this iteration, from now on. A field that stays empty is as
                 the experiment has it.
             force: Compute again what the record has.
@@ -121,15 +118,33 @@ def stage_flow(stage: str, settings: type[Settings]) -> Flow[..., State[Any]]:
     return run
 
 
-prompts = stage_flow("prompts", PromptSettings)
-mine = stage_flow("mine", MineSettings)
-score = stage_flow("score", ScoreSettings)
-filter_ = stage_flow("filter", FilterSettings)
-cluster = stage_flow("cluster", ClusterSettings)
-write = stage_flow("write", WriteSettings)
-sample = stage_flow("sample", SampleSettings)
-train = stage_flow("train", TrainSettings)
-evaluate = stage_flow("evaluate", EvaluateSettings)
+def __getattr__(name: str) -> Flow[..., State[Any]]:
+    """The flow of the stage `name`, as Prefect looks up `flows.deployments.<name>`.
+
+    Raises:
+        AttributeError: no deployed stage has this name.
+    """
+    if name not in DEPLOYED:
+        raise AttributeError(name)
+    found = globals()[name] = stage_flow(name)
+    return found
+
+
+def prefect_yaml(text: str) -> str:
+    """The text of `prefect.yaml` with an entry for each deployed stage after the line `MARK`."""
+    head, mark, _ = text.partition(MARK)
+    return head + mark + "".join(_entry(name, STAGES[name]) for name in DEPLOYED)
+
+
+def _entry(name: str, stage: Stage) -> str:
+    users = [method.name for method in METHODS.values() if name in method.all_stages]
+    tags = ["stage", *(users if len(users) < len(METHODS) else ())]
+    return f"""  - name: {name}
+    entrypoint: flows.deployments.{name}
+    description: "**One stage by itself:** {stage.about}."
+    tags: [{", ".join(tags)}]
+    work_pool: *{stage.pool}
+"""
 
 
 def _was_run(source: str) -> bool:
@@ -144,3 +159,7 @@ def _was_run(source: str) -> bool:
 
 def _unchanged(message: str) -> State[Any]:
     return Completed(name="Unchanged", message=message)
+
+
+if __name__ == "__main__":
+    PREFECT_FILE.write_text(prefect_yaml(PREFECT_FILE.read_text("utf-8")), "utf-8")

@@ -1,4 +1,4 @@
-"""The EM loop, and what its baselines leave out of it, readable on one screen.
+"""The EM loop, and what its baselines leave out of it, on one screen.
 
 `steps` is the one wiring of the stages: the loop runs all of it, `flows.stages` one stage of it,
 `flows.states` only looks. Every stage looks into the record first and computes only what is not
@@ -13,8 +13,9 @@ from prefect import flow
 
 from flows import review, sami
 from flows.experiment import Experiment, Place, open_experiment, writing
+from flows.methods import method_of
 from flows.publish import Attempts, publish_experiment, publish_iteration
-from flows.settings import ExperimentSettings
+from flows.schema import ExperimentSettings
 from tasks.cluster import cluster_stage
 from tasks.evaluate import evaluate_stage
 from tasks.filter import filter_stage
@@ -29,11 +30,12 @@ from tasks.train import train_stage
 def steps(e: Experiment, t: int) -> Iterator[Attempt]:
     """One EM iteration, stage by stage; it ends early where a person has to review first.
 
-    E-step (mine, score, filter), constitution (cluster, review), M-step (train), evaluation.
-    Iteration 0: the untouched policy answers the held-out prompts. Supervised fine-tuning on golds
-    has no E-step; STaR, without principles, no constitution. SAMI's stages are `flows.sami`'s.
+    E-step (mine, score, filter), constitution (cluster, review), M-step (train), evaluation: each
+    method has some of them (`flows.methods`). In iteration 0 the initial policy answers the
+    held-out prompts.
     """
-    if e.settings.method == "sami":
+    method = method_of(e.settings)
+    if method.constitutional:
         yield from sami.steps(e, t)
         return
     at, settings = e.slot(t), e.settings_at(t)
@@ -44,12 +46,12 @@ def steps(e: Experiment, t: int) -> Iterator[Attempt]:
 
     policy = e.policy(t - 1, t)
     examples, mined_from = prompts, {}
-    if settings.method != "sft":
+    if method.mines:
         yield (mined := mine_stage(at, settings.mine, policy, prompts))
         yield (scored := score_stage(at, settings.score, mined))
-        yield (examples := filter_stage(at, settings.filter, scored, settings.guided))
+        yield (examples := filter_stage(at, settings.filter, scored, method.guided))
 
-    if settings.method == "staple":
+    if method.guided:
         earlier = e.earlier_constitutions(t)
         yield (examples := cluster_stage(at, settings.cluster, policy, examples, scored, earlier))
         if settings.review.enabled:

@@ -16,14 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from constitutions.errors import UserError
-from flows.settings import (
-    NAME,
-    ExperimentSettings,
-    check_succession,
-    dump_settings,
-    load_settings,
-    with_changes,
-)
+from flows.methods import method_of
+from flows.schema import NAME, ExperimentSettings
+from flows.settings import check_succession, dump_settings, load_settings, with_changes
 from models.files import Damaged
 from tasks.policies.base import BaseModelFiles, kept_model, resolve_model
 from tasks.policies.opening import PolicySource
@@ -32,23 +27,7 @@ from tasks.record.store import Attempt, Attempts, Looker, Mode, Record, Slot
 from tasks.record.writer import made
 from tasks.record.writer import writing as hold
 from tasks.review import ReviewDecision, ReviewSettings, recorded_verdict
-
-STAGES = (
-    *("prompts", "write", "mine", "score", "filter", "cluster", "review"),
-    *("sample", "train", "evaluate"),
-)
-"""The stages of all methods, in their order."""
-INITIAL_STAGES = ("prompts", "write", "evaluate")
-"""Those of iteration 0; "write" is there alone."""
-_STAPLE = frozenset({"mine", "score", "filter", "cluster", "review"})
-_SAMI = frozenset({"write", "sample"})
-SKIPPED = {
-    "staple": _SAMI,
-    "star": _SAMI | {"cluster", "review"},
-    "sft": _SAMI | _STAPLE,
-    "sami": _STAPLE,
-}
-"""The stages that a method does without."""
+from tasks.stages import STAGES
 
 SETTINGS_FILE = "settings.yaml"
 NAMES = "up to 100 letters, digits, dots, dashes and underscores"
@@ -123,12 +102,13 @@ class Experiment:
             UserError: the iteration was never trained.
         """
         settings = self.settings_at(iteration if t is None else t).policy
+        method = method_of(self.settings)
         initial = PolicySource(
             settings,
             self.model.path,
             self.model.digest,
-            guided=self.settings.guided,
-            constitutional=self.settings.method == "sami",
+            guided=method.guided,
+            constitutional=method.constitutional,
         )
         if iteration:
             return initial.trained(self.needs("train", iteration))
@@ -180,7 +160,7 @@ class Experiment:
 
     def constitution(self, iteration: int) -> Attempt:
         """The attempt whose constitution an iteration trains on: reviewed, where that is asked."""
-        if self.settings.method == "sami":
+        if method_of(self.settings).constitutional:
             return self.needs("write", 0)
         reviewed = self.settings_at(iteration).review.enabled
         return self.needs("review" if reviewed else "cluster", iteration)
@@ -201,12 +181,6 @@ class Experiment:
             "initial": self.needs("evaluate", 0),
             "previous": self.needs("evaluate", iteration - 1),
         }
-
-
-def stages_of(iteration: int, method: str = "staple") -> tuple[str, ...]:
-    """The stages that an iteration can have."""
-    there = [s for s in STAGES if s != "write"] if iteration else INITIAL_STAGES
-    return tuple(stage for stage in there if stage not in SKIPPED[method])
 
 
 def home() -> Path:
@@ -284,22 +258,23 @@ def is_recorded(experiment: str) -> bool:
 
 
 def parse_place(place: str, settings: ExperimentSettings) -> Place:
-    """ "cluster:2" as (2, "cluster"); without a number it is iteration 1, or 0 for "write".
+    """ "cluster:2" as (2, "cluster"); without a number, the first iteration that has the stage,
+    and of "prompts" and "evaluate", which all have, iteration 1.
 
     Raises:
         UserError: there is no such stage or iteration.
     """
     stage, _, number = place.partition(":")
     counted = re.fullmatch(r"[0-9]{1,4}", number)
-    iteration = int(number) if counted else int(stage != "write")
+    last, method = settings.iterations, method_of(settings)
+    iteration = int(number) if counted else int(stage in method.stages(1))
     wrong = number and not counted
-    last, method = settings.iterations, settings.method
-    if wrong or iteration > last or stage not in stages_of(iteration, method):
-        there = [s for s in STAGES if s not in SKIPPED[method]]
+    if wrong or iteration > last or stage not in method.stages(iteration):
+        there = ", ".join(method.all_stages)
         raise UserError(
             "there is no such stage",
             where=place,
-            expected=f"one of {', '.join(there)}, and an iteration up to {last}, as in train:2",
+            expected=f"one of {there}, and an iteration up to {last}, as in train:2",
         )
     return iteration, stage
 
@@ -310,13 +285,14 @@ def check_discovers(settings: ExperimentSettings) -> None:
     Raises:
         UserError: its method has none.
     """
-    if "cluster" in SKIPPED[settings.method]:
+    method = method_of(settings)
+    if not method.guided:
         raise UserError(
-            f"method {settings.method} discovers no constitution",
+            f"method {method.name} discovers no constitution",
             where=f"experiment {settings.experiment}",
             expected="an experiment with method: staple",
             fix="SAMI's constitution is changed by write.constitution: a name or a file"
-            if settings.method == "sami"
+            if method.constitutional
             else "",
         )
 
@@ -338,4 +314,4 @@ def newest(settings: ExperimentSettings, stage: str, iteration: int | None) -> A
 
 def _order(place: Place) -> tuple[int, int]:
     iteration, stage = place
-    return iteration, STAGES.index(stage)
+    return iteration, list(STAGES).index(stage)

@@ -14,7 +14,9 @@ from constitutions.constitution import Constitution, Principle
 from constitutions.errors import UserError, UserErrors
 from constitutions.reference import load_pairs
 from flows.experiment import home, open_experiment
-from flows.settings import ExperimentSettings, explain, following
+from flows.methods import method_of
+from flows.schema import ExperimentSettings
+from flows.settings import explain, following
 from models.embedders import check_embedder
 from models.endpoint.client import Limits, open_endpoint
 from models.endpoint.server import check_server
@@ -59,7 +61,7 @@ def check(settings: ExperimentSettings, *, follows: bool = False) -> dict[str, s
         UserErrors: everything that is wrong.
     """
     problems: list[UserError] = []
-    sami = settings.method == "sami"
+    sami = method_of(settings).constitutional
 
     def attempt(look: Callable[[], str]) -> str:
         try:
@@ -106,7 +108,7 @@ def _model(settings: ExperimentSettings) -> str:
 
 def _beyond_endpoints(settings: ExperimentSettings) -> Iterator[UserError]:
     """The settings that need more of the policy than its endpoint gives."""
-    clusters = settings.policy.endpoint and settings.guided and settings.iterations
+    clusters = settings.policy.endpoint and method_of(settings).guided and settings.iterations
     if clusters and "hidden" in settings.cluster.features:
         yield _beyond("features", "hidden states", 'leave "hidden" out')
     if clusters and settings.cluster.logprob_tolerance is not None:
@@ -142,7 +144,7 @@ def _prompts(settings: ExperimentSettings) -> str:
     mined = [settings.prompts.first] + [settings.prompts.later] * (settings.iterations - 1)
     rejected = f"; {len(last.rejected):,} rows rejected" if last.rejected else ""
     counts = " + ".join(f"{size:,}" for size in mined if settings.iterations) or "none"
-    use = "to sample" if settings.method == "sami" else "to mine"
+    use = "to sample" if method_of(settings).constitutional else "to mine"
     return f"{counts} {use}, {settings.prompts.held_out:,} held out{rejected}"
 
 
@@ -180,14 +182,15 @@ def _check_pool(settings: ExperimentSettings, constitution: Constitution) -> tup
 
 
 def _similarity(settings: ExperimentSettings) -> str:
-    if settings.guided and settings.iterations and "sentences" in settings.cluster.features:
+    clusters = method_of(settings).guided and settings.iterations
+    if clusters and "sentences" in settings.cluster.features:
         check_embedder(settings.cluster.embedding_model)
     return f"similarity {open_similarity(settings.score).check(home())}"
 
 
 def _judges(settings: ExperimentSettings) -> str:
     evaluate = settings.evaluate
-    check_them = check_followed if settings.method == "sami" else check_judges
+    check_them = check_followed if method_of(settings).constitutional else check_judges
     check_them(evaluate, settings.score, settings.prompts.oracle)
     models = [check_judge(judge, home()) for judge in evaluate.all_judges if judge.policy]
     kinds = ", ".join(judge.kind for judge in evaluate.judges)
@@ -207,7 +210,7 @@ def _pools(settings: ExperimentSettings) -> str:
 
 def _benchmarks(settings: ExperimentSettings) -> str:
     chosen = settings.evaluate.benchmarks
-    chosen.load(settings.evaluate.judge, guided=settings.guided)
+    chosen.load(settings.evaluate.judge, guided=method_of(settings).guided)
     return f"; also {', '.join(chosen.chosen)}" if chosen.chosen else ""
 
 

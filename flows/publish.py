@@ -16,9 +16,11 @@ from prefect.context import FlowRunContext
 
 from constitutions.constitution import load, markdown
 from flows.experiment import Experiment
+from flows.methods import method_of
 from tasks.record.store import SUMMARY, Attempt, Record
 from tasks.record.work import Metrics
 from tasks.report.figures import History, figures
+from tasks.stages import STAGES
 
 Attempts = dict[str, Attempt]
 
@@ -54,7 +56,7 @@ def publish_experiment(experiment: Experiment, done: Sequence[Attempts]) -> None
     history = {t: iteration_metrics(attempts) for t, attempts in enumerate(done)}
     for t, metrics in history.items():
         record.log_metrics(run_id, metrics, step=t)
-    log_figures(record, history, told=experiment.settings.method == "sami")
+    log_figures(record, history, told=method_of(experiment.settings).constitutional)
     _mark(record, SUMMARY, _every(done))
 
 
@@ -126,14 +128,8 @@ def register_adapter(
 
 def _files(attempts: Mapping[str, Attempt]) -> list[Path]:
     """In this order: a reviewed constitution takes the place of the clustered one."""
-    wanted = {
-        "write": ("constitution.yaml",),
-        "cluster": ("constitution.yaml", "map.png"),
-        "review": ("constitution.yaml",),
-        "train": ("adapter",),
-    }
-    there = [(attempts[stage], names) for stage, names in wanted.items() if stage in attempts]
-    return [attempt.path(name) for attempt, names in there for name in names]
+    there = [(attempts[name], stage) for name, stage in STAGES.items() if name in attempts]
+    return [attempt.path(name) for attempt, stage in there for name in stage.publishes]
 
 
 def _changed(record: Record, iteration: int, attempts: Mapping[str, Attempt]) -> bool:

@@ -1,4 +1,4 @@
-"""All settings of an experiment: the stages' own, composed; read from a preset, YAML, `--set`.
+"""The settings of an experiment, read from a preset, YAML and `--set`, and checked.
 
 `load_settings` reports every mistake at once, each with the setting's name and what it expects.
 """
@@ -10,102 +10,21 @@ import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from constitutions.errors import REPORTED, UserError, UserErrors
 from constitutions.parse import SMALL, parse_yaml, read_text
 from constitutions.untrusted import hide_passwords
-from models.policy import PolicySettings
+from flows.methods import method_of
+from flows.schema import ExperimentSettings
 from models.settings import Settings
-from tasks.cluster import ClusterSettings
-from tasks.evaluate import EvaluateSettings
-from tasks.filter import FilterSettings
-from tasks.mine import MineSettings
-from tasks.prompts import PromptSettings
-from tasks.review import ReviewSettings
-from tasks.sami.sample import SampleSettings
-from tasks.sami.write import WriteSettings
-from tasks.score import ScoreSettings
-from tasks.train import TrainSettings
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 PRESETS = Path(__file__).parent / "presets"
 MOST_PARTS = 16
 """Parts of a setting's name, as in evaluate.judge.policy.model."""
-
-
-class ExperimentSettings(Settings):
-    """One experiment: T EM iterations of a policy on prompts with gold responses."""
-
-    experiment: str = Field("staple", pattern=NAME)
-    """The experiment's name in MLflow: letters, digits, dot, dash and underscore."""
-    method: Literal["staple", "star", "sft", "sami"] = "staple"
-    """STaPLe; SAMI, which teaches a given constitution without golds; or a baseline: "star" is
-    STaPLe's loop with no principle between the two responses (and, with no iteration, Self-Refine),
-    "sft" learns the gold responses themselves."""
-    after: str | None = Field(None, pattern=NAME)
-    """SAMI: the name of a finished STaPLe experiment whose policy is trained further, and whose
-    constitution is amplified."""
-    then: dict[str, Any] = Field(default_factory=dict)
-    """Settings of an experiment that goes on where this one ends, as NAME.sami: see the preset
-    staple-then-sami."""
-    seed: int = Field(0, ge=0)
-    """Seeds every draw: prompts, samples, clustering, adapter, bootstrap."""
-    iterations: int = Field(4, ge=0, le=100)
-    """T: iterations. With 0 nothing is trained: the initial policy answers the held-out
-    prompts."""
-    policy: PolicySettings = PolicySettings()
-    """The model that improves itself."""
-    prompts: PromptSettings = PromptSettings()
-    """Where prompts and gold responses come from, and how many each iteration takes."""
-    write: WriteSettings = WriteSettings()
-    """SAMI: the constitution, given or written by a model."""
-    mine: MineSettings = MineSettings()
-    """E-step: proposals."""
-    score: ScoreSettings = ScoreSettings()
-    """E-step: similarity to the gold response."""
-    filter: FilterSettings = FilterSettings()
-    """E-step: which proposals are kept."""
-    cluster: ClusterSettings = ClusterSettings()
-    """Posterior regularisation: the constitution."""
-    review: ReviewSettings = ReviewSettings()
-    """Whether a person approves the constitution before it is trained on."""
-    sample: SampleSettings = SampleSettings()
-    """SAMI: responses under constitutions."""
-    train: TrainSettings = TrainSettings()
-    """M-step, or SAMI's objective: the adapter."""
-    evaluate: EvaluateSettings = EvaluateSettings()
-    """Held-out win rates."""
-
-    @property
-    def guided(self) -> bool:
-        """Whether a principle stands between the policy's two responses."""
-        return self.method == "staple"
-
-    @property
-    def headline(self) -> str:
-        """The metric that methods are compared by: final answers against the initial policy's.
-
-        The final answer is the refinement; after fine-tuning on golds, the first one; of SAMI, the
-        response under a constitution, which the initial policy is told as well.
-        """
-        final = {"sft": "initial_vs_0", "sami": "constitution_vs_0"}
-        return f"win_rate/{final.get(self.method, 'refined_vs_initial_0')}"
-
-    @property
-    def method_name(self) -> str:
-        """What tables call the method."""
-        if self.method in ("sft", "sami"):
-            return "SAMI" if self.method == "sami" else "SFT on gold"
-        if self.method == "star":
-            return "STaR" if self.iterations else "Self-Refine"
-        if not self.iterations:
-            return "initial policy"
-        free = self.cluster.representative == "none"
-        return "STaPLe, unconstrained" if free else "STaPLe, constrained"
 
 
 def presets() -> list[str]:
@@ -181,7 +100,7 @@ def _wrong_succession(settings: ExperimentSettings, source: str) -> Iterator[Use
 
 
 def following(settings: ExperimentSettings) -> ExperimentSettings | None:
-    """The experiment that goes on where this one ends, as `then` has it; None without.
+    """The SAMI experiment that continues this one, by its setting `then`; None without.
 
     Raises:
         UserErrors: every name or value in `then` that is wrong.
@@ -205,11 +124,11 @@ def following(settings: ExperimentSettings) -> ExperimentSettings | None:
 
 
 BEGUN = ("update", "lora_rank", "lora_alpha", "lora_dropout")
-"""Settings of a training that hold for all that goes on from it."""
+"""Settings of a training that every training after it shares."""
 
 
 def check_succession(before: ExperimentSettings, then: ExperimentSettings) -> None:
-    """Refuse an experiment that cannot go on where another one ended.
+    """Refuse an experiment that cannot continue another one.
 
     Raises:
         UserErrors: all that does not fit.
@@ -232,7 +151,7 @@ def check_succession(before: ExperimentSettings, then: ExperimentSettings) -> No
         for name in one
         if one[name] != other[name]
     ]
-    if before.method != "staple" and not then.write.constitution:
+    if not method_of(before).guided and not then.write.constitution:
         found.append(
             UserError(
                 f"experiment {before.experiment} discovers no constitution",
@@ -249,7 +168,7 @@ def check_succession(before: ExperimentSettings, then: ExperimentSettings) -> No
             )
         )
     if before.experiment == then.experiment:
-        found.append(UserError("it goes on from itself", where="setting 'after'"))
+        found.append(UserError("an experiment cannot continue itself", where="setting 'after'"))
     if found:
         raise UserErrors(found)
 
@@ -266,7 +185,8 @@ def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _contradictions(settings: ExperimentSettings, source: str) -> list[UserError]:
     """Settings of different parts that cannot hold together."""
     found: list[UserError] = []
-    if settings.then and settings.method != "sami":
+    method = method_of(settings)
+    if settings.then and not method.constitutional:
         found += _wrong_succession(settings, source)
     if settings.train.update == "full" and settings.policy.quantization != "none":
         found.append(
@@ -277,57 +197,7 @@ def _contradictions(settings: ExperimentSettings, source: str) -> list[UserError
                 fix="set it, or train.update: lora",
             )
         )
-    return [*found, *_sami_contradictions(settings, source)]
-
-
-def _sami_contradictions(settings: ExperimentSettings, source: str) -> Iterator[UserError]:
-    if settings.method != "sami":
-        if not settings.prompts.has_golds:
-            yield UserError(
-                f"method {settings.method} needs gold responses",
-                where=f"{source}, setting 'prompts.sources'",
-                expected="a gold_column in each",
-            )
-        if settings.after:
-            yield UserError(
-                f"method {settings.method} goes on from no other experiment",
-                where=f"{source}, setting 'after'",
-                expected="method: sami",
-            )
-        return
-    if settings.review.enabled:
-        yield UserError(
-            "nobody is asked to review a constitution that was given or written",
-            where=f"{source}, setting 'review.enabled'",
-            expected="false, with method: sami",
-            fix="staple constitution write, edit the file, --set write.constitution=FILE",
-        )
-    judges = settings.evaluate.judges
-    by_gold = any(judge.kind == "similarity" or judge.show_gold for judge in judges)
-    if by_gold and not settings.prompts.has_golds:
-        yield UserError(
-            "a judge reads the golds, and there are none",
-            where=f"{source}, settings 'evaluate.judge', 'prompts.sources'",
-            expected="another judge, or a gold_column",
-        )
-    if settings.train.lora_dropout:
-        yield UserError(
-            "dropout would compare responses by another policy in every pass",
-            where=f"{source}, setting 'train.lora_dropout'",
-            expected="0, with method: sami",
-        )
-    if settings.evaluate.benchmarks.chosen or settings.evaluate.principle_judge:
-        yield UserError(
-            "benchmarks and the principle judge are about STaPLe's two answers",
-            where=f"{source}, settings 'evaluate.benchmarks', 'evaluate.principle_judge'",
-            expected="none, with method: sami",
-        )
-    if settings.then:
-        yield UserError(
-            "after SAMI no further experiment is run",
-            where=f"{source}, setting 'then'",
-            expected="another method",
-        )
+    return [*found, *method.mistakes(settings, source)]
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:

@@ -18,12 +18,13 @@ from flows.experiment import (
     open_experiment,
     record_of,
     recorded_settings,
-    stages_of,
     writing,
 )
+from flows.methods import method_of
 from flows.publish import publish_iteration
+from flows.schema import ExperimentSettings
 from flows.server.prefect_server import at_hand
-from flows.settings import ExperimentSettings, with_changes
+from flows.settings import with_changes
 from flows.states import stage_states
 from tasks.record.store import Attempt
 
@@ -103,7 +104,7 @@ def _publish_if_whole(experiment: Experiment, iteration: int) -> None:
 
 
 def _check_place(settings: ExperimentSettings, stage: str, iteration: int) -> None:
-    there = stages_of(iteration, settings.method)
+    there = method_of(settings).stages(iteration)
     if stage not in there:
         raise UserError(
             f"iteration {iteration} has no stage '{stage}'",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from constitutions.errors import UserError
 from flows.experiment import open_experiment, recorded_settings, writing
 from flows.publish import Attempts, is_published
-from flows.settings import ExperimentSettings
+from flows.schema import ExperimentSettings
 from tasks.record.store import Acceptance, Attempt, Provenance, Record, finished
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from flows.commands.report import write_report
 from flows.em import em_experiment
 from flows.experiment import note_settings, writing
 from flows.publish import Attempts
+from flows.schema import ExperimentSettings
 from flows.server.prefect_server import at_hand
-from flows.settings import ExperimentSettings, following
+from flows.settings import following
 from flows.states import unchanged
 from tasks.record.store import Attempt
 

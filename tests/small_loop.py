@@ -15,7 +15,8 @@ from chat_model import TEXT, build_chat_model
 
 from flows import em
 from flows.experiment import note_settings, open_experiment
-from flows.settings import ExperimentSettings, load_settings
+from flows.schema import ExperimentSettings
+from flows.settings import load_settings
 from tasks.record.work import JOURNAL
 
 WORDS = " ".join(TEXT[:4]).split()

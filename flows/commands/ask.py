@@ -13,7 +13,8 @@ from constitutions.constitution import Constitution, Principle, load, principle_
 from constitutions.errors import UserError
 from constitutions.parse import whole
 from flows.experiment import Experiment, newest, open_experiment
-from flows.settings import ExperimentSettings
+from flows.methods import method_of
+from flows.schema import ExperimentSettings
 from models.policy import NO_ANSWER, UNFINISHED, Completion, Message, Messages, Request
 from models.prompts import under_constitution
 from tasks.policies.answers import answer
@@ -63,7 +64,7 @@ def ask_policy(settings: ExperimentSettings, prompt: str, iteration: int | None)
         seed=settings.seed,
         iteration=at,
     )
-    if not at or not settings.guided:
+    if not at or not method_of(settings).guided:
         return PolicyAnswer(at, answered, None, 0, False)
     constitution = load(experiment.constitution(at).path("constitution.yaml"))
     return PolicyAnswer(at, answered, *_entry(constitution, answered.principle))
@@ -82,7 +83,7 @@ def tell_policy(
     Raises:
         UserError: another method; the prompt or a principle is empty; nothing was trained yet.
     """
-    if settings.method != "sami":
+    if not method_of(settings).constitutional:
         raise UserError(
             f"a policy of method {settings.method} finds its principle itself",
             where=f"--principle, experiment {settings.experiment}",

@@ -12,9 +12,10 @@ import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from constitutions.errors import UserError
 from constitutions.terminal import clean_logs, fail, say
@@ -120,15 +121,21 @@ def baselines(
         show.baselines(run_baselines(settings, names, changes))
 
 
-@app.command()
+class StageCommand(typer.core.TyperCommand):
+    """A command whose help lists the stages."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Import the stages only now: Typer asks for this help alone."""
+        from tasks.stages import STAGES
+
+        listed = "\n".join(f"- {name}: {stage.about}" for name, stage in STAGES.items())
+        self.epilog = f"The stages of all methods:\n\n{listed}"
+        super().format_help(ctx, formatter)
+
+
+@app.command(cls=StageCommand)
 def stage(
-    name: Annotated[
-        str,
-        typer.Argument(
-            help="prompts, mine, score, filter, cluster, review, train, evaluate; "
-            "SAMI: prompts, write, sample, train, evaluate."
-        ),
-    ],
+    name: Annotated[str, typer.Argument(help="The stage's name, as listed below.")],
     experiment: Annotated[str, typer.Option(help="The experiment's name.")],
     iteration: Annotated[int, typer.Option(min=0, max=100, help="The EM iteration.")],
     set_: Set = None,
@@ -187,9 +194,10 @@ def constitution_show(
     """
     from flows.commands import show
     from flows.experiment import newest, open_experiment, recorded_settings
+    from flows.methods import method_of
 
     settings = recorded_settings(experiment)
-    one = settings.method == "sami"  # for all iterations
+    one = method_of(settings).constitutional  # for all iterations
     t = 0 if one else newest(settings, "cluster", iteration).iteration
     show.constitution(open_experiment(settings).constitution(t))
 
@@ -330,9 +338,10 @@ def ask(
     from flows.commands import show
     from flows.commands.ask import ask_policy, tell_policy
     from flows.experiment import recorded_settings
+    from flows.methods import method_of
 
     settings = recorded_settings(experiment)
-    if settings.method == "sami" or principle:
+    if method_of(settings).constitutional or principle:
         show.told(tell_policy(settings, prompt, iteration, principle or []))
     else:
         show.asked(ask_policy(settings, prompt, iteration))

@@ -9,7 +9,8 @@ from typing import Any
 
 from constitutions.constitution import Changes, diff, load
 from constitutions.errors import UserError
-from flows.experiment import Experiment, open_experiment, recorded_settings, stages_of
+from flows.experiment import Experiment, open_experiment, recorded_settings
+from flows.methods import method_of
 from flows.publish import constitution_of, iteration_metrics
 from tasks.record.store import Attempt
 from tasks.record.work import Metrics
@@ -80,7 +81,7 @@ def _side(reference: str) -> Side:
         return _whole(reference, experiment)
     if stage is None:
         return _iteration(reference, experiment, int(iteration))
-    there = stages_of(int(iteration), experiment.settings.method)
+    there = method_of(experiment.settings).stages(int(iteration))
     if stage not in there:
         raise UserError(
             f"iteration {iteration} has no stage '{stage}'",
@@ -147,7 +148,7 @@ def started(attempt: Attempt) -> int:
 
 
 def _current(e: Experiment, t: int) -> dict[str, Attempt]:
-    wanted = stages_of(t, e.settings.method)
+    wanted = method_of(e.settings).stages(t)
     if not e.settings_at(t).review.enabled:
         wanted = tuple(stage for stage in wanted if stage != "review")
     found = {stage: e.record.current(stage, t) for stage in wanted}

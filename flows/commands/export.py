@@ -12,8 +12,9 @@ import yaml
 
 from constitutions.constitution import load, markdown
 from flows.experiment import Experiment, newest, open_experiment, recorded_settings
+from flows.methods import method_of
 from flows.publish import rate_text
-from flows.settings import ExperimentSettings
+from flows.schema import ExperimentSettings
 from models.training.export import CARD, Exported, check_free, export
 from tasks.rows import Prompt
 
@@ -88,7 +89,8 @@ def _card(
 def _origin(settings: ExperimentSettings, t: int) -> str:
     """Which base, and what was done with it."""
     iterations = f"iteration{'s'[: t > 1]}"
-    if settings.method == "sami":
+    method = method_of(settings)
+    if method.constitutional:
         after = f", which had gone through the experiment {settings.after}" * bool(settings.after)
         return (
             f"`{settings.policy.model}`{after}, after {t} {iterations} of SAMI (arXiv 2404.14313): "
@@ -96,7 +98,7 @@ def _origin(settings: ExperimentSettings, t: int) -> str:
         )
     return (
         f"`{settings.policy.model}` after {t} EM {iterations} of self-improvement by latent "
-        f"principles ({settings.method_name}; arXiv 2505.16927)."
+        f"principles ({method.title(settings)}; arXiv 2505.16927)."
     )
 
 
@@ -143,7 +145,8 @@ def _agreement(done: Exported) -> str:
 
 
 def _principles(opened: Experiment, t: int) -> list[str]:
-    if not opened.settings.guided and opened.settings.method != "sami":
+    method = method_of(opened.settings)
+    if not (method.guided or method.constitutional):
         return []
     return ["## Constitution", markdown(load(opened.constitution(t).path("constitution.yaml")))]
 

@@ -18,10 +18,12 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 
 from constitutions.errors import UserError
-from flows.experiment import record_of, recorded_settings, stages_of
+from flows.experiment import record_of, recorded_settings
+from flows.methods import method_of
 from flows.publish import Attempts, iteration_metrics, log_figures
+from flows.schema import ExperimentSettings
 from flows.server.prefect_server import at_hand
-from flows.settings import ExperimentSettings, dump_settings
+from flows.settings import dump_settings
 from flows.states import stage_states
 from models.files import write_text
 from tasks.record.store import Attempt
@@ -75,15 +77,15 @@ def report(experiments: list[str], out: Path) -> Path:
 
 def gather(settings: ExperimentSettings) -> Recorded:
     """What the record has of an experiment."""
-    stages = _stages(settings)
+    method, stages = method_of(settings), _stages(settings)
     attempts: defaultdict[int, Attempts] = defaultdict(dict)
     for stage in stages:
         if stage.attempt:
             attempts[stage.iteration][stage.name] = stage.attempt
     return Recorded(
         name=settings.experiment,
-        method=settings.method_name,
-        headline=settings.headline,
+        method=method.title(settings),
+        headline=method.headline,
         settings=dump_settings(settings),
         seed=settings.seed,
         iterations=settings.iterations,
@@ -123,7 +125,7 @@ def _current(settings: ExperimentSettings) -> Iterator[tuple[tuple[str, int], At
     """(stage, iteration) and what was finished last, in the loop's order."""
     record = record_of(settings.experiment)
     for t in range(settings.iterations + 1):
-        for stage in stages_of(t, settings.method):
+        for stage in method_of(settings).stages(t):
             if attempt := record.current(stage, t):
                 yield (stage, t), attempt
 

@@ -21,11 +21,12 @@ from constitutions.terminal import console
 from flows.baselines import Run, row
 from flows.commands.ask import ConstitutionAnswers, PolicyAnswer
 from flows.commands.compare import Compared
-from flows.experiment import STAGES, record_of
+from flows.experiment import record_of
+from flows.methods import method_of
 from flows.plan.cost import GIB
 from flows.plan.plan import Iterations, Plan
 from flows.publish import iteration_metrics, rate_text
-from flows.settings import ExperimentSettings
+from flows.schema import ExperimentSettings
 from flows.states import State, stage_states
 from tasks.judging.length_control import LengthControlled
 from tasks.judging.winrate import WinRate
@@ -33,6 +34,7 @@ from tasks.record.store import Attempt
 from tasks.record.work import Metrics
 from tasks.sami.draw import pool_of
 from tasks.sami.write import Written
+from tasks.stages import STAGES
 
 if TYPE_CHECKING:
     from flows.commands.judge import Judged
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 def beginning(settings: ExperimentSettings, found: Mapping[str, str]) -> None:
     """What is about to be run."""
     facts = "\n".join(f"{name:<8} {what}" for name, what in found.items())
-    of = "" if settings.method == "sami" else "EM "
+    of = "" if method_of(settings).constitutional else "EM "
     title = f"experiment {settings.experiment}: {settings.iterations} {of}iterations"
     console.print(Panel(Text(facts), title=Text(title), title_align="left", expand=False))
 
@@ -51,7 +53,7 @@ def ending(settings: ExperimentSettings, done: Sequence[Mapping[str, Attempt]]) 
     """The closing table, and what to try next."""
     history = [iteration_metrics(attempts) for attempts in done]
     console.print(_results(settings, history))
-    if settings.method == "sami":
+    if method_of(settings).constitutional:
         console.print(_followed(history))
     if any("planted/nmi" in metrics for metrics in history):
         console.print(_truth(history))
@@ -91,7 +93,8 @@ def status(settings: ExperimentSettings) -> None:
     states = stage_states(settings)
     columns = [name for name in STAGES if any(stage == name for stage, _ in states)]
     title = f"experiment {settings.experiment}: seconds, principles, win rate against iteration 0"
-    sami = settings.method == "sami"
+    method = method_of(settings)
+    sami = method.constitutional
     table = _table(title, ("it.", *columns, "size", "win"))
     table.padding = (0, 1, 0, 0)
     for iteration in range(settings.iterations + 1):
@@ -101,7 +104,7 @@ def status(settings: ExperimentSettings) -> None:
             str(iteration),
             *(_state_cell(row.get(name)) for name in columns),
             _number(figures, "write/principles" if sami else "constitution_size", ".0f"),
-            _number(figures, settings.headline if sami else "win_rate/refined_vs_0", ".2f"),
+            _number(figures, method.headline if sami else "win_rate/refined_vs_0", ".2f"),
         )
     console.print(table)
     for (name, iteration), state in states.items():
@@ -325,7 +328,7 @@ def _memory(found: Plan) -> Table:
 
 
 def _results(settings: ExperimentSettings, history: Sequence[Metrics]) -> Table:
-    if settings.method == "sami":
+    if method_of(settings).constitutional:
         return _told(settings, history)
     table = _table(
         f"experiment {settings.experiment}: win rates against iteration 0, 95 % intervals",
@@ -383,7 +386,11 @@ def _followed(history: Sequence[Metrics]) -> Table:
 
 
 def _seconds(history: Sequence[Metrics]) -> Table:
-    ran = [s for s in STAGES[1:] if any(f"seconds/{s}" in metrics for metrics in history)]
+    ran = [
+        s
+        for s in STAGES
+        if s != "prompts" and any(f"seconds/{s}" in metrics for metrics in history)
+    ]
     table = _table("seconds", ("iteration", *ran))
     for iteration, metrics in enumerate(history):
         cells = [_number(metrics, f"seconds/{name}", ".1f") for name in ran]
@@ -482,15 +489,16 @@ def exported(done: Exported) -> None:
 def _next_steps(settings: ExperimentSettings) -> None:
     name = settings.experiment
     console.print("\nNext:")
-    discovered = settings.guided and settings.iterations
+    method = method_of(settings)
+    discovered = method.guided and settings.iterations
     learned = (f"staple constitution show {name}", "the principles it learned")
-    if settings.method == "sami":
+    if method_of(settings).constitutional:
         learned = (f"staple constitution show {name}", "what it was taught")
     ask = (f'staple ask {name} "…"', "its answer, the principle, the refined answer")
-    if settings.method == "sami":
+    if method_of(settings).constitutional:
         ask = (f'staple ask {name} "…" --principle "…"', "its answer when it is told that")
     _commands(
-        *([learned] if discovered or settings.method == "sami" else []),
+        *([learned] if discovered or method.constitutional else []),
         ask,
         (f"staple status {name}", "every stage of every iteration"),
         ("staple up", "Prefect's and MLflow's pages: every run, iterations side by side"),

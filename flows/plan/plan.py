@@ -15,9 +15,12 @@ from typing import Any
 
 from constitutions.errors import UserError
 from flows.experiment import record_of, recorded_settings
+from flows.methods import method_of
 from flows.plan.cost import GIB, GPUS, Gpu, Held
+from flows.plan.sami import workload_of
 from flows.plan.workload import CHARACTERS, Assumed, JudgeTurns, SampledTurn, Workload, lengths
-from flows.settings import ExperimentSettings, with_changes
+from flows.schema import ExperimentSettings
+from flows.settings import with_changes
 from models.checkpoints.shapes import WIDTH, shape_of
 from models.policy import PolicySettings
 from models.worlds.registry import WORLD_MODELS
@@ -103,7 +106,7 @@ def plan(settings: ExperimentSettings, gpu: str = "h100", assumed: Assumed | Non
     if gpu not in GPUS:
         raise UserError("no such GPU", where=f"--gpu {gpu}", expected=f"one of {', '.join(GPUS)}")
     known = lengths(settings.prompts, settings.seed)
-    estimate = _Estimate(settings, GPUS[gpu], Workload(settings, known, assumed or Assumed()))
+    estimate = _Estimate(settings, GPUS[gpu], workload_of(settings, known, assumed or Assumed()))
     return Plan(
         settings=settings,
         gpu=GPUS[gpu],
@@ -123,25 +126,26 @@ def like(experiment: str) -> Assumed:
     """
     settings, record = recorded_settings(experiment), record_of(experiment)
     done = [t for t in range(settings.iterations, 0, -1) if record.current("train", t)]
-    if settings.method == "sft" or not done:
+    method = method_of(settings)
+    if not (method.mines or method.constitutional) or not done:
         raise UserError(
             "no iteration of it mined and trained",
             where=f"experiment {experiment}",
             fix="run a small one first: staple run PRESET --set iterations=1 "
             "--set prompts.first=100 --set experiment=pilot",
         )
-    if settings.method == "sami":
+    if method.constitutional:
         return _like_sami(settings, record, done[0])
     stages = ("mine", "filter", "train")
     mined, kept, trained = (record.needs(stage, done[0]).metrics for stage in stages)
     known = lengths(settings.prompts, settings.seed)
-    limits = sum(t.samples * t.limit for t in Workload(settings, known, Assumed()).mined())
+    limits = sum(t.samples * t.limit for t in workload_of(settings, known, Assumed()).mined())
     found = Assumed(
         filled=mined["generated_tokens"] / (mined["mined_prompts"] * limits),
         accepted=kept["trajectories"] / kept["prompts_in"],
         like=experiment,
     )
-    return replace(found, prompt=_prompt_tokens(Workload(settings, known, found), trained))
+    return replace(found, prompt=_prompt_tokens(workload_of(settings, known, found), trained))
 
 
 def _like_sami(settings: ExperimentSettings, record: Record, iteration: int) -> Assumed:
@@ -153,7 +157,7 @@ def _like_sami(settings: ExperimentSettings, record: Record, iteration: int) -> 
         like=settings.experiment,
     )
     known = lengths(settings.prompts, settings.seed)
-    return replace(found, prompt=_prompt_tokens(Workload(settings, known, found), trained))
+    return replace(found, prompt=_prompt_tokens(workload_of(settings, known, found), trained))
 
 
 def _prompt_tokens(work: Workload, trained: Metrics) -> float | None:
@@ -162,7 +166,8 @@ def _prompt_tokens(work: Workload, trained: Metrics) -> float | None:
     if train.tokens:  # a budget cuts epochs short
         return None
     others = replace(work, assumed=replace(work.assumed, prompt=0.0)).learned()[0]
-    learned = trained["train/trained" if work.settings.method == "sami" else "train/examples"]
+    sami = method_of(work.settings).constitutional
+    learned = trained["train/trained" if sami else "train/examples"]
     each = trained["train/tokens"] / (learned * work.rows * train.epochs)
     return max(1.0, each - others)
 
@@ -192,8 +197,7 @@ class _Estimate:
     def _micro(self, length: float) -> int:
         """Conversations of a length that are trained on together."""
         train = self.settings.train
-        most = self.workload.rows if self.settings.method == "sami" else train.batch_size
-        return max(1, min(most, int(train.micro_batch_tokens // length)))
+        return max(1, min(self.workload.step_rows, int(train.micro_batch_tokens // length)))
 
     # Work
 
@@ -207,16 +211,11 @@ class _Estimate:
                 yield Iterations(first=first, last=end, work=work)
 
     def _improved(self, iteration: int) -> Iterator[Work]:
-        s = self.settings
-        prompts = s.prompts.first if iteration == 1 else s.prompts.later
-        if s.method == "sft":
-            yield self._training(prompts)
-            return
-        if s.method == "sami":
-            yield self._answers("sample", prompts, self.workload.sampled(), s.sample.shard_size)
-            yield self._training(prompts * self.workload.accepted)
-            return
-        yield self._answers("mine", prompts, self.workload.mined(), s.mine.shard_size)
+        sizes = self.settings.prompts
+        prompts = sizes.first if iteration == 1 else sizes.later
+        if explored := self.workload.explored():
+            stage, turns, shard = explored
+            yield self._answers(stage, prompts, turns, shard)
         yield from map(self._judgements, self.workload.graded(prompts))
         yield self._training(prompts * self.workload.accepted)
 
@@ -224,7 +223,7 @@ class _Estimate:
         s, benchmarks = self.settings, self.workload.benchmarks
         prompts = s.prompts.held_out + sum(benchmarks.values())
         yield self._answers("evaluate", prompts, self.workload.answered(), s.evaluate.shard_size)
-        if s.method == "sami" and (turns := self.workload.informed()):
+        if turns := (self.workload.informed()):
             yield self._answers("information", prompts, turns, s.evaluate.shard_size)
         yield from map(self._judgements, self.workload.judged(iteration))
 
@@ -297,7 +296,7 @@ class _Estimate:
         once, for what the KL term holds the policy to.
         """
         s = self.settings.train
-        if self.settings.method != "sami":
+        if not method_of(self.settings).constitutional:
             return 0.0
         passes = 1 + (1 if self.policy.rank else 2) + s.gradient_checkpointing
         again = (self._micro(length) < self.workload.rows) + bool(s.kl) / s.epochs
@@ -332,10 +331,9 @@ class _Estimate:
     def _longest_turns(self) -> Iterator[tuple[SampledTurn, int]]:
         """Every turn of the policy at its limits, and the prompts of its shards."""
         s, work = self.settings, self.workload.at_limits()
-        if s.method == "sami":
-            yield from ((turn, s.sample.shard_size) for turn in work.sampled())
-        elif s.iterations and s.method != "sft":
-            yield from ((turn, s.mine.shard_size) for turn in work.mined())
+        if s.iterations and (explored := work.explored()):
+            _, turns, shard = explored
+            yield from ((turn, shard) for turn in turns)
         yield from ((turn, s.evaluate.shard_size) for turn in work.answered())
 
     def _fewer_rows(self) -> str:
@@ -356,7 +354,7 @@ class _Estimate:
         checkpointing = self.settings.train.gradient_checkpointing
         rows = self._micro(length)
         parts = self.policy.training_memory(rows, length, loss, checkpointing=checkpointing)
-        if self.settings.method == "sami":  # responses do not see each other
+        if method_of(self.settings).constitutional:  # responses do not see each other
             parts["mask"] = rows * length**2 * (WIDTH[self.policy.dtype] + MASK_BYTES)
         return Memory(title=f"training {rows} × {length:,.0f}", parts=parts)
 
@@ -370,7 +368,7 @@ class _Estimate:
             ("train.gradient_checkpointing", True),
             ("train.micro_batch_tokens", min(2048, train.micro_batch_tokens)),
             last,  # it changes what is learned
-            *([("sample.constitutions", 2)] if self.settings.method == "sami" else []),
+            *([("sample.constitutions", 2)] if self.workload.rows > 1 else []),
         ):
             changes[name] = value
             settings = with_changes(self.settings, changes)
@@ -397,22 +395,19 @@ class _Estimate:
                 s.iterations
             )
             found["training checkpoint"] = 1.5 * (adapter or full)
-        if s.iterations and s.method != "sft":
-            row = self._row_bytes()
+        if s.iterations and (explored := self.workload.explored()):
+            stage, turns, shard = explored
+            row = self._row_bytes(turns)
             prompts = s.prompts.first + s.prompts.later * (s.iterations - 1)
             found["records"] = COPIES * row * prompts
-            stage, shard = ("mine", s.mine.shard_size)
-            if s.method == "sami":
-                stage, shard = ("sample", s.sample.shard_size)
             found[f"a part of {stage} ({shard} prompts)"] = row * shard
         return found
 
-    def _row_bytes(self) -> float:
+    def _row_bytes(self, turns: Sequence[SampledTurn]) -> float:
         """Of what one mined or sampled prompt adds to the record, uncompressed."""
         work, known = self.workload, self.workload.lengths
-        sami = self.settings.method == "sami"
-        new = work.rows * work.told if sami else 0.0
-        for turn in work.sampled() if sami else work.mined():
+        new = work.rows * work.given
+        for turn in turns:
             new += work.assumed.filled * turn.samples * turn.limit
         return CHARACTERS * (known.prompt + known.gold + new)
 
@@ -423,7 +418,7 @@ class _Estimate:
         s, assumed, known = self.settings, self.workload.assumed, self.workload.lengths
         how = f"as in {assumed.like}" if assumed.like else "assumed (--filled, --accepted, --like)"
         kept = "trajectories are kept a mined prompt"
-        if s.method == "sami":
+        if method_of(s).constitutional:
             kept = "of the queries are trained on"
             yield self._rows_note()
         yield (
@@ -446,8 +441,7 @@ class _Estimate:
             yield f"training on {s.train.processes} such GPUs, all else on one"
         if s.policy.device == "cpu":
             yield "policy.device is cpu: the hours are the GPU's all the same"
-        words = "write" if s.method == "sami" else "scores by words, filter, cluster"
-        yield f"left out: {words}, loading, endpoints, corpora"
+        yield f"left out: {self.workload.rest}, loading, endpoints, corpora"
 
     def _rows_note(self) -> str:
         """What SAMI's rows hold, and how many are in memory (`models.training.sami`)."""

@@ -6,14 +6,14 @@ limits bound what is generated, and a share of them, `Assumed.filled`, is expect
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from constitutions.reference import load_pairs
-from flows.settings import ExperimentSettings
+from flows.methods import method_of
+from flows.schema import ExperimentSettings
 from models.judges.base import JudgeSettings
-from models.prompts import CONSTITUTION_WORDINGS, TEMPLATES
+from models.prompts import TEMPLATES
 from tasks.benchmarks.base import LLM
 from tasks.corpus.prompts import CorpusSettings, load_corpus
 from tasks.judging.comparisons import arms
@@ -33,8 +33,6 @@ USUAL = {
 samples of 100 to 2,300 rows."""
 UNKNOWN = (1000, 500)
 """The same for other formats: a guess."""
-PRINCIPLE = 80
-"""Characters of a principle that is not written yet: a guess."""
 LONG = 1.5
 """The longest prompts of such a data set against their mean, at least."""
 ACCEPTED = 0.7
@@ -56,7 +54,7 @@ class Assumed:
     prompt: float | None = None
     """Tokens of a prompt; None: by its characters."""
     told: float | None = None
-    """SAMI: tokens of a constitution as it is told; None: by its characters."""
+    """SAMI: tokens of a constitution in a prompt; None: by its characters."""
     like: str = ""
     """The experiment that all this was measured on; empty: it is assumed."""
 
@@ -163,11 +161,34 @@ def _tokens(prompt: float, gold: float, longest: float) -> Lengths:
 
 @dataclass(frozen=True)
 class Workload:
-    """The turns of an experiment's stages."""
+    """The turns of an experiment's stages; `flows.plan.sami` has those of SAMI."""
 
     settings: ExperimentSettings
     lengths: Lengths
     assumed: Assumed
+
+    rest = "scores by words, filter, cluster"
+    """The stages that no estimate counts."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether a principle stands between the policy's two answers."""
+        return method_of(self.settings).guided
+
+    @property
+    def given(self) -> float:
+        """Tokens of the constitution that every prompt holds."""
+        return 0.0
+
+    @property
+    def rows(self) -> int:
+        """Rows of `learned` for each example that is trained on."""
+        return 1
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of a training step, which need not be in memory together."""
+        return self.settings.train.batch_size
 
     @property
     def prompt(self) -> float:
@@ -177,12 +198,23 @@ class Workload:
     @property
     def accepted(self) -> float:
         """Trajectories that are kept for each mined prompt; soft selection keeps several."""
+        if not method_of(self.settings).mines:
+            return 1.0
         if self.assumed.accepted is not None:
             return self.assumed.accepted
-        if self.settings.method == "sami":
-            return 1.0  # queries; only those whose responses are all the same teach nothing
         soft = self.settings.filter.selection == "soft"
         return ACCEPTED * (max(1.0, self.settings.mine.samples / 2) if soft else 1.0)
+
+    def explored(self) -> tuple[str, list[SampledTurn], int] | None:
+        """The stage that samples what is trained on, its turns for a prompt, its shard's prompts;
+        None where the golds are trained on."""
+        if not method_of(self.settings).mines:
+            return None
+        return "mine", self.mined(), self.settings.mine.shard_size
+
+    def informed(self) -> list[SampledTurn]:
+        """What an estimate of the information samples and reads."""
+        return []
 
     def mined(self) -> list[SampledTurn]:
         """What `mine` samples for a prompt: see `tasks.mine`."""
@@ -191,7 +223,7 @@ class Workload:
             s.max_response_tokens, s.max_principle_tokens, s.max_critique_tokens
         )
         turns = [SampledTurn(samples=1, limit=s.max_response_tokens, shared=self.prompt)]
-        if not self.settings.guided:
+        if not self.guided:
             again = self.prompt + y1 + words["refine"]
             return [
                 *turns,
@@ -211,63 +243,12 @@ class Workload:
             SampledTurn(samples=s.samples, limit=s.max_response_tokens, shared=asked, own=told),
         ]
 
-    @property
-    def told(self) -> float:
-        """Tokens of a constitution as a policy is told it (SAMI)."""
-        return self._constitution(fmean) if self.assumed.told is None else self.assumed.told
-
-    def _constitution(self, of: Callable[[Iterable[float]], float]) -> float:
-        """The same, of the mean or the longest principles."""
-        s, wording = self.settings, CONSTITUTION_WORDINGS[self.settings.policy.templates]
-        pairs = load_pairs(s.write.constitution).principles if s.write.constitution else ()
-        texts = [text for p in pairs for text in (p.text, p.antithesis) if text]
-        around = len(wording.item.format(number=1, principle="")) + len(wording.separator)
-        each = around + (of(map(len, texts)) if texts else PRINCIPLE)
-        return MARKS + (len(wording.given) + s.sample.principles * each) / CHARACTERS
-
-    def sampled(self) -> list[SampledTurn]:
-        """What `sample` samples for a query: see `tasks.sami.sample`."""
-        s = self.settings.sample
-        under = self.prompt + self.told
-        return [SampledTurn(samples=s.constitutions, limit=s.max_response_tokens, own=under)]
-
-    @property
-    def rows(self) -> int:
-        """Rows of `learned` for one conversation: SAMI's queries have one for each constitution."""
-        return self.settings.sample.constitutions if self.settings.method == "sami" else 1
-
-    @property
-    def arms(self) -> int:
-        """Kinds of constitutions that held-out prompts are answered under (SAMI)."""
-        return 4 if self.settings.write.held_out else 2
-
-    def responded(self) -> list[SampledTurn]:
-        """What SAMI's `evaluate` samples for a prompt: see `tasks.sami.evaluate`."""
-        limit = self.settings.evaluate.max_response_tokens
-        return [
-            SampledTurn(samples=self.arms, limit=limit, own=self.prompt + self.told),
-            SampledTurn(samples=1, limit=limit, shared=self.prompt),
-        ]
-
-    def informed(self) -> list[SampledTurn]:
-        """What its estimate of the information samples, and then reads; an endpoint tells none."""
-        if self.settings.policy.endpoint:
-            return []
-        size, limit = self.settings.sample.constitutions, self.settings.evaluate.max_response_tokens
-        under, (y,) = self.prompt + self.told, self._expected(limit)
-        return [
-            SampledTurn(samples=size, limit=limit, own=under),
-            SampledTurn(samples=size * size, limit=0, own=under + y),
-        ]
-
     def answered(self) -> list[SampledTurn]:
         """What `evaluate` samples for a prompt: see `tasks.policies.answers`."""
-        if self.settings.method == "sami":
-            return self.responded()
         s, words = self.settings.evaluate, self._words
         y1, z = self._expected(s.max_response_tokens, s.max_principle_tokens)
         initial = SampledTurn(samples=1, limit=s.max_response_tokens, shared=self.prompt)
-        if not self.settings.guided:
+        if not self.guided:
             again = self.prompt + y1 + words["refine"]
             return [initial, SampledTurn(samples=1, limit=s.max_response_tokens, shared=again)]
         asked = self.prompt + y1 + words["propose"]
@@ -279,65 +260,42 @@ class Workload:
         ]
 
     def learned(self) -> tuple[float, float]:
-        """Tokens of a conversation that is trained on, and how many of them have loss.
-
-        Of SAMI, of one row: a prompt under a constitution, and every response to the query after
-        it; a query has a row for each constitution.
-        """
-        if self.settings.method == "sami":
-            size = self.settings.sample.constitutions
-            y = self.assumed.filled * self.settings.sample.max_response_tokens
-            one, _ = self._cut(self.prompt + self.told + y, y)
-            return one + (size - 1) * y, size * y
-        if self.settings.method == "sft":
+        """Tokens of a row that is trained on, and how many of them have loss."""
+        if not method_of(self.settings).mines:
             return self._cut(self.prompt + self.lengths.gold, self.lengths.gold)
         s, words = self.settings.mine, self._words
         y, z = self._expected(s.max_response_tokens, s.max_principle_tokens)
         turns, asking = {"initial": y, "refined": y}, words["refine"]
-        if self.settings.guided:
+        if self.guided:
             turns["principle"], asking = z, asking + words["propose"]
         loss = sum(turns.get(turn, 0.0) for turn in self.settings.train.loss_on)
         return self._cut(self.prompt + sum(turns.values()) + asking, loss)
 
     def at_limits(self) -> Workload:
         """The same with the longest prompts and every turn at its limit."""
-        sami = self.settings.method == "sami"
-        told = self._constitution(max) if sami else None
-        longest = replace(self.assumed, filled=1.0, prompt=self.lengths.longest, told=told)
+        longest = replace(self.assumed, filled=1.0, prompt=self.lengths.longest)
         return replace(self, assumed=longest)
 
     def graded(self, prompts: int) -> Iterator[JudgeTurns]:
         """What the judge of the E-step, where there is one, is asked: to grade y1 and every y2."""
         judge = self.settings.score.judge
-        if judge is not None:
+        if judge is not None and method_of(self.settings).mines:
             turn = self._questions(judge, 1 + self.settings.mine.samples, 1)
             yield JudgeTurns(stage="score", judge=judge, prompts=prompts, turn=turn)
 
     def judged(self, iteration: int) -> Iterator[JudgeTurns]:
         """What the judges of an iteration's answers are asked, where they are models."""
-        if self.settings.method == "sami":
-            yield from self._followed(iteration)
-            return
         s, held_out = self.settings.evaluate, self.settings.prompts.held_out
         met = sum(len(arms(iteration, t)) for t in {iteration, 0, max(iteration - 1, 0)})
         asked = [("judge", j, held_out, self._pairs(j, met)) for j in s.judges if j.policy]
-        if s.principle_judge and self.settings.guided:
+        if s.principle_judge and self.guided:
             turn = self._pairs(s.principle_judge, 1)
             asked.append(("principle", s.principle_judge, held_out, turn))
         for name, judge in s.benchmarks.judges(s.judge):
-            if name != "ifeval" or self.settings.guided:
+            if name != "ifeval" or self.guided:
                 asked.append((name, judge, self.benchmarks[name], self._met(name, judge)))
         for stage, judge, prompts, turn in asked:
             yield JudgeTurns(stage=stage, judge=judge, prompts=prompts, turn=turn)
-
-    def _followed(self, iteration: int) -> Iterator[JudgeTurns]:
-        """The same of SAMI: every kind of response meets the initial policy's and the previous
-        one's; those without a constitution by the first judge alone."""
-        s, met = self.settings, len({0, max(iteration - 1, 0)} - {iteration})
-        for number, judge in enumerate(s.evaluate.judges if met else ()):
-            if judge.policy:
-                turn = self._pairs(judge, met * (self.arms + (number == 0)))
-                yield JudgeTurns(stage="judge", judge=judge, prompts=s.prompts.held_out, turn=turn)
 
     @property
     def benchmarks(self) -> dict[str, int]:
@@ -364,7 +322,7 @@ class Workload:
     def _questions(self, judge: JudgeSettings, count: int, answers: int) -> SampledTurn:
         (y,) = self._expected(self.settings.evaluate.max_response_tokens)
         own = JUDGE_WORDS + self.prompt + answers * y + judge.show_gold * self.lengths.gold
-        own += self.told if self.settings.method == "sami" else 0.0
+        own += self.given
         return SampledTurn(
             samples=count, limit=judge.max_tokens if judge.kind in LLM else 0, own=own
         )
@@ -380,6 +338,6 @@ class Workload:
     def _words(self) -> dict[str, float]:
         """Tokens of the user's turns in between, without the gold."""
         t = TEMPLATES[self.settings.policy.templates]
-        t = t if self.settings.guided else t.unguided()
+        t = t if self.guided else t.unguided()
         texts = {"hint": t.hint, "propose": t.propose, "critique": t.critique, "refine": t.refine}
         return {name: MARKS + len(text) / CHARACTERS for name, text in texts.items()}

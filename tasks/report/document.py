@@ -19,10 +19,11 @@ from typing import Any, Literal, NamedTuple
 from constitutions.constitution import Constitution, load
 from tasks.report import sami
 from tasks.report.exhibits import MAP_HEIGHT, MAP_WIDTH, AnswerExhibit, Map, examples, principle_map
-from tasks.report.figures import STAGES, figures, stage_seconds, stage_tokens, svg
+from tasks.report.figures import figures, stage_seconds, stage_tokens, svg
 from tasks.report.movement import movement
 from tasks.report.recorded import Cell, Column, Recorded, Stage, cell, cells, number
 from tasks.rows import Answer, ClusterRow, Comparison, Labelled, Prompt
+from tasks.stages import STAGES
 
 PAGE = Path(__file__).parent / "page"
 """The template with its style and script."""

@@ -14,6 +14,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tasks.stages import BLUE, GREEN, ORANGE, STAGES
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -30,39 +32,25 @@ class _Curve(NamedTuple):
     line: str = "-"
 
 
-_BLUE, _ORANGE, _GREEN, _INK, _FAINT = "#0072B2", "#D55E00", "#009E73", "#333333", "#e3e3e3"
-
-STAGES = {
-    "prompts": ("#999999", "||"),
-    "write": (_GREEN, "\\\\"),
-    "mine": (_BLUE, ""),
-    "score": ("#56B4E9", "//"),
-    "filter": ("#E69F00", "--"),
-    "cluster": (_GREEN, "\\\\"),
-    "review": ("#F0E442", "++"),
-    "sample": (_BLUE, ""),
-    "train": (_ORANGE, ""),
-    "evaluate": ("#CC79A7", "xx"),
-}
-"""Colour and hatch of a stage, in the order of the stages: colour is not the only sign."""
+_INK, _FAINT = "#333333", "#e3e3e3"
 
 _WIN_RATES = (
-    _Curve("win_rate/refined_vs_0", "refined, against iteration 0 refined", _BLUE, "o"),
-    _Curve("win_rate/refined_vs_initial_0", "refined, against iteration 0 plain", _ORANGE, "s"),
-    _Curve("win_rate/initial_vs_0", "plain, against iteration 0 plain", _GREEN, "^", "--"),
+    _Curve("win_rate/refined_vs_0", "refined, against iteration 0 refined", BLUE, "o"),
+    _Curve("win_rate/refined_vs_initial_0", "refined, against iteration 0 plain", ORANGE, "s"),
+    _Curve("win_rate/initial_vs_0", "plain, against iteration 0 plain", GREEN, "^", "--"),
 )
 _AGAINST_PREVIOUS = (
-    _Curve("win_rate/refined_vs_previous", "refined, against previous refined", _BLUE, "o"),
-    _Curve("win_rate/initial_vs_previous", "plain, against previous plain", _GREEN, "^", "--"),
+    _Curve("win_rate/refined_vs_previous", "refined, against previous refined", BLUE, "o"),
+    _Curve("win_rate/initial_vs_previous", "plain, against previous plain", GREEN, "^", "--"),
 )
 _SHARES = (
-    _Curve("refinement_rate", "refinement rate", _BLUE, "o"),
-    _Curve("discovery_rate", "discovery rate", _ORANGE, "s"),
+    _Curve("refinement_rate", "refinement rate", BLUE, "o"),
+    _Curve("discovery_rate", "discovery rate", ORANGE, "s"),
 )
 _TOLD = (
-    _Curve("win_rate/principles_vs_0", "told principles", _BLUE, "o"),
-    _Curve("win_rate/antitheses_vs_0", "told antitheses", _ORANGE, "s"),
-    _Curve("win_rate/held_out_vs_0", "told held-out ones, of both kinds", _GREEN, "^", "--"),
+    _Curve("win_rate/principles_vs_0", "told principles", BLUE, "o"),
+    _Curve("win_rate/antitheses_vs_0", "told antitheses", ORANGE, "s"),
+    _Curve("win_rate/held_out_vs_0", "told held-out ones, of both kinds", GREEN, "^", "--"),
 )
 ARMS = {
     "principles": "told principles",
@@ -73,9 +61,9 @@ ARMS = {
 }
 """What SAMI's held-out responses are given under: `tasks.sami.evaluate.ARMS`, in words."""
 _MARKS = (
-    (_BLUE, "o", "-"),
-    (_ORANGE, "s", "-"),
-    (_GREEN, "^", "--"),
+    (BLUE, "o", "-"),
+    (ORANGE, "s", "-"),
+    (GREEN, "^", "--"),
     ("#CC79A7", "v", "--"),
     (_INK, "D", ":"),
 )
@@ -83,7 +71,7 @@ _LENGTHS = tuple(
     _Curve(f"answers/{arm}_characters", told, *mark)
     for (arm, told), mark in zip(ARMS.items(), _MARKS, strict=True)
 )
-_INFORMATION = _Curve("mi/per_token", "estimate ± standard error", _BLUE, "o")
+_INFORMATION = _Curve("mi/per_token", "estimate ± standard error", BLUE, "o")
 
 
 def figures(history: History, *, told: bool = False) -> dict[str, Figure]:
@@ -139,7 +127,7 @@ def constitution_figure(history: History, title: str = "What was mined") -> Figu
     _dress(rates, mined, title, "share")
     _legend(rates)
     for axes in sizes:
-        bars = axes.bar(list(size), list(size.values()), width=0.55, color=_BLUE, zorder=2)
+        bars = axes.bar(list(size), list(size.values()), width=0.55, color=BLUE, zorder=2)
         axes.bar_label(bars, fmt="%d", padding=2, color=_INK)
         axes.set_ylim(0, 1.15 * max(size.values()))
         _dress(axes, size, "The constitution", "principles")
@@ -277,16 +265,16 @@ def _stacks(axes: Axes, costs: Mapping[int, Mapping[str, float]]) -> None:
     total = max((sum(parts.values()) for parts in costs.values()), default=0)
     seen = {s for parts in costs.values() for s, cost in parts.items() if cost > total / 100}
     iterations, floor = list(costs), [0.0] * len(costs)
-    for stage, (colour, hatch) in STAGES.items():
-        heights = [costs[t].get(stage, 0.0) for t in iterations]
+    for name, stage in STAGES.items():
+        heights = [costs[t].get(name, 0.0) for t in iterations]
         axes.bar(
             iterations,
             heights,
             0.55,
             bottom=floor,
-            label=stage if stage in seen else None,
-            color=colour,
-            hatch=hatch,
+            label=name if name in seen else None,
+            color=stage.colour,
+            hatch=stage.hatch,
             edgecolor="white",
             linewidth=0.8,
             zorder=2,

@@ -9,7 +9,7 @@ import pytest
 import small_loop
 
 from flows.experiment import note_settings
-from flows.settings import ExperimentSettings
+from flows.schema import ExperimentSettings
 
 
 @pytest.fixture(scope="module")

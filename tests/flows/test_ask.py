@@ -7,7 +7,7 @@ from command import staple
 from small_loop import PAIRS
 
 from flows.experiment import record_of
-from flows.settings import ExperimentSettings
+from flows.schema import ExperimentSettings
 from tasks.sami.draw import pool_of
 
 

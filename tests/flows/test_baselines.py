@@ -12,7 +12,9 @@ from small_loop import run
 from constitutions.errors import UserError
 from flows.baselines import baseline_settings, check_names, split_overrides
 from flows.experiment import note_settings, open_experiment, recorded_settings
-from flows.settings import ExperimentSettings, with_changes
+from flows.methods import method_of
+from flows.schema import ExperimentSettings
+from flows.settings import with_changes
 from flows.states import stage_states
 from models.training.adapter import TrainingStep
 from tasks.rows import Answer, Mined, Trajectory
@@ -39,7 +41,7 @@ def test_a_method_has_its_own_stages(
     at_home: ExperimentSettings, changes: dict[str, Any], stages: set[Any], name: str
 ) -> None:
     settings = with_changes(at_home, changes)
-    assert settings.method_name == name
+    assert method_of(settings).title(settings) == name
     run(settings)
     note_settings(settings)
     states = stage_states(settings)

@@ -11,7 +11,8 @@ from small_loop import run
 from constitutions.errors import UserError
 from flows.commands.compare import compare
 from flows.experiment import note_settings, open_experiment
-from flows.settings import ExperimentSettings, with_changes
+from flows.schema import ExperimentSettings
+from flows.settings import with_changes
 
 
 def test_two_attempts_of_a_stage(at_home: ExperimentSettings) -> None:

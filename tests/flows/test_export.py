@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from constitutions.constitution import load
 from flows.commands.export import export_policy
 from flows.experiment import open_experiment
-from flows.settings import ExperimentSettings
+from flows.schema import ExperimentSettings
 from models.training.bases import attach_adapter, keep_unpacked, load_base
 from tasks.rows import Prompt
 

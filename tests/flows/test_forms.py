@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any, get_args, get_origin
 
 import pytest
+import yaml
+from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
 from pydantic import BaseModel, ValidationError
 
 from flows import deployments
 from flows.forms import changes, form_of
-from flows.settings import ExperimentSettings, load_settings, with_changes
+from flows.schema import ExperimentSettings
+from flows.settings import load_settings, with_changes
 from tasks.cluster import ClusterSettings
+from tasks.stages import STAGES
 
 
 def fields(schema: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +97,7 @@ def test_what_the_settings_refuse_the_form_refuses(given: dict[str, Any], place:
     assert ".".join(map(str, error["loc"])) == place
 
 
-@pytest.mark.parametrize("name", ["experiment", "cluster", "filter_"])
+@pytest.mark.parametrize("name", ["experiment", "cluster", "filter"])
 def test_the_ui_is_told_of_every_field_and_of_no_default(name: str) -> None:
     schema = parameter_schema(getattr(deployments, name)).model_dump_for_openapi()
     assert schema["properties"]["settings"]["default"] == {}
@@ -104,6 +108,16 @@ def test_the_ui_is_told_of_every_field_and_of_no_default(name: str) -> None:
         assert facts["description"], place
         assert facts["title"] == place.split(".")[1]
     assert all(d["additionalProperties"] is False for d in schema["definitions"].values())
+
+
+def test_prefect_deploys_every_stage_that_a_person_can_run_by_itself() -> None:
+    text = deployments.PREFECT_FILE.read_text("utf-8")
+    assert text == deployments.prefect_yaml(text), "run: python -m flows.deployments"
+    entries = {entry["name"]: entry for entry in yaml.safe_load(text)["deployments"]}
+    assert set(entries) == {"experiment", *STAGES} - {"review"}
+    assert {entries[name]["work_pool"]["name"] for name in ("mine", "train")} == {"gpu"}
+    for entry in entries.values():
+        assert load_flow_from_entrypoint(entry["entrypoint"]).name == entry["name"]
 
 
 def test_choices_are_drop_downs_and_defaults_are_said() -> None:

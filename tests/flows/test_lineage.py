@@ -17,7 +17,8 @@ from small_loop import run
 from constitutions.constitution import load, save
 from flows.em import steps
 from flows.experiment import open_experiment, recorded_settings, writing
-from flows.settings import ExperimentSettings, with_changes
+from flows.schema import ExperimentSettings
+from flows.settings import with_changes
 from flows.states import stage_states
 from models import prompts
 from tasks.record import store

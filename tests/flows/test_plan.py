@@ -19,8 +19,10 @@ from command import staple
 from constitutions.constitution import Principle
 from flows.experiment import record_of
 from flows.plan.plan import like, plan
+from flows.plan.sami import SamiWorkload
 from flows.plan.workload import CHARACTERS, MARKS, Assumed, Lengths, SampledTurn, Workload, lengths
-from flows.settings import PRESETS, ExperimentSettings, load_settings, presets
+from flows.schema import ExperimentSettings
+from flows.settings import PRESETS, load_settings, presets
 from models.engine.local import load_policy
 from models.policy import Completion, Message, PolicySettings, Request
 from models.prompts import CHAT_CONSTITUTION, TEMPLATES, ask_refinement, under_constitution
@@ -144,7 +146,7 @@ def check(turns: list[SampledTurn], asked: dict[str, list[Request]]) -> None:
 @pytest.mark.parametrize("changes", [[], ["mine.critique=false"], ["method=star"]])
 def test_the_turns_of_mine_are_what_it_asks(changes: list[str]) -> None:
     work, policy = workload(*changes), Verbose()
-    templates = TEMPLATES["chat"] if work.settings.guided else TEMPLATES["chat"].unguided()
+    templates = TEMPLATES["chat"] if work.guided else TEMPLATES["chat"].unguided()
     mine([PROMPT], policy, work.settings.mine, templates, "0/1")  # type: ignore[arg-type]
     check(work.mined(), policy.turns())
 
@@ -175,7 +177,7 @@ def test_what_samples_share_is_prefilled_once(tmp_path: Path, alike: bool) -> No
 @pytest.mark.parametrize("changes", [[], ["method=star"]])
 def test_the_turns_of_evaluate_are_what_it_asks(changes: list[str]) -> None:
     work, policy = workload(*changes), Verbose()
-    templates = TEMPLATES["chat"] if work.settings.guided else TEMPLATES["chat"].unguided()
+    templates = TEMPLATES["chat"] if work.guided else TEMPLATES["chat"].unguided()
     settings = work.settings.evaluate
     answer([PROMPT], policy, settings, templates, seed=0, iteration=0)  # type: ignore[arg-type]
     check(work.answered(), policy.turns())
@@ -184,7 +186,7 @@ def test_the_turns_of_evaluate_are_what_it_asks(changes: list[str]) -> None:
 @pytest.mark.parametrize("changes", [[], ["method=star"], ["train.loss_on=[refined]"]])
 def test_a_conversation_to_learn_is_as_long_as_it_is(changes: list[str]) -> None:
     work = workload(*changes)
-    templates = TEMPLATES["chat"] if work.settings.guided else TEMPLATES["chat"].unguided()
+    templates = TEMPLATES["chat"] if work.guided else TEMPLATES["chat"].unguided()
     row = Trajectory(
         **fields(PROMPT),
         sample=0,
@@ -223,11 +225,11 @@ def test_judges_are_asked_about_every_pair(iteration: int) -> None:
 OPPOSED = tuple(Principle(text="p" * 20 + n, antithesis="a" * 20 + n) for n in "1234")
 
 
-def taught_workload(*changes: str) -> Workload:
+def taught_workload(*changes: str) -> SamiWorkload:
     small = ["sample.max_response_tokens=20", "evaluate.max_response_tokens=20"]
     settings = load_settings("sami-tldr", ["write.held_out=0.5", *small, *changes])
     told = MARKS + (len(CHAT_CONSTITUTION.given) + 2 * (4 + 21)) / CHARACTERS
-    return Workload(settings, KNOWN, Assumed(filled=1.0, told=told))
+    return SamiWorkload(settings, KNOWN, Assumed(filled=1.0, told=told))
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -235,7 +237,7 @@ def test_the_turns_of_sample_are_what_it_asks(size: int) -> None:
     work, policy = taught_workload(f"sample.constitutions={size}"), Verbose()
     how = work.settings.sample
     sample([PROMPT], policy, how, CHAT_CONSTITUTION, OPPOSED, "0/1")  # type: ignore[arg-type]
-    (turn,) = work.sampled()
+    _, (turn,), _ = work.explored()
     assert turn.samples == sum(r.n for r in policy.asked) == size
     assert {turn.limit} == {r.max_tokens for r in policy.asked}
     for request in policy.asked:  # what a constitution is told counts its "{principles}"
@@ -277,7 +279,7 @@ def test_judges_are_asked_about_every_response(iteration: int) -> None:
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_query_is_learned_in_rows_of_all_its_responses(size: int) -> None:
     work = taught_workload(f"sample.constitutions={size}")
-    (turn,) = work.sampled()
+    _, (turn,), _ = work.explored()
     group = Group(((0,) * round(turn.context),) * size, ((0,) * 20,) * size)
     row, loss = work.learned()
     assert work.rows * row == pytest.approx(group.tokens, abs=size * (size + 1))

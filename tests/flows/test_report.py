@@ -18,7 +18,8 @@ from flows import em
 from flows.commands.report import gather, packages
 from flows.experiment import note_settings, open_experiment, record_of, recorded_settings
 from flows.publish import iteration_metrics
-from flows.settings import ExperimentSettings, with_changes
+from flows.schema import ExperimentSettings
+from flows.settings import with_changes
 from tasks.record.store import SUMMARY
 from tasks.record.work import JOURNAL
 from tasks.report.document import page, results

@@ -21,7 +21,8 @@ from constitutions.errors import UserErrors
 from constitutions.reference import load_pairs
 from flows import deployments
 from flows.experiment import note_settings, open_experiment, record_of, recorded_settings
-from flows.settings import ExperimentSettings, following, load_settings, with_changes
+from flows.schema import ExperimentSettings
+from flows.settings import following, load_settings, with_changes
 from flows.stages import run_stage
 from flows.states import stage_states, unchanged
 from models.training.bases import attach_adapter, load_base
@@ -160,7 +161,7 @@ def test_settings_that_cannot_hold_are_told_at_once(finished: ExperimentSettings
         load_settings("tldr.yaml", wrong)
     for said in ("lora_dropout", "benchmarks", "'then'", "review.enabled"):
         assert said in str(told.value)
-    with pytest.raises(UserErrors, match="goes on from no other experiment"):
+    with pytest.raises(UserErrors, match="does not continue another experiment"):
         load_settings("planted", ["after=tldr"])
     with pytest.raises(UserErrors, match=r"setting 'sample'.*5 constitutions need more"):
         load_settings("planted-sami", ["sample.constitutions=5", "sample.principles=2"])

@@ -11,7 +11,8 @@ from small_loop import run
 from flows.commands.report import gather
 from flows.experiment import note_settings, record_of
 from flows.publish import iteration_metrics, log_figures
-from flows.settings import ExperimentSettings, with_changes
+from flows.schema import ExperimentSettings
+from flows.settings import with_changes
 from tasks.record.store import SUMMARY
 from tasks.report.document import page
 from tasks.rows import Prompt, Response

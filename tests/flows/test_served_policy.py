@@ -18,7 +18,8 @@ from openai_server import BASE, Proxy, app_over, serving
 from constitutions.errors import UserError, UserErrors
 from flows.experiment import note_settings, record_of
 from flows.preflight import ask_server, check
-from flows.settings import ExperimentSettings, load_settings, with_changes
+from flows.schema import ExperimentSettings
+from flows.settings import load_settings, with_changes
 from flows.states import stage_states
 from models.endpoint.client import Limits
 from models.endpoint.server import PROBE

@@ -14,7 +14,7 @@ from constitutions.constitution import load, principle_id
 from constitutions.review import Decision
 from flows.experiment import note_settings, open_experiment, recorded_settings
 from flows.review import record_review
-from flows.settings import ExperimentSettings
+from flows.schema import ExperimentSettings
 from models.planted import pretrain
 from models.planted.oracle import behaviour_of
 from models.policy import PolicySettings

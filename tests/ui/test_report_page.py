@@ -19,7 +19,8 @@ from constitutions.constitution import load, save
 from flows.commands.report import write_report
 from flows.em import em_experiment
 from flows.experiment import note_settings, open_experiment, record_of
-from flows.settings import ExperimentSettings, load_settings, with_changes
+from flows.schema import ExperimentSettings
+from flows.settings import load_settings, with_changes
 from models.settings import Settings
 from tasks.record.store import Attempt, Record
 from tasks.record.work import Metrics, Workspace

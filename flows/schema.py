@@ -1,0 +1,46 @@
+"""All settings of an experiment, as types. `flows.settings` reads and checks them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from models.policy import PolicySettings
+from models.settings import Settings
+from tasks.stages import StageSettings
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+MethodName = Literal["staple", "star", "sft", "sami"]
+"""The names of `flows.methods.METHODS`."""
+
+
+class GeneralSettings(Settings):
+    """The settings that belong to no stage."""
+
+    experiment: str = Field("staple", pattern=NAME)
+    """The experiment's name in MLflow: letters, digits, dot, dash and underscore."""
+    method: MethodName = "staple"
+    """STaPLe; SAMI, which teaches a given constitution without golds; or a baseline: "star" is
+    STaPLe's loop with no principle between the two responses (and, with no iteration, Self-Refine),
+    "sft" learns the gold responses themselves."""
+    after: str | None = Field(None, pattern=NAME)
+    """SAMI: the name of a finished STaPLe experiment whose policy is trained further, and whose
+    constitution is amplified."""
+    then: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the SAMI experiment, NAME.sami, that starts from this one's policy and
+    constitution: see the preset staple-then-sami."""
+    seed: int = Field(0, ge=0)
+    """Seeds every draw: prompts, samples, clustering, adapter, bootstrap."""
+    iterations: int = Field(4, ge=0, le=100)
+    """T: iterations. With 0 nothing is trained: the initial policy answers the held-out
+    prompts."""
+    policy: PolicySettings = PolicySettings()
+    """The model that improves itself."""
+
+
+class ExperimentSettings(StageSettings, GeneralSettings):
+    """One experiment: T iterations of a method on prompts, with gold responses where it needs them.
+
+    pydantic puts the fields of `GeneralSettings` first.
+    """

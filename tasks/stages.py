@@ -1,0 +1,227 @@
+"""The stages of all methods, each declared once, in the order in which they run.
+
+What depends on the list of stages reads it here: the settings of an experiment, statuses, forms,
+deployments, `prefect.yaml`, `staple stage --help`, figures and the report. `flows.em: steps` calls
+the stages' functions. No stage imports this module, so that a change here makes none stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from models.settings import Settings
+from models.training.adapter import TrainingStep
+from tasks.cluster import ClusterSettings
+from tasks.evaluate import EvaluateSettings
+from tasks.filter import FilterSettings
+from tasks.mine import MineSettings
+from tasks.prompts import PromptSettings
+from tasks.review import ReviewSettings
+from tasks.rows import (
+    Answer,
+    ClusterRow,
+    Comparison,
+    Labelled,
+    Mined,
+    Prompt,
+    Rejected,
+    Response,
+    Sampled,
+    Scored,
+    Trajectory,
+)
+from tasks.sami.evaluate import Estimate
+from tasks.sami.sample import SampleSettings
+from tasks.sami.write import WriteSettings
+from tasks.score import ScoreSettings
+from tasks.train import TrainSettings
+
+Part = Literal["every method", "E-step", "constitution", "given constitution"]
+"""The part of the loop that a stage belongs to; a method has some of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What the rest of the project has to know about a stage."""
+
+    about: str
+    """What it makes, in a few words."""
+    reads: tuple[str, ...] = ()
+    """The stages whose outputs it can read, of this iteration or an earlier one."""
+    writes: Mapping[str, type[Any]] = field(default_factory=dict)
+    """The tables that it can write: name → type of a row. Benchmarks add their own."""
+    publishes: tuple[str, ...] = ()
+    """Other outputs, which the iteration's own MLflow run shows too."""
+    part: Part = "every method"
+    iterations: Literal["every", "first", "later"] = "later"
+    """ "first" is iteration 0, the initial policy's."""
+    pool: Literal["cpu", "gpu"] = "cpu"
+    """Prefect's work pool: "gpu" for what uses a model."""
+    deployed: bool = True
+    """Whether Prefect's UI can run it by itself."""
+    colour: str
+    hatch: str = ""
+    """matplotlib's hatch: colour is not the only sign that tells stages apart."""
+
+    def runs_in(self, iteration: int) -> bool:
+        """Whether an iteration can have it."""
+        return self.iterations == "every" or (self.iterations == "later") == (iteration > 0)
+
+
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+
+
+class StageSettings(Settings):
+    """The settings of every stage, beside its declaration."""
+
+    prompts: Annotated[
+        PromptSettings,
+        Stage(
+            about="the prompts that an iteration mines or holds out",
+            writes={"prompts": Prompt, "rejected": Rejected},
+            iterations="every",
+            colour="#999999",
+            hatch="||",
+        ),
+    ] = PromptSettings()
+    """Where prompts and gold responses come from, and how many each iteration takes."""
+    write: Annotated[
+        WriteSettings,
+        Stage(
+            about="the principles and antitheses to be taught",
+            reads=("cluster", "review"),
+            writes={"rejected": Rejected},
+            publishes=("constitution.yaml",),
+            part="given constitution",
+            iterations="first",
+            pool="gpu",
+            colour=GREEN,
+            hatch="\\\\",
+        ),
+    ] = WriteSettings()
+    """SAMI: the constitution, given or written by a model."""
+    mine: Annotated[
+        MineSettings,
+        Stage(
+            about="first answers, principles and refined answers",
+            reads=("prompts", "train"),
+            writes={"mined": Mined},
+            part="E-step",
+            pool="gpu",
+            colour=BLUE,
+        ),
+    ] = MineSettings()
+    """E-step: proposals."""
+    score: Annotated[
+        ScoreSettings,
+        Stage(
+            about="similarity to the gold responses",
+            reads=("mine",),
+            writes={"scored": Scored},
+            part="E-step",
+            colour="#56B4E9",
+            hatch="//",
+        ),
+    ] = ScoreSettings()
+    """E-step: similarity to the gold response."""
+    filter: Annotated[
+        FilterSettings,
+        Stage(
+            about="the refinements that are kept, and why the others are not",
+            reads=("score",),
+            writes={"trajectories": Trajectory, "rejected": Rejected},
+            part="E-step",
+            colour="#E69F00",
+            hatch="--",
+        ),
+    ] = FilterSettings()
+    """E-step: which proposals are kept."""
+    cluster: Annotated[
+        ClusterSettings,
+        Stage(
+            about="the constitution",
+            reads=("filter", "score", "train", "cluster", "review"),
+            writes={"labelled": Labelled, "clusters": ClusterRow},
+            publishes=("constitution.yaml", "map.png"),
+            part="constitution",
+            colour=GREEN,
+            hatch="\\\\",
+        ),
+    ] = ClusterSettings()
+    """Posterior regularisation: the constitution."""
+    review: Annotated[
+        ReviewSettings,
+        Stage(
+            about="the constitution as a person approved it",
+            reads=("cluster",),
+            writes={"labelled": Labelled, "rejected": Rejected},
+            publishes=("constitution.yaml",),
+            part="constitution",
+            deployed=False,  # the run of the experiment asks
+            colour="#F0E442",
+            hatch="++",
+        ),
+    ] = ReviewSettings()
+    """Whether a person approves the constitution before it is trained on."""
+    sample: Annotated[
+        SampleSettings,
+        Stage(
+            about="responses under constitutions",
+            reads=("prompts", "write", "train"),
+            writes={"sampled": Sampled},
+            part="given constitution",
+            pool="gpu",
+            colour=BLUE,
+        ),
+    ] = SampleSettings()
+    """SAMI: responses under constitutions."""
+    train: Annotated[
+        TrainSettings,
+        Stage(
+            about="the adapter",
+            reads=("prompts", "filter", "cluster", "review", "sample", "train"),
+            writes={"curve": TrainingStep, "skipped": Rejected},
+            publishes=("adapter",),
+            pool="gpu",
+            colour=ORANGE,
+        ),
+    ] = TrainSettings()
+    """M-step, or SAMI's objective: the adapter."""
+    evaluate: Annotated[
+        EvaluateSettings,
+        Stage(
+            about="held-out answers and win rates",
+            reads=("prompts", "train", "evaluate", "score", "cluster", "review", "write"),
+            writes={
+                "answers": Answer,
+                "responses": Response,
+                "information": Estimate,
+                "comparisons": Comparison,
+                "plain-comparisons": Comparison,
+                "principle-comparisons": Comparison,
+            },
+            iterations="every",
+            pool="gpu",
+            colour="#CC79A7",
+            hatch="xx",
+        ),
+    ] = EvaluateSettings()
+    """Held-out win rates."""
+
+
+STAGES: Mapping[str, Stage] = {
+    name: declared
+    for name, setting in StageSettings.model_fields.items()
+    for declared in setting.metadata
+    if isinstance(declared, Stage)
+}
+"""Name → declaration, in the order in which the stages run."""
+
+
+def settings_of(stage: str) -> type[Settings]:
+    """The class of a stage's settings."""
+    found = StageSettings.model_fields[stage].annotation
+    assert isinstance(found, type) and issubclass(found, Settings)
+    return found
