@@ -101,3 +101,32 @@ def test_a_similarity(tmp_path: Path) -> None:
     assert used.returncode == 0 and "similarity jaccard" in used.stdout, used.stderr
     refused = staple(copy, "validate", "planted", "--set", "score.similarity=jackard")
     assert refused.returncode == 2 and "'python' or 'jaccard'" in refused.stderr
+
+
+def test_a_stage(tmp_path: Path) -> None:
+    copy = extended("Add a stage", tmp_path)
+    code = (
+        "from flows.experiment import note_settings, open_experiment\n"
+        "from flows.settings import load_settings\n"
+        "from flows.states import stage_states\n"
+        "from tasks.lengths import lengths_stage\n"
+        "from tasks.prompts import prompts_stage\n"
+        "settings = load_settings('planted', ['experiment=one', 'lengths.unit=characters'])\n"
+        "note_settings(settings)\n"
+        "e = open_experiment(settings)\n"
+        "at, changed = e.slot(1), e.settings_at(1)\n"
+        "found = lengths_stage(at, changed.lengths, prompts_stage(at, changed.prompts))\n"
+        "assert found.metrics['lengths/gold'] > 20\n"
+        "states = stage_states(settings, 1)\n"
+        "assert [n for n, t in states if t == 1][:3] == ['prompts', 'lengths', 'mine']\n"
+        "assert states['lengths', 1].standing == 'finished'\n"
+        "from flows import deployments\n"
+        "assert deployments.lengths.name == 'lengths'\n"
+    )
+    ran = python(copy, "-c", code)
+    assert ran.returncode == 0, ran.stderr
+    assert "lengths: how long prompts and golds are" in staple(copy, "stage", "--help").stdout
+    assert python(copy, "-m", "flows.deployments").returncode == 0
+    assert "entrypoint: flows.deployments.lengths" in (copy / "prefect.yaml").read_text()
+    refused = staple(copy, "stage", "length", "--experiment", "one", "--iteration", "1")
+    assert refused.returncode == 2 and "prompts, lengths, mine" in refused.stderr
