@@ -25,8 +25,9 @@ def sami_vs_whole_rows() -> Result:
     import torch
 
     from models.training.adapter import AdapterSettings
-    from models.training.bases import load_base, new_adapter
+    from models.training.bases import load_base
     from models.training.encoding import Group
+    from models.training.updates import new_adapter
 
     torch.set_num_threads(1)
     draw = random.Random(0)

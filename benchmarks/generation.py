@@ -48,7 +48,7 @@ Peer = Callable[[Any, Sequence[Sequence[int]]], object]
 
 def _beside(peer: Peer, how: str) -> Result:
     model, prompts = random_llama(**SHAPE), _prompts()
-    decoder = Decoder(random_llama(**SHAPE), (), None, str)  # it replaces its model's attention
+    decoder = Decoder(random_llama(**SHAPE))  # it replaces its model's attention
     done: list[Sample] = []
 
     def ours() -> None:

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from models.engine.base import Sample, key_value_bytes
+from models.engine.base import Decoding, Sample, key_value_bytes
 from models.engine.decoding import Decoder
 from models.policy import Request
-from models.training import bases as qlora
+from models.training import bases, updates
 from models.training import loop as training_loop
 from models.training.adapter import AdapterSettings
 from models.training.encoding import EncodedExample
@@ -84,10 +84,10 @@ def main() -> None:
         note("sampling_few_rows", sampling(whole, few, card))
         note("sampling_few_rows_launched", sampling(whole, few, card, recorded=False))
         adapter = Path(folder) / "adapter"
-        qlora.save_adapter(
-            qlora.new_adapter(whole, AdapterSettings(), seed=0), adapter, data_digest=""
+        updates.save_adapter(
+            updates.new_adapter(whole, AdapterSettings(), seed=0), adapter, data_digest=""
         )
-        note("sampling_adapter", sampling(qlora.attach_adapter(whole, adapter), work, card))
+        note("sampling_adapter", sampling(updates.attach_adapter(whole, adapter), work, card))
 
 
 def recorded_steps(device: str) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def recorded_steps(device: str) -> dict[str, Any]:
     said = []
     for recorded in (True, False):
         done: list[Sample] = []
-        decoder = Decoder(model, (5, 6), 24, str)
+        decoder = Decoder(model, Decoding((5, 6), 24))
         decoder.recorded.possible &= recorded
         requests = [
             Request(messages="", key=str(i), n=SAMPLES, max_tokens=150) for i in range(len(prompts))
@@ -165,7 +165,7 @@ def timed_base(folder: Path, shape: str, device: str) -> tuple[Any, dict[str, An
     del model
     _tokenizer().save_pretrained(folder / "model")
     start = time.perf_counter()
-    base, _ = qlora.load_base(
+    base, _ = bases.load_base(
         folder / "model",
         quantization="nf4",
         dtype="bfloat16",
@@ -196,7 +196,7 @@ def sampling(
     draw = random.Random(0)
     vocabulary = base.config.vocab_size
     prompts = [draw.choices(range(vocabulary), k=work["length"]) for _ in range(work["prompts"])]
-    decoder = Decoder(base, (), None, str)
+    decoder = Decoder(base)
     decoder.recorded.possible &= recorded
     _sample(decoder, prompts[:2], 4)  # kernels are loaded
     forget(base)
@@ -252,7 +252,7 @@ def training(base: Any, work: dict[str, int], card: dict[str, Any], folder: Path
         )
         for _ in range(work["trajectories"])
     ]
-    model = qlora.new_adapter(base, settings, seed=0)
+    model = updates.new_adapter(base, settings, seed=0)
     forget(base)
     ends: list[float] = []
 

@@ -140,8 +140,8 @@ def main() -> None:
 
 
 def _ours(folder: Path, dtype: str = "bfloat16", aligned: bool = False) -> Run:
-    from models.training.bases import new_adapter
     from models.training.loop import Likelihood, train
+    from models.training.updates import new_adapter
 
     base, tokenizer = _base(folder, dtype)
     examples = _examples(_rows(folder), tokenizer)
@@ -162,7 +162,7 @@ def _peer(folder: Path, dtype: str = "bfloat16", aligned: bool = False, **option
     from datasets import Dataset
     from peft import LoraConfig
 
-    from models.training.bases import new_adapter
+    from models.training.updates import new_adapter
 
     base, tokenizer = _base(folder, dtype)
     rows = _rows(folder)

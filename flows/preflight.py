@@ -19,7 +19,7 @@ from flows.schema import ExperimentSettings
 from flows.settings import explain, following
 from models.embedders import check_embedder
 from models.endpoint.client import Limits, open_endpoint
-from models.endpoint.server import check_server
+from models.endpoint.probing import check_server
 from models.policy import PoolSettings
 from models.pools.opening import check_pool
 from tasks.corpus.prompts import CorpusSettings, load_corpus

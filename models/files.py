@@ -1,6 +1,6 @@
-"""Files that are whole or absent, and tell when they were damaged.
+"""Files that are written whole or not at all, with digests that show damage.
 
-The record, the caches and the parts of a killed stage are kept with it.
+The record, the caches and the shards of a stage use them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import IO, Any
 from constitutions.errors import UserError
 
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
-"""What reading JSON, and taking what it should hold, raises where a file is damaged."""
+"""Errors of reading a damaged JSON file, and of using its values."""
 SEAL = "# sha256 of what follows: "
 
 
 class Damaged(UserError):
-    """A file does not hold what was written to it."""
+    """A file whose contents are not what was written to it."""
 
     def __init__(self, path: Path, why: object) -> None:
         super().__init__(f"the file is damaged ({why})", where=str(path))
@@ -46,7 +46,7 @@ def text_sha256(text: str) -> str:
 
 @contextmanager
 def written(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which becomes `path` at the end of the block, or leaves nothing."""
+    """A file to write to, which becomes `path` at the end of the block, or is deleted."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as sink:
@@ -54,7 +54,7 @@ def written(path: Path) -> Iterator[IO[bytes]]:
             sink.flush()
             os.fsync(sink.fileno())
         temporary.replace(path)
-    finally:  # a full disk must not be left fuller
+    finally:  # on a full disk, too
         temporary.unlink(missing_ok=True)
 
 
@@ -70,11 +70,11 @@ def write_sealed(path: Path, value: Any) -> None:
 
 
 def read_sealed(path: Path) -> Any:
-    """What `write_sealed` wrote.
+    """The value that `write_sealed` wrote.
 
     Raises:
         FileNotFoundError: there is no such file.
-        Damaged: it cannot be read, or is not what was written.
+        Damaged: it cannot be read, or its digest differs.
     """
     try:
         found = json.loads(path.read_bytes())
@@ -96,7 +96,7 @@ def unseal(path: Path) -> str:
     """The text of a file that `seal` made.
 
     Raises:
-        Damaged: it cannot be read, or is not what was written.
+        Damaged: it cannot be read, or its digest differs.
     """
     try:
         line, _, text = path.read_bytes().decode().partition("\n")
@@ -108,7 +108,7 @@ def unseal(path: Path) -> str:
 
 
 def remove(path: Path) -> None:
-    """A file or a folder, or nothing at all, is there no longer."""
+    """Delete a file, a link or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

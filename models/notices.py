@@ -1,4 +1,4 @@
-"""One line for whoever watches; `tasks.record.progress` shows how far a stage is."""
+"""One-line messages for a person; `tasks.record.progress` shows a stage's progress."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from constitutions.untrusted import clean
 
 
 def say(line: str) -> None:
-    """One line for whoever watches: on standard error, and in the log of the Prefect run."""
+    """Print a line on standard error, and log it in the Prefect run if there is one."""
     line = clean(line)
     print(line, file=sys.stderr, flush=True)
     if "prefect" in sys.modules:

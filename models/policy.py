@@ -1,7 +1,7 @@
-"""The seam between the method and whatever generates text.
+"""The interface between the method and whatever generates text.
 
-A stage builds `Request`s and reads `Completion`s; which engine answers is `load_policy`'s business.
-`tasks` call this module; the engines (`models/engine/local.py`, …) implement `Policy`.
+A stage builds `Request`s and reads `Completion`s. `models/engine/local.py` implements `Policy` in
+process, `models/endpoint/server.py` behind a server.
 """
 
 from __future__ import annotations
@@ -35,12 +35,22 @@ Messages = tuple[Message, ...]
 """A conversation, oldest turn first."""
 
 
+def user(content: str) -> Message:
+    """A user's turn."""
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> Message:
+    """An assistant's turn."""
+    return {"role": "assistant", "content": content}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One prompt and how to sample from it.
 
     `key` seeds the noise: completion i of a request depends on (policy, messages, sampling
-    settings, key, i) and on nothing else: not on the batch, the shard or what ran before.
+    settings, key, i) only, not on the batch, the shard or earlier requests.
     """
 
     messages: Messages | str
@@ -57,11 +67,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """A sampled response: `logprob` is the sum over its `tokens` (natural log, temperature 1); NaN
-    where the engine does not tell it."""
+    """A sampled response. `logprob` is the sum over its `tokens` (nats, temperature 1); NaN if
+    it is unknown."""
 
     text: str
-    """The answer alone; empty where its thoughts were never closed."""
+    """The answer alone; empty where its thoughts are not closed."""
     tokens: int
     logprob: float
     finish: str
@@ -69,8 +79,8 @@ class Completion:
     "overflow" (the prompt left no room), "invalid" (the model's logits were not finite) or
     "refused" (the prompt, by the chat template or by a server)."""
     thoughts: str = ""
-    """What was said before the answer, as it was sampled: tags and line breaks included, so that
-    thoughts + text is what was sampled. A server that takes the tags off tells it without."""
+    """The sampled text before the answer, with tags and line breaks: thoughts + text is the sampled
+    text. A server may send it without tags."""
 
 
 NO_ANSWER = {
@@ -83,8 +93,19 @@ UNFINISHED = "its thoughts were not finished"
 """Why there is no text where there are thoughts."""
 
 
+def no_answer(finish: str) -> Completion:
+    """A completion without text, for the reason `finish`: see `NO_ANSWER`."""
+    return Completion(text="", tokens=0, logprob=0.0, finish=finish)
+
+
+def before(stops: Iterable[str], text: str) -> str:
+    """The text before the first of the stop strings."""
+    ends = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(ends)] if ends else text
+
+
 def finish_of(parts: Iterable[Completion]) -> str:
-    """How an answer in several parts finished: by the gravest finish among them."""
+    """The finish of an answer in several parts: the gravest of theirs."""
     found = {part.finish for part in parts}
     return next((f for f in ("refused", "invalid", "overflow", "length") if f in found), "stop")
 
@@ -137,7 +158,7 @@ class PoolSettings(Settings):
 
 
 FINGERPRINT = {"for": "fingerprint"}
-"""Context of a dump (`model_dump`) that holds what results depend on, and nothing else."""
+"""Context for a dump (`model_dump`) of the settings that results depend on, and no others."""
 PLACING = frozenset(
     {"device", "batch_rows", "threads", "engine", "pool", "endpoint", "key_variable"}
 )
@@ -165,7 +186,7 @@ TAKEN = frozenset(
         "sanitize_control_tokens",
     }
 )
-"""What a chat template is given otherwise."""
+"""Arguments of a chat template that settings cannot set."""
 
 
 class PolicySettings(Settings):
@@ -221,7 +242,7 @@ class PolicySettings(Settings):
     def _names_of_variables(cls, given: dict[str, Argument]) -> dict[str, Argument]:
         for name in given:
             if name in TAKEN or not name.isidentifier():
-                raise ValueError(f"'{name}' is no variable that a chat template can be told")
+                raise ValueError(f"'{name}' is no variable that can be set for a chat template")
         return given
 
     @field_validator("thought_tags")
@@ -241,7 +262,7 @@ class PolicySettings(Settings):
 
     @property
     def served_name(self) -> str:
-        """The model by the name that an endpoint knows."""
+        """The model's name at the endpoint."""
         return self.served_model or self.model
 
     @property
@@ -251,7 +272,7 @@ class PolicySettings(Settings):
 
     @property
     def answers_on(self) -> str:
-        """The device that answering takes here: none, behind an endpoint."""
+        """The device that answering takes here; behind an endpoint it takes no GPU."""
         return "cpu" if self.endpoint else self.device
 
     @model_serializer(mode="wrap")

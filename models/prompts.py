@@ -1,4 +1,4 @@
-"""Every template that a policy sees, versioned: the wording is part of a stage's fingerprint.
+"""Every wording that a policy is prompted with; it is part of a stage's fingerprint.
 
 The conversation grows turn by turn, so that the prompts of one row share their prefix:
 
@@ -19,7 +19,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from models.policy import Message, Messages
+from models.policy import Message, Messages, assistant, user
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,31 +89,27 @@ TERSE = Templates(
 TEMPLATES = {"chat": CHAT, "terse": TERSE}
 
 
-def _turn(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
 def after_initial(prompt: Sequence[Message], initial: str) -> Messages:
     """x, y1."""
-    return (*prompt, _turn("assistant", initial))
+    return (*prompt, assistant(initial))
 
 
 def ask_with_gold(t: Templates, prompt: Sequence[Message], initial: str, gold: str) -> Messages:
     """The prompt of z ~ p(· | x, y1, yG)."""
-    return (*after_initial(prompt, initial), _turn("user", t.hint.format(gold=gold)))
+    return (*after_initial(prompt, initial), user(t.hint.format(gold=gold)))
 
 
 def ask(t: Templates, prompt: Sequence[Message], initial: str) -> Messages:
-    """The prompt of z ~ p(· | x, y1): inference, and the context that z is trained in."""
-    return (*after_initial(prompt, initial), _turn("user", t.propose))
+    """The prompt of z ~ p(· | x, y1), at inference and in training."""
+    return (*after_initial(prompt, initial), user(t.propose))
 
 
 def ask_critique(t: Templates, prompt: Sequence[Message], initial: str, principle: str) -> Messages:
     """The prompt of c ~ p(· | x, y1, z)."""
     return (
         *ask(t, prompt, initial),
-        _turn("assistant", principle),
-        _turn("user", t.critique.format(principle=principle)),
+        assistant(principle),
+        user(t.critique.format(principle=principle)),
     )
 
 
@@ -122,13 +118,13 @@ def ask_refinement(
 ) -> Messages:
     """The prompt of y2 ~ p(· | x, y1[, z[, c]])."""
     if not t.guided:
-        return (*after_initial(prompt, initial), _turn("user", t.refine))
+        return (*after_initial(prompt, initial), user(t.refine))
     before = (
-        (*ask_critique(t, prompt, initial, principle), _turn("assistant", critique))
+        (*ask_critique(t, prompt, initial, principle), assistant(critique))
         if critique
-        else (*ask(t, prompt, initial), _turn("assistant", principle))
+        else (*ask(t, prompt, initial), assistant(principle))
     )
-    return (*before, _turn("user", t.refine.format(principle=principle)))
+    return (*before, user(t.refine.format(principle=principle)))
 
 
 # Constitutions (SAMI) --------------------------------------------------------------------------
@@ -136,7 +132,7 @@ def ask_refinement(
 
 @dataclass(frozen=True, slots=True)
 class ConstitutionWording:
-    """How a policy is told a constitution, and asked to write one.
+    """The wording that gives a policy a constitution, and that asks it to write one.
 
     `given` holds {principles}, `item` {number} and {principle}, `write` {topic}.
     """
@@ -150,7 +146,7 @@ class ConstitutionWording:
 
     @property
     def said(self) -> str:
-        """Its words, without what they hold."""
+        """All of its words, without the placeholders."""
         parts = " ".join((self.given, self.item, self.separator, self.write, self.oppose))
         return re.sub(r"{\w*}", " ", parts)
 
@@ -183,23 +179,19 @@ CONSTITUTION_WORDINGS = {"chat": CHAT_CONSTITUTION, "terse": TERSE_CONSTITUTION}
 def under_constitution(
     w: ConstitutionWording, principles: Sequence[str], prompt: Sequence[Message]
 ) -> Messages:
-    """The prompt of y ~ p(· | x, c): the principles, in their order, are the system's turn.
-
-    A prompt that has a system turn of its own keeps it, after the principles.
-    """
+    """The prompt of y ~ p(· | x, c): the principles, in order, begin the system turn."""
     items = [w.item.format(number=n, principle=p) for n, p in enumerate(principles, start=1)]
-    told = w.given.format(principles=w.separator.join(items))
-    first, *rest = prompt
-    if first["role"] == "system":
-        return (_turn("system", f"{told}\n\n{first['content']}"), *rest)
-    return (_turn("system", told), *prompt)
+    text = w.given.format(principles=w.separator.join(items))
+    own = prompt[0]["role"] == "system"
+    text = f"{text}\n\n{prompt[0]['content']}" if own else text
+    return ({"role": "system", "content": text}, *prompt[own:])
 
 
 def ask_principle(w: ConstitutionWording, topic: str) -> Messages:
-    """Asks the writer for a principle."""
-    return (_turn("user", w.write.format(topic=topic)),)
+    """The prompt that asks the writer for a principle."""
+    return (user(w.write.format(topic=topic)),)
 
 
 def ask_antithesis(w: ConstitutionWording, topic: str, principle: str) -> Messages:
-    """Asks the writer for the antithesis of what it wrote, or of what was discovered."""
-    return (*ask_principle(w, topic), _turn("assistant", principle), _turn("user", w.oppose))
+    """The prompt that asks the writer for the antithesis of a principle."""
+    return (*ask_principle(w, topic), assistant(principle), user(w.oppose))

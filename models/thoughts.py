@@ -1,8 +1,7 @@
-"""Thoughts told from answers: what a model writes before it answers, between tags.
+"""Thoughts and answers: what a model writes between tags before it answers is split off.
 
 `models/chat.py` finds a template's tags; `models/engine/local.py` and `models/endpoint/server.py`
-tell what was sampled apart. Thoughts are kept as they were sampled, tags and line breaks included,
-so that thoughts + answer is the sampled text.
+split samples. Thoughts keep their tags and line breaks: thoughts + answer is the sampled text.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, slots=True)
 class Tags:
-    """What stands before and after a thought."""
+    """The texts before and after a thought."""
 
     open: str
     close: str
@@ -35,7 +34,7 @@ KNOWN = (
 class SplitText(NamedTuple):
     """A sampled text in its two parts; together they are the text.
 
-    `whole` is False where the thought was never closed: there is no answer then.
+    `whole` is False where the thought is not closed: the answer is then empty.
     """
 
     thoughts: str
@@ -43,7 +42,7 @@ class SplitText(NamedTuple):
     whole: bool = True
 
 
-def tell_apart(text: str, tags: Tags, *, opened: bool) -> SplitText:
+def split_text(text: str, tags: Tags, *, opened: bool) -> SplitText:
     """Thoughts and answer of a sampled text: the first closing tag ends the thoughts.
 
     Args:
@@ -60,15 +59,15 @@ def tell_apart(text: str, tags: Tags, *, opened: bool) -> SplitText:
     return SplitText(text[: len(text) - len(answer)], answer)
 
 
-def tell_apart_unseen(text: str, known: tuple[Tags, ...] = KNOWN) -> SplitText:
-    """As `tell_apart`, of a text whose prompt and template are not seen (a server's): its beginning
-    says which tags it has. A closing tag that nothing opened was opened by the prompt.
-    """
+def split_unseen_text(text: str, known: tuple[Tags, ...] = KNOWN) -> SplitText:
+    """`split_text` for a server's text, whose prompt and template are unknown: its beginning shows
+    which tags it has. A closing tag without an opening one belongs to a thought that the prompt
+    opened."""
     for tags in known:
-        told = tell_apart(text, tags, opened=False)
-        if told.thoughts:
-            return told
+        parts = split_text(text, tags, opened=False)
+        if parts.thoughts:
+            return parts
     for tags in known:
         if tags.close in text and tags.open not in text.partition(tags.close)[0]:
-            return tell_apart(text, tags, opened=True)
+            return split_text(text, tags, opened=True)
     return SplitText("", text)

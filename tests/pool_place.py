@@ -73,7 +73,8 @@ def _adapter(at: Slot, model: Path) -> Attempt:
         import torch
 
         from models.training.adapter import AdapterSettings
-        from models.training.bases import load_base, new_adapter, save_adapter
+        from models.training.bases import load_base
+        from models.training.updates import new_adapter, save_adapter
 
         base, _ = load_base(model, quantization="none", dtype="float32", device="cpu")
         adapted = new_adapter(base, AdapterSettings(lora_rank=2), seed=0)

@@ -20,7 +20,7 @@ from constitutions.errors import UserError, UserErrors
 from flows.experiment import home
 from flows.settings import load_settings, parse_override
 from models.endpoint.client import Limits
-from models.endpoint.server import check_server
+from models.endpoint.probing import check_server
 from models.files import file_sha256, text_sha256, write_text
 from models.judges.base import JudgeSettings
 from models.judges.opening import open_policy

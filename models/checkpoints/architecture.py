@@ -1,8 +1,7 @@
-"""A model's configuration and tensors, held against the architecture that transformers has.
+"""A model's configuration and tensors, compared with the architecture that transformers has.
 
-`models.checkpoints.check` asks with what the headers of a checkpoint say, before anything is
-computed; `models.training.bases` with what was really loaded. Nothing here needs memory for
-weights.
+`models.checkpoints.check` compares the headers of a checkpoint before anything is computed,
+`models.training.bases` the weights that were loaded. Nothing here needs memory for weights.
 """
 
 from __future__ import annotations
@@ -20,27 +19,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 Use = Literal["trained", "sampled", "reward"]
-"""What is done with a model: sampled from and trained, only sampled from, or asked for rewards."""
+"""The use of a model: trained and sampled from, only sampled from, or a reward model."""
 
 HARMLESS = re.compile(
     r"inv_freq$|masked_bias$|\.attn(\.attention)?\.bias$|attention\.bias$|position_ids$"
     r"|_extra_state$|(^|\.)(mtp|nextn|vision\w*|visual|audio\w*|multi_modal\w*|mm_\w+|embed_vision)\."
 )
-"""Tensors that checkpoints carry and no causal language model computes with: buffers that are
-derived anew, heads that predict further tokens, towers for images and sound."""
+"""Tensors of checkpoints that no causal language model uses: buffers that are computed when it is
+loaded, heads that predict further tokens, towers for images and sound."""
 OTHER_TASK = re.compile(r"For(?!CausalLM|ConditionalGeneration)[A-Z]\w+$")
-"""Names of architectures that were trained to do something else than to go on with a text."""
+"""Names of architectures that do not continue a text."""
 LARGEST_BUFFERS = 1 << 30
-"""Bytes of tables that an architecture computes for itself (positions, masks)."""
+"""Most bytes of tables that an architecture computes (positions, masks)."""
 NAMED = 4
-"""How many of several faulty names a message tells."""
+"""Most names that a message lists."""
 
 
 def read_config(directory: Path, settings: PolicySettings, use: Use) -> PreTrainedConfig:
-    """The configuration, of an architecture that transformers has for this use.
+    """The configuration of a model.
 
     Raises:
-        UserError: it has not, or the file names other weights, or holds no configuration.
+        UserError: transformers has no such architecture for this use, or the file names other
+            weights, or holds no configuration.
     """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -60,7 +60,7 @@ def read_config(directory: Path, settings: PolicySettings, use: Use) -> PreTrain
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         known = type(config) in mapping
-    except Exception as error:  # of any kind: each architecture checks its configuration itself
+    except Exception as error:  # each architecture has its own errors
         if "auto_map" in told:
             raise own_code(directory) from None
         raise UserError(
@@ -88,7 +88,7 @@ def read_config(directory: Path, settings: PolicySettings, use: Use) -> PreTrain
 
 
 def own_code(model: str | Path) -> UserError:
-    """A model that asks to run code that it brings."""
+    """The error for a model that asks to run its own code."""
     return UserError(
         "the model asks to run its own code (auto_map in config.json), which is refused",
         where=str(model),
@@ -97,11 +97,21 @@ def own_code(model: str | Path) -> UserError:
     )
 
 
-def compare(config: PreTrainedConfig, held: Mapping[str, Tensor], use: Use) -> tuple[str, int, int]:
-    """Hold the tensors of a checkpoint against the architecture of its configuration.
+def no_chat_template(where: str) -> UserError:
+    """The error for a tokenizer without a chat template."""
+    return UserError(
+        "the tokenizer has no chat template",
+        where=where,
+        expected="a chat model (chat_template.jinja or a template in tokenizer_config.json)",
+        fix="take the model's instruction-tuned version",
+    )
 
-    Names and shapes go through the renaming, fusing and tying that `from_pretrained` applies:
-    it loads them, on a device without memory.
+
+def compare(config: PreTrainedConfig, held: Mapping[str, Tensor], use: Use) -> tuple[str, int, int]:
+    """Compare the tensors of a checkpoint with the architecture of its configuration.
+
+    `from_pretrained` itself loads them, on a device without memory, and so applies its renaming,
+    fusing and tying of weights.
 
     Returns:
         The architecture's name, its number of parameters and of rows in its embedding.
@@ -141,7 +151,7 @@ def compare(config: PreTrainedConfig, held: Mapping[str, Tensor], use: Use) -> t
             f"needs a package that is not installed: {' '.join(str(error).split())[:300]}",
             where=where,
         ) from None
-    except Exception as error:  # whatever an architecture makes of sizes that do not go together
+    except Exception as error:  # each architecture has its own errors for sizes that do not fit
         raise UserError(
             f"config.json describes no model that can be built: {first_line(error)}", where=where
         ) from None
@@ -161,12 +171,12 @@ def compare(config: PreTrainedConfig, held: Mapping[str, Tensor], use: Use) -> t
 def check_loading(
     loading: Mapping[str, Any], name: str, where: str, *, quantised: bool = False
 ) -> None:
-    """See that every tensor of a model came from its checkpoint, and none was left over.
+    """See that every tensor of a model came from its checkpoint, and that none was left over.
 
     Args:
-        loading: what `from_pretrained` tells with `output_loading_info`.
+        loading: from `from_pretrained` with `output_loading_info`.
         name: of the architecture.
-        quantised: the checkpoint holds weights in pieces; only those without any are missing.
+        quantised: the checkpoint holds weights in pieces; a weight without any piece is missing.
 
     Raises:
         UserError: tensors are missing, unexpected or of another shape.
@@ -215,7 +225,7 @@ def _size(shape: Any) -> str:
 
 
 def _quantised(config: PreTrainedConfig) -> str:
-    """How a checkpoint's weights are quantised; empty where they are not."""
+    """How a checkpoint's weights are quantised; "" where they are not."""
     told = getattr(config, "quantization_config", None) or {}
     found = told.get("quant_method") if isinstance(told, dict) else told.quant_method
     return str(getattr(found, "value", found) or "in a way of its own") if told else ""
@@ -233,6 +243,6 @@ def _dtype(kind: str) -> Any:
 
 
 def first_line(error: object) -> str:
-    """What an error says, on one line of at most 300 characters."""
+    """The first line of an error's message, of at most 300 characters."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:300]

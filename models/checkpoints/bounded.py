@@ -1,7 +1,7 @@
-"""A child process for what others wrote: its processor time and memory end before ours do.
+"""A child process with limits of processor time and memory, for foreign files.
 
-`ask` starts `python -m MODULE`; the module's `main` calls `serve`. A template that loops, a
-tokenizer that swells or a file that crashes a parser ends the child, and comes back as a reason.
+`ask` starts `python -m MODULE`, whose `main` calls `serve`. A template that loops, a tokenizer that
+fills the memory or a file that crashes a parser ends the child; `ask` returns the reason.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 DATA_BYTES = 1600 << 20
-"""Memory that a child may take for itself: with its libraries' code it stays below 2 GB."""
+"""Most data memory of a child: with its libraries' code it stays below 2 GB."""
 WALL_SECONDS = 600
-"""The most that a child may take on a machine where others leave it no processor."""
+"""Longest run of a child, on a machine that is busy with other work."""
 
 Step = Callable[[str, int], None]
 """(what is done next, how many seconds of processor time it may take)"""
@@ -29,7 +29,7 @@ Step = Callable[[str, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a child ended: with an `answer`, or else within a `step`, for a `reason`."""
+    """How a child ended: with an `answer`, or within a `step` for a `reason`."""
 
     answer: Any = None
     step: str = ""
@@ -37,7 +37,7 @@ class Ended:
 
 
 def ask(module: str, request: Any, *, data_bytes: int = DATA_BYTES) -> Ended:
-    """What a module's child makes of a request (JSON); no GPU and no network are there for it."""
+    """A child's answer to a request (JSON); the child sees no GPU and asks no hub."""
     kept = {
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
@@ -55,8 +55,8 @@ def ask(module: str, request: Any, *, data_bytes: int = DATA_BYTES) -> Ended:
             timeout=WALL_SECONDS,
         )
     except subprocess.TimeoutExpired as late:
-        return Ended(step=_told(late.stdout)[0], reason=f"takes more than {WALL_SECONDS} s")
-    step, seconds, last = _told(done.stdout)
+        return Ended(step=_read(late.stdout)[0], reason=f"takes more than {WALL_SECONDS} s")
+    step, seconds, last = _read(done.stdout)
     if "answer" in last:
         return Ended(last["answer"])
     if done.returncode == -signal.SIGXCPU:
@@ -67,8 +67,8 @@ def ask(module: str, request: Any, *, data_bytes: int = DATA_BYTES) -> Ended:
     return Ended(step=step, reason=f"fails: {crash}")
 
 
-def _told(output: bytes | None) -> tuple[str, int, dict[str, Any]]:
-    """The last step that a child began, its seconds, and the last thing that it said."""
+def _read(output: bytes | None) -> tuple[str, int, dict[str, Any]]:
+    """The last step that a child began, its seconds, and the child's last line."""
     said = [
         json.loads(line) for line in (output or b"").splitlines(keepends=True) if line[-1:] == b"\n"
     ]
@@ -79,13 +79,13 @@ def _told(output: bytes | None) -> tuple[str, int, dict[str, Any]]:
 
 
 def serve(work: Callable[[Any, Step], Any]) -> None:
-    """Answer one request, in the child: read from standard input, within the limits.
+    """Answer one request from standard input, in the child, within the limits.
 
     Args:
         work: (request, step) to the answer; calls `step` before whatever may take long.
     """
     told = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries print on standard error
     limit = int(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -109,4 +109,4 @@ def serve(work: Callable[[Any, Step], Any]) -> None:
     else:
         say(answer=answer)
     told.flush()
-    os._exit(0)  # nothing is left to be tidied up, and a library's threads may not end
+    os._exit(0)  # a library's threads may not end by themselves

@@ -1,17 +1,15 @@
-"""Whether a model directory can be sampled from and trained exactly, told without loading it.
+"""Whether a model directory can be sampled from and trained exactly, without loading its weights.
 
-`check_directory` asks a child process with bounds of time and memory
-(`models/checkpoints/bounded.py`), because all that is in the directory was written by others: the
-child reads the headers of the weights, builds the architecture without memory for it, compares the
-two by transformers' own rules, loads the tokenizer and renders the chat template. What was found
-good is remembered.
+The directory's files are foreign: `check_directory` leaves them to a child process with limits of
+time and memory (`models/checkpoints/bounded.py`). The child reads the headers of the weights,
+builds the architecture without memory, compares the two by transformers' own rules, loads the
+tokenizer and renders the chat template. A directory that passes is remembered.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from contextlib import suppress
 from importlib.metadata import version
@@ -19,7 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from constitutions.errors import UserError
-from models.checkpoints.architecture import NAMED, Use, compare, first_line, read_config
+from models.checkpoints.architecture import (
+    NAMED,
+    Use,
+    compare,
+    first_line,
+    no_chat_template,
+    read_config,
+)
 from models.checkpoints.bounded import DATA_BYTES, Step, ask, serve
 from models.checkpoints.headers import (
     check_listing,
@@ -29,19 +34,18 @@ from models.checkpoints.headers import (
     shards_there,
 )
 from models.checkpoints.shapes import cached_config
+from models.files import write_text
 from models.policy import FINGERPRINT, Messages, PolicySettings
 from models.prompts import TEMPLATES, ask_refinement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-    from models.chat import Chat
-
 MEDIA = re.compile("image|audio|video|vision", re.IGNORECASE)
 LONGEST_TEXT = 1 << 20
-"""Characters that a template may write around a conversation of a few hundred."""
+"""Most characters that a template may write for a conversation of a few hundred."""
 CHECKED = "checked"
-"""Folder below the home: what was found of model directories, a file each."""
+"""Folder below the home with a file for each directory that passed."""
 
 
 def check_directory(
@@ -55,13 +59,13 @@ def check_directory(
     """What a model directory holds, in a few words; nothing of it is loaded in this process.
 
     Args:
-        settings: how the model will be held, and which chat template it is asked with.
-        home: where it is remembered what was found good; None: in this process alone.
+        settings: quantisation and chat template of the model.
+        home: folder in which a directory that passes is remembered; None: this process only.
         data_bytes: memory of the child.
 
     Raises:
-        UserError: it cannot be sampled from or trained exactly, or takes more time or memory to
-            look at than any model does.
+        UserError: it cannot be sampled from or trained exactly, or the check exceeds its limits of
+            time or memory.
     """
     check_listing(directory)
     keys = [_key(directory, settings, asked) for asked in dict.fromkeys((use, "trained"))]
@@ -87,16 +91,16 @@ MODELS = Path(__file__).parents[1]
 SOURCES = (
     *sorted((MODELS / "checkpoints").glob("*.py")),
     MODELS / "training/encoding.py",
-    *(MODELS / f"{name}.py" for name in ("chat", "thoughts", "prompts")),
+    *(MODELS / f"{name}.py" for name in ("chat", "chat_template", "thoughts", "prompts")),
 )
-"""Modules that decide what is found good: another version looks again."""
+"""Modules that decide what passes: when one changes, directories are checked again."""
 _good: dict[str, str] = {}
-"""What was found of directories in this process, by `_key`."""
+"""Directories that passed in this process, by `_key`."""
 
 
 def _recalled(key: str, home: Path | None) -> str | None:
     if key not in _good and home is not None:
-        with suppress(OSError, UnicodeDecodeError):  # what cannot be read is found again
+        with suppress(OSError, UnicodeDecodeError):  # an unreadable file means another check
             _good[key] = (home / CHECKED / key).read_text("utf-8")
     return _good.get(key) or None
 
@@ -105,11 +109,9 @@ def _remember(key: str, found: str, home: Path | None) -> None:
     _good[key] = found
     if home is None or (home / CHECKED / key).exists():
         return
-    with suppress(OSError):  # where nothing can be written, it is found again
+    with suppress(OSError):  # where nothing can be written, the next process checks again
         (home / CHECKED).mkdir(parents=True, exist_ok=True)
-        scratch = home / CHECKED / f".{key}.{os.getpid()}.tmp"
-        scratch.write_text(found, "utf-8")
-        scratch.replace(home / CHECKED / key)
+        write_text(home / CHECKED / key, found)
 
 
 def _key(directory: Path, settings: PolicySettings, use: Use) -> str:
@@ -125,7 +127,7 @@ def _key(directory: Path, settings: PolicySettings, use: Use) -> str:
 
 
 def _moved(error: UserError, directory: Path) -> UserError:
-    """The error of a child, which knows the directory by its resolved path."""
+    """The child's error, with the directory's path as it was given in place of the resolved one."""
     real = str(directory.resolve())
     where = error.where.replace(real, str(directory)) or f"model directory {directory}"
     what = error.what.replace(real, str(directory))
@@ -133,10 +135,7 @@ def _moved(error: UserError, directory: Path) -> UserError:
 
 
 def located(settings: PolicySettings) -> Path | None:
-    """The model's files on this machine: a directory, or a hub's model that is whole in its cache.
-
-    None: they are yet to be fetched, or made.
-    """
+    """The model's directory, or a hub model's in the cache if it is complete; None otherwise."""
     directory = Path(settings.model).expanduser()
     if directory.is_dir():
         return directory
@@ -174,10 +173,10 @@ def examine(
     use: Use = "trained",
     step: Step = lambda name, seconds: None,
 ) -> str:
-    """What `check_directory` tells, without its bounds.
+    """`check_directory` without its limits.
 
     Raises:
-        UserError: the first thing that is wrong.
+        UserError: the first fault.
     """
     step("reading the headers of the weights", 10)
     held = read_tensors(directory)
@@ -215,22 +214,17 @@ def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             where=f"model directory {directory}",
         ) from None
     if not tokenizer.chat_template:
-        raise UserError(
-            "the tokenizer has no chat template",
-            where=f"model directory {directory}",
-            expected="a chat model (chat_template.jinja or a template in tokenizer_config.json)",
-            fix="take the model's instruction-tuned version",
-        )
+        raise no_chat_template(f"model directory {directory}")
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def _check_ids(
     directory: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, rows: int
 ) -> None:
-    """Every token that a text can become has a row in the embedding.
+    """See that every token of a text has a row in the embedding.
 
-    A placeholder for images or sound, as text models keep from a family that sees and hears
-    (Gemma 3), needs none: it is special, and no template writes it for a text.
+    A placeholder for images or sound, which text models keep from a multimodal family (Gemma 3),
+    needs none: it is special, and no template writes it for a text.
     """
     special = set(tokenizer.all_special_tokens) | {
         str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
@@ -288,11 +282,13 @@ def _check_chat(
     use: Use,
     rows: int,
 ) -> str:
-    """The chat template takes the project's conversations, in a bounded text, and ends turns.
+    """See that the chat template renders the project's conversations, briefly, and ends turns.
 
-    What ends a turn is returned in words, for a model that is trained.
+    Returns:
+        The end of a turn, in words, for a model that is trained; else "".
     """
-    from models.chat import Chat, ChatError
+    from models.chat import Chat
+    from models.chat_template import ChatError
     from models.training.encoding import EncodingError, check_template
 
     where = f"model directory {directory}"
@@ -303,7 +299,7 @@ def _check_chat(
     )
     asked = ask_refinement(wording, turns, "Mix flour with water.", "Name every quantity.")
     for conversation in (turns[:1], turns[1:], turns, asked[1:], asked):
-        if (length := _length(chat, conversation)) > LONGEST_TEXT:
+        if (length := len(chat.rendered(conversation))) > LONGEST_TEXT:
             raise UserError(
                 f"the chat template writes {length:,} characters around a short conversation",
                 where=where,
@@ -323,22 +319,6 @@ def _check_chat(
             where=where,
         )
     return ends
-
-
-def _length(chat: Chat, turns: Messages) -> int:
-    """Characters of a rendered conversation; 0 where the template refuses it."""
-    try:
-        text = chat.tokenizer.apply_chat_template(
-            cast("list[dict[str, str]]", list(turns)),
-            tokenize=False,
-            chat_template=chat.template,
-            **cast("dict[str, Any]", chat.arguments),
-        )
-    except MemoryError:
-        raise
-    except Exception:  # it is told where the conversation is needed
-        return 0
-    return len(cast(str, text))
 
 
 if __name__ == "__main__":

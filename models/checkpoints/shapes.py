@@ -1,7 +1,7 @@
-"""The sizes of a model, from its configuration alone: what memory and time estimates rest on.
+"""The sizes of a model, from its configuration alone, for estimates of memory and time.
 
-`flows.plan.cost` and `flows.plan.plan` read them. Nothing is loaded, nothing is fetched, and there
-is no torch: a local directory's `config.json` tells, a table of published ones, or the hub's cache.
+`flows.plan` reads them. Nothing is loaded or fetched, and torch is not imported: the sizes are in a
+local directory's `config.json`, a table of published ones, or the hub's cache.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from models.policy import PolicySettings
 from models.worlds.registry import WORLD_MODELS
 
 NF4_BYTES = 0.5 + 4 / 64
-"""Of one weight: four bits, and a float32 scale for each block of 64 (bitsandbytes)."""
+"""Bytes of one weight: four bits, and a float32 scale for each block of 64 (bitsandbytes)."""
 WIDTH = {"float32": 4, "bfloat16": 2}
 """Bytes of a number."""
 KINDS = ("llama", "mistral", "qwen2", "qwen3", "granite")
@@ -67,7 +67,7 @@ class Shape:
         return self.matrices + embeddings + self.layers * self.small + self.hidden
 
     def weight_bytes(self, quantization: str, dtype: str) -> float:
-        """Of the base in memory."""
+        """Bytes of the base in memory."""
         each = NF4_BYTES if quantization == "nf4" else WIDTH[dtype]
         return self.matrices * each + (self.parameters - self.matrices) * WIDTH[dtype]
 
@@ -76,7 +76,7 @@ class Shape:
         return self.layers * rank * sum(a + b for a, b in self.linears)
 
     def cache_bytes(self, dtype: str) -> int:
-        """Of the keys and values of one token."""
+        """Bytes of the keys and values of one token."""
         return 2 * self.layers * self.kv_heads * self.head_size * WIDTH[dtype]
 
 
@@ -174,6 +174,7 @@ FIELDS = (
     "max_position_embeddings",
     "tie_word_embeddings",
 )
+_MISTRAL = ("mistral", 4096, 32, 32, 8, 14336)
 PUBLISHED: dict[str, Mapping[str, Any]] = {
     name: world.models[name] for name, world in WORLD_MODELS.items()
 } | {
@@ -192,30 +193,8 @@ PUBLISHED: dict[str, Mapping[str, Any]] = {
         ("qwen/qwen2.5-14b", "qwen2", 5120, 48, 40, 8, 13824, 152064, 32768, False),
         ("qwen/qwen2.5-32b", "qwen2", 5120, 64, 40, 8, 27648, 152064, 32768, False),
         ("qwen/qwen2.5-72b", "qwen2", 8192, 80, 64, 8, 29568, 152064, 32768, False),
-        (
-            "mistralai/mistral-7b-instruct-v0.3",
-            "mistral",
-            4096,
-            32,
-            32,
-            8,
-            14336,
-            32768,
-            32768,
-            False,
-        ),
-        (
-            "prometheus-eval/prometheus-7b-v2.0",
-            "mistral",
-            4096,
-            32,
-            32,
-            8,
-            14336,
-            32000,
-            32768,
-            False,
-        ),
+        ("mistralai/mistral-7b-instruct-v0.3", *_MISTRAL, 32768, 32768, False),
+        ("prometheus-eval/prometheus-7b-v2.0", *_MISTRAL, 32000, 32768, False),
     )
 }
 """Configurations of the worlds' models, and published ones by hub name, lower case, without

@@ -1,4 +1,4 @@
-"""Which proxy of the environment a client goes through; none of ours does to reach loopback.
+"""Which proxy of the environment a client uses; none is used for loopback.
 
 A proxy of a company or a campus cannot reach this machine's own servers. `models.endpoint.client`
 asks here for its client; for the clients inside Prefect and MLflow the command line calls
@@ -14,19 +14,19 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 DIRECT = ("localhost", "127.0.0.1", "127.0.0.0/8", "::1")
-"""What NO_PROXY says of loopback. httpx reads addresses in it, requests networks too."""
+"""Loopback in NO_PROXY. httpx reads addresses in it; requests reads networks too."""
 
 
 class Proxy(NamedTuple):
-    """A proxy and where it was set: "$HTTPS_PROXY", or the system's settings. It may hold a
-    password: only `source` is for people."""
+    """A proxy and where it was set: "$HTTPS_PROXY", or the system's settings. `address` may hold a
+    password: messages show `source` only."""
 
     address: str
     source: str
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host's name or address, however it is written, is this machine by itself."""
+    """Whether a host's name or address, in any spelling, is this machine's loopback."""
     name = host.strip("[]").rstrip(".").lower()
     if name == "localhost" or name.endswith(".localhost"):
         return True

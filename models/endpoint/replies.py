@@ -1,7 +1,6 @@
-"""What an OpenAI-compatible server answers: texts, thoughts and counts, as servers differ in them.
+"""Replies of OpenAI-compatible servers, which differ in how they send texts, thoughts and counts.
 
-`models/endpoint/client.py` reads replies as these; `models/endpoint/server.py` makes completions of
-them.
+`models/endpoint/client.py` parses them; `models/endpoint/server.py` makes completions of them.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 CHARACTERS = 4
-"""A token has about so many, in English, where the server counts none."""
+"""Characters of a token in English, on average: for servers that count no tokens."""
 
 
 class _Part(BaseModel):
-    """Of a message whose content is a list: a text, or thoughts."""
+    """A text or thoughts, in a message whose content is a list."""
 
     type: str = "text"
     text: str | None = None
@@ -30,7 +29,7 @@ class _Part(BaseModel):
 
 
 class _Message(BaseModel):
-    """What an assistant says; servers with a reasoning parser tell its thoughts apart."""
+    """An assistant's message; servers with a reasoning parser send its thoughts separately."""
 
     content: str | list[str | _Part] | None = None
     reasoning_content: Any = None
@@ -85,12 +84,12 @@ class ReplyChoice(BaseModel):
 
     @property
     def thoughts(self) -> str:
-        """What the server tells apart from the answer: without tags."""
+        """Thoughts that the server has separated from the answer, without tags."""
         return self.message.thoughts if self.message else ""
 
     @property
     def token_logprobs(self) -> list[float]:
-        """log p of each generated token (nats); empty where the server does not tell them."""
+        """log p of each generated token (nats); empty where the server sends none."""
         try:
             told = _Logprobs.model_validate(self.logprobs)
         except ValidationError:
@@ -103,7 +102,7 @@ class _Usage(BaseModel):
 
 
 class Reply(BaseModel):
-    """What is read of a completion; a reply without it counts as a fault."""
+    """A completion; a reply that does not have these fields is a fault."""
 
     model: str | None = None
     choices: list[ReplyChoice] = Field(min_length=1)
@@ -111,13 +110,13 @@ class Reply(BaseModel):
 
     @property
     def texts(self) -> list[str]:
-        """What the choices say, thoughts included, without white space around it."""
+        """The choices' texts, thoughts included, without white space around them."""
         return [(choice.thoughts + choice.said).strip() for choice in self.choices]
 
     @property
     def tokens(self) -> int:
-        """Generated tokens: as the server counts them, else one for each log-probability that it
-        tells, else by the length: about four characters each."""
+        """Generated tokens: as the server counts them, else the number of log-probabilities, else
+        the number of characters divided by `CHARACTERS`."""
         if self.usage:
             return self.usage.completion_tokens
         told = [len(choice.token_logprobs) for choice in self.choices]

@@ -1,9 +1,8 @@
-"""A LoRA adapter at a server that loads it while it runs, as vLLM does. `models.endpoint.server`
-calls this.
+"""A LoRA adapter that a server loads while it runs, as vLLM does.
 
-vLLM has the endpoint where it was started with `--enable-lora` and
-VLLM_ALLOW_RUNTIME_LORA_UPDATING=True. It is given a path, which it must see as we do. Adapters stay
-loaded: vLLM drops the least recently used ones by itself, and another process may want them.
+vLLM must be started with `--enable-lora` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and must see
+the adapter under the same path. Adapters stay loaded: vLLM drops the least recently used ones, and
+another process may need them.
 """
 
 from __future__ import annotations
@@ -15,14 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-
 from constitutions.errors import UserError
-from models.endpoint.client import Card, Endpoint, Fault
+from models.endpoint.client import Card, Connection, Endpoint
+from models.endpoint.faults import Fault
 from models.endpoint.replies import ReplyChoice
 
 MISSING = frozenset({404, 405, 501})
-"""How a server answers that has no such address."""
+"""Status codes of a server that does not know the address."""
 HOW = (
     "start vLLM with --enable-lora --max-lora-rank (train.lora_rank) and "
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True; or serve a merged model (staple export --merge); or "
@@ -48,7 +46,7 @@ class ServedAdapter:
             digest.update(file.read_bytes())
         return cls(folder.resolve(), base, f"staple-{digest.hexdigest()[:16]}")
 
-    async def load(self, endpoint: Endpoint, client: httpx.AsyncClient, patience: float) -> None:
+    async def load(self, connection: Connection) -> None:
         """Have the server load the adapter, unless it has it, and see it listed under its base.
 
         Raises:
@@ -56,34 +54,30 @@ class ServedAdapter:
                 not see its path), or lists it under another base.
         """
         try:
-            cards = await endpoint.models(client, patience)
+            cards = await connection.models()
             if self.name not in cards:
-                await self._load(endpoint, client, patience)
-                cards = await endpoint.models(client, patience)
+                await self._load(connection)
+                cards = await connection.models()
         except Fault as fault:
-            raise endpoint.explain(fault) from None
-        self._check_listed(endpoint, cards)
+            raise connection.endpoint.explain(fault) from None
+        self._check_listed(connection.endpoint, cards)
 
-    async def _load(self, endpoint: Endpoint, client: httpx.AsyncClient, patience: float) -> None:
-        body = {"lora_name": self.name, "lora_path": str(self.path)}
+    async def _load(self, connection: Connection) -> None:
         try:
-            await endpoint.load_adapter(client, body, patience)
+            await connection.load_adapter({"lora_name": self.name, "lora_path": str(self.path)})
         except Fault as fault:
             if fault.status == 400 and "already" in fault.reason:
                 return  # another request was quicker
-            if fault.again or fault.status in (401, 403):
+            if fault.again or fault.unauthorised:
                 raise
-            raise self._refused(endpoint, fault) from None
-
-    def _refused(self, endpoint: Endpoint, fault: Fault) -> UserError:
-        if fault.status in MISSING and self.name not in fault.reason:
-            return no_adapters(endpoint, fault.reason)
-        return UserError(
-            f"the server cannot load the adapter ({fault.reason})",
-            where=endpoint.base,
-            expected=f"that it sees {self.path}, under this very path",
-            fix="share the folder with it; its --max-lora-rank must reach train.lora_rank",
-        )
+            if fault.status in MISSING and self.name not in fault.reason:
+                raise no_adapters(connection.endpoint, fault.reason) from None
+            raise UserError(
+                f"the server cannot load the adapter ({fault.reason})",
+                where=connection.endpoint.base,
+                expected=f"that it sees {self.path}, under this very path",
+                fix="share the folder with it; its --max-lora-rank must reach train.lora_rank",
+            ) from None
 
     def _check_listed(self, endpoint: Endpoint, cards: Mapping[str, Card]) -> None:
         card = cards.get(self.name)
@@ -106,17 +100,16 @@ class ServedAdapter:
     def check_acts(
         self, endpoint: Endpoint, base: ReplyChoice, again: ReplyChoice, tuned: ReplyChoice
     ) -> None:
-        """Compare greedy answers to one question: the base's, twice, and the adapter's.
-
-        An adapter that changes nothing is worth a warning.
+        """Compare greedy answers to one question: the base's, twice, and the adapter's; an adapter
+        that is untrained gets a warning.
 
         Raises:
-            UserError: the adapter's is the base's, though the adapter would change it.
+            UserError: the adapter's answer is the base's, although the adapter is trained.
         """
         noise = _gap(base, again)
         if math.isinf(noise) or _gap(base, tuned) > noise:
             return
-        if not self.changes_something():
+        if not self.is_trained():
             _log.warning(
                 "%s: the adapter %s changes nothing: it is untrained", self.path, self.name
             )
@@ -125,11 +118,11 @@ class ServedAdapter:
             f"the server answers as {self.name} exactly what it answers as {self.base}",
             where=endpoint.base,
             expected="other log-probabilities with the adapter than without",
-            fix="look into its log: it lists the adapter, and does not use it",
+            fix="read the server's log: it lists the adapter but does not use it",
         )
 
-    def changes_something(self) -> bool:
-        """Whether a B matrix is not zero: all are before the first step of training."""
+    def is_trained(self) -> bool:
+        """Whether any B matrix is not zero: all are zero before the first step of training."""
         from safetensors import deserialize
 
         tensors = deserialize(_weights(self.path).read_bytes())
@@ -137,7 +130,7 @@ class ServedAdapter:
 
 
 def no_adapters(endpoint: Endpoint, reason: str) -> UserError:
-    """The server has no way to load an adapter while it runs."""
+    """The error for a server that cannot load an adapter while it runs."""
     return UserError(
         f"the server loads no adapters while it runs ({reason})", where=endpoint.base, fix=HOW
     )

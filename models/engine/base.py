@@ -7,8 +7,9 @@ architecture; `models/engine/exact.py` says which of them a model gets.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -21,15 +22,30 @@ from models.engine.output_layer import last_states
 from models.policy import Request
 
 Tensor = torch.Tensor
+Tokens = Sequence[int]
+Pairs = Sequence[tuple[Tokens, Tokens]]
+"""(prompt, response), one token each at least."""
 
 PASS_TOKENS = 8192
 """Prompt tokens in one forward pass, padding included: more gains nothing, and takes memory."""
 SCORED_LOGITS = 1 << 28
 """Logits in one pass over given responses (4 bytes each)."""
 MEMORY_SHARE = 0.8
-"""Of the free memory, what the rows may fill."""
+"""Share of the free memory that the rows may fill."""
 MOST_ROWS = {"cpu": 256, "cuda": 512}
 """More rows at once gain nothing."""
+
+
+@dataclass(slots=True)
+class Decoding:
+    """What ends a sample, and how many samples are decoded together."""
+
+    stop: Collection[int] = frozenset()
+    """Tokens that end a turn."""
+    rows: int | None = None
+    """None: as many as the free memory holds. Halved, for good, when memory runs out."""
+    spell: Callable[[Tokens], str] = str
+    """Token ids as text, in which the requests' stop strings are looked for."""
 
 
 @dataclass(slots=True)
@@ -44,29 +60,22 @@ class Sample:
     """Empty while it goes on."""
 
 
-Wanted = Sequence[Collection[int]]
-"""The numbers of the samples that are still to be made, for each request."""
-Ended = Callable[[Sample], None]
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Prompts as token ids, their requests, and the numbers of the samples still to be made."""
+
+    prompts: Sequence[Tokens]
+    requests: Sequence[Request]
+    wanted: Sequence[Collection[int]]
+    end: Callable[[Sample], None]
+    """Called with each sample that has ended."""
 
 
 class Engine(ABC):
-    """Samples from a model, many rows at once.
+    """Samples from a model, many rows at once."""
 
-    Args:
-        stop: tokens that end a turn.
-        rows: samples decoded together; None: as many as the free memory holds. Halved, for good,
-            when memory runs out all the same.
-        spell: token ids as text, to find the requests' stop strings in.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        stop: Collection[int],
-        rows: int | None,
-        spell: Callable[[Sequence[int]], str],
-    ) -> None:
-        self.model, self.stop, self.rows, self.spell = model, frozenset(stop), rows, spell
+    def __init__(self, model: PreTrainedModel, decoding: Decoding | None = None) -> None:
+        self.model, self.decoding = model, decoding or Decoding()
         self.prompt_tokens = 0
         """Prompt tokens computed so far."""
         self.steps = 0
@@ -76,9 +85,12 @@ class Engine(ABC):
 
     @torch.inference_mode()
     def sample(
-        self, prompts: Sequence[Sequence[int]], requests: Sequence[Request], ended: Ended
+        self,
+        prompts: Sequence[Tokens],
+        requests: Sequence[Request],
+        ended: Callable[[Sample], None],
     ) -> None:
-        """Every sample of every request, told to `ended` as they end, in no order.
+        """Make every sample of every request; `ended` gets each as it ends, in no order.
 
         Raises:
             UserError: not even one row fits into the memory.
@@ -91,22 +103,23 @@ class Engine(ABC):
 
         while any(wanted):
             try:
-                self._make(prompts, requests, wanted, end)
+                self._make(Work(prompts, requests, wanted, end))
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                self.rows = self._fewer(self.fitted)
-
-    @abstractmethod
-    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[list[float]]:
-        """log p of each token of a response after its prompt.
-
-        Args:
-            pairs: (prompt, response), one token each at least.
-        """
+                self.decoding.rows = self._fewer(self.fitted)
 
     @torch.inference_mode()
-    def states(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
+    def score(self, pairs: Pairs) -> list[list[float]]:
+        """log p of each token of each response after its prompt (nats)."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        found: dict[int, list[float]] = {}
+        for part in self._scores(pairs, min(PASS_TOKENS, SCORED_LOGITS // vocabulary)):
+            found |= part
+        return [found[i] for i in range(len(pairs))]
+
+    @torch.inference_mode()
+    def states(self, texts: Sequence[Tokens]) -> np.ndarray:
         """Mean last-layer hidden state of each text, (texts, hidden), float32."""
         tokens = self._padded(texts)
         lengths = self._column([len(text) for text in texts])[:, None]
@@ -115,38 +128,56 @@ class Engine(ABC):
         return (states.sum(1) / lengths).cpu().numpy()
 
     @abstractmethod
-    def _make(
-        self,
-        prompts: Sequence[Sequence[int]],
-        requests: Sequence[Request],
-        wanted: Wanted,
-        end: Ended,
-    ) -> None:
+    def _make(self, work: Work) -> None:
         """Make the wanted samples, `fitted` rows at once."""
 
-    def _append(self, sample: Sample, request: Request, token: int, logprob: float) -> None:
-        """Write a token down, and whether it was the last one."""
-        if logprob != logprob:
-            sample.finish = "invalid"
-            return
-        sample.logprob += logprob
-        if token in self.stop:
-            sample.finish = "stop"
-            return
-        sample.tokens.append(token)
-        if request.stop and any(text in self.spell(sample.tokens) for text in request.stop):
-            sample.finish = "stop"
-        elif len(sample.tokens) >= request.max_tokens:
-            sample.finish = "length"
+    @abstractmethod
+    def _scores(self, pairs: Pairs, tokens: int) -> Iterator[Mapping[int, list[float]]]:
+        """`score` by the number of the pair, in passes of at most so many tokens."""
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Padded on the right, where no token sees it."""
+    def _append(
+        self, work: Work, samples: Sequence[Sample], tokens: Tokens, logprobs: Sequence[float]
+    ) -> None:
+        """Give each row its token, unless it has ended; tell of those that end with it."""
+        for sample, token, logprob in zip(samples, tokens, logprobs, strict=True):
+            if not sample.finish:
+                sample.finish = self._finish(sample, work.requests[sample.request], token, logprob)
+                if sample.finish:
+                    work.end(sample)
+
+    def _finish(self, sample: Sample, request: Request, token: int, logprob: float) -> str:
+        """Write a token down; why the sample ends with it, or nothing."""
+        if logprob != logprob:
+            return "invalid"
+        sample.logprob += logprob
+        if token in self.decoding.stop:
+            return "stop"
+        sample.tokens.append(token)
+        if request.stop:
+            text = self.decoding.spell(sample.tokens)
+            if any(stop in text for stop in request.stop):
+                return "stop"
+        return "length" if len(sample.tokens) >= request.max_tokens else ""
+
+    def _padded(self, rows: Sequence[Tokens]) -> Tensor:
+        """(rows, longest), padded on the right, where no token sees it."""
         return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(
             self.model.device
         )
 
-    def _column(self, values: Sequence[int]) -> Tensor:
+    def _column(self, values: Tokens) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.model.device)
+
+    def _places(self, places: Sequence[range]) -> tuple[Tensor, Tensor]:
+        """The rows and places that the output layer is asked for: places of each row in turn."""
+        row = self._column([row for row, some in enumerate(places) for _ in some])
+        return row, self._column([place for some in places for place in some])
+
+    def _logprobs(self, logits: Tensor, targets: Sequence[Tokens]) -> list[list[float]]:
+        """log p of each row's targets, of the logits (all targets, vocabulary) before them."""
+        ids = self._column([token for row in targets for token in row])
+        steps = logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
+        return [steps[a:b].tolist() for a, b in pairwise(accumulate(map(len, targets), initial=0))]
 
     # Memory ---------------------------------------------------------------------------------
 
@@ -172,8 +203,8 @@ class Engine(ABC):
 
 
 def key_value_bytes(config: Any, itemsize: int) -> int:
-    """Bytes of one token's keys and values in all layers; a layer without keys counts as one with
-    them, as wide as the model where the configuration has no heads."""
+    """Bytes of one token's keys and values in all layers: an upper bound where a layer has none, or
+    where the configuration names no heads."""
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int):
         return int(2 * config.num_hidden_layers * config.hidden_size * itemsize)
@@ -183,7 +214,7 @@ def key_value_bytes(config: Any, itemsize: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on the device: what torch holds in reserve counts."""
+    """Free memory of the device, with the reserve that torch holds."""
     if device.type == "cuda":
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + reserve)
@@ -193,6 +224,6 @@ def free_bytes(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory ran out: torch has a class for it on GPUs, and words on CPUs."""
+    """Whether memory ran out: torch has a class for it on GPUs, and only messages on CPUs."""
     words = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)

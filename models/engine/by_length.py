@@ -1,61 +1,66 @@
-"""Two engines by the length of a text: where RoPE depends on the longest text of a pass.
+"""An engine for each way of generating, and two by the length of a text where RoPE needs it.
 
-With "longrope" a pass turns all of its positions otherwise once one text in it is beyond a limit.
-Texts that stay short go to the fast engine; the plain one gives others what they would get alone.
+With "longrope" a pass turns all of its positions differently once one text in it is beyond a limit.
+The fast engine takes the texts that stay short, the plain one the others: each gets what it would
+get alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 
-from models.engine.base import Ended, Engine, Wanted
+from models.engine.base import Decoding, Engine, Pairs, Tokens, Work
 from models.engine.decoding import Decoder
 from models.engine.plain import Plain, length_dependent
-from models.policy import Request
+
+Way = Literal["shared", "padded", "equal", "single", "recomputed"]
+"""The fast engine, or how the plain one batches."""
+
+
+def make_engine(model: Any, way: Way, decoding: Decoding | None = None) -> Engine:
+    """The engine of that way; nothing is tried.
+
+    Raises:
+        UserError: the model's attention cannot be replaced, as the fast engine needs it.
+    """
+    if way != "shared":
+        return Plain(model, decoding, way)
+    limit = length_limit(model)
+    return Decoder(model, decoding) if limit is None else ByLength(model, decoding, limit)
 
 
 class ByLength(Engine):
-    """The fast engine for texts that stay short, the plain one for others: where RoPE depends on
-    the longest text of a pass, each gets what it would get alone."""
+    """The fast engine for texts of at most `limit` tokens, the plain one for longer ones."""
 
-    def __init__(self, short: Decoder, long: Plain, limit: int) -> None:
-        self.short, self.long, self.limit = short, long, limit
-        super().__init__(short.model, (), None, short.spell)
+    def __init__(self, model: Any, decoding: Decoding | None, limit: int) -> None:
+        super().__init__(model, decoding)
+        self.short, self.long = (
+            Decoder(model, self.decoding),
+            Plain(model, self.decoding, "equal"),
+        )
+        self.short.longest = self.limit = limit
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-        if name in ("stop", "rows", "spell"):
-            for part in (self.short, self.long):
-                setattr(part, name, value)
-
-    def _make(
-        self,
-        prompts: Sequence[Sequence[int]],
-        requests: Sequence[Request],
-        wanted: Wanted,
-        end: Ended,
-    ) -> None:
-        lengths = [len(p) + r.max_tokens for p, r in zip(prompts, requests, strict=True)]
-        for engine, numbers in self._split(lengths):
+    def _make(self, work: Work) -> None:
+        pairs = zip(work.prompts, work.requests, strict=True)
+        for engine, numbers in self._split([len(p) + r.max_tokens for p, r in pairs]):
             own = set(numbers)
-            some = [samples if i in own else () for i, samples in enumerate(wanted)]
+            some = [samples if i in own else () for i, samples in enumerate(work.wanted)]
             try:
                 if any(some):
-                    engine._make(prompts, requests, some, end)
+                    engine._make(replace(work, wanted=some))
             finally:
                 self.fitted = engine.fitted
 
-    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[list[float]]:
-        """See `Engine.score`."""
-        found: dict[int, list[float]] = {}
+    def _scores(self, pairs: Pairs, tokens: int) -> Iterator[Mapping[int, list[float]]]:
         for engine, numbers in self._split([len(p) + len(r) for p, r in pairs]):
-            found |= zip(numbers, engine.score([pairs[i] for i in numbers]), strict=True)
-        return iter([found[i] for i in range(len(pairs))])
+            for part in engine._scores([pairs[i] for i in numbers], tokens):
+                yield {numbers[i]: steps for i, steps in part.items()}
 
-    def states(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
+    def states(self, texts: Sequence[Tokens]) -> np.ndarray:
         """See `Engine.states`."""
         return self.long.states(texts)
 
@@ -66,7 +71,7 @@ class ByLength(Engine):
 
 
 def length_limit(model: Any) -> int | None:
-    """The length up to which a text's numbers do not depend on what is beside it; None: any."""
+    """The length up to which a text's numbers do not depend on the texts beside it; None: any."""
     limits = []
     for rope, prefix, kind in length_dependent(model):
         settings = rope.config.rope_parameters

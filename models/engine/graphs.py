@@ -1,8 +1,8 @@
 """One decoding step as a CUDA graph: launched at once instead of kernel by kernel.
 
 A step of a large model launches thousands of small kernels, and Python takes longer to launch them
-than the GPU to run them. Between two changes of the batch all steps have the same shapes, so that
-one is recorded and played again. `models/engine/decoding.py` uses it where there is a GPU.
+than the GPU to run them. Between two changes of the batch all steps have the same shapes: one is
+recorded and replayed. `models/engine/decoding.py` uses it on a GPU.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ Tensor = torch.Tensor
 Forward = Callable[[PrefixCache, Tensor], Tensor]
 """(cache, tokens (rows,)) to logits (rows, vocabulary): one more token for every row."""
 SETTLED = 2
-"""A recording takes as long as some steps: it waits until the batch was the same for so many."""
+"""Steps with the same batch before one is recorded: a recording takes as long as several steps."""
 
 _log = logging.getLogger(__name__)
 
 
 class Steps:
-    """Takes steps, recorded where that works and pays; `forward` is what a step computes.
+    """Decoding steps, recorded where that works and saves time; `forward` computes a step.
 
     Args:
-        devices: that the model lies on; a recording is of one GPU.
+        devices: the model's; a recording needs a single GPU.
     """
 
     def __init__(self, forward: Forward, devices: set[torch.device]) -> None:
         self.forward = forward
         self.possible = {device.type for device in devices} == {"cuda"} and len(devices) == 1
         self.played = 0
-        """Recorded steps that were played so far."""
+        """Number of replayed steps so far."""
         self._graph: torch.cuda.CUDAGraph | None = None
         self._of: tuple[int, int] | None = None
         self._steps = 0
         self._tokens = self._logits = torch.empty(0)
 
     def step(self, cache: PrefixCache, tokens: Tensor) -> Tensor:
-        """The next logits; they are overwritten by the next step."""
+        """The next logits, (rows, vocabulary); the next step overwrites them."""
         if not self.possible:
             return self.forward(cache, tokens)
         if self._graph and self._of == cache.shape and cache.room:
@@ -58,7 +58,7 @@ class Steps:
         return logits
 
     def forget(self) -> None:
-        """Drop the recording: its shapes are gone."""
+        """Drop the recording, whose shapes no longer hold."""
         self._graph, self._of = None, None
         self._tokens = self._logits = torch.empty(0)
 

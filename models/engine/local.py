@@ -16,9 +16,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from constitutions.errors import UserError
-from models.chat import Chat, ChatError
+from models.chat import Chat
+from models.chat_template import ChatError
 from models.engine import threads
-from models.engine.base import Engine, Sample, free_bytes
+from models.engine.base import Decoding, Engine, Sample, free_bytes
 from models.engine.exact import open_engine
 from models.policy import (
     NO_ANSWER,
@@ -28,9 +29,12 @@ from models.policy import (
     Progress,
     Request,
     Scoring,
+    before,
+    no_answer,
 )
 from models.thoughts import SplitText
-from models.training.bases import attach_adapter, load_base
+from models.training.bases import load_base
+from models.training.updates import attach_adapter
 
 STATES = 1 << 15
 """Tokens in one pass for hidden states, padding included."""
@@ -72,9 +76,9 @@ class LocalPolicy:
     """`Policy` over a transformers causal language model and its chat template.
 
     Args:
-        settings: the engine, how many samples it decodes together, which chat template is used and
-            what it is told, and what stands around thoughts.
-        digest: of the model's files, by which the check of the engine is remembered.
+        settings: the engine, how many samples it decodes together, the chat template with its
+            arguments, and the tags of thoughts.
+        digest: identifies the model's files, so that the engine is checked once; see `open_engine`.
 
     Raises:
         UserError: no engine, or not the one asked for, gives the numbers of a plain forward pass.
@@ -94,14 +98,13 @@ class LocalPolicy:
         self.stop = self.chat.stop_tokens | _stop_tokens(model, tokenizer)
         self.context = int(getattr(model.config, "max_position_embeddings", 1 << 30))
         self._attention = model.config._attn_implementation
-        self.decoder = self._open(self.settings.batch_rows)
+        decoding = Decoding(self.stop, self.settings.batch_rows, self._spell)
+        self.decoder = self._open(decoding)
 
-    def _open(self, rows: int | None) -> Engine:
+    def _open(self, decoding: Decoding) -> Engine:
         return open_engine(
             self.model,
-            self.stop,
-            rows,
-            self._spell,
+            decoding,
             choice=self.settings.engine,
             special=self.tokenizer.all_special_ids,
             digest=self._digest,
@@ -112,7 +115,7 @@ class LocalPolicy:
 
         Raises:
             ValueError: the last adapter was merged into the base, as on CPUs.
-            UserError: the adapter is of another base.
+            UserError: the adapter was trained on another base.
         """
         base = cast(Any, self.model)
         if hasattr(base, "peft_config"):
@@ -121,41 +124,43 @@ class LocalPolicy:
             raise ValueError("an adapter was merged into this base")
         base.set_attn_implementation(self._attention)
         self.model = (attach_adapter(base, adapter) if adapter else base).eval()
-        self.decoder = self._open(self.decoder.rows)
+        self.decoder = self._open(self.decoder.decoding)
 
     def generate(
         self, requests: Sequence[Request], progress: Progress | None = None
     ) -> list[list[Completion]]:
-        """See `Policy.generate`. A prompt that leaves no room for `max_tokens` is "overflow", one
-        that the chat template will not take (two user turns in a row, say) "refused".
+        """See `Policy.generate`. A prompt that leaves no room for `max_tokens` finishes as
+        "overflow"; one that the chat template refuses (two user turns in a row, say) as "refused".
 
         Raises:
             UserError: the model's logits are finite for none of the requests.
         """
         requests = [self._with_room(request) for request in requests]
-        prompts = [self._prompt(request) for request in requests]
-        fitting = [i for i, prompt in enumerate(prompts) if isinstance(prompt, list)]
-        answers: list[list[Completion | None]] = [
-            [None if isinstance(prompt, list) else prompt] * request.n
-            for request, prompt in zip(requests, prompts, strict=True)
-        ]
-
-        inside = {i: self._opened(requests[i], cast("list[int]", prompts[i])) for i in fitting}
+        answers: list[list[Completion]] = [[] for _ in requests]
+        asked: dict[int, list[int]] = {}
+        for i, request in enumerate(requests):
+            prompt, finish = self._prompt(request)
+            if finish:
+                answers[i] = [no_answer(finish)] * request.n
+            else:
+                asked[i] = prompt
+        owners = list(asked)
+        opened = {i: self._opened(requests[i], prompt) for i, prompt in asked.items()}
+        found: dict[int, dict[int, Completion]] = {i: {} for i in asked}
 
         def ended(sample: Sample) -> None:
-            owner = fitting[sample.request]
-            opened = inside[owner]
-            answers[owner][sample.number] = self._completion(sample, requests[owner], opened)
-            if progress and None not in answers[owner]:
+            i = owners[sample.request]
+            found[i][sample.number] = self._completion(sample, requests[i], opened[i])
+            if progress and len(found[i]) == requests[i].n:
                 progress(1)
 
-        if progress and len(fitting) < len(requests):
-            progress(len(requests) - len(fitting))
-        asked = [cast("list[int]", prompts[i]) for i in fitting]
-        self.decoder.sample(asked, [requests[i] for i in fitting], ended)
-        done = [[c for c in some if c is not None] for some in answers]
-        self._check_finite([c for i in fitting for c in done[i]])
-        return done
+        if progress and len(asked) < len(requests):
+            progress(len(requests) - len(asked))
+        self.decoder.sample(list(asked.values()), [requests[i] for i in owners], ended)
+        for i, some in found.items():
+            answers[i] = [some[number] for number in range(requests[i].n)]
+        self._check_finite([c for i in owners for c in answers[i]])
+        return answers
 
     def logprobs(self, pairs: Sequence[tuple[Messages, str]]) -> list[Scoring]:
         """See `Policy.logprobs`. The response is tokenised as training has it, its end included."""
@@ -175,44 +180,41 @@ class LocalPolicy:
         return np.stack([found[i] for i in range(len(ids))])
 
     def _with_room(self, request: Request) -> Request:
-        """The request with room for thoughts, and with the end of a turn that no token is."""
+        """The request with room for thoughts; its stop strings hold an end of turn in words."""
         if isinstance(request.messages, str):
             return request
         room, ends = request.max_tokens + self.thought_tokens, self.chat.stop_texts
         return replace(request, max_tokens=room, stop=(*request.stop, *ends))
 
     def _opened(self, request: Request, prompt: Sequence[int]) -> bool | None:
-        """Whether the prompt has opened a thought; None where thoughts are not told apart."""
+        """Whether the prompt ends inside a thought; None where the model has no thoughts."""
         raw = isinstance(request.messages, str)
         return None if raw or not self.chat.tags else self.chat.opens_thought(prompt)
 
-    def _prompt(self, request: Request) -> list[int] | Completion:
-        """The prompt's tokens, or why there will be no text."""
+    def _prompt(self, request: Request) -> tuple[list[int], str]:
+        """The prompt's tokens, and why there is no completion of it, if there is none."""
         try:
             prompt = self.chat.prompt(request.messages)
         except ChatError:
-            return _silent("refused")
+            return [], "refused"
         fits = 0 < len(prompt) <= self.context - request.max_tokens
-        return prompt if fits else _silent("overflow")
+        return prompt, "" if fits else "overflow"
 
     def _spell(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def _completion(self, sample: Sample, request: Request, opened: bool | None) -> Completion:
         if sample.finish in NO_ANSWER:
-            return _silent(sample.finish)
-        told = SplitText("", self._spell(sample.tokens))
+            return no_answer(sample.finish)
+        parts = SplitText("", self._spell(sample.tokens))
         if opened is not None:
-            told = self.chat.tell_apart(sample.tokens, opened=opened)
-        text = told.answer
-        for stop in request.stop:
-            text = text.partition(stop)[0]
+            parts = self.chat.split(sample.tokens, opened=opened)
         return Completion(
-            text=text.strip(),
-            thoughts=told.thoughts,
+            text=before(request.stop, parts.answer).strip(),
+            thoughts=parts.thoughts,
             tokens=len(sample.tokens),
             logprob=sample.logprob,
-            finish=sample.finish if told.whole else "length",
+            finish=sample.finish if parts.whole else "length",
         )
 
     def _check_finite(self, completions: Sequence[Completion]) -> None:
@@ -224,12 +226,8 @@ class LocalPolicy:
             )
 
 
-def _silent(finish: str) -> Completion:
-    return Completion(text="", tokens=0, logprob=0.0, finish=finish)
-
-
 def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """What else ends a turn: the generation configuration's tokens and the tokenizer's."""
+    """The tokens with which the generation configuration and the tokenizer end a text."""
     found = getattr(model.generation_config, "eos_token_id", None)
     ids = {*found} if isinstance(found, list | tuple) else {found}
     return frozenset(int(i) for i in {*ids, tokenizer.eos_token_id} if i is not None)

@@ -1,6 +1,6 @@
-"""Only the logits that somebody asks for: the output layer of a large vocabulary is dear.
+"""The output layer at chosen positions only: with a large vocabulary it is expensive.
 
-The engines ask for those after prompts, `models/training/loop.py` for those of trained tokens.
+The engines need the logits after prompts, `models/training/loop.py` those of trained tokens.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ Tensor = torch.Tensor
 
 
 def last_states(model: Any, ids: Tensor) -> Tensor:
-    """What the output layer would be given after each token of some texts, (texts, length, hidden).
+    """The output layer's input after each token of some texts, (texts, length, hidden).
 
-    Not the model's own list of hidden states: not every architecture has one of that shape.
+    Not every architecture has a list of hidden states of that shape.
     """
     found: list[Tensor] = []
 
@@ -36,10 +36,10 @@ def last_states(model: Any, ids: Tensor) -> Tensor:
 
 @contextmanager
 def output_only(model: Any, row: Tensor, place: Tensor) -> Iterator[None]:
-    """Let the output layer see these states only: its input becomes (1, places, hidden).
+    """Within the block the output layer sees only these states: its input is (1, places, hidden).
 
-    A hook, not a call of the layer, because some architectures scale its output afterwards, and
-    because the wrapper of several processes must be called to notice the gradients.
+    It is a hook, because some architectures scale the layer's output afterwards, and because the
+    wrapper for several processes sees gradients only if it is called itself.
     """
 
     def select(_: Any, states: tuple[Tensor]) -> tuple[Tensor]:
@@ -54,5 +54,5 @@ def output_only(model: Any, row: Tensor, place: Tensor) -> Iterator[None]:
 
 
 def bare(model: Any) -> Any:
-    """The model itself, out of its wrapper for several processes."""
+    """The model without its wrapper for several processes."""
     return model.module if isinstance(model, DistributedDataParallel) else model

@@ -1,14 +1,13 @@
 """The plain engine: transformers' own `generate`, for every architecture that it runs.
 
-Tokens are chosen by the same noise as in `models/engine/decoding.py`: in float32 both give the same
-samples. Every row has its own copy of its prompt, and a batch lasts as long as its longest sample.
+It uses the noise of `models/engine/decoding.py`: in float32 both give the same samples. Every row
+has its own copy of its prompt, and a batch lasts as long as its longest sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -22,73 +21,59 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from models.engine.base import PASS_TOKENS, SCORED_LOGITS, Ended, Engine, Sample, Wanted
+from models.engine.base import PASS_TOKENS, Decoding, Engine, Pairs, Sample, Tokens, Work
 from models.engine.output_layer import output_only
 from models.engine.sampling import choose, seed_of
-from models.policy import Request
 
 Tensor = torch.Tensor
 Batching = Literal["padded", "equal", "single", "recomputed"]
-"""Which rows may be computed together: any, only those of equal length, or none; "recomputed" is
-those of equal length, and without a cache, every token anew at each step."""
+"""Which rows are computed together: any, those of equal length, or none; "recomputed": those of
+equal length, without a cache, so that each step computes all tokens."""
 PREFILLED = 4 * PASS_TOKENS
-"""Prompt tokens of one batch."""
+"""Most prompt tokens of one batch."""
 
 
 class Plain(Engine):
     """The engine for every architecture.
 
     Args:
-        batching: what changes no number in this model; `models/engine/exact.py` finds it out.
+        batching: the way that `models/engine/exact.py` has found exact for this model.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        stop: Collection[int],
-        rows: int | None,
-        spell: Callable[[Sequence[int]], str],
+        decoding: Decoding | None = None,
         batching: Batching = "padded",
     ) -> None:
-        super().__init__(model, stop, rows, spell)
+        super().__init__(model, decoding)
         self.batching = batching
         self._ropes = length_dependent(model)
 
-    def _make(
-        self,
-        prompts: Sequence[Sequence[int]],
-        requests: Sequence[Request],
-        wanted: Wanted,
-        end: Ended,
-    ) -> None:
-        samples = [Sample(i, number) for i, some in enumerate(wanted) for number in sorted(some)]
-        lengths = [len(prompts[sample.request]) for sample in samples]
-        longest = max(n + requests[s.request].max_tokens
-                      for n, s in zip(lengths, samples, strict=True))  # fmt: skip
-        self.fitted = self.rows or self._fitting(longest)
+    def _make(self, work: Work) -> None:
+        samples = [Sample(i, n) for i, some in enumerate(work.wanted) for n in sorted(some)]
+        lengths = [len(work.prompts[sample.request]) for sample in samples]
+        longest = max(len(work.prompts[s.request]) + work.requests[s.request].max_tokens
+                      for s in samples)  # fmt: skip
+        self.fitted = self.decoding.rows or self._fitting(longest)
         for part in self._parts(lengths, self.fitted, PREFILLED):
-            self._generate([samples[i] for i in part], prompts, requests, end)
+            self._generate([samples[i] for i in part], work)
 
-    def _generate(
-        self,
-        samples: Sequence[Sample],
-        prompts: Sequence[Sequence[int]],
-        requests: Sequence[Request],
-        end: Ended,
-    ) -> None:
-        rows = [prompts[sample.request] for sample in samples]
+    def _generate(self, samples: Sequence[Sample], work: Work) -> None:
+        rows = [work.prompts[sample.request] for sample in samples]
         longest = max(map(len, rows))
         self.prompt_tokens += sum(map(len, rows))
-        batch = _Batch(self, samples, requests, end)
+        batch = _Batch(self, samples, work)
         tokens = [[0] * (longest - len(row)) + list(row) for row in rows]
         seen = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
         how = GenerationConfig(
-            max_new_tokens=max(requests[sample.request].max_tokens for sample in samples),
+            max_new_tokens=max(request.max_tokens for request in batch.requests),
             do_sample=False,
             pad_token_id=0,
             use_cache=self.batching != "recomputed",
         )
-        with _nothing_of_its_own(self._whole) as model:
+        self._begin_anew()
+        with _nothing_of_its_own(bare_of_adapter(self.model)) as model:
             model.generate(
                 input_ids=torch.tensor(tokens, device=self.model.device),
                 attention_mask=torch.tensor(seen, device=self.model.device),
@@ -97,36 +82,20 @@ class Plain(Engine):
                 stopping_criteria=StoppingCriteriaList([_AllEnded(batch)]),
             )
 
-    @property
-    def _whole(self) -> Any:
-        """The model that has `generate`: an adapter lies inside of it."""
-        self._begin_anew()
-        return bare_of_adapter(self.model)
-
-    @torch.inference_mode()
-    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[list[float]]:
-        """See `Engine.score`."""
-        passed = min(PASS_TOKENS, SCORED_LOGITS // self.model.config.get_text_config().vocab_size)
+    def _scores(self, pairs: Pairs, tokens: int) -> Iterator[Mapping[int, list[float]]]:
         lengths = [len(prompt) + len(response) for prompt, response in pairs]
-        found: dict[int, list[float]] = {}
-        for part in self._parts(lengths, len(pairs), passed):
-            found |= zip(part, self._score([pairs[i] for i in part]), strict=True)
-        return iter([found[i] for i in range(len(pairs))])
+        for part in self._parts(lengths, len(pairs), tokens):
+            yield dict(zip(part, self._score([pairs[i] for i in part]), strict=True))
 
-    def _score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+    def _score(self, pairs: Pairs) -> list[list[float]]:
         self._begin_anew()
         tokens = self._padded([[*prompt, *response] for prompt, response in pairs])
         places = [range(len(p) - 1, len(p) + len(r) - 1) for p, r in pairs]
-        row = self._column([i for i, some in enumerate(places) for _ in some])
-        place = self._column([p for some in places for p in some])
-        with output_only(self.model, row, place):
+        with output_only(self.model, *self._places(places)):
             logits = self.model(input_ids=tokens, use_cache=False).logits[0].float()
-        targets = self._column([token for _, response in pairs for token in response])
-        steps = logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
-        ends = [0, *accumulate(map(len, places))]
-        return [steps[a:b].tolist() for a, b in pairwise(ends)]
+        return self._logprobs(logits, [response for _, response in pairs])
 
-    def states(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
+    def states(self, texts: Sequence[Tokens]) -> np.ndarray:
         """See `Engine.states`."""
         parts = list(self._parts([len(text) for text in texts], len(texts), 1 << 30))
         found = []
@@ -137,7 +106,7 @@ class Plain(Engine):
         return np.concatenate(found)[order]
 
     def _begin_anew(self) -> None:
-        """Forget the longest text so far: with dynamic RoPE it would tell in the next one."""
+        """Forget the longest text so far: dynamic RoPE would change the next one's numbers."""
         for rope, prefix, kind in self._ropes:
             if "dynamic" in kind:
                 original = getattr(rope, f"{prefix}original_inv_freq")
@@ -145,8 +114,8 @@ class Plain(Engine):
                 setattr(rope, f"{prefix}max_seq_len_cached", rope.original_max_seq_len)
 
     def _parts(self, lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[int]]:
-        """Numbers of rows that are computed together, the longest first: at most so many rows, and
-        so many tokens, padding included."""
+        """The rows (by number) that are computed together, the longest first: at most so many rows
+        and so many tokens each time, padding included."""
         part: list[int] = []
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             alike = self.batching == "padded" or (
@@ -162,14 +131,11 @@ class Plain(Engine):
 
 
 class _Batch(LogitsProcessor):
-    """The rows of one `generate`: leaves the token that the noise chooses as the only one."""
+    """The rows of one `generate`: it masks every token but the one that is sampled."""
 
-    def __init__(
-        self, engine: Plain, samples: Sequence[Sample], requests: Sequence[Request], end: Ended
-    ) -> None:
-        self.engine, self.samples, self.end = engine, samples, end
-        self.requests = [requests[sample.request] for sample in samples]
-        self.going = [True] * len(samples)
+    def __init__(self, engine: Plain, samples: Sequence[Sample], work: Work) -> None:
+        self.engine, self.samples, self.work = engine, samples, work
+        self.requests = [work.requests[sample.request] for sample in samples]
         self.step = 0
         keys = [seed_of(r.key, s.number) for r, s in zip(self.requests, samples, strict=True)]
         self.keys = engine._column(keys)
@@ -186,12 +152,7 @@ class _Batch(LogitsProcessor):
         token, logprob = choose(scores.float(), self.keys, steps, self.temperature, self.top_p)
         self.step += 1
         self.engine.steps += 1
-        for row, (t, p) in enumerate(zip(token.tolist(), logprob.tolist(), strict=True)):
-            if self.going[row]:
-                self.engine._append(self.samples[row], self.requests[row], t, p)
-                if self.samples[row].finish:
-                    self.going[row] = False
-                    self.end(self.samples[row])
+        self.engine._append(self.work, self.samples, token.tolist(), logprob.tolist())
         return torch.full_like(scores, float("-inf")).scatter(1, token[:, None], 0.0)
 
 
@@ -202,12 +163,13 @@ class _AllEnded(StoppingCriteria):
         self.batch = batch
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        return torch.tensor([not going for going in self.batch.going], device=input_ids.device)
+        ended = [bool(sample.finish) for sample in self.batch.samples]
+        return torch.tensor(ended, device=input_ids.device)
 
 
 @contextmanager
 def _nothing_of_its_own(model: Any) -> Iterator[Any]:
-    """The model without its generation settings: penalties and the like are no part of it."""
+    """The model without its generation settings, such as penalties, which change its samples."""
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield model
@@ -216,7 +178,7 @@ def _nothing_of_its_own(model: Any) -> Iterator[Any]:
 
 
 def bare_of_adapter(model: Any) -> Any:
-    """The architecture's own model, in which an adapter's layers lie."""
+    """The model itself, without the wrapper of an adapter."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 

@@ -1,7 +1,7 @@
 """How a token is chosen: a pure function of its logits and of (request key, sample, step).
 
-Noise comes from a hash, not from a generator with a state, so that a sample does not depend on what
-else is sampled beside or before it.
+The noise is a hash, not the state of a generator, so that a sample does not depend on other
+samples.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ Tensor = torch.Tensor
 
 
 class NextTokens(NamedTuple):
-    """The next token of each row, and its log-probability at temperature 1.
+    """The next token of each row (int64), and its log-probability at temperature 1 (nats).
 
-    NaN where the logits are not finite: no token was chosen there.
+    The log-probability is NaN where the logits are not finite: the token then means nothing.
     """
 
     token: Tensor
@@ -37,8 +37,8 @@ def choose(
     Args:
         logits: (rows, vocabulary), float32.
         keys, steps: (rows,), int64: `seed_of` the row, and how many tokens it has.
-        temperature: (rows,); 0 is greedy, and so are all rows without it.
-        top_p: (rows,), in (0, 1]; 1 for all rows without it.
+        temperature: (rows,); 0 is greedy. None: 0 for all rows.
+        top_p: (rows,), in (0, 1]. None: 1 for all rows.
     """
     token = (
         logits.argmax(-1)
@@ -59,7 +59,7 @@ def _sample(logits: Tensor, noise: Tensor, temperature: Tensor, top_p: Tensor | 
 
 
 def seed_of(key: str, sample: int) -> int:
-    """64 bits for a request's i-th sample."""
+    """A seed of 64 bits for sample number `sample` of a request."""
     digest = hashlib.blake2b(f"{key}/{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 

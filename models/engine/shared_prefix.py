@@ -1,10 +1,10 @@
-"""Attention in which many rows share one prefix: its keys and values are held, and read, once.
+"""Attention in which many rows share one prefix: its keys and values are stored and read once.
 
-A *family* is a prefix (a prompt, or what several prompts begin with); a *row* is a sample that
-continues it. A row's query meets the family's keys together with the queries of its sisters, and
-its own private keys alone; one softmax is over both. `models/engine/decoding.py` fills the cache
-and takes rows out; any transformers model whose attention goes through the library's interface can
-use it.
+A *family* is a prefix (a prompt, or the shared beginning of several prompts); a *row* is a sample
+that continues it. The queries of a family's rows meet the family's keys in one product, and each
+row's query its private keys; one softmax covers both. `models/engine/decoding.py` fills
+the cache and removes rows. It works for any transformers model whose attention goes through the
+library's interface.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from constitutions.errors import UserError
 Tensor = torch.Tensor
 NAME = "shared_prefix"
 MASKED = -1e30
-"""Added to the scores of positions that are not there: finite, so that nothing becomes NaN."""
+"""Added to the scores of masked positions: finite, so that no score becomes NaN."""
 GROWTH = 64
-"""Private keys and values grow by this many tokens at least."""
+"""Least number of tokens by which private keys and values grow."""
 KeyValue = tuple[Tensor, Tensor]
 
 
@@ -45,7 +45,7 @@ def use_shared_prefixes(model: PreTrainedModel) -> None:
 
 
 def unsupported(model: PreTrainedModel, why: str) -> UserError:
-    """What to say of an architecture that this engine cannot sample from."""
+    """The error for an architecture that this engine cannot sample from."""
     return UserError(
         f"{type(model).__name__} {why}",
         where="policy.model",
@@ -55,10 +55,10 @@ def unsupported(model: PreTrainedModel, why: str) -> UserError:
 
 
 class PrefixCache:
-    """Keys and values of families and rows, in the place of transformers' cache.
+    """Keys and values of families and rows; it replaces transformers' cache.
 
-    Rows lie family by family. Shapes of one layer: prefixes (families, heads, longest, size),
-    private (rows, heads, room, size); what is beyond a family's or row's length is never read.
+    Rows are ordered by family. Shapes of one layer: prefixes (families, heads, longest, size),
+    private (rows, heads, room, size); places beyond a family's or row's length are never read.
     """
 
     is_compileable = False
@@ -68,31 +68,31 @@ class PrefixCache:
         self.private: list[KeyValue] = []
         self.prefix_lengths = prefix_lengths
         self.family = prefix_lengths.new_zeros(0)
-        """Of each row, ascending."""
+        """The family of each row, ascending."""
         self.lengths = prefix_lengths.new_zeros(0)
-        """Private tokens of each row."""
+        """The number of private tokens of each row."""
         self.longest = 0
-        """An upper bound of `lengths`, known without asking the device."""
+        """An upper bound of `lengths` that is known on the host."""
         self.call: _Call | None = None
-        """The forward pass over rows at work; None: over the prefixes."""
+        """The current forward pass over rows; None during one over prefixes."""
         self.reached: dict[int, int | None] = {}
-        """The layers whose attention read from here in this pass over rows, and their windows."""
+        """The layers whose attention used this cache in the pass over rows, and their windows."""
         self._changes = 0
         self._whole = False
 
     @property
     def rows(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return len(self.family)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The same as long as all tensors are: (changes of the rows, room for private tokens)."""
+        """Equal while the tensors keep their shapes: (changes of the rows, private capacity)."""
         return self._changes, self._capacity
 
     @property
     def room(self) -> int:
-        """Tokens that every row can still take before its place has to grow."""
+        """Tokens that every row can still take before the private tensors grow."""
         return self._capacity - self.longest
 
     @property
@@ -101,7 +101,7 @@ class PrefixCache:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """A pass in here is only written down: its shapes must hold until there is no room."""
+        """Within the block a pass is only recorded: its shapes must hold until `room` is 0."""
         longest, self._whole = self.longest, True
         try:
             yield
@@ -109,11 +109,11 @@ class PrefixCache:
             self.longest, self._whole = longest, False
 
     def moved(self) -> None:
-        """A recorded pass was played: every row has one more token."""
+        """Count the token that a replayed pass has added to every row."""
         self.longest += 1
 
     def seat(self, family: Tensor) -> None:
-        """Take in a row without private tokens for each given family (ascending)."""
+        """Replace the rows: one without private tokens for each given family (ascending)."""
         self.family, self.lengths, self.longest = family, torch.zeros_like(family), 0
         self.private = []
         self._arranged()
@@ -136,9 +136,9 @@ class PrefixCache:
         return self.prefix_lengths[self.family][:, None] + self.call.index
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order (families ascending), and the families that they have.
+        """Keep these rows, in this order (families ascending), and their families.
 
-        A row may be named several times: it is copied.
+        A row that is named several times is copied.
         """
         self.private = [_rows_of(kv, rows) for kv in self.private]
         self.lengths = self.lengths[rows]
@@ -150,7 +150,7 @@ class PrefixCache:
         self._arranged()
 
     def join(self, others: Sequence[PrefixCache]) -> None:
-        """Take in the others' families and rows, after one's own. The others are used up."""
+        """Append the others' families and rows; the others become unusable."""
         all_ = [self, *others]
         for name in ("prefix", "private"):
             for _ in range(len(self.prefix)):  # layer by layer: all at once need not fit
@@ -163,10 +163,10 @@ class PrefixCache:
         self.longest = max(cache.longest for cache in all_)
         self._arranged()
 
-    # What transformers' models call -----------------------------------------------------------
+    # The interface of transformers' caches ------------------------------------------------------
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> KeyValue:
-        """Take in a layer's new keys and values, of shape (rows, heads, width, size)."""
+        """Add a layer's new keys and values, of shape (rows, heads, width, size)."""
         held = self.prefix if self.call is None else self.private
         if layer_idx > len(held):
             raise ValueError(f"layer {layer_idx} comes after layer {len(held) - 1}")
@@ -177,27 +177,27 @@ class PrefixCache:
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """What a model would take positions from; it is told them instead."""
+        """0: the model gets its positions as an argument instead."""
         return 0
 
     get_query_offset = get_seq_length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """What the library's masks are made for: only prefixes use them, right-padded."""
+        """The size of the library's masks, which only right-padded prefixes use."""
         return query_length, 0
 
 
 class _Seats:
-    """The rows in a rectangle, families by the largest number of sisters: who stands where."""
+    """The rows in a rectangle, (families, most rows of a family): the slot of each row."""
 
     def __init__(self, family: Tensor, families: int) -> None:
         counts = family.bincount(minlength=families)
         self.sisters = int(counts.max()) if families else 0
         here = torch.arange(len(family), device=family.device)
         self.slot = family * self.sisters + here - (counts.cumsum(0) - counts)[family]
-        """Of each row."""
+        """The slot of each row."""
         self.row = torch.zeros(families * self.sisters, dtype=torch.long, device=family.device)
-        """Of each slot; of an empty one, any."""
+        """The row of each slot; any row for an empty one."""
         self.row[self.slot] = here
         self.alone = self.sisters == 1 and families == len(family)
 
@@ -208,7 +208,7 @@ class _Seats:
         return there
 
     def gather(self, own: Tensor) -> Tensor:
-        """(rows, groups, queries, size), family by family: (…, groups, sisters x queries, size)."""
+        """(rows, groups, queries, size) → (families, groups, sisters x queries, size)."""
         if self.alone:
             return own
         _, groups, queries, size = own.shape
@@ -216,7 +216,7 @@ class _Seats:
         return slots.transpose(1, 2).reshape(-1, groups, self.sisters * queries, size)
 
     def spread(self, gathered: Tensor, queries: int) -> Tensor:
-        """What `gather`ed queries found, row by row again."""
+        """The inverse of `gather`: one entry for each row again."""
         if self.alone:
             return gathered
         _, groups, _, size = gathered.shape
@@ -225,18 +225,18 @@ class _Seats:
 
 
 class _Call:
-    """What all layers need in one pass over the rows: where new keys go, and who sees what."""
+    """One pass over the rows, for all layers: the places of new keys, and the masks."""
 
     def __init__(self, cache: PrefixCache, seats: _Seats, width: int, extent: int) -> None:
         self.cache, self.seats, self.width, self.extent = cache, seats, width, extent
         self.index = cache.lengths[:, None] + torch.arange(width, device=cache.lengths.device)
-        """Place of each new token among its row's private ones, (rows, width)."""
+        """Index of each new token among its row's private ones, (rows, width)."""
         self.row = torch.arange(cache.rows, device=self.index.device)
         self._biases: dict[int | None, Tensor] = {}
         self._elsewhere: dict[torch.device, _Call] = {}
 
     def on(self, device: torch.device) -> _Call:
-        """The same for the layers on a device: a large model may lie on several."""
+        """The same for the layers on another device: a large model may occupy several."""
         if device == self.index.device:
             return self
         if device not in self._elsewhere:
@@ -247,7 +247,7 @@ class _Call:
         return self._elsewhere[device]
 
     def write(self, held: KeyValue, new: KeyValue) -> KeyValue:
-        """The private keys and values with the new ones in their places."""
+        """The private keys and values with the new ones at their indices."""
         return self._write(held[0], new[0]), self._write(held[1], new[1])
 
     def _write(self, held: Tensor, new: Tensor) -> Tensor:
@@ -263,7 +263,7 @@ class _Call:
     def attend(
         self, layer: int, query: Tensor, scaling: float, window: int | None, softcap: float | None
     ) -> Tensor:
-        """The queries' (rows, heads, width, size) attention: (rows, width, heads, size)."""
+        """Attention of queries (rows, heads, width, size): (rows, width, heads, size)."""
         cache, (rows, heads, width, size) = self.cache, query.shape
         keys, values = cache.prefix[layer]
         own_keys, own_values = (part[:, :, : self.extent] for part in cache.private[layer])
@@ -283,7 +283,7 @@ class _Call:
         return out.reshape(rows, heads, width, -1).transpose(1, 2)
 
     def _bias(self, window: int | None, repeats: int) -> Tensor:
-        """What is added to the scores: (rows, 1, queries of a group or 1, longest + extent)."""
+        """The mask that is added to the scores: (rows, 1, queries or 1, longest + extent)."""
         if window not in self._biases:
             seen = self._seen(window)
             if self.width > 1:  # one token is the same for all heads of its group
@@ -292,7 +292,7 @@ class _Call:
         return self._biases[window]
 
     def _seen(self, window: int | None) -> Tensor:
-        """What of its prefix, and of its own, each new token of a row sees: (rows, width, …)."""
+        """Whether each new token sees each place of its prefix and of its row: (rows, width, …)."""
         cache, index = self.cache, self.index[..., None]
         lengths = cache.prefix_lengths[cache.family][:, None, None].to(index.device)
         prefix = torch.arange(cache.prefix[0][0].shape[2], device=index.device)
@@ -318,12 +318,12 @@ def attention(
     shared: PrefixCache | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' attention interface calls; `shared` comes with the model's call.
+    """Attention for transformers' interface; `shared` is an argument of the model's call.
 
-    Where no rows are at work it is the library's own.
+    Outside of a pass over rows it is the library's own.
 
     Raises:
-        ValueError: attention of a kind that this module does not know.
+        ValueError: attention with sinks or position biases.
     """
     if more.get("s_aux") is not None or more.get("position_bias") is not None:
         raise ValueError("attention with sinks or position biases is not supported")
@@ -348,7 +348,7 @@ def _softcapped(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float
 ) -> Tensor:
     groups, (new, all_) = query.shape[1] // key.shape[1], (query.shape[2], key.shape[2])
-    if mask is None:  # causal, as the library leaves it to the kernel
+    if mask is None:  # causal
         mask = torch.ones(new, all_, dtype=torch.bool, device=query.device).tril(all_ - new)
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = torch.matmul(query * scaling, key.transpose(-1, -2)).float()
@@ -366,7 +366,7 @@ def _rows_of(kv: KeyValue, rows: Tensor) -> KeyValue:
 
 
 def _stacked(parts: Sequence[KeyValue]) -> KeyValue:
-    """One above the other, the shorter ones padded along the tokens."""
+    """Concatenated along the rows, padded along the tokens."""
     room = max(keys.shape[2] for keys, _ in parts)
     keys, values = (
         torch.cat([functional.pad(part, (0, 0, 0, room - part.shape[2])) for part in column])

@@ -1,7 +1,7 @@
-"""How many CPU threads compute: stated, so that rounding does not depend on what ran before.
+"""The number of CPU threads, which is fixed because rounding depends on it.
 
-A sum that is split among threads is rounded otherwise than one that is not. What is recorded as a
-number is computed under `pinned`, or by a model that `load_policy` or `load_reward_model` loaded.
+A sum that is split among threads is rounded differently. Recorded numbers are computed under
+`pinned`, or by a model from `load_policy` or `load_reward_model`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from functools import cache
 
 @cache
 def cores() -> int:
-    """The physical cores that this process may use, whatever OMP_NUM_THREADS says."""
+    """The number of physical cores that this process may use; OMP_NUM_THREADS is ignored."""
     import psutil
 
     return min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
 
 
 def use(threads: int | None) -> None:
-    """Let torch compute with so many threads from now on; None: `cores`."""
+    """Let torch use so many threads from now on; None: `cores`."""
     import torch
 
     torch.set_num_threads(threads or cores())
@@ -32,10 +32,8 @@ def use(threads: int | None) -> None:
 def pinned(threads: int | None = 1, *, load: bool = True) -> Iterator[None]:
     """Within the block torch, BLAS, OpenMP and numba use so many threads; None: `cores`.
 
-    As many as before are used after it.
-
     Args:
-        load: SciPy's and scikit-learn's libraries too, which are limited only once they are loaded.
+        load: import the libraries of SciPy and scikit-learn first, so that the limit covers them.
     """
     if load:
         import sklearn.utils  # noqa: F401

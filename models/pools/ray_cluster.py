@@ -1,9 +1,8 @@
-"""The Ray pool: an actor an engine, a GPU an actor.
+"""The Ray pool: one engine for each actor, one actor for each GPU.
 
-The process that runs a stage hands each worker one shard at a time and keeps what comes back. A
-worker that is lost takes nothing with it but the shard that it was at: another one does it again.
-Workers bring the model's folders to their node themselves (`models.pools.weights`), and refuse to
-work with other code than the stage's.
+The process that runs a stage gives each worker one shard at a time and keeps the rows. When a
+worker is lost, another one computes its shard again. Workers copy the model's folders to their node
+(`models.pools.weights`), and refuse to work if their code differs from the stage's.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ from models.pools.base import Compute, E, Finished, Opener, Pool, Row, Shards
 from models.pools.weights import Folder, Read, Shelf, bring, folders
 
 LOSSES = 3
-"""So many workers may be lost at one shard, or one after the other at opening their engine."""
+"""Lost workers after which a stage gives up: at one shard, or in a row while opening engines."""
 PATIENCE = 60.0
-"""Seconds without a sign of any worker until the user is told what is waited for."""
+"""Seconds without any worker until a message says what the pool waits for."""
 OBJECTS = 256 << 20
-"""Bytes of shared memory for the rows of a Ray of our own."""
+"""Bytes of shared memory for rows, where this process starts its own Ray."""
 
 _log = logging.getLogger(__name__)
 
@@ -44,17 +43,18 @@ _log = logging.getLogger(__name__)
 def join(settings: PoolSettings, cpus: int) -> Any:
     """The `ray` module, joined to the cluster that the settings name; a process joins only one.
 
-    A Ray of our own ends with this process. It listens on the loopback interface, to who knows a
-    token that lives in the environment of our processes and nowhere else.
+    Without an address it starts a Ray of its own, which ends with this process. It listens on the
+    loopback interface only, and requires a token that only its processes' environment holds.
 
     Args:
-        cpus: that workers ask for, all together.
+        cpus: CPUs that all workers together ask for.
 
     Raises:
         UserError: there is no such cluster, or this process has joined another one.
     """
     if settings.address is None:
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # its nodes are then on loopback
+        # nodes then listen on loopback
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -70,7 +70,7 @@ def join(settings: PoolSettings, cpus: int) -> Any:
         return _joined(ray, settings)
     host, _, port = settings.address.rpartition(":")
     try:
-        if host:  # Ray itself would try for minutes
+        if host:  # Ray itself tries for minutes
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(settings.address, **quiet)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
@@ -85,7 +85,7 @@ def join(settings: PoolSettings, cpus: int) -> Any:
 
 
 _addresses: list[str | None] = []
-"""What this process has joined."""
+"""The cluster that this process has joined, if any."""
 
 
 def _joined(ray: Any, settings: PoolSettings) -> Any:
@@ -100,7 +100,7 @@ def _joined(ray: Any, settings: PoolSettings) -> Any:
 
 
 def identity() -> dict[str, str]:
-    """What results depend on beside settings: this project's code, and the libraries below it."""
+    """Versions that results depend on: of this project's code and of the libraries."""
     digest, root = hashlib.sha256(), Path(__file__).parents[2]
     for package in ("constitutions", "models", "tasks"):
         for path in sorted((root / package).rglob("*.py")):
@@ -110,7 +110,7 @@ def identity() -> dict[str, str]:
 
 
 def _version(package: str) -> str:
-    """Without what tells a build for CUDA from one for CPUs."""
+    """The version without its build: a build for CUDA has another than one for CPUs."""
     try:
         return version(package).split("+")[0]
     except PackageNotFoundError:
@@ -118,7 +118,7 @@ def _version(package: str) -> str:
 
 
 def _words(error: BaseException) -> str:
-    """An error of Ray on one line."""
+    """An error of Ray on one line of at most 600 characters."""
     return " ".join(str(error).split())[:600]
 
 
@@ -127,22 +127,22 @@ def _words(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class _Opening(Generic[E]):
-    """What a worker must know to open its engine."""
+    """What a worker needs to open its engine."""
 
     opener: Opener[E]
     models: Mapping[str, Folder]
     shelf: Any
-    """The actor that has their files; None where every worker sees the driver's disk."""
+    """The actor that serves their files; None where every worker sees the driver's disk."""
     identity: Mapping[str, str]
     node: str
-    """The driver's node, where `home` is the driver's."""
+    """The driver's node, on which workers use the driver's `home`."""
     home: Path
 
 
 class _Computed(NamedTuple):
     rows: Sequence[Any]
     units: int
-    """Of progress."""
+    """Units of progress."""
     seconds: float
 
 
@@ -152,10 +152,13 @@ class Worker(Generic[E]):
     engine: E
 
     def open(self, opening: _Opening[E]) -> tuple[str, int]:
-        """Open the engine; this worker's node and process.
+        """Open the engine.
+
+        Returns:
+            This worker's node and process id.
 
         Raises:
-            UserError: the installation here is another one, or what opening the engine raises.
+            UserError: the installation on this node differs, or the engine cannot be opened.
         """
         import ray
 
@@ -163,7 +166,7 @@ class Worker(Generic[E]):
         for name, wanted in opening.identity.items():
             if found[name] != wanted:
                 raise UserError(
-                    f"{name} is {found[name]} there, and {wanted} where the stage runs",
+                    f"{name} is {found[name]} there, but {wanted} where the stage runs",
                     where=f"Ray node {socket.gethostname()}",
                     expected="the same installation on every node, such as one image",
                 )
@@ -202,10 +205,10 @@ def _reader(shelf: Any, folder: Folder) -> Read:
 
 
 class RayPool(Pool[E]):
-    """One engine a worker; progress by shards. The first `map` that has a shard joins the cluster.
+    """One engine for each worker; progress by shards. The first `map` with shards joins a cluster.
 
-    While a stage runs, its process holds the locks of this machine's GPUs (`tasks.record.locks`)
-    for its workers, which take none.
+    The stage's process holds the locks of this machine's GPUs (`tasks.record.locks`); workers take
+    none.
     """
 
     def __init__(self, settings: PolicySettings, opener: Opener[E], models: Sequence[str]) -> None:
@@ -215,7 +218,7 @@ class RayPool(Pool[E]):
         self._opening: Any = None
         self._idle: list[Any] = []
         self._tasks: dict[Any, tuple[Any, int | None]] = {}
-        """Who is asked for what: a shard, by its number, or None: to open the engine."""
+        """The worker of each task, and the number of its shard; None: it opens its engine."""
         self._neighbours: set[int] = set()
         """Process ids of the workers on this machine."""
 
@@ -236,7 +239,7 @@ class RayPool(Pool[E]):
         yield from finished
 
     def close(self) -> None:
-        """See `Pool.close`: the workers end, and with them what they hold of their GPUs."""
+        """See `Pool.close`: the workers end and free their GPUs."""
         if self._cluster is None:
             return
         for worker in [*self._idle, *(worker for worker, _ in self._tasks.values())]:
@@ -254,7 +257,7 @@ class RayPool(Pool[E]):
         return sum(number is not None for _, number in self._tasks.values())
 
     def _join(self) -> _Cluster:
-        """Join the cluster, and put there what workers have to open."""
+        """Join the cluster, and put what workers need into its store."""
         cluster = _Cluster.of(self._settings)
         home = _home(Path(".staple"))
         models = folders(self._models, home)
@@ -265,7 +268,7 @@ class RayPool(Pool[E]):
         return cluster
 
     def _hire(self, cluster: _Cluster, shards: int) -> None:
-        """Have as many workers as can be of use."""
+        """Start workers until there are as many as the shards can use."""
         for _ in range(len(self._idle) + len(self._tasks), min(cluster.workers, shards)):
             worker = cluster.worker()
             self._tasks[worker.open.remote(self._opening)] = worker, None
@@ -273,7 +276,7 @@ class RayPool(Pool[E]):
     def _collect(
         self, cluster: _Cluster, left: deque[int], losses: Counter[int | None], tick: Progress
     ) -> Iterator[Finished]:
-        """What came of the next task that ends; a lost worker's shard is `left` again."""
+        """The shards of the tasks that end next; a lost worker's goes back to `left`."""
         ray = cluster.ray
         done, _ = ray.wait(list(self._tasks), timeout=PATIENCE)
         if not done and not self._busy:
@@ -282,7 +285,7 @@ class RayPool(Pool[E]):
             worker, number = self._tasks.pop(task)
             try:
                 found = ray.get(task)
-            except ray.exceptions.RayTaskError as error:  # what our own code raised there
+            except ray.exceptions.RayTaskError as error:  # raised by this project's code there
                 self._idle.append(worker)
                 raise (error.cause if isinstance(error.cause, UserError) else error) from None
             except ray.exceptions.RayError as error:
@@ -305,14 +308,14 @@ class _Cluster:
 
     ray: Any
     node: str
-    """That this process is on."""
+    """The node of this process."""
     workers: int
     needs: Mapping[str, int]
-    """Of each worker."""
+    """Resources of each worker."""
 
     @classmethod
     def of(cls, settings: PolicySettings) -> _Cluster:
-        """Join it; a worker takes a GPU where there are any and the policy may use them.
+        """Join the cluster; each worker takes a GPU if there are any and the policy may use them.
 
         Raises:
             UserError: it cannot be joined, or lacks the GPUs that are asked for.
@@ -332,11 +335,11 @@ class _Cluster:
         return cls(ray, node, pool.workers or max(gpus, 1), needs)
 
     def worker(self) -> Any:
-        """One more, wherever there is room; it is not started again when it is lost."""
+        """Another worker, on any node with room; Ray does not restart it when it is lost."""
         return self.ray.remote(Worker).options(**self.needs, scheduling_strategy="SPREAD").remote()
 
     def beside_us(self, actor: type, *args: Any) -> Any:
-        """An actor on this machine that takes no room."""
+        """An actor on this node that takes no CPU."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         at = NodeAffinitySchedulingStrategy(self.node, soft=False)

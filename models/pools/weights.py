@@ -1,7 +1,6 @@
-"""A model's files, on the machine that needs them: hashed once, and copied there once.
+"""A model's files: hashed once, and copied once to each machine that needs them.
 
-`tasks.policies.base` identifies a model by its files; `models.pools.ray_cluster` brings them to the
-nodes.
+`tasks.policies.base` identifies a model by them; `models.pools.ray_cluster` copies them to nodes.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from models.files import Damaged, file_sha256, read_sealed, remove, write_sealed
 from models.notices import say
 
 PIECE = 64 << 20
-"""Bytes that travel at once."""
+"""Bytes that are sent at once."""
 
 Read = Callable[[str, int], bytes]
-"""(file's relative name, offset) to at most `PIECE` bytes of it; none at its end."""
+"""(file's relative name, offset) to at most `PIECE` bytes of it; b"" at its end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A folder as one machine has it: relative names, and each file's sha256 (hex)."""
+    """A folder on one machine: its path, and each file's sha256 (hex) by relative name."""
 
     path: str
     files: Mapping[str, str]
@@ -39,7 +38,7 @@ class Folder:
 
 
 def folders(names: Iterable[str], home: Path) -> dict[str, Folder]:
-    """The folders among what models are called; a hub name is none, and every node fetches it."""
+    """The folders among models' names; every node fetches a hub name by itself."""
     places = {name: Path(name).expanduser() for name in names}
     return {
         name: Folder(str(place.resolve()), file_hashes(place, home))
@@ -49,10 +48,10 @@ def folders(names: Iterable[str], home: Path) -> dict[str, Folder]:
 
 
 def file_hashes(folder: Path, home: Path) -> dict[str, str]:
-    """The sha256 of each file, by relative name.
+    """The sha256 (hex) of each file's contents, by relative name.
 
-    Contents are hashed once for each (path, size, time of change), and remembered under `home`:
-    hashing 16 GB takes longer than everything else at start-up. Touching a file changes nothing.
+    A file is hashed once for each (path, size, time of change). Digests are kept under `home`:
+    hashing 16 GB takes longer than everything else at start-up.
     """
     memory = home / "digests.json"
     known = _remembered(memory)
@@ -68,23 +67,23 @@ def file_hashes(folder: Path, home: Path) -> dict[str, str]:
 
 
 def _remembered(memory: Path) -> dict[str, str]:
-    """The digests that are known; none where the file is damaged, which costs time only."""
+    """The digests that are known; none where their file is damaged, which costs only time."""
     try:
         return dict(read_sealed(memory))
     except FileNotFoundError:
         return {}
     except Damaged as error:
-        say(f"{error}; it is made anew, the models' files are hashed again")
+        say(f"{error}; it is replaced, and the models' files are hashed again")
         remove(memory)
         return {}
 
 
 def bring(folder: Folder, home: Path, read: Read) -> Path:
-    """Where the folder is on this machine: at its own path if the same files are there, else a
-    copy below `home`, made by the first process that needs it.
+    """The folder's path on this machine: its own path if it has the same files here, else a copy
+    below `home`, which the first process that needs it makes.
 
     Raises:
-        UserError: what arrived is not what was sent.
+        UserError: a file arrives with another digest.
     """
     from filelock import FileLock
 
@@ -99,7 +98,7 @@ def bring(folder: Folder, home: Path, read: Read) -> Path:
 
 
 def _fetch(folder: Folder, to: Path, read: Read) -> None:
-    """Whole or not at all; what a killed process had begun is thrown away."""
+    """Copy it whole or not at all; the unfinished copy of a killed process is deleted."""
     scratch = to.with_name(f"{to.name}.tmp")
     for left in (scratch, to):
         shutil.rmtree(left, ignore_errors=True)
@@ -119,7 +118,7 @@ def _fetch(folder: Folder, to: Path, read: Read) -> None:
 
 
 class Shelf:
-    """Hands out pieces of some folders' files, on the machine that has them."""
+    """An actor that reads pieces of some folders' files, on the machine that has them."""
 
     def __init__(self, paths: Iterable[str]) -> None:
         self._paths = frozenset(paths)

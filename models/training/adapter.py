@@ -1,6 +1,6 @@
-"""How an adapter is trained: its settings, the rows of each step, the curve. No torch.
+"""How an adapter is trained: its settings, the rows of each step, the curve. Imports no torch.
 
-`models/training/loop.py` does the training; settings and plans are read where torch is too heavy.
+`models/training/loop.py` trains with it; `flows.plan` reads settings and batches.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from models.settings import Settings
 
 Item = TypeVar("Item")
 POOL_BATCHES = 8
-"""Rows are sorted by length within random pools of this many batches: little padding, yet
-batches that differ from epoch to epoch."""
+"""Rows are sorted by length within random pools of this many batches, which saves padding and still
+gives other batches in each epoch."""
 
 
 class AdapterSettings(Settings):
@@ -68,8 +68,8 @@ class TrainingStep:
 
     step: int
     loss: float
-    """In nats: the weighted negative log-likelihood per trained token, up to the batch's length; or
-    SAMI's loss per query."""
+    """In nats: the step's weighted negative log-likelihood divided by the mean number of weighted
+    tokens of a step; or SAMI's loss per query."""
     learning_rate: float
     gradient_norm: float
     """Before clipping."""
@@ -78,15 +78,17 @@ class TrainingStep:
 
 
 def plan_batches(lengths: Sequence[int], settings: AdapterSettings, seed: int) -> list[list[int]]:
-    """The rows of each optimiser step: every row `epochs` times, rows of like length together.
+    """The rows of each optimiser step: every row `epochs` times, rows of similar length together.
 
-    Only the very last step may have fewer than `batch_size` rows. With a budget of tokens there
-    are as many steps as come nearest to it, at least one.
+    Only the last step may have fewer than `batch_size` rows. With `settings.tokens` the number of
+    steps comes nearest to that budget; it is at least one.
     """
     order, size = random.Random(seed), settings.batch_size
     steps: list[list[int]] = []
     carried: list[int] = []
-    for _ in range(_epochs(lengths, settings)):
+    # enough epochs for the budget of tokens, where there is one
+    epochs = 1 + settings.tokens // sum(lengths) if settings.tokens else settings.epochs
+    for _ in range(epochs):
         rows = carried + order.sample(range(len(lengths)), len(lengths))
         whole = len(rows) - len(rows) % size
         pools = chunks(rows[:whole], POOL_BATCHES * size)
@@ -95,18 +97,11 @@ def plan_batches(lengths: Sequence[int], settings: AdapterSettings, seed: int) -
         order.shuffle(epoch)
         steps, carried = steps + epoch, rows[whole:]
     steps = [*steps, carried] if carried else steps
-    return steps if settings.tokens is None else _within(steps, lengths, settings.tokens)
-
-
-def _epochs(lengths: Sequence[int], settings: AdapterSettings) -> int:
-    """Enough of them for the budget of tokens, where there is one."""
-    return 1 + settings.tokens // sum(lengths) if settings.tokens else settings.epochs
-
-
-def _within(steps: list[list[int]], lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """The first steps whose tokens together come nearest to the budget."""
+    if settings.tokens is None:
+        return steps
+    budget = settings.tokens
     spent = list(accumulate(sum(lengths[i] for i in rows) for rows in steps))
-    nearest = min(range(len(steps)), key=lambda k: abs(spent[k] - tokens))
+    nearest = min(range(len(steps)), key=lambda k: abs(spent[k] - budget))
     return steps[: nearest + 1]
 
 

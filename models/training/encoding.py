@@ -1,6 +1,6 @@
-"""Conversations as training examples: tokens, and which of them the loss is on.
+"""Conversations as training examples: tokens, and which of them count in the loss.
 
-`tasks/train.py` and `tasks/sami` encode with it; `models/training/loop.py` trains on what it makes.
+`tasks/train.py` and `tasks/sami` make examples with it; `models/training/loop.py` trains on them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from models.chat import Answered, Chat, ChatError
+from models.chat import Answered, Chat
+from models.chat_template import ChatError
 from models.policy import Message, Messages, PolicySettings
 from models.prompts import Templates, ask_refinement
 
@@ -29,15 +30,15 @@ class EncodedExample:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One query's C prompts, each under a constitution of its own, and the C responses (SAMI)."""
+    """One query's prompts under C constitutions, and a response to each of them (SAMI)."""
 
     prompts: tuple[tuple[int, ...], ...]
     responses: tuple[tuple[int, ...], ...]
-    """The tokens that count, at least one each: with the end of the turn, or without."""
+    """The tokens that count, at least one each, with the end of the turn or without."""
     weight: float = 1.0
     reference: tuple[tuple[float, ...], ...] = ()
-    """log p of each response's tokens under its own constitution, by the policy that is not to be
-    left far behind; empty without a KL term."""
+    """log p of each response's tokens under its own constitution, by the policy at the start of the
+    training; empty without a KL term."""
 
     @property
     def tokens(self) -> int:
@@ -56,7 +57,7 @@ class Encoder:
     Args:
         tokenizer: a fast tokenizer with a chat template.
         max_tokens: longer conversations are refused: a cut one would teach cut answers.
-        settings: which template it is, and what it is told.
+        settings: which template is used, and its arguments.
 
     Raises:
         UserError: the tokenizer has no template of that name.
@@ -79,14 +80,16 @@ class Encoder:
     ) -> list[EncodedExample]:
         """The conversation with loss on the assistant turns numbered `trained`, nothing else.
 
-        The loss is on a turn's tokens, its thoughts among them, and its end of turn: what was
-        sampled after exactly the prompt that it was sampled after. Where a later prompt shows a
-        turn otherwise (without its thoughts, say) there is one example for each trained turn;
-        otherwise there is one.
+        The loss counts a turn's sampled tokens, thoughts included, and its end of turn, after the
+        prompt that they were sampled from.
 
         Args:
-            thoughts: what was sampled before the answer, by the number of the turn, "" where it
-                was nothing. A turn that is not there follows the template's empty thought.
+            thoughts: what was sampled before the answer, by the number of the turn, "" for nothing.
+                A turn that is missing here follows the template's empty thought.
+
+        Returns:
+            One example; or one for each trained turn where a later prompt shows a turn differently
+            (without its thoughts, say).
 
         Raises:
             EncodingError: too long, a conversation that the template refuses, or a turn without
@@ -103,7 +106,7 @@ class Encoder:
             raise EncodingError(str(error)) from error
         lines = [[*turn.prompt, *turn.answer] for turn in turns]
         for ids in (whole, max(lines, key=len)):
-            if all(_begins(ids, line) for line in lines):
+            if all(ids[: len(line)] == line for line in lines):
                 return [self._example(ids, turns, weight)]
         return [
             self._example(line, [turn], weight) for line, turn in zip(lines, turns, strict=True)
@@ -115,11 +118,10 @@ class Encoder:
         """Prompts that differ in their constitution, and a response to each.
 
         A response counts without its thoughts, after the template's empty one: thoughts quote the
-        constitution, and would tell it by themselves.
+        constitution, and would identify it by themselves.
 
         Args:
-            ends: of each response, whether the tokens that end the turn count. (They say that
-                nothing follows.)
+            ends: whether the tokens that end the turn of a response count.
 
         Raises:
             EncodingError: a row is too long, a conversation that the template refuses, an empty
@@ -156,14 +158,13 @@ class Encoder:
 def check_template(
     tokenizer: PreTrainedTokenizerBase, settings: PolicySettings, templates: Templates
 ) -> Chat:
-    """Try a model's chat template on what the project does with it; nothing is loaded.
+    """Try a model's chat template on the project's own conversations; no weights are loaded.
 
-    A conversation with a system turn and the project's own follow-ups is rendered: every turn must
-    be shown, and the end of a turn found. One training example is encoded whole: it must hold the
-    answers' own words, their thoughts and their ends.
+    The rendering of a conversation with a system turn and follow-ups must show every turn and end
+    the assistant's. One training example must hold the answers' words, their thoughts and ends.
 
     Returns:
-        The template, ready for use: its `end_of_turn`, `stop_tokens` and `tags` can be told.
+        The template, whose `end_of_turn`, `stop_tokens` and `tags` are known.
 
     Raises:
         UserError: there is no template of the name that the settings give.
@@ -201,10 +202,5 @@ def check_template(
 
 
 def _letters(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """What tokens spell, without white space: templates trim it. (A small vocabulary spells words
-    in its own way, or not at all.)"""
+    """The text of tokens, without white space, which templates trim."""
     return "".join(str(tokenizer.decode(list(ids))).split())
-
-
-def _begins(ids: list[int], start: list[int]) -> bool:
-    return ids[: len(start)] == start

@@ -1,4 +1,4 @@
-"""A trained policy as a directory that other programs load, and how far it is the same policy.
+"""A trained policy as a directory that other programs load, and how closely it agrees.
 
 `flows/commands/export.py` calls `export`. Weights are read back with plain `transformers` and
 `peft`, as a user would, and their logits compared with those of the policy that was trained and
@@ -21,14 +21,8 @@ import torch
 from constitutions.errors import UserError
 from models.chat import Chat
 from models.policy import Messages, PolicySettings
-from models.training.bases import (
-    ADAPTER_WEIGHTS,
-    PROVENANCE,
-    attach_adapter,
-    find_base,
-    keep_unpacked,
-    load_base,
-)
+from models.training.bases import find_base, keep_unpacked, load_base
+from models.training.updates import ADAPTER_WEIGHTS, PROVENANCE, attach_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +31,7 @@ Kind = Literal["adapter", "merged", "full"]
 """A PEFT adapter; the base with the adapter added; the weights of a full fine-tuning."""
 CHECKED_PROMPTS = 8
 CHECKED_TOKENS = 128
-"""At most so many prompts and tokens of each: all logits of a large vocabulary are kept."""
+"""Limits of the check, which keeps all logits of a large vocabulary."""
 AGREEMENT = "agreement.json"
 CARD = "README.md"
 
@@ -49,17 +43,17 @@ class ExportAgreement:
     loaded: str
     """How the export was loaded."""
     largest: float
-    """Largest difference of a logit."""
+    """Largest absolute difference of a logit."""
     kl: float
     """Mean KL(evaluated ‖ exported) over the tokens, in nats."""
     same_top: float
-    """Share of the tokens after which both find the same one the most probable."""
+    """Share of the tokens, in [0, 1], after which both have the same most probable token."""
     tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written, and how well it agrees."""
+    """The directory that was written, and how closely it agrees."""
 
     path: Path
     kind: Kind
@@ -77,16 +71,16 @@ def export(
 ) -> Exported:
     """Write a policy to `out`, read it back, and compare; all of it or nothing.
 
-    An adapter is merged into the dequantised NF4 base, against which it was trained, and written
-    in bfloat16. After a full fine-tuning the weights are written as they are.
+    A merged adapter is added to the dequantised NF4 base and written in bfloat16. After a full
+    fine-tuning the weights are written as they are.
 
     Args:
         model: directory or hub name of the base, as it is loaded here.
-        policy: how the evaluated policy is held; `policy.model` is the base's name in the export.
-        adapter: what the train stage wrote.
+        policy: the evaluated policy's settings; `policy.model` names the base in the export.
+        adapter: the folder that the train stage wrote.
         out: a directory that is absent or empty.
         merge: write a complete model instead of an adapter.
-        prompts: real ones, at least one; the agreement is measured on the first of them.
+        prompts: at least one; the agreement is measured on the first `CHECKED_PROMPTS`.
 
     Raises:
         UserError: `out` holds something; a base or an adapter that cannot be loaded.
@@ -115,14 +109,14 @@ def export(
 
 
 def check_free(out: Path) -> None:
-    """Nothing is ever overwritten.
+    """See that an export overwrites nothing.
 
     Raises:
         UserError: `out` is a file, or a directory that is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
-            "there is something already",
+            "the directory is not empty",
             where=str(out),
             expected="a directory that is absent or empty",
             fix="choose another with --out, or delete it",
@@ -166,7 +160,7 @@ _WRITE: dict[Kind, Callable[[str, PolicySettings, Path, Path], None]] = {
 def _ways(
     kind: Kind, model: str, policy: PolicySettings, out: Path
 ) -> dict[str, Callable[[], Any]]:
-    """How others load the export, in words, and the loaders."""
+    """Ways in which others load the export: a description and a loader of each."""
     if kind != "adapter":
         dtype = "bfloat16" if kind == "merged" else policy.dtype
         held = policy.model_copy(update={"dtype": dtype})
@@ -189,7 +183,7 @@ def _on_base(directory: str, policy: PolicySettings, quantization: str, out: Pat
 
 
 def _load_plain(directory: str, policy: PolicySettings, quantization: str) -> Any:
-    """As a user would who knows nothing of this project."""
+    """Load a model with transformers alone, as any user would."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = getattr(torch, policy.dtype)
@@ -217,14 +211,14 @@ def _load(model: str, policy: PolicySettings) -> tuple[Any, PreTrainedTokenizerB
 
 
 def _tokens(tokenizer: Any, policy: PolicySettings, prompts: Sequence[Messages]) -> list[list[int]]:
-    """Prompts as the policy meets them, up to a number of tokens."""
+    """Token ids of the prompts, cut to `CHECKED_TOKENS`."""
     chat = Chat(tokenizer, policy)
     return [chat.prompt(p)[:CHECKED_TOKENS] for p in prompts[:CHECKED_PROMPTS]]
 
 
 @torch.no_grad()
 def _logits(model: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Of every token of every prompt, one prompt at a time: (tokens, vocabulary), float32."""
+    """Logits after every token, one prompt at a time: (tokens, vocabulary), float32."""
     model.eval()
     rows = [
         model(input_ids=torch.tensor([list(ids)], device=model.device)).logits[0].float().cpu()

@@ -1,7 +1,7 @@
-"""One training as a job: what to train, on what, and where the adapter goes.
+"""A training job: the model, the examples, and where the adapter goes.
 
-`tasks/train.py` makes it. It is run in this process, or by `accelerate launch` in several that are
-each given the job's folder (`models/training/worker.py`); the folder holds JSON and Parquet only.
+`tasks/train.py` makes it. It runs in this process, or in several that `accelerate launch` starts
+(`models/training/worker.py`). They read the job's folder, which holds JSON and Parquet only.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from models.training.encoding import EncodedExample, Group
 from models.training.resumable import drop_damaged
 
 GROUP_ROWS = 1 << 10
-"""Examples of at most a million tokens: Arrow counts those of a row group with 32 bits."""
+"""Examples in a Parquet row group: Arrow counts its tokens, a million each at most, in 32 bits."""
 ROOT = Path(__file__).parents[2]
 STEP = "step"
-"""What the first process prints after each optimiser step."""
+"""The line that the first process prints after each optimiser step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A training, except for its examples."""
+    """A training without its examples."""
 
     model: str
     """Directory or hub name of the base (`policy.model` may be "planted")."""
@@ -46,18 +46,17 @@ class Job:
     out: Path
     """The adapter's directory."""
     checkpoints: Path
-    """Unfinished work of exactly this job."""
+    """Folder for this job's unfinished work."""
     kl: float = 0.0
-    """Of SAMI's objective: weight of the divergence from the policy that the training starts from.
-    """
+    """β of SAMI's objective: weight of the divergence from the policy at the start."""
 
 
 Examples = Sequence[EncodedExample] | Sequence[Group]
-"""What is trained on: conversations, by their likelihood; groups, by SAMI's objective."""
+"""Conversations are trained by their likelihood, groups by SAMI's objective."""
 
 
 def run(job: Job, examples: Examples, progress: Progress | None = None) -> list[TrainingStep]:
-    """Train, write the adapter to `job.out`, return the training curve.
+    """Train, write the adapter to `job.out`, and return the training curve.
 
     Args:
         progress: called with 1 after each optimiser step.
@@ -69,17 +68,17 @@ def run(job: Job, examples: Examples, progress: Progress | None = None) -> list[
     drop_damaged(job.checkpoints)
     several = job.settings.processes > 1
     curve = (_run_in_processes if several else fit)(job, examples, progress)
-    shutil.rmtree(_folder(job), ignore_errors=True)  # of several processes, or of killed ones
+    shutil.rmtree(_folder(job), ignore_errors=True)  # a killed process may have left it
     return curve
 
 
 def fit(
     job: Job, examples: Examples, progress: Progress | None = None, *, write: bool = True
 ) -> list[TrainingStep]:
-    """`run` in this process; `write` is for the one of several that writes the adapter."""
-    from models.training import bases as qlora
+    """`run` in this process. With several processes, only the first has `write`."""
+    from models.training import bases, updates
 
-    base, tokenizer = qlora.load_base(
+    base, tokenizer = bases.load_base(
         job.model,
         quantization=job.policy.quantization,
         dtype=job.policy.dtype,
@@ -88,11 +87,11 @@ def fit(
     )
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     with pinned(max(1, (job.policy.threads or cores()) // processes)):
-        model = qlora.trainable(base, job.settings, job.seed, job.previous)
+        model = updates.trainable(base, job.settings, job.seed, job.previous)
         curve = _train(model, job, examples, progress)
     if write:
         digest = job.data_digest
-        qlora.save_adapter(model, job.out, data_digest=digest, tokenizer=tokenizer)
+        updates.save_adapter(model, job.out, data_digest=digest, tokenizer=tokenizer)
     return curve
 
 
@@ -133,7 +132,7 @@ def _run_in_processes(
 
 @contextmanager
 def _launched(settings: AdapterSettings, folder: Path, log: Any) -> Iterator[subprocess.Popen[str]]:
-    """`accelerate launch` on the job; ended with us, whatever happens."""
+    """`accelerate launch` on the job; it ends with the block, whatever happens."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     command += ["--num_machines", "1", "--num_processes", str(settings.processes)]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -154,7 +153,7 @@ def _launched(settings: AdapterSettings, folder: Path, log: Any) -> Iterator[sub
 
 
 def _raise_what_failed(folder: Path, code: int) -> None:
-    """The first error that a process left; or that one was killed, which leaves none."""
+    """Raise the first error that a process wrote down; a killed one writes none."""
     log = folder / "log"
     for file in sorted(folder.glob("error-*.json"), key=lambda f: f.stat().st_mtime_ns):
         error = json.loads(file.read_text("utf-8"))
@@ -191,7 +190,7 @@ def write_job(folder: Path, job: Job, examples: Examples) -> None:
 
 
 def read_job(folder: Path) -> tuple[Job, Examples]:
-    """What `write_job` wrote."""
+    """The job and its examples from a folder that `write_job` wrote."""
     import pyarrow.parquet as pq
 
     values = json.loads((folder / "job.json").read_text("utf-8"))

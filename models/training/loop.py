@@ -1,6 +1,6 @@
 """The training loop: `transformers.Trainer`, our objectives, micro-batches planned by tokens.
 
-`models/training/job.py` calls `train` for a model that `models/training/bases.py` made; alone, or
+`models/training/job.py` calls `train` for a model that `models/training/updates.py` made; alone, or
 as one of several processes that share every optimiser step. The objective is the M-step's
 (`Likelihood`, here) or SAMI's (`models.training.sami.Information`).
 """
@@ -37,17 +37,17 @@ Passes = list[list[Item]]
 
 
 class Objective(Protocol[Item]):
-    """What is minimised over items, in nats; `idle` is an item that changes nothing."""
+    """What is minimised over items, in nats; `idle` is an item without effect."""
 
     @property
     def idle(self) -> Item: ...
 
     def tokens(self, item: Item) -> int:
-        """Its length, for the plan of the batches."""
+        """Its number of tokens, by which batches are planned."""
         ...
 
     def worth(self, item: Item) -> float:
-        """What it adds to the constant that a step's loss is divided by."""
+        """Its share of the constant that divides a step's loss."""
         ...
 
     def micro_batches(self, rows: Sequence[Item]) -> Passes[Item]:
@@ -59,8 +59,8 @@ class Objective(Protocol[Item]):
         ...
 
     def parts(self, model: Any, batch: dict[str, Any]) -> list[Callable[[], torch.Tensor]]:
-        """Scalars that add up to the micro-batch's loss, each computed when called: one at a time
-        is in memory. Processes may have more or fewer of them: gradients meet at the last one."""
+        """Functions that compute scalars, whose sum is the micro-batch's loss: one at a time is in
+        memory. Processes may have different numbers of them and add gradients at the last."""
         ...
 
 
@@ -76,17 +76,16 @@ def train(
 ) -> list[TrainingStep]:
     """Fit what is trainable in the model to the examples, in place; returns the training curve.
 
-    Each step follows the gradient of the objective over its rows divided by one constant, their
-    mean worth per step: rows keep their weight in every batch.
-    The result depends on the arguments and the machine's arithmetic alone. Where several processes
-    call it (`WORLD_SIZE`), they share the rows of each step, and differ from one process by
-    rounding only.
+    Each step follows the gradient of the objective over its rows, divided by one constant (the mean
+    worth of a step), so that a row has the same weight in every batch. The result depends on the
+    arguments and the machine's arithmetic alone. Where several processes call it (`WORLD_SIZE`),
+    they share the rows of each step; the result differs from one process's by rounding only.
 
     Args:
-        model: from `qlora.trainable`.
+        model: from `updates.trainable`.
         examples: at least one.
-        checkpoints: a directory for unfinished work of exactly this call: a killed training
-            resumes there at its last checkpoint. Removed at the end.
+        checkpoints: a directory of this call's own, in which a killed training resumes at its last
+            checkpoint. Removed at the end.
         progress: called with 1 after each optimiser step (`len(plan_batches(…))` in all).
 
     Raises:
@@ -114,10 +113,10 @@ def train(
 
 
 def share(rows: Sequence[Item], processes: int, objective: Objective[Item]) -> list[Passes[Item]]:
-    """One optimiser step's rows dealt to the processes, each share in micro-batches.
+    """One optimiser step's rows divided among the processes, each share in micro-batches.
 
-    Every process gets rows of every length and equally many micro-batches; what is lacking is
-    filled up with idle items.
+    Every process gets rows of every length, and the same number of micro-batches: idle items fill
+    the gaps.
     """
     ordered = sorted(rows, key=objective.tokens)
     shares = [objective.micro_batches(ordered[r::processes]) for r in range(processes)]
@@ -142,7 +141,7 @@ class Likelihood:
         return len(item.ids)
 
     def worth(self, item: EncodedExample) -> float:
-        """Its weighted trained tokens: the loss is per token."""
+        """Its trained tokens times its weight."""
         return item.weight * sum(item.trained)
 
     def micro_batches(self, rows: Sequence[EncodedExample]) -> Passes[EncodedExample]:
@@ -233,7 +232,7 @@ def _trainer(
             return total
 
         def floating_point_ops(self, inputs: Any) -> int:
-            return 0  # it would look for a batch
+            return 0  # the library's own looks for a batch
 
     class Report(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -241,7 +240,7 @@ def _trainer(
                 progress(1)
 
         def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-            trainer.accelerator.wait_for_everyone()  # each has written what is its own
+            trainer.accelerator.wait_for_everyone()  # each process has written its part
             if state.is_world_process_zero:
                 keep(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 

@@ -1,7 +1,6 @@
-"""A training's checkpoints: the newest is kept, under a seal that tells when it was damaged.
+"""A training's checkpoints: the newest is kept, with digests that show damage.
 
-`models/training/loop.py` keeps and takes them; `models/training/job.py` drops the damaged ones
-first.
+`models/training/loop.py` keeps and resumes them; `models/training/job.py` drops damaged ones first.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def newest(checkpoints: Path) -> Path | None:
 
 
 def drop_damaged(checkpoints: Path) -> None:
-    """Remove what a training must not go on from, and say so."""
+    """Remove damaged checkpoints, and say from where the training resumes."""
     while found := newest(checkpoints):
         try:
             if read_sealed(found / SEAL) == _digests(found):

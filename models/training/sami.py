@@ -1,8 +1,8 @@
 """SAMI's objective: the mutual information between constitutions and the policy's own responses.
 
 `models/training/loop.py` trains on it; `tasks/sami` samples the groups and estimates the
-information. A group is one query x under C constitutions with a response to each; what is learned
-is which response belongs to which constitution (arXiv 2404.14313, section 3).
+information. A group is one query x under C constitutions, with a response to each; the policy
+learns which response belongs to which constitution (arXiv 2404.14313, section 3).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Tensor = torch.Tensor
 def sami_loss(logprobs: Tensor) -> Tensor:
     """Symmetric InfoNCE: the mean of two cross-entropies against the diagonal, in nats (a scalar).
 
-    Over a row a response is to be told from its sisters, over a column a constitution from its.
+    A row compares the responses under one constitution, a column the constitutions of one response.
     log C − loss is a lower bound of I(Y; C | X), at most log C; without information it is log C.
 
     Args:
@@ -49,11 +49,11 @@ def sami_loss(logprobs: Tensor) -> Tensor:
 
 
 def divergence(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """How far the policy left the reference, per token (a scalar, ≥ 0, 0 where both are equal).
+    """Divergence of the policy from the reference per token (a scalar ≥ 0; 0 where both are equal).
 
     The mean of exp(r) − 1 − r with r = log π_ref − log π_θ, as GRPO has it: an unbiased estimate of
-    KL(π_θ ‖ π_ref) where π_θ sampled the tokens. Here the policy that training starts from sampled
-    them, so that it is one to second order, and steeper for tokens that are given up.
+    KL(π_θ ‖ π_ref) where π_θ sampled the tokens. Here π_ref, the policy at the start, sampled them:
+    the estimate is right to second order, and steeper for tokens that become improbable.
     """
     ratio = reference - logprobs
     return (ratio.exp() - 1 - ratio).mean()
@@ -64,7 +64,7 @@ def divergence(logprobs: Tensor, reference: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """The prompts of a group, each followed by every response, which do not see each other.
+    """The prompts of a group, each followed by every response; responses do not see each other.
 
     A row of P prompt tokens and C responses of R tokens takes P + C·R positions, where C whole rows
     would take C·(P + R): the prompt is computed once. `ids` and `positions` are (rows, length),
@@ -75,16 +75,16 @@ class Rows:
     positions: Tensor
     segment: Tensor
     row: Tensor
-    """Of every predicted token, in the order of (row, response, token)."""
+    """Row of every predicted token, in the order of (row, response, token)."""
     place: Tensor
-    """Where in its row the token before it stands."""
+    """Position in its row of the token before it."""
     target: Tensor
     lengths: tuple[int, ...]
     """Tokens of each response."""
 
     @property
     def seen(self) -> Tensor:
-        """(rows, length, length): a token sees its prompt and what is before it in its response."""
+        """(rows, length, length): a token sees its prompt, and its response up to itself."""
         mine, other = self.segment[:, :, None], self.segment[:, None, :]
         return self._before & ((other == 0) | (other == mine)) | self._itself
 
@@ -162,7 +162,7 @@ def token_logprobs(model: Any, rows: Rows) -> list[list[Tensor]]:
 
 
 def _masks(model: Any, rows: Rows) -> Tensor | dict[str, Tensor]:
-    """What the model's attention adds to its scores: one mask, or one for each kind of layer."""
+    """The masks that attention adds to its scores: one, or one for each kind of layer."""
     model = bare(model)
     config = model.config.get_text_config()
     window = cast(int, getattr(config, "sliding_window", None))
@@ -179,7 +179,7 @@ def _masks(model: Any, rows: Rows) -> Tensor | dict[str, Tensor]:
 
 
 def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a token is seen, the least number where not: (rows, 1, length, length)."""
+    """0 where a token is seen, else the type's least number: (rows, 1, length, length)."""
     added = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return added.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
@@ -191,16 +191,16 @@ def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
 class Information:
     """`models.training.loop.Objective` over groups: the mean over queries of `sami_loss` + KL.
 
-    Memory is that of the rows that fit `budget` tokens (one row at least), however many
-    constitutions there are: the loss couples all rows, so where they do not fit together the matrix
-    is computed first, without gradients, and its gradient is then handed to one row after the
-    other. That costs a forward pass more, and is exact.
+    Memory holds the rows that fit `budget` tokens (one row at least), however many constitutions
+    there are. The loss couples all rows: where they do not fit together, the matrix is computed
+    first without gradients, and its gradient is then applied row by row. That costs one more
+    forward pass, and is exact.
     """
 
     budget: int
     """Tokens of rows in memory at once, padding included."""
     kl: float = 0.0
-    """β: weight of the divergence from the policy that the training starts from."""
+    """β: weight of the divergence from the policy at the start of the training."""
 
     idle = Group(((0,),), ((0,),), weight=0.0)
 
@@ -209,7 +209,7 @@ class Information:
         return item.tokens
 
     def worth(self, item: Group) -> float:
-        """What the item counts in a step's mean."""
+        """Its weight in a step's mean."""
         return item.weight
 
     def micro_batches(self, rows: Sequence[Group]) -> list[list[Group]]:
@@ -245,7 +245,7 @@ class _Matrix:
         return self._weighted(sami_loss(_means(rows)) + self._divergence(members, rows))
 
     def _share(self, members: Sequence[int]) -> Tensor:
-        """The part of some rows: its gradient is theirs, its value a share of the loss."""
+        """A scalar with the gradient of some rows, and their share of the loss as its value."""
         loss, slope = self._ahead
         rows = self._rows(members)
         mine = (_means(rows) * slope[list(members)]).sum()
@@ -292,7 +292,7 @@ def matrix_of(model: Any, group: Group, budget: int, *, mean: bool = True) -> Te
 
 
 def referred(model: Any, groups: Sequence[Group], budget: int) -> list[Group]:
-    """The groups with the model's own log-probabilities: what the KL term holds it to."""
+    """The groups with the model's own log-probabilities, the reference of the KL term."""
     return [replace(group, reference=tuple(_diagonal(model, group, budget))) for group in groups]
 
 

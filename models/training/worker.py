@@ -1,7 +1,7 @@
 """One of several training processes: `accelerate launch … -m models.training.worker FOLDER PARENT`.
 
-`models/training/job.py` starts it. The first process says how far it is, and writes the adapter and
-the curve; an error is left in the job's folder, because a traceback tells a user nothing.
+`models/training/job.py` starts it. The first process prints a line after each step, and writes the
+adapter and the curve. An error goes into the job's folder, from where a user gets it.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def _take_part(folder: Path, *, first: bool) -> None:
 
 
 def _leave(folder: Path, rank: int, **error: str) -> None:
-    """Write the error down and end: the others wait for us, torchrun ends them."""
+    """Write the error down and end; torchrun then ends the processes that wait for this one."""
     (folder / f"error-{rank}.json").write_text(json.dumps(error), "utf-8")
     os._exit(1)
 
 
 def _end_with(parent: int) -> None:
-    """A killed parent's training must not go on beside the one that resumes it."""
+    """End with the parent: its training must not run beside the one that resumes it."""
     while True:
         time.sleep(0.5)
         try:

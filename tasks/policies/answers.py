@@ -14,7 +14,16 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field
 
 from models import prompts as ask
-from models.policy import NO_ANSWER, Completion, Messages, Policy, Progress, Request, finish_of
+from models.policy import (
+    NO_ANSWER,
+    Completion,
+    Messages,
+    Policy,
+    Progress,
+    Request,
+    finish_of,
+    no_answer,
+)
 from models.pools.base import Compute, Pool
 from models.prompts import Templates
 from models.settings import Settings
@@ -93,7 +102,7 @@ def answer(
         return [completions[0] for completions in policy.generate(requests, advance)]
 
     y1 = sample("initial", (p.prompt for p in prompts), settings.max_response_tokens)
-    z = [Completion(text="", tokens=0, logprob=0.0, finish="stop")] * len(prompts)
+    z = [no_answer("stop")] * len(prompts)
     if templates.guided:
         asked = (ask.ask(templates, p.prompt, a.text) for p, a in zip(prompts, y1, strict=True))
         z = sample("principle", asked, settings.max_principle_tokens)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from constitutions.errors import UserError, UserErrors
 from constitutions.parse import parse_json, read_text
-from models.chat import fold_system
+from models.chat_template import fold_system
 from models.files import write_text
 from models.policy import Message
 from tasks.judging.comparisons import OUTSIDE, AnswerPair

@@ -17,7 +17,8 @@ from constitutions.constitution import load
 from flows.commands.export import export_policy
 from flows.experiment import open_experiment
 from flows.schema import ExperimentSettings
-from models.training.bases import attach_adapter, keep_unpacked, load_base
+from models.training.bases import keep_unpacked, load_base
+from models.training.updates import attach_adapter
 from tasks.rows import Prompt
 
 

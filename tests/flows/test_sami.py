@@ -25,7 +25,8 @@ from flows.schema import ExperimentSettings
 from flows.settings import following, load_settings, with_changes
 from flows.stages import run_stage
 from flows.states import stage_states, unchanged
-from models.training.bases import attach_adapter, load_base
+from models.training.bases import load_base
+from models.training.updates import attach_adapter
 from tasks.judging.winrate import win_rate
 from tasks.rows import Comparison, Mined, Response, Sampled
 

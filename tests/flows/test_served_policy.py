@@ -22,7 +22,7 @@ from flows.schema import ExperimentSettings
 from flows.settings import load_settings, with_changes
 from flows.states import stage_states
 from models.endpoint.client import Limits
-from models.endpoint.server import PROBE
+from models.endpoint.probing import PROBE
 from models.engine.local import load_policy
 from models.policy import PolicySettings
 from tasks.rows import Answer, Mined, Prompt

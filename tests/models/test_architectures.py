@@ -42,11 +42,11 @@ def test_an_architecture_is_sampled_from_exactly(name: str) -> None:
     expected = architectures()[name]["engine"]
     model = build(name)
     if expected == "refused":
-        with pytest.raises(UserError, match=r"ForCausalLM is not generated from exactly"):
-            open_engine(model, (), None, str)
+        with pytest.raises(UserError, match=r"ForCausalLM cannot be sampled from exactly"):
+            open_engine(model)
         return
     answers = [alone(model, prompt, expected != "recomputed") for prompt in PROMPTS]
-    engine = open_engine(model, (), None, str)
+    engine = open_engine(model)
     kind = {Decoder: "shared", ByLength: "shared"}.get(type(engine)) or engine.batching  # type: ignore[attr-defined]
     assert kind == expected
     requests = [Request(messages="", key=str(i), n=2, temperature=0, max_tokens=NEW)

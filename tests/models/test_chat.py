@@ -9,7 +9,8 @@ from typing import Any, cast, get_args
 import pytest
 from chat_model import Architecture, build_chat_model
 
-from models.chat import Chat, ChatError
+from models.chat import Chat
+from models.chat_template import ChatError
 from models.policy import Message
 
 SYSTEM: Message = {"role": "system", "content": "Be honest."}

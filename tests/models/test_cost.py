@@ -30,8 +30,8 @@ from models.engine import base as engine
 from models.engine.local import load_policy
 from models.policy import PolicySettings, Request
 from models.training.adapter import AdapterSettings
-from models.training.bases import new_adapter
 from models.training.loop import weighted_loss
+from models.training.updates import new_adapter
 
 ROWS, LENGTH, TRAINED, RANK = 3, 50, 10, 8
 
@@ -171,7 +171,7 @@ def test_rows_are_those_that_the_engine_takes(
     monkeypatch.setattr(engine, "free_bytes", lambda _: int(GIB / 2 - held.weights))
     request = Request(messages="", key="k", n=300, max_tokens=5000)
     monkeypatch.setattr(decoder, "_serve", lambda *_: None)
-    decoder._make([[1] * 601], [request], [range(300)], lambda _: None)
+    decoder._make(engine.Work([[1] * 601], [request], [range(300)], lambda _: None))
     assert decoder.fitted == held.rows_that_fit(5001 + 600 / 300) < 256
 
 

@@ -9,7 +9,8 @@ import torch
 
 from benchmarks import gpu
 from models.engine.base import Sample
-from models.engine.decoding import Decoder, Family, PromptSamples
+from models.engine.decoding import Decoder
+from models.engine.families import Family, PromptSamples
 from models.engine.shared_prefix import PrefixCache, _Call
 from models.policy import Request
 
@@ -20,7 +21,7 @@ def decoder() -> Decoder:
 
     torch.manual_seed(0)
     shape = {**gpu.SHAPES["tiny"], "initializer_range": 0.1}
-    return Decoder(LlamaForCausalLM(LlamaConfig(**shape)).eval(), (), None, str)
+    return Decoder(LlamaForCausalLM(LlamaConfig(**shape)).eval())
 
 
 def begun(decoder: Decoder) -> PrefixCache:
@@ -29,7 +30,7 @@ def begun(decoder: Decoder) -> PrefixCache:
                    for n, t in ((9, 3), (4, 1)))  # fmt: skip
     cache = decoder._prefixes([long.prefix, short.prefix])
     cache.seat(torch.tensor([0, 1]))
-    decoder._extend(cache, [long.asks[0].tail, short.asks[0].tail], [2, 0])
+    decoder._extend(cache, [long.asks[0].tail, short.asks[0].tail], [range(2, 3), range(1)])
     cache.select(torch.tensor([0, 0, 0, 1, 1]))
     return cache
 
@@ -77,7 +78,7 @@ def test_a_family_that_does_not_fit_is_split() -> None:
 
 
 def test_rows_that_end_make_room_for_the_next_families(decoder: Decoder) -> None:
-    decoder.rows, decoder.steps = 8, 0
+    decoder.decoding.rows, decoder.steps = 8, 0
     prompts = [[3 + i, 4, 5] for i in range(8)]
     requests = [
         Request(messages="", key=str(i), n=4, max_tokens=4 + 12 * (i % 2)) for i in range(8)
@@ -88,4 +89,4 @@ def test_rows_that_end_make_room_for_the_next_families(decoder: Decoder) -> None
         (i, n) for i in range(8) for n in range(4)
     ]
     assert decoder.steps < 4 * 16  # in four batches of two prompts, one after the other
-    decoder.rows = None
+    decoder.decoding.rows = None

@@ -12,15 +12,15 @@ import torch
 from chat_model import build_chat_model
 
 from constitutions.errors import UserError
-from models.engine import exact
-from models.engine.base import Engine, Sample
+from models.engine import comparison, exact
+from models.engine.base import Decoding, Engine, Sample
 from models.engine.by_length import ByLength
 from models.engine.decoding import Decoder
 from models.engine.local import load_policy
 from models.engine.plain import Plain
 from models.engine.shared_prefix import _Call
 from models.policy import PolicySettings, Request
-from models.training import bases as qlora
+from models.training import bases, updates
 from models.training.adapter import AdapterSettings
 
 SETTINGS = PolicySettings(dtype="float32", device="cpu", quantization="none")
@@ -63,9 +63,11 @@ def asked(**more: Any) -> list[Request]:
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.7, "top_p": 0.8}, {"stop": ("17",)}])
 @pytest.mark.parametrize("batching", ["padded", "equal", "single", "recomputed"])
 def test_both_engines_give_the_same_samples(batching: Any, how: dict[str, Any]) -> None:
-    spell: Callable[[Sequence[int]], str] = str
-    shared = made(Decoder(llama(), (5, 6, 7, 8), 5, spell), PROMPTS, asked(**how))
-    plain = made(Plain(llama(), (5, 6, 7, 8), 5, spell, batching), PROMPTS, asked(**how))
+    def decoding() -> Decoding:
+        return Decoding(stop=(5, 6, 7, 8), rows=5)
+
+    shared = made(Decoder(llama(), decoding()), PROMPTS, asked(**how))
+    plain = made(Plain(llama(), decoding(), batching), PROMPTS, asked(**how))
     assert shared.keys() == plain.keys() and len(shared) == 12
     for key, sample in shared.items():
         assert (plain[key].tokens, plain[key].finish) == (sample.tokens, sample.finish)
@@ -75,7 +77,7 @@ def test_both_engines_give_the_same_samples(batching: Any, how: dict[str, Any]) 
 
 def test_both_engines_score_alike_and_have_the_same_states() -> None:
     pairs = [(p, [20 + i, 30, 31][: i + 1]) for i, p in enumerate(PROMPTS[:3])]
-    shared, plain = Decoder(llama(), (), None, str), Plain(llama(), (), None, str)
+    shared, plain = Decoder(llama()), Plain(llama())
     for ours, theirs in zip(shared.score(pairs), plain.score(pairs), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-3)
     assert shared.states(PROMPTS) == pytest.approx(plain.states(PROMPTS), abs=1e-3)
@@ -87,8 +89,8 @@ def test_both_engines_score_alike_and_have_the_same_states() -> None:
 def test_settings_of_a_models_own_generation_change_no_sample() -> None:
     model = llama()
     model.generation_config.update(repetition_penalty=9.0, suppress_tokens=list(range(200)))
-    expected = made(Plain(llama(), (), None, str), PROMPTS, asked())
-    found = made(Plain(model, (), None, str), PROMPTS, asked())
+    expected = made(Plain(llama()), PROMPTS, asked())
+    found = made(Plain(model), PROMPTS, asked())
     assert [s.tokens for s in found.values()] == [s.tokens for s in expected.values()]
     assert model.generation_config.repetition_penalty == 9.0
 
@@ -120,7 +122,7 @@ def test_an_engine_that_is_wrong_is_not_used(change: str, monkeypatch: pytest.Mo
     verdict = exact.find(llama(), "auto")
     assert verdict.way == "padded"
     assert ("RuntimeError: no such kernel" if change == "exception" else "differ by") in verdict.why
-    with pytest.raises(UserError, match=r"is not generated from exactly.*policy.engine at auto"):
+    with pytest.raises(UserError, match=r"cannot be sampled from exactly.*policy.engine at auto"):
         exact.find(llama(), "shared")
 
 
@@ -144,13 +146,13 @@ def test_a_window_that_is_not_told_is_caught_before_a_text_is_that_long(
 
     windows = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 0}
     model: Any = Qwen2ForCausalLM(Qwen2Config(**SHAPE, **windows)).eval()
-    monkeypatch.setattr(exact, "AFFORDABLE", {})
+    monkeypatch.setattr(comparison, "AFFORDABLE", {})
     assert exact.find(model, "auto").way == "shared"  # its layers tell the window
     for layer in model.model.layers:
         layer.self_attn.sliding_window = None
     verdict = exact.find(model, "auto")
     assert verdict.way == "padded"
-    assert verdict.why == "layer 0 does not tell its window of 4,096 tokens"
+    assert verdict.why == "layer 0 does not pass its window of 4,096 tokens"
 
 
 # Length-dependent RoPE -------------------------------------------------------------------------
@@ -163,9 +165,9 @@ def test_rope_that_depends_on_the_longest_text_gives_each_what_it_gets_alone() -
     model = llama(rope_parameters=rope)
     prompts = [list(range(20, 20 + length)) for length in (6, 20, 26, 40, 47, 47)]
     requests = [Request(messages="", key=str(i), n=2, max_tokens=6) for i in range(6)]
-    alone = [made(Plain(model, (), None, str, "single"), [p], [r])[0, 1].tokens
+    alone = [made(Plain(model, batching="single"), [p], [r])[0, 1].tokens
              for p, r in zip(prompts, requests, strict=True)]  # fmt: skip
-    engine = exact.open_engine(model, (), None, str)
+    engine = exact.open_engine(model)
     assert isinstance(engine, ByLength) and engine.limit == 32
     together = made(engine, prompts, requests)
     assert [together[i, 1].tokens for i in range(6)] == alone
@@ -191,7 +193,7 @@ def test_a_model_without_attention_is_sampled_by_the_plain_engine(
     tiny = {"vocab_size": 600, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 1}
     MambaForCausalLM(MambaConfig(**tiny, initializer_range=0.3)).save_pretrained(directory)
     asking = Request(messages="Why?", key="k", n=2, temperature=0, max_tokens=8)
-    monkeypatch.setattr(exact, "_told", set())
+    monkeypatch.setattr(exact, "_reported", set())
     policy = load_policy(SETTINGS, directory, None)
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "samples come from" in x]
     assert "MambaForCausalLM" in line and "3 times slower" in line
@@ -234,9 +236,9 @@ def test_what_was_found_is_remembered(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_an_adapter_is_tried_on_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAPLE_HOME", str(tmp_path / "home"))
     directory = build_chat_model(tmp_path / "model", "llama")
-    base, _ = qlora.load_base(directory, quantization="none", dtype="float32", device="cpu")
-    model = qlora.new_adapter(base, AdapterSettings(lora_rank=4), seed=0)
-    qlora.save_adapter(model, tmp_path / "adapter", data_digest="none")
+    base, _ = bases.load_base(directory, quantization="none", dtype="float32", device="cpu")
+    model = updates.new_adapter(base, AdapterSettings(lora_rank=4), seed=0)
+    updates.save_adapter(model, tmp_path / "adapter", data_digest="none")
     policy = load_policy(SETTINGS, directory, None)
     tried: list[Any] = []
 
@@ -244,7 +246,7 @@ def test_an_adapter_is_tried_on_top(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         tried.append(hasattr(model, "peft_config"))
         return "it drops the adapter" if way == "shared" and tried[-1] else ""
 
-    monkeypatch.setattr(exact, "_difference", wrong_with_adapters)
+    monkeypatch.setattr(exact, "difference", wrong_with_adapters)
     policy.use(tmp_path / "adapter")
     assert isinstance(policy.decoder, Plain) and tried == [True, True]
     policy.use(None)

@@ -14,11 +14,11 @@ from chat_model import Architecture, build_chat_model
 
 from constitutions.errors import UserError
 from models.engine.base import Sample
-from models.engine.decoding import families
+from models.engine.families import families
 from models.engine.local import LocalPolicy, load_policy
 from models.engine.shared_prefix import PrefixCache
 from models.policy import Completion, Message, PolicySettings, Request
-from models.training import bases as qlora
+from models.training import bases, updates
 from models.training.adapter import AdapterSettings
 
 SETTINGS = PolicySettings(dtype="float32", device="cpu", quantization="none")
@@ -45,14 +45,14 @@ def policy(directory: Path) -> LocalPolicy:
 
 def adapter_of(directory: Path, folder: Path, quantization: Any) -> Path:
     """A random adapter that changes what the model says."""
-    base, _ = qlora.load_base(directory, quantization=quantization, dtype="float32", device="cpu")
-    model = qlora.new_adapter(base, AdapterSettings(lora_rank=4), seed=0)
+    base, _ = bases.load_base(directory, quantization=quantization, dtype="float32", device="cpu")
+    model = updates.new_adapter(base, AdapterSettings(lora_rank=4), seed=0)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(1)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
-    qlora.save_adapter(model, folder, data_digest="none")
+    updates.save_adapter(model, folder, data_digest="none")
     return folder
 
 
@@ -162,7 +162,7 @@ def test_out_of_memory_halves_the_rows_for_good_and_changes_no_sample(
     settings = SETTINGS.model_copy(update={"batch_rows": 16})
     small = load_policy(settings, directory, None)
     assert said(small.generate(requests)) == expected and max(sizes) > 5
-    assert small.decoder.rows == 4
+    assert small.decoder.decoding.rows == 4
     sizes.clear()
     assert said(small.generate(requests)) == expected and max(sizes) <= 4
 
@@ -279,7 +279,7 @@ def test_a_stop_string_ends_a_sample_and_is_not_in_it(policy: LocalPolicy) -> No
 
 def test_what_never_stops_is_cut_and_marked(policy: LocalPolicy) -> None:
     silent = LocalPolicy(policy.model, policy.tokenizer)
-    silent.decoder.stop = frozenset()
+    silent.decoder.decoding.stop = frozenset()
     ((endless,),) = silent.generate([Request(messages=user("Why?"), key="k", max_tokens=30)])
     assert (endless.finish, endless.tokens) == ("length", 30)
 

@@ -135,8 +135,8 @@ def asked_of(address: str) -> str:
     endpoint = Endpoint(address, limits=QUICK)
 
     async def ask() -> str:
-        async with endpoint.client() as client:
-            return (await endpoint.ask(client, {"model": "m", "messages": []})).texts[0]
+        async with endpoint.connect() as connection:
+            return (await connection.ask({"model": "m", "messages": []})).texts[0]
 
     return run_async(ask())
 

@@ -13,16 +13,10 @@ from chat_model import build_chat_model
 
 from constitutions.errors import UserError
 from models.training.adapter import AdapterSettings, plan_batches
-from models.training.bases import (
-    attach_adapter,
-    base_digest,
-    continue_adapter,
-    load_base,
-    new_adapter,
-    save_adapter,
-)
+from models.training.bases import base_digest, load_base
 from models.training.encoding import EncodedExample
 from models.training.loop import Likelihood, train, weighted_loss
+from models.training.updates import attach_adapter, continue_adapter, new_adapter, save_adapter
 
 SETTINGS = AdapterSettings(lora_rank=8, lora_alpha=16, learning_rate=1e-2, batch_size=4, warmup=0.1)
 

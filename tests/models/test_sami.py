@@ -21,7 +21,7 @@ from chat_model import Architecture, build_chat_model
 from constitutions.errors import UserError
 from models.prompts import CHAT_CONSTITUTION, under_constitution
 from models.training.adapter import AdapterSettings
-from models.training.bases import load_base, load_tokenizer, new_adapter
+from models.training.bases import load_base, load_tokenizer
 from models.training.encoding import Encoder, EncodingError, Group
 from models.training.job import read_job, run, write_job
 from models.training.loop import share
@@ -33,6 +33,7 @@ from models.training.sami import (
     referred,
     sami_loss,
 )
+from models.training.updates import new_adapter
 
 SETTINGS = AdapterSettings(
     lora_rank=8, lora_alpha=16, learning_rate=1e-2, batch_size=3, micro_batch_tokens=4096
@@ -276,7 +277,7 @@ def drift(policy: Any, groups: list[Group]) -> float:
 
 
 def test_training_raises_the_information_and_kl_holds_it_back(model: Path, tmp_path: Path) -> None:
-    from models.training.bases import attach_adapter
+    from models.training.updates import attach_adapter
 
     settings = SETTINGS.model_copy(update={"epochs": 8})
     before, start = estimate(base(model)), referred(base(model), list(GROUPS), WIDE)
@@ -291,7 +292,7 @@ def test_training_raises_the_information_and_kl_holds_it_back(model: Path, tmp_p
 
 
 def test_all_weights_are_trained_too(model: Path, tmp_path: Path) -> None:
-    from models.training.bases import attach_adapter
+    from models.training.updates import attach_adapter
 
     full = {"update": "full", "optimizer": "rmsprop", "learning_rate": 1e-3, "epochs": 4}
     settings = SETTINGS.model_copy(update=full)

@@ -33,7 +33,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, RedirectRespons
 
 from constitutions.errors import UserError
 from models.endpoint.client import Endpoint, Limits, open_endpoint
-from models.endpoint.server import PROBE, ServerPolicy, Support, check_server, open_server
+from models.endpoint.probing import PROBE, Support, check_server
+from models.endpoint.server import ServerPolicy, open_server
 from models.engine.local import LocalPolicy, load_policy
 from models.judges.base import JudgeSettings, Pair
 from models.judges.llm import PairwiseJudge
@@ -590,16 +591,16 @@ def make_adapter(model: Path, directory: Path, *, seed: int = 0, trained: bool =
     """An adapter of the model with random updates; an untrained one changes nothing."""
     import torch
 
-    from models.training import bases as qlora
+    from models.training import bases, updates
     from models.training.adapter import AdapterSettings
 
-    base, _ = qlora.load_base(model, quantization="none", dtype="float32", device="cpu")
-    adapted = qlora.new_adapter(base, AdapterSettings(lora_rank=4), seed)
+    base, _ = bases.load_base(model, quantization="none", dtype="float32", device="cpu")
+    adapted = updates.new_adapter(base, AdapterSettings(lora_rank=4), seed)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in adapted.named_parameters():
         if trained and "lora_B" in name:
             weight.data.normal_(0, 0.1, generator=generator)
-    qlora.save_adapter(adapted, directory, data_digest="random")
+    updates.save_adapter(adapted, directory, data_digest="random")
     return directory
 
 

@@ -17,7 +17,8 @@ from models.checkpoints.shapes import PUBLISHED, Shape, read_shape, shape_of
 from models.policy import PolicySettings
 from models.prompts import TERSE_CONSTITUTION
 from models.training.adapter import AdapterSettings
-from models.training.bases import load_base, new_adapter
+from models.training.bases import load_base
+from models.training.updates import new_adapter
 from models.worlds.registry import WORLD_MODELS
 
 ODD: dict[str, Any] = {

@@ -13,7 +13,8 @@ from chat_model import build_tokenizer
 from real_templates import REAL, Real
 
 from constitutions.errors import UserError
-from models.chat import Chat, ChatError
+from models.chat import Chat
+from models.chat_template import ChatError
 from models.policy import Message, PolicySettings
 from models.prompts import CHAT, ask_refinement
 from models.training.encoding import EncodedExample, Encoder, check_template
@@ -82,7 +83,7 @@ def test_what_was_sampled_is_told_apart_shown_and_trained(name: str) -> None:
     before = chat.prompt(TURNS[:REFINED])
     opened = chat.opens_thought(before)
     assert opened is (real.thoughts[:3] == "The")
-    told = chat.tell_apart(sampled, opened=opened)
+    told = chat.split(sampled, opened=opened)
     assert told == (real.thoughts, SAID[2], True)
 
     shown = tokenizer.decode(before)
@@ -122,7 +123,7 @@ def test_a_thought_that_is_not_closed_is_no_answer(name: str) -> None:
     tokenizer, real, chat = tokenizer_of(name), REAL[name], chat_of(name)
     half = real.thoughts.partition(" is small")[0]
     ids = tokenizer.encode(half, add_special_tokens=False)
-    told = chat.tell_apart(ids, opened=chat.opens_thought(chat.prompt(PROMPT)))
+    told = chat.split(ids, opened=chat.opens_thought(chat.prompt(PROMPT)))
     assert told == (half, "", False)
 
 
@@ -132,7 +133,7 @@ def test_thoughts_that_a_server_tells_without_tags_are_trained_with_them(name: s
     _, answer = chat.answered(TURNS[:REFINED], SAID[2], "The oven is small.")
     said = tokenizer.decode(answer[: -len(chat.end_of_turn)])
     opened = chat.opens_thought(chat.prompt(TURNS[:REFINED]))
-    told = chat.tell_apart(answer[: -len(chat.end_of_turn)], opened=opened)
+    told = chat.split(answer[: -len(chat.end_of_turn)], opened=opened)
     assert told.thoughts + told.answer == said and told.answer == SAID[2]
     assert "The oven is small." in told.thoughts and told.whole
 
@@ -142,10 +143,10 @@ def test_tags_of_ones_own_and_none() -> None:
     assert Chat(tokenizer).tags is None
     own = Chat(tokenizer, PolicySettings(thought_tags=("[hm]", "[so]")))
     ids = tokenizer.encode("[hm]Why?[so] Yes.")
-    assert own.tell_apart(ids, opened=False) == ("[hm]Why?[so] ", "Yes.", True)
+    assert own.split(ids, opened=False) == ("[hm]Why?[so] ", "Yes.", True)
     off = Chat(tokenizer_of("Qwen3"), PolicySettings(thought_tags="none"))
     marked = tokenizer_of("Qwen3").encode("<think>Why?</think>Yes.")
-    assert off.tell_apart(marked, opened=False).answer == "<think>Why?</think>Yes."
+    assert off.split(marked, opened=False).answer == "<think>Why?</think>Yes."
 
 
 def test_a_template_by_its_name() -> None:
@@ -170,7 +171,7 @@ def test_arguments_reach_the_template_and_cannot_take_its_place() -> None:
     off = Chat(tokenizer, PolicySettings(template_arguments={"enable_thinking": False}))
     assert tokenizer.decode(off.prompt(PROMPT)).endswith("<think>\n\n</think>\n\n")
     for name in ("messages", "chat_template", "tokenize", "not a name"):
-        with pytest.raises(ValueError, match="no variable that a chat template can be told"):
+        with pytest.raises(ValueError, match="no variable that can be set for a chat template"):
             PolicySettings(template_arguments={name: True})
 
 

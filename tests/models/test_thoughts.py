@@ -22,7 +22,7 @@ from models.engine.local import LocalPolicy, load_policy
 from models.judges.base import JudgeSettings, Pair
 from models.judges.llm import PairwiseJudge
 from models.policy import Completion, Message, PolicySettings, Request
-from models.thoughts import KNOWN, Tags, tell_apart, tell_apart_unseen
+from models.thoughts import KNOWN, Tags, split_text, split_unseen_text
 
 HERE: dict[str, Any] = {"dtype": "float32", "device": "cpu", "quantization": "none"}
 QUICK = Limits(timeout=10, patience=2, start=2, backoff=0.02)
@@ -49,16 +49,16 @@ USER: tuple[Message, ...] = ({"role": "user", "content": "Name a fruit."},)
 def test_thoughts_and_answer_together_are_the_text(
     text: str, opened: bool, thoughts: str, answer: str, whole: bool
 ) -> None:
-    told = tell_apart(text, Tags("<think>", "</think>"), opened=opened)
+    told = split_text(text, Tags("<think>", "</think>"), opened=opened)
     assert told == (thoughts, answer, whole)
     assert told.thoughts + told.answer == text
 
 
 def test_a_text_whose_prompt_is_not_seen() -> None:
-    assert tell_apart_unseen("hm</think>\nFig.") == ("hm</think>\n", "Fig.", True)
-    assert tell_apart_unseen("[THINK]hm[/THINK]Fig.").answer == "Fig."
-    assert tell_apart_unseen("Fig.") == ("", "Fig.", True)
-    assert tell_apart_unseen("hm</think>Fig.", ()) == ("", "hm</think>Fig.", True)
+    assert split_unseen_text("hm</think>\nFig.") == ("hm</think>\n", "Fig.", True)
+    assert split_unseen_text("[THINK]hm[/THINK]Fig.").answer == "Fig."
+    assert split_unseen_text("Fig.") == ("", "Fig.", True)
+    assert split_unseen_text("hm</think>Fig.", ()) == ("", "hm</think>Fig.", True)
     assert len({tags.close for tags in KNOWN}) == len(KNOWN)
 
 
@@ -103,7 +103,7 @@ def test_the_templates_end_stops_an_answer_whatever_the_configuration_names(
     end, configured = (
         policy.tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")
     )
-    assert policy.stop == {end, configured} == policy.decoder.stop
+    assert policy.stop == {end, configured} == policy.decoder.decoding.stop
     assert policy.chat.answered(USER, "Fig.").answer[-1] == end
 
 

@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 
 from constitutions.errors import UserError
 from models.training.adapter import AdapterSettings
-from models.training.bases import attach_adapter, load_base, new_adapter
+from models.training.bases import load_base
 from models.training.encoding import EncodedExample
 from models.training.job import run, write_job
 from models.training.loop import Likelihood, collate, share, weighted_loss
+from models.training.updates import attach_adapter, new_adapter
 
 SETTINGS = AdapterSettings(
     lora_rank=8, lora_alpha=16, learning_rate=1e-2, batch_size=4, micro_batch_tokens=40
@@ -284,7 +285,7 @@ def test_weights_that_do_not_fit_are_refused(model: Path, tmp_path: Path) -> Non
 
 
 def test_an_adapter_with_pickled_weights_is_refused_by_name(model: Path, tmp_path: Path) -> None:
-    from models.training.bases import save_adapter
+    from models.training.updates import save_adapter
 
     save_adapter(new_adapter(base(model), SETTINGS, 0), tmp_path / "a", data_digest="d")
     (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
@@ -295,7 +296,7 @@ def test_an_adapter_with_pickled_weights_is_refused_by_name(model: Path, tmp_pat
 def test_provenance_names_the_commit_of_a_hub_model(model: Path, tmp_path: Path) -> None:
     import shutil
 
-    from models.training.bases import save_adapter
+    from models.training.updates import save_adapter
 
     snapshot = tmp_path / "models--a--b" / "snapshots" / "0123abcd"
     shutil.copytree(model, snapshot)

@@ -1,0 +1,194 @@
+"""What an OpenAI-compatible server can do, found by asking it.
+
+Servers ignore n, seed, temperature, stop strings and log-probabilities without a word, so none of
+them is trusted. `models.endpoint.server` asks before it generates, and `flows.preflight` before a
+run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, get_args
+
+from constitutions.foreign_text import without_control_tokens
+from models.endpoint.client import Connection, Limits, open_endpoint, run_async
+from models.endpoint.faults import Fault
+from models.endpoint.replies import Reply
+from models.endpoint.served_adapter import MISSING, no_adapters
+from models.policy import Message, Messages, PolicySettings
+
+PROBE: Message = {"role": "user", "content": "Write a random number between one and a million."}
+PROBE_TOKENS = 16
+MOST_STOPS = 4
+"""Stop strings that OpenAI takes; answers are cut here at the others."""
+
+Limit = Literal["max_tokens", "max_completion_tokens"]
+"""The name of the limit on an answer: OpenAI's later models take the second only."""
+LIMITS: tuple[Limit, ...] = get_args(Limit)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Support:
+    """What a server did when it was asked, one request at a time."""
+
+    n: bool
+    """Gives several different completions in one reply; else each takes a request of its own."""
+    seed: bool
+    """The same seed gives the same completion; another seed another one."""
+    varies: bool
+    """Whether completions at temperature 1 ever differ: some servers ignore the temperature."""
+    stop: bool
+    """Ends at a stop string; else none is sent, and the answer is cut here."""
+    logprobs: bool
+    """Sends the log-probabilities of its completions."""
+    limit: Limit
+
+    def body(
+        self,
+        model: str,
+        asked: Messages | str,
+        max_tokens: int,
+        *,
+        n: int = 1,
+        stop: Sequence[str] = (),
+        **more: int | float,
+    ) -> dict[str, Any]:
+        """A request as the server takes it, with no field that it does not need: some refuse them.
+
+        Control tokens in a message are broken up, because the server's tokenizer would obey them.
+        """
+        if isinstance(asked, str):
+            body: dict[str, Any] = {"model": model, "prompt": asked, "max_tokens": max_tokens}
+        else:
+            safe = [{**m, "content": without_control_tokens(m["content"])} for m in asked]
+            body = {"model": model, "messages": safe, self.limit: max_tokens}
+        if n > 1:
+            body["n"] = n
+        if stop and self.stop:
+            body["stop"] = list(stop[:MOST_STOPS])
+        if self.logprobs:
+            body["logprobs"] = 1 if isinstance(asked, str) else True
+        return body | more
+
+
+async def probe(connection: Connection, model: str) -> Support:
+    """What the server supports: it is asked twice with one seed and once with another, in the first
+    way that it does not refuse.
+
+    Raises:
+        UserError: it refuses them all, or does not answer.
+    """
+    refused: Fault | None = None
+    ask = partial(_sample, connection, model)
+    for several, limit in itertools.product((True, False), LIMITS):
+        plain = Support(
+            n=several, seed=False, varies=False, stop=False, logprobs=False, limit=limit
+        )
+        try:
+            first, again, other = [(await ask(plain, seed=seed)).texts for seed in (1, 1, 2)]
+        except Fault as fault:
+            refused = refused or fault
+            if not fault.bad_request:
+                break
+            continue
+        found = replace(
+            plain,
+            n=several and len(first) == 2 and len(set(first)) == 2,
+            seed=first == again != other,
+            varies=len({*first, *again, *other}) > 1,
+        )
+        return await _probe_extras(ask, found)
+    assert refused is not None
+    raise connection.endpoint.explain(refused)
+
+
+async def _probe_extras(ask: Callable[..., Awaitable[Reply]], found: Support) -> Support:
+    """Whether log-probabilities and stop strings work; a server may refuse either."""
+
+    async def greedy(support: Support, stop: Sequence[str] = ()) -> Reply | None:
+        try:
+            return await ask(support, temperature=0.0, stop=stop)
+        except Fault:
+            return None
+
+    telling, stopping = replace(found, logprobs=True), replace(found, stop=True)
+    told = await greedy(telling)
+    values = told.choices[0].token_logprobs if told else []
+    whole = told or await greedy(found)
+    text = whole.texts[0] if whole else ""
+    mark = re.search(r"[^\s\ufffd]{1,4}", text[len(text) // 2 :])
+    cut = await greedy(stopping, [mark[0]]) if mark else None
+    return replace(
+        found,
+        logprobs=bool(values) and all(map(math.isfinite, values)),
+        stop=cut is not None and len(cut.texts[0]) < len(text),
+    )
+
+
+async def _sample(
+    connection: Connection,
+    model: str,
+    support: Support,
+    *,
+    seed: int = 1,
+    temperature: float = 1.0,
+    stop: Sequence[str] = (),
+) -> Reply:
+    body = support.body(
+        model,
+        (PROBE,),
+        PROBE_TOKENS,
+        n=2 if support.n and temperature else 1,
+        stop=stop,
+        seed=seed,
+        temperature=temperature,
+        top_p=1.0,
+    )
+    return await connection.ask(body)
+
+
+def check_server(settings: PolicySettings, *, adapters: bool, limits: Limits | None = None) -> None:
+    """Ask the server for one token; and, for `adapters`, whether it loads any while it runs.
+
+    Raises:
+        UserError: no such address, no key where one is named, no answer, or no adapters.
+    """
+
+    async def look() -> None:
+        endpoint = open_endpoint(settings, limits)
+        async with endpoint.connect(endpoint.limits.start) as connection:
+            try:
+                await _first_answer(connection, settings.served_name)
+                if adapters:
+                    await _takes_adapters(connection)
+            except Fault as fault:
+                raise endpoint.explain(fault) from None
+
+    run_async(look())
+
+
+async def _first_answer(connection: Connection, model: str) -> None:
+    for limit in LIMITS:
+        body = {"model": model, "messages": [PROBE], limit: 1}
+        try:
+            await connection.ask(body)
+            return
+        except Fault as fault:
+            if not fault.bad_request or limit == LIMITS[-1]:
+                raise
+
+
+async def _takes_adapters(connection: Connection) -> None:
+    """Send an empty request: a server that knows the address refuses it as incomplete."""
+    try:
+        await connection.load_adapter({})
+    except Fault as fault:
+        if fault.status in MISSING:
+            raise no_adapters(connection.endpoint, fault.reason) from None
+        if fault.again or fault.unauthorised:
+            raise
