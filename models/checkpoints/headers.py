@@ -1,14 +1,12 @@
-"""A model directory's files as they lie on the disk, read without torch and without trust.
+"""The files of a model directory, read without torch; their contents are not trusted.
 
-`models.checkpoints.check` holds what is found here against the architecture. Nothing is followed
-out of the directory but links to files (the hub's cache is made of them), and nothing is read whole
-but small files.
+`models.checkpoints.check` compares them with the architecture. Only links to files lead out of the
+directory (the hub's cache is made of them), and only small files are read whole.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import stat
 from collections.abc import Iterator
@@ -23,38 +21,29 @@ TOKENIZERS = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
     *("spiece.model", "sentencepiece.bpe.model", "tekken.json"),
 )
-BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
-    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
-    **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
-    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
-}
-"""Of one number, by what safetensors calls its type."""
 LARGEST = {"config.json": 16 << 20, "tokenizer.json": 256 << 20, INDEX: 64 << 20}
 SMALL = 64 << 20
-"""Bytes that any other file that is read whole may have."""
+"""Most bytes of any other file that is read whole."""
 LONGEST_HEADER = 32 << 20
-"""Bytes: a hundred thousand tensors in one file take about ten million."""
+"""Most bytes of a header: a hundred thousand tensors take about ten million."""
 READ_WHOLE = (".json", ".jinja", ".txt", ".model")
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """What a safetensors header says of a tensor."""
+    """A tensor in a safetensors header."""
 
     kind: str
-    """Its type, as in `BITS`."""
+    """Its type, as safetensors names it."""
     shape: tuple[int, ...]
     file: str
 
 
 def check_listing(directory: Path) -> None:
-    """See that a directory has what transformers loads a model from, as files.
+    """See that a directory has the files that transformers loads a model from.
 
     Raises:
-        UserError: something is missing, no regular file, or too large to be what it is called.
+        UserError: a file is missing, is no regular file, or is too large.
     """
     for file in _entries(directory):
         _check_file(file)
@@ -72,10 +61,10 @@ def check_listing(directory: Path) -> None:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """The object in a JSON file.
 
     Raises:
-        UserError: it cannot be read, is no JSON, too deep, or holds something else.
+        UserError: it cannot be read, is no JSON, is nested too deeply, or holds no object.
     """
     _check_file(file)
     try:
@@ -92,7 +81,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """The tensors of a model directory, by name: every header that transformers would read.
+    """The tensors of a model directory by name, from every header that transformers reads.
 
     Raises:
         UserError: a header or the index is malformed, a shard is missing or cut, or the index and
@@ -131,7 +120,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def shards_there(directory: Path) -> bool:
-    """Whether all files of weights are there that the directory names."""
+    """Whether all files of weights that the directory names exist."""
     if (directory / WEIGHTS).exists():
         return True
     places = read_object(directory / INDEX).get("weight_map")
@@ -143,47 +132,41 @@ def read_header(file: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file, by name.
 
     Raises:
-        UserError: the header is malformed, or is not the header of this file.
+        UserError: the header is malformed, or does not fit the file.
     """
+    from safetensors import SafetensorError, safe_open
+
     _check_file(file)
-    header, rest = _header_bytes(file)
     try:
-        told = json.loads(header, object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(file, f"its header is no JSON ({_said(error)})") from None
-    if not isinstance(told, dict):
-        raise _damaged(file, f"its header holds {_kind(told)}")
-    spans = []
-    found = {}
-    for name, entry in told.items():
-        if name != "__metadata__":
-            found[name], span = _tensor(file, name, entry)
-            spans.append((*span, name))
-    end = 0
-    for begin, stop, name in sorted(spans):
-        if begin != end:
-            raise _damaged(file, f"the bytes of {name} begin at {begin:,}, not at {end:,}")
-        end = stop
-    if end != rest:
-        raise _damaged(file, f"its header tells of {end:,} bytes of tensors; there are {rest:,}")
-    return found
+        if (size := _header_size(file)) > LONGEST_HEADER:
+            raise SafetensorError(f"its header has {size:,} bytes, more than {LONGEST_HEADER:,}")
+        with safe_open(file, framework="numpy") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            return {
+                name: Tensor(part.get_dtype(), tuple(part.get_shape()), file.name)
+                for name, part in slices.items()
+            }
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")[:300]
+        raise UserError(
+            f"is not a whole safetensors file: {reason}", where=str(file), fix="fetch it again"
+        ) from None
 
 
 def digest_parts(directory: Path) -> Iterator[bytes]:
-    """What a check of the directory depends on: names, sizes, small files, headers of weights."""
+    """The bytes that a check depends on: names, sizes, small files, headers of weights."""
     for file in _entries(directory):
         size = file.stat().st_size
         yield f"\n{file.relative_to(directory)}:{size}\n".encode()
         if file.suffix == ".safetensors":
             with file.open("rb") as stream:
-                length = int.from_bytes(stream.read(8), "little")
-                yield stream.read(min(length, LONGEST_HEADER))
+                yield stream.read(8 + min(_header_size(file), LONGEST_HEADER))
         elif file.suffix in READ_WHOLE:
             yield file.read_bytes()
 
 
 def _entries(directory: Path) -> list[Path]:
-    """The files that transformers may look at, by name; folders it knows are looked into."""
+    """The files that transformers may read, by name: the directory's and additional templates."""
     more = directory / "additional_chat_templates"
     entries = [*directory.iterdir(), *(more.iterdir() if more.is_dir() else ())]
     return sorted(path for path in entries if not path.is_dir())
@@ -238,59 +221,15 @@ def _no_weights(directory: Path, names: set[str]) -> UserError:
     )
 
 
-def _header_bytes(file: Path) -> tuple[bytes, int]:
-    """The header, and how many bytes follow it."""
-    size = file.stat().st_size
+def _header_size(file: Path) -> int:
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise _damaged(file, f"its header would have {length:,} bytes; the file has {size:,}")
-        if length > LONGEST_HEADER:
-            raise _damaged(file, f"its header has {length >> 20:,} MiB")
-        return stream.read(length), size - 8 - length
-
-
-def _tensor(file: Path, name: str, entry: Any) -> tuple[Tensor, tuple[int, int]]:
-    entry = entry if isinstance(entry, dict) else {}
-    kind, shape, span = (entry.get(part) for part in ("dtype", "shape", "data_offsets"))
-    if not isinstance(kind, str) or kind not in BITS:
-        raise _damaged(file, f"{name[:200]} has the type {str(kind)[:40]!r}")
-    if not _sizes(shape) or not _sizes(span) or len(span) != 2:
-        raise _damaged(file, f"{name[:200]} has no shape or no place in the file")
-    begin, end = span
-    if end - begin != math.ceil(math.prod(shape) * BITS[kind] / 8):
-        raise _damaged(file, f"{name[:200]}: {end - begin:,} bytes are not {kind} {shape}")
-    return Tensor(kind, tuple(shape), file.name), (begin, end)
-
-
-def _sizes(found: Any) -> bool:
-    whole = isinstance(found, list) and len(found) <= 16
-    return whole and all(type(size) is int and 0 <= size < 1 << 63 for size in found)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{name[:200]!r} is named twice")
-        found[name] = value
-    return found
+        return int.from_bytes(stream.read(8), "little")
 
 
 def _leads_away(name: str) -> bool:
     return name != Path(name).name or name.startswith(".")
 
 
-def _damaged(file: Path, what: str) -> UserError:
-    return UserError(
-        f"is not a whole safetensors file: {what}", where=str(file), fix="fetch the file again"
-    )
-
-
 def _kind(found: Any) -> str:
     names = {list: "a list", str: "a text", type(None): "null", bool: "a truth value"}
     return names.get(type(found), "a number" if isinstance(found, int | float) else "something")
-
-
-def _said(error: BaseException) -> str:
-    return str(error)[:200] or type(error).__name__
