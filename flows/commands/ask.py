@@ -9,9 +9,13 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.text import Text
+
 from constitutions.constitution import Constitution, Principle, load, principle_key
 from constitutions.errors import UserError
 from constitutions.parse import whole
+from constitutions.terminal import console
+from flows.commands.tables import panels
 from flows.experiment import Experiment, newest, open_experiment
 from flows.methods import method_of
 from flows.schema import ExperimentSettings
@@ -152,3 +156,33 @@ def _entry(constitution: Constitution, principle: str) -> tuple[Principle | None
         return None, 0, False
     rank = wordings[near[0]]
     return constitution.principles[rank], rank + 1, near[0] == key
+
+
+def show_asked(reply: PolicyAnswer) -> None:
+    """Print y1 → z → y2, and where z stands in the constitution."""
+    answer, at = reply.answer, f"Iteration {reply.iteration}:"
+    shown = {"first answer": answer.initial, "principle": answer.principle}
+    shown["refined answer"] = answer.refined
+    panels({title: text for title, text in shown.items() if text or title != "principle"})
+    if reply.iteration == 0:
+        why = f"{at} the initial policy; no constitution yet."
+    elif not answer.principle:
+        why = f"{at} this method has no principles."
+    elif reply.entry is None:
+        why = f"{at} nothing in its constitution is like this principle."
+    else:
+        how = "is a wording of" if reply.exact else "comes nearest to"
+        why = (
+            f"{at} the principle {how} no. {reply.rank} of the constitution, "
+            f"“{reply.entry.text}” ({reply.entry.support} trajectories)."
+        )
+    console.print(Text(why))
+
+
+def show_told(reply: ConstitutionAnswers) -> None:
+    """Print a response under principles, beside the one without."""
+    told = "\n".join(f"{n}. {text}" for n, text in enumerate(reply.principles, start=1))
+    panels({"told": told, "answer": reply.response, "answer when it is told nothing": reply.plain})
+    console.print(
+        f"Iteration {reply.iteration}{'.' if reply.iteration else ': the initial policy.'}"
+    )

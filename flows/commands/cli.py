@@ -1,12 +1,11 @@
-"""`staple`: run an experiment, re-run a stage, look at what came out.
+"""`staple`: the commands and their options.
 
-Only Typer and the consoles are imported here; each command imports what it needs, so that `--help`
-is quick.
+What a command does, and what it prints, is in a module of its own beside this one. The command
+imports it when it is called, so that `--help` is quick.
 """
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import sys
@@ -35,11 +34,16 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a setting, as in --set mine.samples=8. Repeatable."),
 ]
-Iteration = typer.Option(min=1, max=100, help="Default: the newest.")
-Seed = typer.Option(min=0, max=2**32 - 1, help="The same one gives the same.")
-Port = typer.Option(min=1, max=65535, help="Default: the usual one, or a free one.")
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same result.")
+]
+Port = Annotated[
+    int | None, typer.Option(min=1, max=65535, help="Default: the usual one, or a free one.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Compute again what the record has.")]
 Name = Annotated[str, typer.Argument(help="The experiment's name.")]
+Source = Annotated[str, typer.Argument(help="A preset's name or a YAML file.")]
+Iteration = Annotated[int | None, typer.Option(min=1, max=100, help="Default: the newest.")]
 
 
 @app.command()
@@ -64,14 +68,14 @@ def run(
     recorded = resume or bool(start)
     settings = (recorded_settings if recorded else load_settings)(source, set_ or [])
     place = parse_place(start, settings) if start else None
-    from flows.commands import show
+    from flows.commands import results
     from flows.em import em_experiment
     from flows.preflight import ask_server, check_all
     from flows.server.prefect_server import at_hand
     from flows.states import unchanged
     from flows.together import go_on
 
-    show.beginning(settings, check_all(settings))
+    results.show_beginning(settings, check_all(settings))
     with ExitStack() as held:
         held.enter_context(writing(settings.experiment, f"staple run {settings.experiment}"))
         if recorded:  # as a run that was waited for has left them
@@ -83,15 +87,15 @@ def run(
             ask_server(settings)
             held.enter_context(at_hand())
             done = em_experiment(settings, force, place)
-        show.ending(settings, done)
+        results.show_ending(settings, done)
         if followed := go_on(settings, done, resume=recorded, force=force):
-            show.ending(followed.settings, followed.done)
+            results.show_ending(followed.settings, followed.done)
             say(f"Both in one report: {followed.report}")
 
 
 @app.command()
 def baselines(
-    source: Annotated[str, typer.Argument(help="A preset's name or a YAML file.")] = "planted",
+    source: Source = "planted",
     only: Annotated[
         list[str] | None,
         typer.Option("--only", help="self-refine, star, sft or unconstrained. Repeatable."),
@@ -106,7 +110,7 @@ def baselines(
     On the same stages and prompts, at the same number of tokens in training.
     """
     from flows.baselines import BASELINES, check_names, run_baselines, split_overrides
-    from flows.commands import show
+    from flows.commands import results
     from flows.preflight import ask_server, check
     from flows.server.prefect_server import at_hand
     from flows.settings import load_settings
@@ -115,10 +119,10 @@ def baselines(
     names = only or list(BASELINES)
     check_names(names, changes)
     settings = load_settings(source, own)
-    show.beginning(settings, check(settings))
+    results.show_beginning(settings, check(settings))
     ask_server(settings)
     with at_hand():
-        show.baselines(run_baselines(settings, names, changes))
+        results.show_baselines(run_baselines(settings, names, changes))
 
 
 class StageCommand(typer.core.TyperCommand):
@@ -145,22 +149,22 @@ def stage(
 
     A changed setting holds in this iteration from now on.
     """
-    from flows.commands import show
+    from flows.commands import results
     from flows.experiment import recorded_settings
     from flows.settings import parse_overrides
     from flows.stages import run_stage
 
-    show.attempt(run_stage(experiment, name, iteration, parse_overrides(set_ or []), force))
-    show.status(recorded_settings(experiment))
+    results.show_attempt(run_stage(experiment, name, iteration, parse_overrides(set_ or []), force))
+    results.show_status(recorded_settings(experiment))
 
 
 @app.command()
 def status(experiment: Name) -> None:
     """Iterations by stages: finished, stale (and since which change), failed or missing."""
-    from flows.commands import show
+    from flows.commands import results
     from flows.experiment import recorded_settings
 
-    show.status(recorded_settings(experiment))
+    results.show_status(recorded_settings(experiment))
 
 
 @app.command()
@@ -186,26 +190,21 @@ def accept(
 @constitutions.command("show")
 def constitution_show(
     experiment: Name,
-    iteration: Annotated[int | None, Iteration] = None,
+    iteration: Iteration = None,
 ) -> None:
     """Print the principles that the policy discovered, the best supported first.
 
     Of SAMI: those that it was taught, their antitheses, and which were held out of training.
     """
-    from flows.commands import show
-    from flows.experiment import newest, open_experiment, recorded_settings
-    from flows.methods import method_of
+    from flows.commands.constitution import show_constitution
 
-    settings = recorded_settings(experiment)
-    one = method_of(settings).constitutional  # for all iterations
-    t = 0 if one else newest(settings, "cluster", iteration).iteration
-    show.constitution(open_experiment(settings).constitution(t))
+    show_constitution(experiment, iteration)
 
 
 @constitutions.command("edit")
 def constitution_edit(
     experiment: Name,
-    iteration: Annotated[int | None, Iteration] = None,
+    iteration: Iteration = None,
     file: Annotated[
         Path | None, typer.Option(help="An edited file. Default: opens $VISUAL or $EDITOR.")
     ] = None,
@@ -245,7 +244,7 @@ def constitution_write(
     endpoint: Annotated[
         str, typer.Option(help="An OpenAI-compatible server that answers for the model.")
     ] = "",
-    seed: Annotated[int, Seed] = 0,
+    seed: Seed = 0,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -258,8 +257,7 @@ def constitution_write(
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
 ) -> None:
     """Have a model write principles and their antitheses, for SAMI; check and save them."""
-    from flows.commands import show
-    from flows.commands.write import write_constitution
+    from flows.commands.write import show_written, write_constitution
     from flows.settings import parse_overrides
 
     options = {
@@ -269,7 +267,7 @@ def constitution_write(
         "writer.endpoint": endpoint,
     }
     given = parse_overrides(set_ or []) | {name: o for name, o in options.items() if o}
-    show.written(write_constitution(out, given, experiment=source, seed=seed, force=force))
+    show_written(write_constitution(out, given, experiment=source, seed=seed, force=force))
     say(f"Wrote {out}: edit it as you like.")
 
 
@@ -279,10 +277,9 @@ def compare(
     right: Annotated[str, typer.Argument(help="What it is compared with; the same form.")],
 ) -> None:
     """Two experiments, iterations or attempts: settings, figures and principles that differ."""
-    from flows.commands import show
-    from flows.commands.compare import compare as side_by_side
+    from flows.commands import compare as comparing
 
-    show.compared(side_by_side(left, right))
+    comparing.show_compared(comparing.compare(left, right))
 
 
 @app.command()
@@ -302,7 +299,7 @@ def report(
 @app.command()
 def export(
     experiment: Name,
-    iteration: Annotated[int | None, Iteration] = None,
+    iteration: Iteration = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="A complete model in bfloat16, not a PEFT adapter.")
     ] = False,
@@ -311,10 +308,9 @@ def export(
     ] = None,
 ) -> None:
     """Write a trained policy for transformers, peft and vLLM, with a card; checks its logits."""
-    from flows.commands import show
-    from flows.commands.export import export_policy
+    from flows.commands.export import export_policy, show_exported
 
-    show.exported(export_policy(experiment, iteration, merge=merge, out=out))
+    show_exported(export_policy(experiment, iteration, merge=merge, out=out))
 
 
 @app.command()
@@ -335,16 +331,15 @@ def ask(
 
     Of SAMI: its answer when it is told principles, and its answer when it is told none.
     """
-    from flows.commands import show
-    from flows.commands.ask import ask_policy, tell_policy
+    from flows.commands.ask import ask_policy, show_asked, show_told, tell_policy
     from flows.experiment import recorded_settings
     from flows.methods import method_of
 
     settings = recorded_settings(experiment)
     if method_of(settings).constitutional or principle:
-        show.told(tell_policy(settings, prompt, iteration, principle or []))
+        show_told(tell_policy(settings, prompt, iteration, principle or []))
     else:
-        show.asked(ask_policy(settings, prompt, iteration))
+        show_asked(ask_policy(settings, prompt, iteration))
 
 
 @app.command()
@@ -357,7 +352,7 @@ def judge(
             "--set", help="A setting of evaluate, as in --set judge.kind=pairwise. Repeatable."
         ),
     ] = None,
-    seed: Annotated[int, Seed] = 0,
+    seed: Seed = 0,
     out: Annotated[
         Path | None, typer.Option(help="Write the comparisons too: a .parquet or .json file.")
     ] = None,
@@ -367,10 +362,9 @@ def judge(
 
     With --set judge.kind=pairwise --set judge.policy.model=NAME [--set judge.endpoint=URL].
     """
-    from flows.commands import show
-    from flows.commands.judge import judge_files
+    from flows.commands.judge import judge_files, show_judged
 
-    show.judged(judge_files(ours, theirs, set_ or [], seed=seed, out=out, force=force))
+    show_judged(judge_files(ours, theirs, set_ or [], seed=seed, out=out, force=force))
     if out:
         say(f"Wrote {out}.")
 
@@ -381,7 +375,7 @@ def validate(
     set_: Set = None,
 ) -> None:
     """Check settings, data and model before anything is computed; report every mistake."""
-    from flows.commands import show
+    from flows.commands.plan import show_checked
     from flows.preflight import ask_server, check_all, check_data
     from flows.settings import load_settings, presets
 
@@ -389,14 +383,14 @@ def validate(
         settings = load_settings(file, set_ or [])
         found = check_all(settings)
         ask_server(settings)
-        show.checked(file, found)
+        show_checked(file, found)
     else:
-        show.checked(file, check_data(file))
+        show_checked(file, check_data(file))
 
 
 @app.command()
 def plan(
-    source: Annotated[str, typer.Argument(help="A preset's name or a YAML file.")] = "planted",
+    source: Source = "planted",
     gpu: Annotated[
         str, typer.Option(help="rtx-4090, l4, l40s, a100-40, a100-80, h100, h200 or b200.")
     ] = "h100",
@@ -416,7 +410,7 @@ def plan(
     """Tokens, GPU memory, disk and hours, before anyone spends them; loads and fetches nothing."""
     from dataclasses import replace
 
-    from flows.commands import show
+    from flows.commands.plan import show_plan
     from flows.plan import plan as planning
     from flows.plan.workload import Assumed
     from flows.settings import following, load_settings
@@ -427,15 +421,15 @@ def plan(
     settings = load_settings(source, set_ or [])
     known = planning.like(like) if like else Assumed()
     assumed = replace(known, filled=filled or known.filled, accepted=accepted or known.accepted)
-    show.planned(planning.plan(settings, gpu, assumed))
+    show_plan(planning.plan(settings, gpu, assumed))
     if then := following(settings):
-        show.planned(planning.plan(then, gpu, assumed))
+        show_plan(planning.plan(then, gpu, assumed))
 
 
 @app.command()
 def up(
-    port: Annotated[int | None, Port] = None,
-    mlflow_port: Annotated[int | None, Port] = None,
+    port: Port = None,
+    mlflow_port: Port = None,
 ) -> None:
     """Start Prefect, MLflow and workers here: schedules, forms and runs in the browser."""
     from flows.server import services
@@ -492,68 +486,12 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail("stopped; what was finished is kept, the same command goes on from there", 130)
     except Exception as error:
-        from tasks.record.database import damage_behind
+        from flows.commands.failures import explained
 
-        if damage := damage_behind(error):
-            _fail(str(damage), 2)
-        if unusable := _unusable(error):
-            _fail(unusable, 2)
-        explained = _explain(error)
-        if explained is None:
+        told = explained(error)
+        if told is None:
             raise
-        _fail(f"{explained}; what was finished is kept: staple run EXPERIMENT --resume", 1)
-
-
-UNUSABLE = (
-    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR),
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
-)
-"""What the system says of a path that a person gave, or of a folder that may not be written to."""
-
-
-def _unusable(error: BaseException | None) -> str:
-    """What is wrong with a path, and what to do; "": the error is about none."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename:
-            refused = UserError(
-                str(error.strerror),
-                where=os.fsdecode(error.filename),
-                expected="a path that this user can read and write",
-                fix="make it so or move it away, then give the same command again",
-            )
-            return str(refused)
-        error = error.__cause__ or error.__context__
-    return ""
-
-
-def _explain(error: BaseException | None) -> str | None:
-    """What happened around us, in words; None: it is no outage but a defect."""
-    while error is not None:
-        text, library = str(error), type(error).__module__.partition(".")[0]
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "database or disk is full" in text:
-            return "the disk is full; free some space"
-        if library in ("httpx", "httpcore") or "reach API at" in text:
-            said = f"{_first_line(text)}{_through_proxy('PREFECT_API_URL')}"
-            return f"Prefect's server does not answer ({said})"
-        outage = any(sign in text for sign in ("Max retries", "onnection"))
-        if outage and library in ("mlflow", "requests", "sqlalchemy", "urllib3"):
-            said = f"{_first_line(text)}{_through_proxy('MLFLOW_TRACKING_URI')}"
-            return f"MLflow stopped answering ({said})"
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0][:200]
-
-
-def _through_proxy(variable: str) -> str:
-    """Which proxy the server in the variable is asked through, for a message."""
-    from models.endpoint.proxies import proxy_of
-
-    proxy = proxy_of(os.environ.get(variable, ""))
-    return f", asked through the proxy in {proxy.source}" if proxy else ""
+        _fail(*told)
 
 
 def _environment() -> None:

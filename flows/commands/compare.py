@@ -7,8 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rich.text import Text
+
 from constitutions.constitution import Changes, diff, load
 from constitutions.errors import UserError
+from constitutions.terminal import console
+from flows.commands.tables import table
 from flows.experiment import Experiment, open_experiment, recorded_settings
 from flows.methods import method_of
 from flows.publish import constitution_of, iteration_metrics
@@ -46,15 +50,18 @@ class Compared:
 
 
 def compare(left: str, right: str) -> Compared:
-    """Compare what two references name (`REFERENCE`).
+    """Compare what two references name; each has the form of `REFERENCE`.
 
     Raises:
-        UserError: a reference that names nothing, or the two are not of one kind.
+        UserError: a reference is malformed or names nothing that is recorded, or the two are of
+            different kinds.
     """
     a, b = _side(left), _side(right)
     if left.count(":") != right.count(":"):
         raise UserError(
-            "these are not of one kind", where=f"{left}, {right}", expected=f"two of {REFERENCE}"
+            "the two references are of different kinds",
+            where=f"{left}, {right}",
+            expected=f"two of {REFERENCE}",
         )
     figures = list(_figures(a.metrics, b.metrics))
     return Compared(
@@ -74,7 +81,7 @@ def compare(left: str, right: str) -> Compared:
 def _side(reference: str) -> Side:
     match = re.fullmatch(r"([^:@]+)(?::([0-9]{1,4})(?::([a-z]+)(?:@([0-9]{1,6}))?)?)?", reference)
     if not match:
-        raise UserError("this names nothing", where=reference, expected=REFERENCE)
+        raise UserError("not a reference", where=reference, expected=REFERENCE)
     name, iteration, stage, number = match.groups()
     experiment = open_experiment(recorded_settings(name))
     if iteration is None:
@@ -197,3 +204,43 @@ def _constitutions(left: Attempt | None, right: Attempt | None) -> Changes | Non
     if left is None or right is None:
         return None
     return diff(*(load(attempt.path("constitution.yaml")) for attempt in (left, right)))
+
+
+def show_compared(found: Compared) -> None:
+    """Print the settings, figures and principles that differ."""
+    left, right = found.left.name, found.right.name
+    if found.settings:
+        rows = [list(map(Text, row)) for row in found.settings]
+        columns = ("setting", left, right)
+        console.print(table("settings that differ", columns, rows, texts=range(3)))
+    else:
+        console.print("Their settings are the same.")
+    if found.metrics:
+        title = "figures that differ, with 95 % intervals"
+        made = table(title, ("figure", left, right), found.metrics)
+        made.columns[0].overflow = "fold"
+        console.print(made)
+    console.print(f"{found.equal} figures are the same.")
+    if found.constitution:
+        changes = list(_changes(found.constitution))
+        title, columns = f"principles, {left} → {right}", ("what", "trajectories", "principle")
+        same = "Their constitutions are the same."
+        console.print(table(title, columns, changes, texts=(0, -1)) if changes else same)
+
+
+def _changes(changes: Changes) -> Iterator[tuple[str, str, Text]]:
+    """(what, trajectories, principle) of every change between two constitutions."""
+    moved = {was.id for was, _ in changes.reworded}
+    for what, pairs in (("reworded", changes.reworded), ("merged", changes.merged)):
+        for was, now in pairs:
+            count = f"{was.support} → {now.support}"
+            yield what, count, Text(f"{was.text} → {now.text}")
+    for was, now in changes.opposed:
+        wordings = f"{was.antithesis or 'none'} → {now.antithesis or 'none'}"
+        yield "antithesis", str(now.support), Text(f"{now.text}: {wordings}")
+    for was, now in changes.support_changed:
+        if was.id not in moved:
+            yield "support", f"{was.support} → {now.support}", Text(now.text)
+    for what, principles in (("added", changes.added), ("dropped", changes.dropped)):
+        for principle in principles:
+            yield what, str(principle.support), Text(principle.text)

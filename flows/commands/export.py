@@ -11,6 +11,8 @@ from pathlib import Path
 import yaml
 
 from constitutions.constitution import load, markdown
+from constitutions.terminal import console
+from flows.commands.tables import table
 from flows.experiment import Experiment, newest, open_experiment, recorded_settings
 from flows.methods import method_of
 from flows.publish import rate_text
@@ -168,3 +170,15 @@ def _training(settings: ExperimentSettings) -> str:
     train = settings.train.model_dump(mode="json", exclude={"processes"})
     values = {"seed": settings.seed, "policy": policy, "train": train}
     return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def show_exported(done: Exported) -> None:
+    """Print where a policy was written, and how far it is the one that was evaluated."""
+    size = sum(file.stat().st_size for file in done.path.iterdir()) / 1e6
+    console.print(f"Wrote {done.path}, {size:,.1f} MB ({done.kind}).", soft_wrap=True)
+    columns = ("loaded with", "max |Δlogit|", "mean KL", "same top token")
+    title = f"beside the policy as it was evaluated, on {done.agreements[0].tokens:,} tokens"
+    rows = [
+        (a.loaded, f"{a.largest:.2g}", f"{a.kl:.2g}", f"{a.same_top:.1%}") for a in done.agreements
+    ]
+    console.print(table(title, columns, rows, texts=[0]))

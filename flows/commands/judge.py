@@ -16,7 +16,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import TypeVar
 
+from rich.text import Text
+
 from constitutions.errors import UserError, UserErrors
+from constitutions.terminal import console
+from flows.commands.tables import table
 from flows.experiment import home
 from flows.settings import load_settings, parse_override
 from models.endpoint.client import Limits
@@ -288,3 +292,36 @@ def _write(out: Path, rows: Sequence[JudgedRow]) -> None:
         write_text(out, json.dumps([asdict(row) for row in rows], indent=1))
         return
     write_rows(out, rows, JudgedRow)
+
+
+def show_judged(found: Judged) -> None:
+    """Print win rate and lengths of two response files, and what the judge is worth."""
+    rate, controlled = found.rate, found.controlled
+    rows = {
+        "ours": found.ours.name,
+        "theirs": found.theirs.name,
+        "judge": found.judge,
+        "pairs judged": f"{rate.n:,}",
+        "wins / ties / losses": f"{rate.wins:,} / {rate.ties:,} / {rate.losses:,}",
+        "failed": f"{rate.failed:,}",
+        "win rate": f"{_interval(rate)}, sign test p = {rate.p_value:.2g}",
+        "length-controlled": _interval(controlled) if controlled else f"– ({found.confounded})",
+        "mean characters": f"{found.lengths[0]:,.1f} ours, {found.lengths[1]:,.1f} theirs",
+    }
+    orders = {"judge/bias": "position bias", "judge/consistency": "consistency of orders"}
+    rows |= {told: f"{found.orders[n]:.2f}" for n, told in orders.items() if n in found.orders}
+    title = "who follows the constitution better? 95 % intervals"
+    cells = [(name, Text(value)) for name, value in rows.items()]
+    made = table(title, ("figure", "value"), cells, texts=range(2))
+    made.columns[1].overflow = "fold"
+    console.print(made)
+    if found.rejected:
+        console.print(f"{len(found.rejected):,} rows are in no pair:")
+    for lone in found.rejected[:10]:
+        console.print(Text(f"  {lone.source}: {lone.reason}; {lone.detail}"))
+    if len(found.rejected) > 10:
+        console.print("  …")
+
+
+def _interval(rate: WinRate | LengthControlled) -> str:
+    return f"{rate.rate:.3f} [{rate.low:.3f}, {rate.high:.3f}]"

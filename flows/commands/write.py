@@ -5,14 +5,18 @@ Nothing is recorded: the file is for people to edit, and for an experiment's `wr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from rich.text import Text
 
 from constitutions.constitution import load, save
 from constitutions.errors import REPORTED, UserError, UserErrors
+from constitutions.terminal import console
+from flows.commands.tables import table
 from flows.experiment import (
     Experiment,
     check_discovers,
@@ -163,3 +167,16 @@ def model_path(writer: PolicySettings, seed: int) -> str:
         open_model(writer, home(), "sampled")
         return writer.model
     return str(make_world_model(writer.model, seed, home()))
+
+
+def show_written(found: Written) -> None:
+    """Print the pairs of a constitution that was just written, and why others were rejected."""
+    rows = [
+        (str(number), Text(entry.text), Text(entry.antithesis))
+        for number, entry in enumerate(found.constitution.principles, start=1)
+    ]
+    columns = ("#", "principle", "antithesis")
+    console.print(table("constitution", columns, rows, texts=(1, 2)))
+    reasons = Counter(row.reason for row in found.rejected).most_common()
+    why = "".join(f"\n  {times} × {reason}" for reason, times in reasons)
+    console.print(f"{len(found.rejected)} rejected{':' if why else '.'}{why}")

@@ -1,7 +1,7 @@
-"""What `staple up` keeps in Prefect's server: work pools, deployments, and runs that nobody runs.
+"""What `staple up` keeps in Prefect's server: work pools, deployments, and the states of dead runs.
 
-A run of a pool brings nothing but its parameters: command, environment and working directory are
-the pool's own (`pool.json`), so that who may start a run may not start a program.
+A run brings only its parameters. Command, environment and working directory are the pool's
+(`pool.json`): whoever may start a run cannot start another program.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from constitutions.errors import UserError
 if TYPE_CHECKING:
     from uuid import UUID
 
+    import psutil
     from prefect.client.orchestration import SyncPrefectClient
-    from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
-    from prefect.client.schemas.objects import DeploymentSchedule, FlowRun
+    from prefect.client.schemas.objects import DeploymentSchedule
 
 POOLS = {"gpu": 1, "cpu": 2}
 """Work pools and how many runs each has at a time."""
@@ -62,73 +62,64 @@ def deploy(url: str, environment: Mapping[str, str]) -> None:
             text=True,
         )
         if done.returncode:
-            raise UserError(f"Prefect refused the deployments:\n{_tail(done.stdout + done.stderr)}")
+            raise UserError(f"Prefect refused the deployments:\n{tail(done.stdout + done.stderr)}")
         _close_parameters(client)
         for deployment, before in schedules.items():
             _restore_schedules(client, deployment, before)
 
 
 def end_dead_runs(client: SyncPrefectClient, dead: Collection[str], *, alone: bool) -> list[str]:
-    """Mark the runs as crashed that nobody runs any more; their names. Their pools' slots are free.
+    """Mark runs whose process is gone as crashed, which frees their pools' slots; their names.
 
     Args:
         dead: names of this machine's workers that are dead.
-        alone: the server is this machine's own. A run that was taken a moment before everything
-            died, and has no worker's name yet, is then nobody's, unless another worker is online.
+        alone: whether the server is this machine's own. A run without a worker's name, taken a
+            moment before everything died, is then dead too, unless another worker is online.
     """
-    runs = _unfinished(client, work_pool_filter=_named(list(POOLS)))
+    runs = _unfinished(client, work_pools={"name": {"any_": list(POOLS)}})
     if not runs:
         return []
-    living = set(_living_runs())
+    living = {env[RUN_ID] for _, env in processes() if RUN_ID in env}
     orphaned = {p for p in POOLS if alone and not online(client, p) - set(dead)}
     ended = list[str]()
     for run in runs:
-        worker = run.labels.get(WORKER)
-        is_dead = worker in dead if worker else run.work_pool_name in orphaned
-        if is_dead and str(run.id) not in living:
+        worker = run["labels"].get(WORKER)
+        is_dead = worker in dead if worker else run["work_pool_name"] in orphaned
+        if is_dead and run["id"] not in living:
             _crash(client, run, f"the worker {worker or 'that took it'} died on {platform.node()}")
-            ended.append(str(run.name))
+            ended.append(run["name"])
     return ended
 
 
-def _crash(client: SyncPrefectClient, run: FlowRun, why: str) -> None:
-    """Mark a run, and the runs below it."""
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
+def _crash(client: SyncPrefectClient, run: Mapping[str, Any], why: str) -> None:
+    """Mark a run as crashed, and the runs below it."""
+    from uuid import UUID
+
+    from prefect.client.schemas.objects import State
     from prefect.states import Crashed
 
-    parent = FlowRunFilterParentFlowRunId(any_=[run.id])
-    for below in _unfinished(client, flow_run_filter=FlowRunFilter(parent_flow_run_id=parent)):
+    for below in _unfinished(client, flow_runs={"parent_flow_run_id": {"any_": [run["id"]]}}):
         _crash(client, below, why)
-    client.set_flow_run_state(run.id, Crashed(message=f"Nobody runs this any more: {why}."), True)
+    crashed: State[Any] = Crashed(message=f"Nobody runs this any more: {why}.")
+    client.set_flow_run_state(UUID(run["id"]), crashed, force=True)
 
 
 def _unfinished(
-    client: SyncPrefectClient, flow_run_filter: FlowRunFilter | None = None, **filters: Any
-) -> list[FlowRun]:
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState
-    from prefect.client.schemas.filters import FlowRunFilterStateType as OfType
-    from prefect.client.schemas.objects import StateType
-
-    wanted = flow_run_filter or FlowRunFilter()
-    types = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
-    wanted.state = FlowRunFilterState(type=OfType(any_=types))
-    return client.read_flow_runs(flow_run_filter=wanted, **filters)
+    client: SyncPrefectClient, flow_runs: Mapping[str, Any] | None = None, **filters: Any
+) -> list[dict[str, Any]]:
+    states = {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}
+    wanted = {"flow_runs": {"state": states, **(flow_runs or {})}, **filters}
+    found: list[dict[str, Any]] = client.request("POST", "/flow_runs/filter", json=wanted).json()
+    return found
 
 
-def _named(pools: list[str]) -> WorkPoolFilter:
-    from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterName
-
-    return WorkPoolFilter(name=WorkPoolFilterName(any_=pools))
-
-
-def _living_runs() -> Iterator[str]:
-    """The ids of all flow runs that a process of this user runs on this machine."""
+def processes() -> Iterator[tuple[psutil.Process, Mapping[str, str]]]:
+    """This machine's processes whose environment this user may read, each with it."""
     import psutil
 
     for process in psutil.process_iter():
         try:
-            if run := process.environ().get(RUN_ID):
-                yield run
+            yield process, process.environ()
         except (psutil.Error, OSError):
             continue
 
@@ -178,5 +169,6 @@ def online(client: SyncPrefectClient, pool: str) -> set[str]:
     return {entry["name"] for entry in found.json() if entry["status"] == "ONLINE"}
 
 
-def _tail(text: str, lines: int = 12) -> str:
+def tail(text: str, lines: int = 12) -> str:
+    """The last lines of a text."""
     return "\n".join(text.strip().splitlines()[-lines:])

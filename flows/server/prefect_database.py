@@ -1,6 +1,6 @@
-"""Prefect's own database, made by one process: two servers at their first start break each other.
+"""Creates Prefect's own database in one process at a time: two servers at once would break it.
 
-A kill does it no harm: each of Prefect's migrations is one transaction, and the next start goes on.
+A kill does no harm: each of Prefect's migrations is one transaction, and the next start goes on.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import asyncio
 
 
 def make() -> None:
-    """Make it, or bring it to the Prefect that is installed, once; for a server, before it starts.
+    """Create the database, or migrate it to the installed Prefect, before a server starts.
 
     Only the first call of each version of Prefect takes a while, or waits for another process.
     """

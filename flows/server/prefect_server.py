@@ -1,9 +1,8 @@
-"""A Prefect server on loopback that answers only to its own pages and to who knows its password.
+"""A Prefect server on loopback that answers only its own pages and clients with its password.
 
-Prefect by itself answers any page of any browser here: it does not look at the Host header (a page
-that rebinds its name to 127.0.0.1 is at home then), and at no origin. `python -m
-flows.server.prefect_server` is a process of `staple up`; `at_hand` starts the same for a single
-command.
+Prefect alone checks neither the Host header nor the Origin: any page in a browser of this machine
+could use it, for instance by rebinding its own name to 127.0.0.1. `staple up` runs this module as a
+process; `at_hand` does so for a single command.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ from flows.server import prefect_database
 
 HOST = "127.0.0.1"
 NAMES = ("127.0.0.1", "localhost", "[::1]")
-"""What this machine is called by its own browsers: through a tunnel too, at whatever port."""
+"""The names of this machine in its own browsers, through a tunnel too, at any port."""
 NAMED = (b"host", b"origin")
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 600
-"""A first start makes a database, on a busy machine for minutes; one that ended is seen at once."""
+"""How long a server may take to answer: a first start makes a database, sometimes for minutes."""
 STOP_SECONDS = 5
 KEEP_ALIVE_SECONDS = 75
 """How long an unused connection stays open.
 
-uvicorn's own 5 s are too few on a busy machine: when the event loop stands still for longer, the
-timer fires before the request that has arrived meanwhile is read, and the client sees a reset.
+uvicorn's own 5 s are too few on a busy machine: where the event loop stalls for longer, the timer
+closes a connection before the request that has arrived is read, and the client sees a reset.
 """
 
 Scope = MutableMapping[str, Any]
@@ -47,7 +46,7 @@ App = Callable[[Scope, Any, Send], Awaitable[None]]
 
 
 class Gate:
-    """An ASGI application that turns away other hosts and origins, of HTTP and of websockets."""
+    """An ASGI application that refuses other hosts and origins, over HTTP and websockets."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -66,11 +65,11 @@ class Gate:
 
 
 def is_ours(headers: list[tuple[bytes, bytes]]) -> bool:
-    """Whether a request names this machine, and comes from a page of it or from no page."""
+    """Whether a request names this machine, and comes from one of its pages or from no page."""
     hosts, origins = ([v.decode("latin-1") for k, v in headers if k == name] for name in NAMED)
     if len(hosts) != 1 or len(origins) > 1 or _name(hosts[0]) not in NAMES:
         return False
-    # of the names that this machine has, a page may use one and the server another; not of ports
+    # page and server may use different names of this machine, but not different ports
     own = {f"http://{name}{_port(hosts[0])}" for name in NAMES}
     return all(origin in own for origin in origins)
 
@@ -90,7 +89,7 @@ def _name(host: str) -> str:
 
 
 def main() -> None:
-    """Serve Prefect on a port, or on a socket that the parent has opened, as long as it lives."""
+    """Serve Prefect on a port, or on a socket of the parent process until the parent ends."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--port", type=int)
     arguments.add_argument("--socket", type=int, help="its file descriptor, for a temporary server")
@@ -122,7 +121,7 @@ def _end_with(parent: int) -> None:
 
 
 def environment(url: str, login: str) -> dict[str, str]:
-    """The settings of a server at `url`; secrets stand in its environment, and in no argument."""
+    """A server's settings for `url`, as environment variables: secrets are never arguments."""
     port = urlsplit(url).port
     return {
         "PREFECT_SERVER_API_AUTH_STRING": login,
@@ -136,7 +135,7 @@ def environment(url: str, login: str) -> dict[str, str]:
 
 
 def new_login() -> str:
-    """What a client says to be let in: a user's name and a password of 192 random bits."""
+    """A new login for the server: a user's name, a colon, and a password of 192 random bits."""
     return f"staple:{secrets.token_urlsafe(24)}"
 
 
@@ -145,10 +144,10 @@ def new_login() -> str:
 
 @contextmanager
 def at_hand() -> Iterator[None]:
-    """A Prefect server for the flows in this block: the one that is set up, or a temporary one.
+    """A Prefect server for the flows in this block: the configured one, or a temporary one.
 
-    The temporary one ends with the block, or with this process, however that ends. It is in a
-    session of its own: a Ctrl-C in the terminal is not for it, so that runs can still report.
+    The temporary one ends with the block or with this process. It has a session of its own, which a
+    Ctrl-C in the terminal does not reach, so that runs can still report.
 
     Raises:
         UserError: it does not start.
@@ -175,7 +174,7 @@ def at_hand() -> Iterator[None]:
 
 
 def _send_what_waits() -> None:
-    """Log lines and events wait a moment in this process: the server must not be gone before."""
+    """Send the log lines and events that wait in this process, while the server is still there."""
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 
@@ -215,7 +214,7 @@ def _started() -> Iterator[dict[str, str]]:
 
 
 def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Until it answers; connections wait in the socket from the beginning."""
+    """Wait until the server answers; the socket queues connections before that."""
     import httpx
 
     deadline = time.monotonic() + START_SECONDS

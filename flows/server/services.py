@@ -1,9 +1,9 @@
-"""The services of `staple up`: Prefect server, MLflow server, and a worker for each pool.
+"""The services of `staple up`: Prefect's server, MLflow's server, and a worker for each pool.
 
-Each is a process of its own that carries a mark in its environment, as do its children; what
-carries the mark is ours and nothing else, whatever became of process ids since. `staple down`
-ends exactly that. What runs is noted under the home, so that the command line finds it (`adopt`),
-and so is Prefect's password: it reaches processes in their environment, never as an argument.
+Each is a process whose environment carries a mark, which its children inherit: a process with the
+mark is ours, whatever ids were given again since, and `staple down` ends exactly those. The home
+has a note of the services, which the other commands read (`adopt`), and Prefect's password, which
+reaches processes in their environment and never as an argument.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from constitutions.errors import UserError
-from flows.server.pools import POOLS, client_of, deploy, end_dead_runs, online
+from flows.server.pools import (
+    POOLS,
+    client_of,
+    deploy,
+    end_dead_runs,
+    online,
+    processes,
+    tail,
+)
 from flows.server.prefect_server import environment as server_environment
 from flows.server.prefect_server import new_login
 from models.files import UNREADABLE, remove
@@ -33,7 +41,6 @@ from tasks.record import private
 
 if TYPE_CHECKING:
     import psutil
-    from prefect.client.orchestration import SyncPrefectClient
 
 MARK = "STAPLE_SERVICE"
 """Environment variable of a service and its children: which service of which `staple up`."""
@@ -157,8 +164,8 @@ def _up(starting: _Starting, prefect_port: int | None, mlflow_port: int | None) 
         with FileLock(_home() / "mlflow.lock"):  # two that make its database at once break it
             database.ready(database.tracking_uri())
             starting.server("mlflow", mlflow_port, _mlflow_server)
-            starting.wait_for("mlflow", lambda url: _answers(f"{url}/health"))
-    starting.wait_for("prefect", lambda url: _answers(f"{url}/api/health"))
+            starting.wait_for("mlflow", _answers)
+    starting.wait_for("prefect", _answers)
     servers = starting.running
     prefect = prefect or api_url(servers["prefect"])
     tracking = servers["mlflow"].url if "mlflow" in servers else tracking
@@ -168,14 +175,13 @@ def _up(starting: _Starting, prefect_port: int | None, mlflow_port: int | None) 
     if starting.started:
         deploy(prefect, {**_environment(), **client_environment})
     with client_of(prefect, login) as client:
-        dead = {s.mark for s in starting.others if s.is_here and not any(_processes(s.mark))}
+        dead = {s.mark for s in starting.others if s.is_here and not _of(s.mark)}
         ended = end_dead_runs(client, dead, alone=own)
         starting.forget(dead)
         for pool in POOLS:
             starting.worker(pool, client_environment)
         for pool in POOLS:
-            mark = starting.running[pool].mark
-            starting.wait_for(pool, partial(_is_online, client, pool, mark))
+            starting.wait_for(pool, lambda service: service.mark in online(client, service.name))
     started = tuple(name for name in starting.running if name not in before)
     return Up(prefect.removesuffix("/api"), tracking, started, _folder(), made, tuple(ended))
 
@@ -201,12 +207,15 @@ class _Starting:
         command: Callable[[int], tuple[list[str], dict[str, str]]],
     ) -> None:
         """Start a server on its port, or on a free one where none was asked for."""
-        if name in self.running:
-            self._check_port(self.running[name], port)
+        if there := self.running.get(name):
+            if port and not there.url.endswith(f":{port}"):
+                raise UserError(
+                    f"{name} is up at {there.url} already",
+                    fix="staple down, then staple up with the other port",
+                )
             return
         at = _port(name, port)
-        arguments, environment = command(at)
-        self._start(name, _new_mark(name), arguments, environment, url=f"http://{HOST}:{at}")
+        self._start(name, _new_mark(name), *command(at), url=f"http://{HOST}:{at}")
 
     def worker(self, pool: str, client: Mapping[str, str]) -> None:
         """Start the worker of a pool: in this directory, with this record."""
@@ -221,7 +230,7 @@ class _Starting:
         command = ["prefect", "worker", "start", "--pool", pool, "--type", "process"]
         self._start(pool, mark, [*command, "--name", mark], environment)
 
-    def wait_for(self, name: str, is_ready: Callable[[str], bool]) -> None:
+    def wait_for(self, name: str, is_ready: Callable[[Service], bool]) -> None:
         """Until a service that was just started is ready.
 
         Raises:
@@ -231,11 +240,11 @@ class _Starting:
         if service is None:
             return
         deadline = time.monotonic() + START_SECONDS
-        while not is_ready(service.url):
+        while not is_ready(service):
             late = time.monotonic() > deadline
             if late or not service.is_alive():
                 what = f"has not answered for {START_SECONDS} s" if late else "ended at its start"
-                last = _tail(Path(service.log).read_text("utf-8", "replace"))
+                last = tail(Path(service.log).read_text("utf-8", "replace"))
                 raise UserError(f"{name} {what}; the end of {service.log}:\n{last}")
             time.sleep(0.2)
 
@@ -265,14 +274,6 @@ class _Starting:
         self.running[name] = service
         self.started.append(service)
         _note([*self.others, *self.running.values()])
-
-    @staticmethod
-    def _check_port(service: Service, port: int | None) -> None:
-        if port and not service.url.endswith(f":{port}"):
-            raise UserError(
-                f"{service.name} is up at {service.url} already",
-                fix="staple down, then staple up with the other port",
-            )
 
 
 def _prefect_server(login: str, port: int) -> tuple[list[str], dict[str, str]]:
@@ -317,22 +318,24 @@ def login_file() -> Path:
 
 def _login() -> str:
     """The login of our Prefect server; "" where it has none."""
+    if given := os.environ.get(GIVEN_LOGIN):
+        return given
     try:
         with open(login_file(), encoding="utf-8", opener=private.opener) as kept:
-            return os.environ.get(GIVEN_LOGIN) or kept.read().strip()
+            return kept.read().strip()
     except FileNotFoundError:
-        return os.environ.get(GIVEN_LOGIN, "")
+        return ""
 
 
 def _make_login() -> str:
-    """A login of our own, kept; "" where there is one already."""
-    if os.environ.get(GIVEN_LOGIN):
-        login_file().unlink(missing_ok=True)
+    """Make and keep a login of our own; "" where there is one already."""
+    given = os.environ.get(GIVEN_LOGIN)
+    if not given and _login():
         return ""
-    if _login():
+    login_file().unlink(missing_ok=True)
+    if given:
         return ""
     login = new_login()
-    login_file().unlink(missing_ok=True)
     with open(login_file(), "x", encoding="utf-8", opener=private.opener) as kept:
         kept.write(login + "\n")
     return login
@@ -342,31 +345,27 @@ def _make_login() -> str:
 
 
 def _port(name: str, asked: int | None) -> int:
-    if asked is not None:
-        if not _is_free(asked):
-            raise UserError(
-                f"port {asked} is taken{_holder(asked)}",
-                where=f"staple up, {name}",
-                fix="give another port, or none: then a free one is found",
-            )
-        return asked
-    usual = PORTS[name]
-    return usual if _is_free(usual) else _free_port()
+    """The port that was asked for; else the usual one, or a free one where that is taken."""
+    usual = asked or PORTS[name]
+    if (free := _bound(usual)) is not None:
+        return free
+    if asked:
+        raise UserError(
+            f"port {asked} is taken{_holder(asked)}",
+            where=f"staple up, {name}",
+            fix="give another port, or none: then a free one is found",
+        )
+    return _bound(0) or usual
 
 
-def _is_free(port: int) -> bool:
+def _bound(port: int) -> int | None:
+    """The port that a listener gets on loopback for `port` (0: any free one); None: it is taken."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((HOST, port))
         except OSError:
-            return False
-    return True
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind((HOST, 0))
+            return None
         return int(listener.getsockname()[1])
 
 
@@ -384,16 +383,13 @@ def _holder(port: int) -> str:
     return ""
 
 
-def _is_online(client: SyncPrefectClient, pool: str, worker: str, _url: str) -> bool:
-    return worker in online(client, pool)
-
-
-def _answers(url: str) -> bool:
+def _answers(server: Service) -> bool:
     import httpx
 
     try:
         # our own servers are on loopback, which no proxy reaches
-        return httpx.get(url, timeout=2, trust_env=False).status_code == 200
+        health = f"{api_url(server)}/health"
+        return httpx.get(health, timeout=2, trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False
 
@@ -435,17 +431,15 @@ def _marked() -> Iterator[Service]:
     """The services of this home among the processes that run."""
     import psutil
 
-    for process in psutil.process_iter():
-        try:
-            own, parent = process.environ(), process.parent()
-            mark = own.get(MARK, "")
-            first = parent is None or parent.environ().get(MARK) != mark
-        except (psutil.Error, OSError):
-            continue
-        if mark and first and own.get("STAPLE_HOME") == str(_home()):
-            name = mark.rpartition("-")[0]
-            log = str(_folder() / f"{name}.log")
-            yield Service(name, mark, process.pid, log, own.get(URL, ""))
+    for process, own in processes():
+        mark = own.get(MARK, "")
+        if mark and own.get("STAPLE_HOME") == str(_home()):
+            with suppress(psutil.Error, OSError):
+                parent = process.parent()
+                if parent is None or parent.environ().get(MARK) != mark:
+                    name = mark.rpartition("-")[0]
+                    log = str(_folder() / f"{name}.log")
+                    yield Service(name, mark, process.pid, log, own.get(URL, ""))
 
 
 def _note(services: Any) -> None:
@@ -473,27 +467,16 @@ def _end(services: Sequence[Service], patience: float = STOP_SECONDS) -> None:
     import psutil
 
     for service in reversed(services):
-        processes = list(_processes(service.mark))
-        for process in processes:
+        asked = _of(service.mark)
+        for process in asked:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
-        psutil.wait_procs(processes, timeout=patience)
-        for process in _processes(service.mark):
+        psutil.wait_procs(asked, timeout=patience)
+        for process in _of(service.mark):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
 
-def _processes(mark: str) -> Iterator[psutil.Process]:
+def _of(mark: str) -> list[psutil.Process]:
     """Every process that carries a mark, wherever it stands in the tree by now."""
-    import psutil
-
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == mark:
-                yield process
-        except (psutil.Error, OSError):
-            continue
-
-
-def _tail(text: str, lines: int = 12) -> str:
-    return "\n".join(text.strip().splitlines()[-lines:])
+    return [process for process, own in processes() if own.get(MARK) == mark]

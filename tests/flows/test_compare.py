@@ -57,12 +57,12 @@ def test_an_interval_stands_beside_its_figure(at_home: ExperimentSettings) -> No
 @pytest.mark.parametrize(
     ("left", "right", "said"),
     [
-        ("lineage", "lineage:1", "not of one kind"),
+        ("lineage", "lineage:1", "different kinds"),
         ("lineage:1:clutser", "lineage:1:cluster", "no stage 'clutser'"),
         ("lineage:1:cluster@9", "lineage:1:cluster", "no attempt 9"),
         ("lineage:9", "lineage:1", "nothing of this iteration"),
         ("nobody", "lineage", "nothing was ever recorded"),
-        ("lineage:one", "lineage:1", "this names nothing"),
+        ("lineage:one", "lineage:1", "not a reference"),
     ],
 )
 def test_references_that_name_nothing(

@@ -104,7 +104,7 @@ def server_folder(tmp_path: Path, migrated_database: Path) -> Path:
 @pytest.mark.usefixtures("impatient", "server_folder")
 def test_mlflow_goes_away_in_the_middle(tmp_path: Path) -> None:
     """What was computed is kept beside the record, and recorded when MLflow is back."""
-    from flows.commands.cli import _explain
+    from flows.commands.failures import explained
 
     home, port = tmp_path / "home", free_port()
     with mlflow_server(tmp_path, port) as server:
@@ -117,7 +117,7 @@ def test_mlflow_goes_away_in_the_middle(tmp_path: Path) -> None:
 
         with pytest.raises(Exception, match="Max retries") as gone:
             count(at, compute)
-        assert "MLflow stopped answering" in str(_explain(gone.value))
+        assert "MLflow stopped answering" in str(explained(gone.value))
     assert events(home) == ["begun", "shard", "shard", "computed"]
 
     with mlflow_server(tmp_path, port) as server:
@@ -154,7 +154,7 @@ def fill(path: Path) -> None:
 
 
 def test_the_disk_is_full(small_disk: Path, workplace: Path) -> None:
-    from flows.commands.cli import _explain
+    from flows.commands.failures import explained
 
     ballast = small_disk / "ballast"
 
@@ -170,7 +170,8 @@ def test_the_disk_is_full(small_disk: Path, workplace: Path) -> None:
     at = slot(small_disk / "home")
     with pytest.raises(OSError, match="No space left") as full:
         count(at, compute)
-    assert _explain(full.value) == "the disk is full; free some space"
+    message, code = explained(full.value) or ("", 0)
+    assert message.startswith("the disk is full; free some space;") and code == 1
     (left,) = [p.name for p in (small_disk / "home" / "work").rglob("numbers-*")]
     assert left.startswith("numbers-00000."), "the finished shard is kept, half a shard is not"
 

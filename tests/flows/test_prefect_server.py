@@ -253,7 +253,7 @@ def test_after_everything_was_killed_the_slot_is_free(site: Site) -> None:
             json={"state": {"type": "RUNNING"}, "force": True},
         )
     for entry in noted:
-        for process in list(services._processes(entry["mark"])):
+        for process in services._of(entry["mark"]):
             process.kill()
     port, mlflow = (url.rpartition(":")[2] for url in (site.url, site.mlflow))
     shown = staple(site.folder, "up", "--port", port, "--mlflow-port", mlflow)

@@ -1,0 +1,47 @@
+"""What `staple constitution show` prints."""
+
+from __future__ import annotations
+
+from rich.text import Text
+
+from constitutions.constitution import Principle, load
+from constitutions.terminal import console
+from flows.commands.tables import table
+from flows.experiment import newest, open_experiment, recorded_settings
+from flows.methods import method_of
+from tasks.sami.draw import pool_of
+
+
+def show_constitution(experiment: str, iteration: int | None) -> None:
+    """Print the principles of an iteration's constitution; of SAMI, with those that are held out.
+
+    Raises:
+        UserError: there is no such experiment, or nothing was clustered yet.
+    """
+    settings = recorded_settings(experiment)
+    one = method_of(settings).constitutional  # for all iterations
+    t = 0 if one else newest(settings, "cluster", iteration).iteration
+    done = open_experiment(settings).constitution(t)
+    found = load(done.path("constitution.yaml"))
+    apart = {p.id for p in pool_of(done).held_out} if done.stage == "write" else set()
+    texts = {
+        "principle": [p.text for p in found.principles],
+        "antithesis": [p.antithesis for p in found.principles],
+        "also worded as": [_others(p) for p in found.principles],
+        "": ["held out" if p.id in apart else "" for p in found.principles],
+    }
+    shown = {name: column for name, column in texts.items() if name == "principle" or any(column)}
+    rows: list[list[str | Text]] = [
+        [str(n + 1), str(entry.support or "–"), *(Text(column[n]) for column in shown.values())]
+        for n, entry in enumerate(found.principles)
+    ]
+    columns = ("#", "trajectories", *shown)
+    title = f"{found.experiment}, iteration {done.iteration}"
+    console.print(table(title, columns, rows, texts=range(2, len(columns))))
+
+
+def _others(entry: Principle) -> str:
+    """Two of a principle's other wordings, and how many more there are."""
+    others = [m for m in entry.members if m != entry.text]
+    more = f" … {len(others) - 2} more" if len(others) > 2 else ""
+    return "; ".join(others[:2]) + more

@@ -1,0 +1,67 @@
+"""What an unexpected error means: damage, an unusable path, an outage, or a defect of ours."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+
+from constitutions.errors import UserError
+
+UNUSABLE = (
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
+)
+"""What the system says of a path that a person gave, or of a folder that nobody may write to."""
+
+
+def explained(error: BaseException) -> tuple[str, int] | None:
+    """Message and exit code: 2 for what the user can mend, 1 for an outage; None for a defect."""
+    from tasks.record.database import damage_behind
+
+    if damage := damage_behind(error):
+        return str(damage), 2
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno in UNUSABLE and cause.filename:
+            refused = UserError(
+                str(cause.strerror),
+                where=os.fsdecode(cause.filename),
+                expected="a path that this user can read and write",
+                fix="make it so or move it away, then give the same command again",
+            )
+            return str(refused), 2
+    for cause in _causes(error):
+        if said := _outage(cause):
+            return f"{said}; what was finished is kept: staple run EXPERIMENT --resume", 1
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _outage(error: BaseException) -> str:
+    """Which service or disk failed; "": none."""
+    text, library = str(error), type(error).__module__.partition(".")[0]
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "database or disk is full" in text:
+        return "the disk is full; free some space"
+    first_line = text.strip().partition("\n")[0][:200]
+    if library in ("httpx", "httpcore") or "reach API at" in text:
+        said = first_line + _proxy("PREFECT_API_URL")
+        return f"Prefect's server does not answer ({said})"
+    broken = any(sign in text for sign in ("Max retries", "onnection"))
+    if broken and library in ("mlflow", "requests", "sqlalchemy", "urllib3"):
+        said = first_line + _proxy("MLFLOW_TRACKING_URI")
+        return f"MLflow stopped answering ({said})"
+    return ""
+
+
+def _proxy(variable: str) -> str:
+    """The proxy through which the server in the variable is asked, for a message."""
+    from models.endpoint.proxies import proxy_of
+
+    proxy = proxy_of(os.environ.get(variable, ""))
+    return f", asked through the proxy in {proxy.source}" if proxy else ""

@@ -1,0 +1,87 @@
+"""What `staple plan` and `staple validate` print."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from rich.table import Table
+from rich.text import Text
+
+from constitutions.terminal import console
+from flows.commands.tables import table
+from flows.plan.cost import GIB
+from flows.plan.plan import Plan
+
+
+def show_checked(source: str, found: Mapping[str, str]) -> None:
+    """A validation that found nothing wrong."""
+    console.print(Text(f"{source} can be run.", "green"), soft_wrap=True)
+    for name, what in found.items():
+        console.print(f"  {name:<9} {what}")
+
+
+def show_plan(found: Plan) -> None:
+    """Tokens and hours of every stage, memory and disk, and what all of it rests on."""
+    what = f"{found.settings.policy.model}, {_count(found.parameters)} parameters"
+    console.print(Text(f"An estimate: {what}, on one {found.gpu.name}. Nothing was loaded."))
+    console.print(_tokens(found))
+    if found.memory:
+        console.print(_memory(found))
+    for memory in found.memory:
+        if memory.remedy:
+            told = f"{memory.title}: too much for one {found.gpu.name}; {memory.remedy}"
+            console.print(Text(told, "yellow"))
+    disk = ", ".join(f"{name} {_size(size)}" for name, size in found.disk.items() if size)
+    console.print(Text(f"disk: {disk}"))
+    for note in found.notes:
+        console.print(Text(f"- {note}", "dim"))
+
+
+def _tokens(found: Plan) -> Table:
+    titles = ("stage", "it.", "prompts", "samples", "generate", "at most", "prefill", "train")
+    figures = ("prompts", "samples", "generated", "at_most", "prefilled", "trained")
+    rows = []
+    for part in found.iterations:
+        which = str(part.first) if part.first == part.last else f"{part.first}–{part.last}"
+        for work in part.work:
+            counts = [_count(getattr(work, figure)) for figure in figures]
+            rows.append([work.stage, which, *counts, _hours(work.hours)])
+    title = "tokens and hours, each iteration"
+    made = table(title, (*titles, "hours"), rows, texts=[0], narrow=True)
+    made.columns[0].no_wrap = True
+    made.add_section()
+    totals = [_count(found.total(figure)) for figure in figures[1:]]
+    made.add_row("all", "", "", *totals, _hours(found.total("hours")))
+    return made
+
+
+def _memory(found: Plan) -> Table:
+    parts = list(dict.fromkeys(part for memory in found.memory for part in memory.parts))
+    rows = []
+    for memory in found.memory:
+        cells = [_size(memory.parts[part]) if part in memory.parts else "–" for part in parts]
+        rows.append([memory.title, *cells, _size(memory.bytes)])
+    title = f"GPU memory at most, of {found.gpu.memory:g} GiB"
+    return table(title, ("rows × tokens", *parts, "all"), rows, texts=[0], narrow=True)
+
+
+def _count(number: float) -> str:
+    """Three digits and k, M, G; a dash for nothing."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            digits = 2 - int(math.log10(number / size))
+            return f"{number / size:.{digits}f}{letter}"
+    return f"{number:.0f}" if number else "–"
+
+
+def _size(number: float) -> str:
+    return f"{number / GIB:.1f}G" if number >= GIB / 10 else f"{number / 2**20:.1f}M"
+
+
+def _hours(hours: float | None) -> str:
+    if hours is None:
+        return "–"
+    if hours < 0.01:
+        return "<.01"
+    return f"{hours:,.{0 if hours >= 10 else 1 if hours >= 1 else 2}f}"
