@@ -172,6 +172,8 @@ def _malformed(principle: str, settings: FilterSettings) -> str:
         return f"{len(words)} words, at most {settings.max_principle_words}"
     if len([line for line in principle.splitlines() if line.strip()]) > 1:
         return "more than one line"
+    if "\0" in principle:
+        return "holds the character NUL"  # a constitution with it could not be read back
     return ""
 
 

@@ -78,6 +78,7 @@ def test_rejection_draws_by_weight_and_repeats() -> None:
         ({"principle": "  "}, "malformed principle"),
         ({"principle": "One.\nTwo."}, "malformed principle"),
         ({"principle": "word " * 41}, "malformed principle"),
+        ({"principle": "One\0two."}, "malformed principle"),
         ({"principle": "Say: wait one minute before you try it."}, "gold leak"),
         ({"finish": "length"}, "truncated"),
         ({"finish": "overflow"}, "prompt too long"),
