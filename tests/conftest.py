@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import durations
 import pytest
 from filelock import FileLock
 
@@ -33,6 +34,28 @@ GIVEN_SERVERS = os.environ.get("STAPLE_TEST_SERVERS") == "1"
 """Whether flows and records go to the servers that the environment names (`make test-servers`)."""
 if not GIVEN_SERVERS:
     os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if out := os.environ.get("STAPLE_TEST_DURATIONS"):
+        config.pluginmanager.register(durations.Durations(Path(out).absolute()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest: a worker that ends with one works alone."""
+    kept = durations.kept()
+    order = {file: number for number, file in enumerate(kept)}
+
+    def file(item: pytest.Item) -> str:
+        return item.path.relative_to(durations.ROOT).as_posix()
+
+    items.sort(key=lambda item: order.get(file(item), len(order)))
+    for item in items:
+        if kept.get(file(item), (0.0,))[0] > durations.SLOW and not item.get_closest_marker(
+            "quick"
+        ):
+            item.add_marker(pytest.mark.slow)
 
 
 Once = Callable[[str, Callable[[Path], object]], Path]

@@ -100,8 +100,16 @@ def ended(folder: Path, process: subprocess.Popen[bytes]) -> str:
     return line
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.4, 1.5, 4.0])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "seconds"),
+    [
+        (signal.SIGINT, 0.0),
+        (signal.SIGTERM, 0.1),
+        (signal.SIGINT, 0.4),
+        (signal.SIGTERM, 1.5),
+        (signal.SIGINT, 4.0),
+    ],
+)
 def test_in_the_first_seconds(folder: Path, seconds: float, number: signal.Signals) -> None:
     process = staple(folder, "run", "lineage.yaml")
     until(lambda: listens(process.pid), process)

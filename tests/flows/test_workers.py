@@ -123,15 +123,15 @@ def test_two_workers_share_nothing_but_the_record(site: Site) -> None:
 def test_the_schedule_fires_and_skips_what_is_done(site: Site) -> None:
     deployment = site.api.get("/deployments/name/experiment/experiment").json()
     assert [s["active"] for s in deployment["schedules"]] == [False], "nobody asked for it yet"
-    every_minute = {
+    often = {
         "parameters": {"source": "lineage"},
-        "schedules": [{"schedule": {"interval": 60}, "active": True}],
+        "schedules": [{"schedule": {"interval": 20}, "active": True}],
     }
-    changed = site.api.patch(f"/deployments/{deployment['id']}", json=every_minute)
+    changed = site.api.patch(f"/deployments/{deployment['id']}", json=often)
     assert changed.status_code == 204, changed.text
     with worker(site, "one", "gpu") as one:
         states = [ended(site, run_id, 300) for run_id in fired(site, deployment["id"], 2)]
-    off = {"schedules": [{"schedule": {"interval": 60}, "active": False}]}
+    off = {"schedules": [{"schedule": {"interval": 20}, "active": False}]}
     site.api.patch(f"/deployments/{deployment['id']}", json=off)
     assert [s["type"] for s in states] == ["COMPLETED", "COMPLETED"], states
     assert states[1]["name"] == "Unchanged"

@@ -44,7 +44,7 @@ def test_a_block_has_its_threads_and_gives_them_back() -> None:
 
 def test_the_number_is_the_machines_not_the_environments() -> None:
     script = (
-        "import torch; from models import threads; threads.use(None)\n"
+        "import torch; from models.engine import threads; threads.use(None)\n"
         "print(torch.get_num_threads() == threads.cores(), threads.cores())"
     )
     said = [
