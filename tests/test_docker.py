@@ -212,7 +212,7 @@ def test_who_is_let_in(running: dict[str, str]) -> None:
     }
     for url, known in servers.items():
         user, password = known.split(":")
-        ask = {"json": {"max_results": 1}}
+        ask: dict[str, Any] = {"json": {"max_results": 1}, "timeout": 60}
         assert httpx.post(url, **ask).status_code == 401
         assert httpx.post(url, auth=(user, "wrong"), **ask).status_code == 401
         assert httpx.post(url, auth=(user, password), **ask).status_code == 200
@@ -224,9 +224,9 @@ def test_mlflow_answers_to_its_name_among_the_services_only(running: dict[str, s
 
     def ask(host: str) -> int:
         url = f"{uri}/api/2.0/mlflow/experiments/search"
-        return httpx.post(
-            url, json={"max_results": 1}, auth=known, headers={"Host": host}
-        ).status_code
+        headers = {"Host": host}
+        answer = httpx.post(url, json={"max_results": 1}, auth=known, headers=headers, timeout=60)
+        return answer.status_code
 
     assert ask(f"mlflow:{port}") == 200  # as a worker calls it
     assert ask("elsewhere.example") == 403

@@ -80,7 +80,7 @@ def test_mlflow_is_not_there_at_the_start(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://somebody:secret@127.0.0.1:{port}")
     started = time.monotonic()
     ran = staple(capsys, "status", "planted")
-    assert time.monotonic() - started < 30, "MLflow's own retries take two minutes"
+    assert time.monotonic() - started < 90, "MLflow's own retries take two minutes"
     assert ran.code == 2
     assert "MLflow does not answer" in ran.err
     assert f"127.0.0.1:{port}" in ran.err
@@ -357,7 +357,7 @@ def test_another_place_that_computes_the_same_is_waited_for(
         return numbers(1)(work)
 
     done = count(here, compute)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not result and time.monotonic() < deadline:
         time.sleep(0.1)
     assert result[0].run_id == done.run_id
@@ -387,19 +387,26 @@ def test_a_place_whose_clock_is_wrong_is_waited_for(
     tags = {"place": "elsewhere:/"}
     run = here.record.client.create_run(here.record.experiment_id, tags=tags)
 
-    def beat(times: int) -> None:
-        for _ in range(times):
-            hour_ago = f"{time.time() - 3600:.2f}"
-            here.record.client.set_tag(run.info.run_id, store.HEARTBEAT, hour_ago)
-            time.sleep(0.1)
+    looked = threading.Event()
 
-    beat(1)
+    def beat() -> None:
+        hour_ago = f"{time.time() - 3600:.2f}"
+        here.record.client.set_tag(run.info.run_id, store.HEARTBEAT, hour_ago)
+
+    def beat_on() -> None:
+        while not looked.wait(0.05):
+            beat()
+
+    beat()
     run = here.record.client.get_run(run.info.run_id)
     assert not there.record.is_alive(run), "by the clock it looks dead"
-    beating = threading.Thread(target=beat, args=(5,))
+    beating = threading.Thread(target=beat_on)
     beating.start()
-    assert there.record.beats(run)
-    beating.join()
+    try:
+        assert there.record.beats(run)
+    finally:
+        looked.set()
+        beating.join()
 
 
 def _interrupted(_: Workspace) -> Metrics:

@@ -60,9 +60,12 @@ def test_a_process_that_got_the_id_of_a_service_is_left_alone(workplace: Path) -
 
 
 def test_a_command_without_services_pays_nothing_for_them(workplace: Path) -> None:
-    started = time.perf_counter()
-    services.adopt()
-    assert time.perf_counter() - started < 0.02
+    took = []
+    for _ in range(5):  # another process may have the processor for a while
+        started = time.perf_counter()
+        services.adopt()
+        took.append(time.perf_counter() - started)
+    assert min(took) < 0.02
 
 
 def started_in(process: psutil.Process) -> str:

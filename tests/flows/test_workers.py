@@ -50,7 +50,8 @@ def site(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> I
             note_settings(settings)
             deploy(prefect.url, environment)
             # on SQLite, Prefect lets a request wait a minute for the database
-            with httpx.Client(base_url=prefect.url, timeout=120) as api:
+            anew = httpx.Limits(max_keepalive_connections=0)  # none that the server has just closed
+            with httpx.Client(base_url=prefect.url, timeout=120, limits=anew) as api:
                 yield Site(folder, api, environment, settings)
 
 

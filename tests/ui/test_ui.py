@@ -69,7 +69,7 @@ class Place:
     def deployment(self, name: str) -> str:
         """The URL of a deployment in Prefect's API."""
         address = f"{self.prefect}/api/deployments/name/{name}/{name}"
-        found = httpx.get(address, auth=self.login).json()
+        found = httpx.get(address, auth=self.login, timeout=60).json()
         return f"{self.prefect}/api/deployments/{found['id']}"
 
 
