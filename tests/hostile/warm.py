@@ -8,6 +8,7 @@ object: a case's name → how it ended.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -73,6 +74,8 @@ def warm() -> None:
     import datasets  # noqa: F401
     import mlflow  # noqa: F401
     import transformers  # noqa: F401
+
+    gc.freeze()  # no child looks through all that for garbage, nor copies it
 
 
 def begin(case: Any, folder: Path) -> int:
