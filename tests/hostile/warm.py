@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import pkgutil
 import resource
 import shutil
 import signal
@@ -60,12 +61,10 @@ def warm() -> None:
     """Import what the commands do, and make what a first call makes."""
     import importlib
 
-    commands = ("cli", "show", "report", "export", "ask", "judge", "edit", "write", "compare")
-    modules = [f"flows.commands.{name}" for name in commands]
-    for name in ("stages", "em", "together", "baselines", "preflight"):
-        modules.append(f"flows.{name}")
-    for module in (*modules, "flows.plan.plan", "flows.server.services"):
-        importlib.import_module(module)
+    import flows
+
+    for module in pkgutil.walk_packages(flows.__path__, "flows."):
+        importlib.import_module(module.name)
     from flows.experiment import record_of
     from flows.settings import load_settings
 
