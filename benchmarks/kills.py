@@ -36,8 +36,7 @@ SETTINGS = (
     "prompts.first=200",
     "prompts.later=200",
     "prompts.held_out=100",
-    "mine.shard_size=40",
-    "evaluate.shard_size=25",
+    "shard_size=25",
     "cluster.picture=svd",
 )
 Place = tuple[str, int]

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.measure import Result, interleaved, timed
 from models.policy import PolicySettings, PoolSettings
 from models.prompts import TEMPLATES
-from tasks.mine import MineSettings, mine_shard
+from tasks.mine import MineSettings, mine
 from tasks.policies.opening import PolicySource
 from tasks.prompts import PromptSettings, prompt_sets
 from tasks.record.work import shards
@@ -101,10 +101,10 @@ def _miner(pool: Any) -> Callable[[list[Any]], None]:
     """Mines all prompts, and adds the rows to a list."""
     rows = prompt_sets(PromptSettings(sources="planted", first=PROMPTS), 0, 1).rows
     groups = dict(enumerate(shards(rows, PER_SHARD)))
-    job = partial(mine_shard, MINE, TEMPLATES["terse"], "0/1")
+    job = partial(mine, MINE, TEMPLATES["terse"], "0/1")
 
-    def mine(found: list[Any]) -> None:
+    def mine_all(found: list[Any]) -> None:
         done = sorted(pool.map(job, groups, lambda _: None))
         found.append([list(finished.rows) for finished in done])
 
-    return mine
+    return mine_all

@@ -18,7 +18,13 @@ from typing import Any
 from constitutions.errors import UserError
 from flows.methods import method_of
 from flows.schema import NAME, ExperimentSettings
-from flows.settings import check_succession, dump_settings, load_settings, with_changes
+from flows.settings import (
+    check_succession,
+    dump_settings,
+    load_settings,
+    with_changes,
+    without_gone,
+)
 from models.files import Damaged
 from tasks.policies.base import BaseModelFiles, kept_model, resolve_model
 from tasks.policies.opening import PolicySource
@@ -61,7 +67,8 @@ class Experiment:
 
     @cached_property
     def _changes(self) -> dict[int, dict[str, Any]]:
-        return self.record.all_changes()
+        found = self.record.all_changes()
+        return {t: without_gone(changes) for t, changes in found.items()}
 
     def settings_at(self, iteration: int) -> ExperimentSettings:
         """The settings that hold in an iteration."""
@@ -73,7 +80,15 @@ class Experiment:
     def slot(self, iteration: int) -> Slot:
         """Where an iteration's stages run."""
         mode = partial(self._mode, iteration)
-        return Slot(self.record, iteration, self.settings.seed, mode, self.look, made=self.made)
+        return Slot(
+            self.record,
+            iteration,
+            self.settings.seed,
+            mode,
+            self.look,
+            made=self.made,
+            shard_size=self.settings.shard_size,
+        )
 
     def _mode(self, iteration: int, stage: str) -> Mode:
         if self.only and (iteration, stage) != self.only:
@@ -249,7 +264,7 @@ def recorded_settings(experiment: str, overrides: Sequence[str] = ()) -> Experim
             expected="" if could_be else NAMES,
             fix=f"run: staple run PRESET --set experiment={experiment}" if could_be else "",
         )
-    return load_settings(f"experiment {experiment}", overrides, text=text)
+    return load_settings(f"experiment {experiment}", overrides, text=text, recorded=True)
 
 
 def is_recorded(experiment: str) -> bool:

@@ -35,6 +35,9 @@ class GeneralSettings(Settings):
     iterations: int = Field(4, ge=0, le=100)
     """T: iterations. With 0 nothing is trained: the initial policy answers the held-out
     prompts."""
+    shard_size: int = Field(64, ge=1, le=4096)
+    """Prompts (or pairs to judge) that are computed and saved together: what a killed run repeats
+    at most. No result depends on it."""
     policy: PolicySettings = PolicySettings()
     """The model that improves itself."""
 

@@ -23,6 +23,17 @@ from flows.schema import ExperimentSettings
 from models.settings import Settings
 
 PRESETS = Path(__file__).parent / "presets"
+ONE_SHARD_SIZE = "one setting holds for all stages: shard_size"
+GONE = {
+    "mine.shard_size": ONE_SHARD_SIZE,
+    "score.shard_size": ONE_SHARD_SIZE,
+    "sample.shard_size": ONE_SHARD_SIZE,
+    "evaluate.shard_size": ONE_SHARD_SIZE,
+    "filter.max_principle_words": "leave it out; a principle has at most 40 words",
+    "filter.leak_words": "leave it out; 6 consecutive words of the gold are a leak",
+    "prompts.sources.max_characters": "leave it out; a text has at most 20,000 characters",
+}
+"""Settings of earlier versions: a record may have them, a file of the user's may not."""
 MOST_PARTS = 16
 """Parts of a setting's name, as in evaluate.judge.policy.model."""
 
@@ -33,17 +44,19 @@ def presets() -> list[str]:
 
 
 def load_settings(
-    source: str, overrides: Sequence[str] = (), text: str | None = None
+    source: str, overrides: Sequence[str] = (), text: str | None = None, *, recorded: bool = False
 ) -> ExperimentSettings:
     """Settings from a preset's name or a YAML file, changed by "key.path=value" overrides.
 
     A file may start from a preset: `extends: planted`. With `text` the YAML is given, and `source`
-    only names it.
+    only names it; `recorded`: an earlier version may have written it.
 
     Raises:
         UserErrors: every mistake of the file and of the overrides.
     """
     values = _read(source) if text is None else _mapping(text, source)
+    if recorded:
+        values = without_gone(values)
     problems: list[UserError] = []
     for override in overrides:
         try:
@@ -79,6 +92,20 @@ def with_changes(settings: ExperimentSettings, changes: Mapping[str, Any]) -> Ex
     if problems := _contradictions(changed, source):
         raise UserErrors(problems)
     return changed
+
+
+def without_gone(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Recorded settings without those of earlier versions (GONE), in `then` as well."""
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        place = f"{path}.{name}" if path else name
+        if isinstance(value, dict):
+            kept[name] = without_gone(value, "" if place == "then" else place)
+        elif isinstance(value, list):
+            kept[name] = [without_gone(v, place) if isinstance(v, dict) else v for v in value]
+        elif place not in GONE:
+            kept[name] = value
+    return kept
 
 
 def _wrong_succession(settings: ExperimentSettings, source: str) -> Iterator[UserError]:
@@ -299,9 +326,12 @@ def _follows(error: Any, found: Sequence[Any]) -> bool:
 
 
 def _explain_one(error: Any, source: str) -> UserError:
-    path = [str(part) for part in error["loc"]]
+    parts = map(str, error["loc"])  # those of a union name its types as well
+    path = [part for part in parts if part.isidentifier() or part.isdecimal()]
     where = f"{source}, setting '{'.'.join(path)}'"
     if error["type"] == "extra_forbidden":
+        if fix := GONE.get(".".join(filter(str.isidentifier, path))):
+            return UserError("this is no longer a setting", where=where, fix=fix)
         known = _known(path[:-1])
         close = difflib.get_close_matches(path[-1], known, n=1)
         fix = f"did you mean '{close[0]}'?" if close else ""
@@ -325,15 +355,19 @@ class _Short(reprlib.Repr):
 
 
 def _known(path: Sequence[str]) -> list[str]:
+    """The settings of a part."""
     model: Any = ExperimentSettings
-    for name in path:
-        annotation = model.model_fields[name].annotation if name in model.model_fields else None
-        parts = [a for a in get_args(annotation) or (annotation,) if _is_settings(a)]
-        if not parts:
+    for name in filter(str.isidentifier, path):
+        field = model.model_fields.get(name)
+        model = next(_parts(field.annotation), None) if field else None
+        if model is None:
             return []
-        model = parts[0]
     return list(model.model_fields)
 
 
-def _is_settings(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Settings)
+def _parts(annotation: Any) -> Iterator[type[Settings]]:
+    """The settings models in a type."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _parts(inner)

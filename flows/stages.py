@@ -24,7 +24,7 @@ from flows.methods import method_of
 from flows.publish import publish_iteration
 from flows.schema import ExperimentSettings
 from flows.server.prefect_server import at_hand
-from flows.settings import with_changes
+from flows.settings import with_changes, without_gone
 from flows.states import stage_states
 from tasks.record.store import Attempt
 
@@ -61,7 +61,8 @@ def _run_stage(
     settings = recorded_settings(experiment)  # once they are nobody else's to change
     if changes:
         record = record_of(experiment)
-        with_changes(settings, {**record.changes(iteration), **changes})  # refuses what is wrong
+        before = without_gone(record.changes(iteration))
+        with_changes(settings, {**before, **changes})  # refuses what is wrong
         record.change(iteration, changes)
     state = stage_states(settings, iteration).get((stage, iteration))
     if state is None:

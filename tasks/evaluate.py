@@ -69,8 +69,6 @@ class EvaluateSettings(AnswerSettings):
     """Share of failed judgements above which there is no win rate, but an error."""
     resamples: int = Field(default=10_000, ge=100, le=1_000_000)
     """Bootstrap resamples of a win rate's interval."""
-    shard_size: int = Field(default=64, ge=1, le=4096)
-    """Prompts answered, or pairs judged, and saved together: what a killed run repeats at most."""
     benchmarks: BenchmarkSettings = BenchmarkSettings()
     """Public benchmarks that the policy is measured by as well."""
 
@@ -204,7 +202,7 @@ def noted_judges(at: Slot, settings: EvaluateSettings, scoring: ScoreSettings) -
     """The slot with what the judges and the benchmarks depend on, and the device that they take."""
     notes = settings.benchmarks.notes()
     if any(judge.kind in ("auto", "similarity") for judge in settings.judges):
-        notes["scoring"] = scoring.model_dump_json(exclude={"judge", "shard_size", "max_unscored"})
+        notes["scoring"] = scoring.model_dump_json(exclude={"judge", "max_unscored"})
         similarity = open_similarity(scoring)
         at = at if similarity.reads_prompt else similarity.noted(at)
     notes = {**at.notes, **notes}
@@ -226,7 +224,7 @@ def _respondent(
     generation = Generation(
         templates=policy.templates, settings=settings, seed=at.seed, iteration=at.iteration
     )
-    return Respondent(pool=pool, generation=generation, work=work, shard_size=settings.shard_size)
+    return Respondent(pool=pool, generation=generation, work=work)
 
 
 def open_benches(
@@ -248,7 +246,6 @@ def panel_of(benches: Benches, settings: EvaluateSettings, at: Slot, work: Works
         benches=benches,
         model=f"{at.record.experiment}-iteration-{at.iteration}",
         work=work,
-        shard_size=settings.shard_size,
         iteration=at.iteration,
         seed=at.seed,
         resamples=settings.resamples,

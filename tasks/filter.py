@@ -1,13 +1,14 @@
 """E-step, the validator: which candidates are kept, and with what weight.
 
 p(yG | x, y1, z, y2) is 0 unless f(y2, yG) > f(y1, yG), else proportional to the gain
-f(y2, yG) − f(y1, yG) (STaPLe, section 3). Every candidate ends up kept or rejected with a reason,
-and so does every prompt. Read by `cluster`.
+f(y2, yG) − f(y1, yG) (STaPLe, section 3). Every candidate and prompt is kept, or rejected with
+a reason. `cluster` reads what is kept.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -22,6 +23,11 @@ from tasks.record.store import Attempt, Slot
 from tasks.record.work import Metrics, Workspace
 from tasks.rows import Prompt, Rejected, Scored, ScoredCandidate, Trajectory
 
+LONGEST_PRINCIPLE = 40
+"""Words. A longer principle is malformed: it is a response or an argument, not a principle."""
+LEAK = 6
+"""Words. A principle that quotes so many consecutive words of the gold response leaks it."""
+
 
 class FilterSettings(Settings):
     """How the posterior over candidates is turned into trajectories."""
@@ -33,24 +39,25 @@ class FilterSettings(Settings):
     """τ: weights are proportional to gain^(1/τ); towards 0 only the best counts (hard EM)."""
     min_gain: float = Field(0.0, ge=0, lt=1)
     """How much f(y2, yG) must exceed f(y1, yG)."""
-    max_principle_words: int = Field(40, ge=1, le=1000)
-    """A longer principle is malformed: it is a response or an argument, not a principle."""
-    leak_words: int = Field(6, ge=2, le=100)
-    """A principle that quotes so many consecutive words of the gold response leaks it."""
     keep_truncated: bool = False
     """Keep candidates that were cut at their token limit."""
 
 
-def weights(scores: Sequence[float], initial_score: float, temperature: float) -> list[float]:
-    """Posterior weights of one prompt's candidates: ∝ (f(y2, yG) − f(y1, yG))^(1/τ), summing to 1.
+@stage("filter")
+def filter_stage(
+    at: Slot, settings: FilterSettings, scored: Attempt, guided: bool = True
+) -> Attempt:
+    """scored → trajectories, rejected. `guided`: see `filter_rows`."""
 
-    Candidates that do not improve weigh 0; when none does, all weights are 0.
-    """
-    gains = np.maximum(np.asarray(scores, dtype=float) - initial_score, 0.0)
-    if not gains.any():
-        return [0.0] * len(scores)
-    powers = (gains / gains.max()) ** (1.0 / temperature)  # scaled first: no underflow at small τ
-    return [float(w) for w in powers / powers.sum()]
+    def compute(work: Workspace) -> Metrics:
+        rows = scored.read("scored", Scored)
+        kept, rejected = filter_rows(rows, settings, f"{at.seed}/{at.iteration}", guided)
+        work.write("trajectories", kept, Trajectory)
+        work.write("rejected", rejected, Rejected)
+        return _metrics(rows, kept, rejected)
+
+    noted = at if guided else replace(at, notes={**at.notes, "guided": "no"})
+    return noted.attempt("filter", settings, {"scored": scored}, compute)
 
 
 def filter_rows(
@@ -73,21 +80,16 @@ def filter_rows(
     return kept, rejected
 
 
-@stage("filter")
-def filter_stage(
-    at: Slot, settings: FilterSettings, scored: Attempt, guided: bool = True
-) -> Attempt:
-    """scored → trajectories, rejected. `guided`: see `filter_rows`."""
+def weights(scores: Sequence[float], initial_score: float, temperature: float) -> list[float]:
+    """Posterior weights of one prompt's candidates: ∝ (f(y2, yG) − f(y1, yG))^(1/τ), summing to 1.
 
-    def compute(work: Workspace) -> Metrics:
-        rows = scored.read("scored", Scored)
-        kept, rejected = filter_rows(rows, settings, f"{at.seed}/{at.iteration}", guided)
-        work.write("trajectories", kept, Trajectory)
-        work.write("rejected", rejected, Rejected)
-        return _metrics(rows, kept, rejected)
-
-    noted = at if guided else replace(at, notes={**at.notes, "guided": "no"})
-    return noted.attempt("filter", settings, {"scored": scored}, compute)
+    Candidates that do not improve weigh 0; when none does, all weights are 0.
+    """
+    gains = np.maximum(np.asarray(scores, dtype=float) - initial_score, 0.0)
+    if not gains.any():
+        return [0.0] * len(scores)
+    powers = (gains / gains.max()) ** (1.0 / temperature)  # scaled first: no underflow at small τ
+    return [float(w) for w in powers / powers.sum()]
 
 
 def _filter_row(
@@ -97,7 +99,7 @@ def _filter_row(
     if unfinished or row.initial_score is None:
         reason = "truncated" if unfinished else "unscored"
         detail = UNFINISHED if unfinished else row.initial_unscored or ""
-        whole = _reject_prompt(row, reason, detail)
+        whole = _reject(row, None, reason, detail)
         each = [_reject(row, c, reason, "the first response") for c in row.candidates]
         return [], [*each, whole]
     faults = {c.sample: _fault(row, c, settings, guided) for c in row.candidates}
@@ -113,7 +115,7 @@ def _filter_row(
     if kept:
         return kept, passed_over
     reasons = sorted({r.reason for r in passed_over}) or ["no candidate"]
-    return [], [*passed_over, _reject_prompt(row, "no candidate kept", ", ".join(reasons))]
+    return [], [*passed_over, _reject(row, None, "no candidate kept", ", ".join(reasons))]
 
 
 def _select(
@@ -142,9 +144,9 @@ def _fault(
         return "truncated", UNFINISHED
     if candidate.finish == "length" and not settings.keep_truncated:
         return "truncated", "cut at its token limit"
-    if guided and (malformed := _malformed(candidate.principle, settings)):
+    if guided and (malformed := _malformed(candidate.principle)):
         return "malformed principle", malformed
-    if leaked := _leak(candidate.principle, row, settings.leak_words):
+    if leaked := _leak(candidate.principle, row):
         return "gold leak", leaked
     if candidate.score is None:
         return "unscored", candidate.unscored or ""
@@ -164,29 +166,29 @@ def _unfinished(candidate: ScoredCandidate) -> bool:
     return any(thoughts and not text for thoughts, text in parts)
 
 
-def _malformed(principle: str, settings: FilterSettings) -> str:
-    words = principle.split()
+def _malformed(principle: str) -> str:
+    words = len(principle.split())
     if not re.search(r"\w", principle):
         return "empty"
-    if len(words) > settings.max_principle_words:
-        return f"{len(words)} words, at most {settings.max_principle_words}"
-    if len([line for line in principle.splitlines() if line.strip()]) > 1:
+    if words > LONGEST_PRINCIPLE:
+        return f"{words} words, at most {LONGEST_PRINCIPLE}"
+    if len(principle.strip().splitlines()) > 1:
         return "more than one line"
     if "\0" in principle:
         return "holds the character NUL"  # a constitution with it could not be read back
     return ""
 
 
-def _leak(principle: str, row: Scored, length: int) -> str:
+def _leak(principle: str, row: Scored) -> str:
     """The words that a principle shares with the gold and with nothing the policy saw before."""
-    known = _grams(row.initial, length).union(*(_grams(m["content"], length) for m in row.prompt))
-    leaked = (_grams(principle, length) & _grams(row.gold, length)) - known
+    known = _grams(row.initial).union(*(_grams(m["content"]) for m in row.prompt))
+    leaked = (_grams(principle) & _grams(row.gold)) - known
     return f"quotes “{' '.join(min(leaked))}”" if leaked else ""
 
 
-def _grams(text: str, length: int) -> set[tuple[str, ...]]:
+def _grams(text: str) -> set[tuple[str, ...]]:
     words = re.findall(r"\w+", text.lower())
-    return {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
+    return {tuple(words[i : i + LEAK]) for i in range(len(words) - LEAK + 1)}
 
 
 def _trajectory(row: Scored, candidate: ScoredCandidate, weight: float) -> Trajectory:
@@ -206,41 +208,29 @@ def _trajectory(row: Scored, candidate: ScoredCandidate, weight: float) -> Traje
     )
 
 
-def _reject(row: Scored, candidate: ScoredCandidate, reason: str, detail: str) -> Rejected:
+def _reject(row: Scored, candidate: ScoredCandidate | None, reason: str, detail: str) -> Rejected:
+    """A candidate, or (None) the whole prompt."""
     return Rejected(
         prompt_id=row.prompt_id,
-        sample=candidate.sample,
+        sample=candidate.sample if candidate else None,
         source=row.source,
         reason=reason,
         detail=detail,
     )
 
 
-def _reject_prompt(row: Scored, reason: str, detail: str) -> Rejected:
-    return Rejected(
-        prompt_id=row.prompt_id, sample=None, source=row.source, reason=reason, detail=detail
-    )
-
-
 def _metrics(
     rows: Sequence[Scored], kept: Sequence[Trajectory], rejected: Sequence[Rejected]
 ) -> Metrics:
-    prompts_kept = len({t.prompt_id for t in kept})
-    reasons = {r.reason for r in rejected if r.sample is not None}
-    by_reason = {
-        f"rejected/{reason.replace(' ', '_')}": float(
-            sum(r.reason == reason and r.sample is not None for r in rejected)
-        )
-        for reason in sorted(reasons)
-    }
+    reasons = Counter(r.reason for r in rejected if r.sample is not None)
     return {
         "prompts_in": len(rows),
-        "prompts_kept": prompts_kept,
+        "prompts_kept": len({t.prompt_id for t in kept}),
         "prompts_rejected": sum(r.sample is None for r in rejected),
         "candidates_in": sum(len(row.candidates) for row in rows),
         "trajectories": len(kept),
         "refinement_rate": sum(map(_improved, rows)) / len(rows) if rows else 0.0,
-        **by_reason,
+        **{f"rejected/{why.replace(' ', '_')}": reasons[why] for why in sorted(reasons)},
     }
 
 

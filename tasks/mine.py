@@ -19,10 +19,9 @@ from models.policy import Completion, Messages, Policy, Progress, Request, finis
 from models.prompts import Templates
 from models.settings import Settings
 from tasks.policies.opening import PolicySource
-from tasks.record.progress import progress
 from tasks.record.stage import stage
 from tasks.record.store import Attempt, Slot
-from tasks.record.work import Metrics, Workspace, shards
+from tasks.record.work import Metrics, Workspace
 from tasks.rows import Candidate, Mined, Prompt, fields
 
 
@@ -44,34 +43,37 @@ class MineSettings(Settings):
     """Longest principle."""
     max_critique_tokens: int = Field(256, ge=1, le=4096)
     """Longest critique."""
-    shard_size: int = Field(64, ge=1, le=4096)
-    """Prompts mined and saved together: what a killed run repeats at most."""
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """A candidate in the making: a prompt, its y1 and its i-th principle."""
+@stage("mine")
+def mine_stage(at: Slot, settings: MineSettings, policy: PolicySource, prompts: Attempt) -> Attempt:
+    """prompts → mined, shard by shard."""
 
-    row: Prompt
-    initial: str
-    sample: int
-    principle: Completion
+    def compute(work: Workspace) -> Metrics:
+        rows = prompts.read("prompts", Prompt)
+        job = partial(mine, settings, policy.templates, f"{at.seed}/{at.iteration}")
+        with policy.pool() as pool:
+            mined = work.in_shards(
+                "mined",
+                Mined,
+                rows,
+                pool,
+                job,
+                what=f"mine {at.iteration}",
+                unit="requests",
+                each=requests_each(settings, policy.templates),
+            )
+        return _metrics(mined)
 
-    @property
-    def id(self) -> str:
-        return f"{self.row.prompt_id}/{self.sample}"
-
-
-NOTHING = Completion(text="", tokens=0, logprob=0.0, finish="stop")
-"""What was not asked for: a critique, or a principle."""
+    return policy.noted(at).attempt("mine", settings, policy.inputs(prompts=prompts), compute)
 
 
 def mine(
-    rows: Sequence[Prompt],
-    policy: Policy,
     settings: MineSettings,
     templates: Templates,
     key: str,
+    policy: Policy,
+    rows: Sequence[Prompt],
     advance: Progress | None = None,
 ) -> list[Mined]:
     """y1 and N candidates (z, c, y2) for each prompt, in the order of the rows.
@@ -105,39 +107,22 @@ def requests_each(settings: MineSettings, templates: Templates) -> int:
     return 2 + (settings.samples * (2 if settings.critique else 1) if templates.guided else 0)
 
 
-@stage("mine")
-def mine_stage(at: Slot, settings: MineSettings, policy: PolicySource, prompts: Attempt) -> Attempt:
-    """prompts → mined, shard by shard."""
+@dataclass(frozen=True)
+class _Draft:
+    """A candidate in the making: a prompt, its y1 and its i-th principle."""
 
-    def compute(work: Workspace) -> Metrics:
-        rows = prompts.read("prompts", Prompt)
-        groups = shards(rows, settings.shard_size)
-        each = requests_each(settings, policy.templates)
-        key = f"{at.seed}/{at.iteration}"
-        job = partial(mine_shard, settings, policy.templates, key)
-        showing = progress(f"mine {at.iteration}", len(rows) * each, "requests")
-        with policy.pool() as pool, showing as tick:
-            mined = work.sharded(
-                "mined",
-                Mined,
-                groups,
-                lambda missing: pool.map(job, missing, tick),
-                found=lambda shard: tick(len(shard) * each),
-            )
-        return _metrics(mined)
+    row: Prompt
+    initial: str
+    sample: int
+    principle: Completion
 
-    return policy.noted(at).attempt("mine", settings, policy.inputs(prompts=prompts), compute)
+    @property
+    def id(self) -> str:
+        return f"{self.row.prompt_id}/{self.sample}"
 
 
-def mine_shard(
-    settings: MineSettings,
-    templates: Templates,
-    key: str,
-    policy: Policy,
-    rows: Sequence[Prompt],
-    advance: Progress,
-) -> list[Mined]:
-    return mine(rows, policy, settings, templates, key, advance)
+NOTHING = Completion(text="", tokens=0, logprob=0.0, finish="stop")
+"""What was not asked for: a critique, or a principle."""
 
 
 class _Sampler:

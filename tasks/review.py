@@ -53,6 +53,33 @@ class ReviewDecision(BaseModel):
     note: str = ""
 
 
+@stage("review")
+def review_stage(
+    at: Slot, settings: ReviewSettings, clustered: Attempt, verdict: ReviewDecision
+) -> Attempt:
+    """labelled, constitution → both as approved, the rejected trajectories, the review itself."""
+
+    def compute(work: Workspace) -> Metrics:
+        constitution = load(clustered.path("constitution.yaml"))
+        done = review(clustered.read("labelled", Labelled), constitution, verdict)
+        work.write("labelled", done.labelled, Labelled)
+        work.write("rejected", done.rejected, Rejected)
+        save(done.constitution, work.outputs / "constitution.yaml")
+        _write_review(work.outputs / "review.yaml", constitution, done, verdict)
+        return {
+            **{f"review/{name}": float(count) for name, count in done.counts.items()},
+            "constitution_size": float(len(done.constitution.principles)),
+        }
+
+    who = {tag: text for tag, text in ((BY, verdict.by), (NOTE, verdict.note)) if text}
+    noted = replace(at, notes={**at.notes, **_notes(verdict)}, tags={**at.tags, **who})
+    attempt = noted.attempt("review", settings, {"clustered": clustered}, compute)
+    if attempt.reused and not at.look:
+        for tag, text in who.items():  # the same decisions again, perhaps by another person
+            at.record.client.set_tag(attempt.run_id, tag, text)
+    return attempt
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reviewed:
     """What the stage makes: rows in = labelled + rejected."""
@@ -105,33 +132,6 @@ def review(
         constitution=approved,
         counts=_counts(constitution, verdict, labelled, rows),
     )
-
-
-@stage("review")
-def review_stage(
-    at: Slot, settings: ReviewSettings, clustered: Attempt, verdict: ReviewDecision
-) -> Attempt:
-    """labelled, constitution → both as approved, the rejected trajectories, the review itself."""
-
-    def compute(work: Workspace) -> Metrics:
-        constitution = load(clustered.path("constitution.yaml"))
-        done = review(clustered.read("labelled", Labelled), constitution, verdict)
-        work.write("labelled", done.labelled, Labelled)
-        work.write("rejected", done.rejected, Rejected)
-        save(done.constitution, work.outputs / "constitution.yaml")
-        _write_review(work.outputs / "review.yaml", constitution, done, verdict)
-        return {
-            **{f"review/{name}": float(count) for name, count in done.counts.items()},
-            "constitution_size": float(len(done.constitution.principles)),
-        }
-
-    who = {tag: text for tag, text in ((BY, verdict.by), (NOTE, verdict.note)) if text}
-    noted = replace(at, notes={**at.notes, **_notes(verdict)}, tags={**at.tags, **who})
-    attempt = noted.attempt("review", settings, {"clustered": clustered}, compute)
-    if attempt.reused and not at.look:
-        for tag, text in who.items():  # the same decisions again, perhaps by another person
-            at.record.client.set_tag(attempt.run_id, tag, text)
-    return attempt
 
 
 def recorded_review(record: Record, iteration: int, clustered: Attempt) -> Attempt | None:

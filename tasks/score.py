@@ -29,8 +29,6 @@ from tasks.similarity.registry import SimilaritySettings, open_similarity
 class ScoreSettings(SimilaritySettings):
     """How a response is compared with the gold."""
 
-    shard_size: int = Field(default=64, ge=1, le=4096)
-    """Prompts whose responses are scored and saved together: what a killed run repeats at most."""
     max_unscored: float = Field(default=0.5, ge=0, le=1)
     """Share of failed scores above which the stage ends with an error."""
 
@@ -53,7 +51,7 @@ def score_stage(at: Slot, settings: ScoreSettings, mined: Attempt) -> Attempt:
             scored = work.sharded(
                 "scored",
                 Scored,
-                shards(rows, settings.shard_size),
+                shards(rows, work.shard_size),
                 lambda missing: budget.checked(pool.map(_score_shard, missing, tick)),
                 found=lambda shard: tick(_responses(shard)),
             )

@@ -43,7 +43,6 @@ class Place:
         """Ten prompts in shards of two, whatever the record has."""
         how = MineSettings(
             samples=2,
-            shard_size=2,
             max_response_tokens=12,
             max_principle_tokens=6,
             max_critique_tokens=6,
@@ -56,7 +55,8 @@ def make_place(folder: Path) -> Place:
     rows = [{"prompt": f"What is {i}?", "gold": f"It is {i}, of course."} for i in range(16)]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     slots = [
-        Slot(Record("pools", folder / ".staple"), t, seed=0, mode=lambda _: "force") for t in (0, 1)
+        Slot(Record("pools", folder / ".staple"), t, 0, mode=lambda _: "force", shard_size=2)
+        for t in (0, 1)
     ]
     settings = PromptSettings(
         sources=(CorpusSettings(path="rows.jsonl"),), first=10, later=1, held_out=5

@@ -125,7 +125,7 @@ class Place:
         return JudgeSettings(kind="pairwise", policy=policy, max_tokens=16, retries=1, **how)
 
     def settings(self, **how: Any) -> EvaluateSettings:
-        given = {"judge": self.judge(), "resamples": 200, "shard_size": 3} | how
+        given = {"judge": self.judge(), "resamples": 200} | how
         return EvaluateSettings(max_response_tokens=10, max_principle_tokens=5, **given)
 
     def source(self, script: Policy | None = None, **how: Any) -> PolicySource:

@@ -138,7 +138,7 @@ def test_ctrl_c_while_the_server_starts(folder: Path) -> None:
 
 
 def test_what_is_kept_is_told_and_marked(folder: Path) -> None:
-    settings = ["--set", "mine.shard_size=1", "--set", "mine.max_response_tokens=200"]
+    settings = ["--set", "shard_size=1", "--set", "mine.max_response_tokens=200"]
     process = staple(folder, "run", "lineage.yaml", *settings, grace=LONG)
     until(lambda: any("mined" in str(e["name"]) for e in events(folder, "shard")), process)
     os.killpg(process.pid, signal.SIGINT)

@@ -22,6 +22,7 @@ from constitutions.errors import UserError, UserErrors
 from constitutions.terminal import console
 from flows.commands.tables import table
 from flows.experiment import home
+from flows.schema import ExperimentSettings
 from flows.settings import load_settings, parse_override
 from models.endpoint.client import Limits
 from models.endpoint.probing import check_server
@@ -54,7 +55,7 @@ from tasks.score import ScoreSettings
 
 T = TypeVar("T")
 SETTINGS = ("judge", "max_failed", "resamples", "shard_size")
-"""The settings of `evaluate` that have a part here."""
+"""The settings that have a part here: of `evaluate`, and `shard_size`."""
 ABLE = ("pairwise", "absolute", "reward")
 """Kinds of judges that need no gold."""
 FORMATS = (".parquet", ".json")
@@ -115,21 +116,22 @@ def judge_files(
             problems.append(error)
         return None
 
-    settings = attempt(lambda: judging_settings(overrides))
+    chosen = attempt(lambda: judging_settings(overrides))
     left, right = (attempt(partial(read_responses, path)) for path in (ours, theirs))
     met = attempt(partial(response_pairs_of, left, right)) if left and right else None
     attempt(lambda: _check_out(out))
-    if problems or settings is None or met is None:
+    if problems or chosen is None or met is None:
         raise UserErrors(problems)
-    rows = _kept(settings, met, (ours, theirs), seed, force)
+    settings = chosen.evaluate
+    rows = _kept(settings, met, (ours, theirs), seed, force, chosen.shard_size)
     found = _measured(settings, met, rows, seed, (ours, theirs))
     if out:
         _write(out, found.rows)
     return found
 
 
-def judging_settings(overrides: Sequence[str]) -> EvaluateSettings:
-    """`evaluate`'s settings with a judge that can judge by a constitution alone.
+def judging_settings(overrides: Sequence[str]) -> ExperimentSettings:
+    """Settings with a judge (`evaluate.judge`) that can judge by a constitution alone.
 
     Raises:
         UserErrors: names and values that are wrong, settings that have no part in judging files,
@@ -139,11 +141,11 @@ def judging_settings(overrides: Sequence[str]) -> EvaluateSettings:
     if problems:
         raise UserErrors(problems)
     try:
-        named = [f"evaluate.{override}" for override in overrides]
-        settings = load_settings("staple judge", named, text="evaluate: {}").evaluate
+        named = [o if o.startswith("shard_size=") else f"evaluate.{o}" for o in overrides]
+        settings = load_settings("staple judge", named, text="{}")
     except UserErrors as error:
         raise UserErrors([_as_given(e) for e in error.errors], more=error.more) from None
-    judge = settings.judge
+    judge = settings.evaluate.judge
     if judge.kind not in ABLE:
         raise UserError(
             f"a judge of kind '{judge.kind}' needs a gold response or an embedded world's prompts, "
@@ -156,7 +158,8 @@ def judging_settings(overrides: Sequence[str]) -> EvaluateSettings:
         raise UserError("response files have no gold to show", where="setting 'judge.show_gold'")
     check_judge(judge, home())
     told = judge if judge.kind == "reward" else about_principles(judge)
-    return settings.model_copy(update={"judge": told})
+    evaluate = settings.evaluate.model_copy(update={"judge": told})
+    return settings.model_copy(update={"evaluate": evaluate})
 
 
 def _without_part(override: str) -> UserError | None:
@@ -197,7 +200,12 @@ def _check_out(out: Path | None) -> None:
 
 
 def _kept(
-    settings: EvaluateSettings, met: Met, paths: tuple[Path, Path], seed: int, force: bool
+    settings: EvaluateSettings,
+    met: Met,
+    paths: tuple[Path, Path],
+    seed: int,
+    force: bool,
+    shard_size: int,
 ) -> list[Comparison]:
     """A row for every pair; what an earlier run of the same judged is not judged again."""
     policy, what = settings.judge.policy, f"staple judge {paths[0].name} {paths[1].name}"
@@ -206,7 +214,7 @@ def _kept(
         if force:
             shutil.rmtree(folder, ignore_errors=True)
         with locks.device(policy.answers_on if policy else "cpu", what):
-            return _compared(settings, met.pairs, Workspace(folder), seed)
+            return _compared(settings, met.pairs, Workspace(folder, shard_size), seed)
 
 
 def _digest(settings: EvaluateSettings, paths: tuple[Path, Path], seed: int) -> str:
@@ -215,7 +223,6 @@ def _digest(settings: EvaluateSettings, paths: tuple[Path, Path], seed: int) -> 
     facts = {
         "files": [(path.name, file_sha256(path)) for path in paths],  # the record has the names
         "judge": dump | judge_notes(settings.judge, home()),
-        "shard_size": settings.shard_size,
         "seed": seed,
         "code": code_version(
             "tasks.judging.panel", "tasks.sami.responses", *judge_uses(settings.judge)
@@ -233,7 +240,6 @@ def _compared(
             benches=benches,
             model="ours",
             work=work,
-            shard_size=settings.shard_size,
             iteration=0,
             seed=seed,
             resamples=settings.resamples,

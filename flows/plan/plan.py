@@ -214,28 +214,26 @@ class _Estimate:
         sizes = self.settings.prompts
         prompts = sizes.first if iteration == 1 else sizes.later
         if explored := self.workload.explored():
-            stage, turns, shard = explored
-            yield self._answers(stage, prompts, turns, shard)
+            yield self._answers(explored[0], prompts, explored[1])
         yield from map(self._judgements, self.workload.graded(prompts))
         yield self._training(prompts * self.workload.accepted)
 
     def _evaluated(self, iteration: int) -> Iterator[Work]:
         s, benchmarks = self.settings, self.workload.benchmarks
         prompts = s.prompts.held_out + sum(benchmarks.values())
-        yield self._answers("evaluate", prompts, self.workload.answered(), s.evaluate.shard_size)
-        if turns := (self.workload.informed()):
-            yield self._answers("information", prompts, turns, s.evaluate.shard_size)
+        yield self._answers("evaluate", prompts, self.workload.answered())
+        if turns := self.workload.informed():
+            yield self._answers("information", prompts, turns)
         yield from map(self._judgements, self.workload.judged(iteration))
 
-    def _answers(self, stage: str, prompts: int, turns: Sequence[SampledTurn], shard: int) -> Work:
-        hours = self._hours(self.settings.policy, prompts, turns, shard)
+    def _answers(self, stage: str, prompts: int, turns: Sequence[SampledTurn]) -> Work:
+        hours = self._hours(self.settings.policy, prompts, turns)
         return self._sampled(stage, prompts, turns, hours)
 
     def _judgements(self, asked: JudgeTurns) -> Work:
         """In process a judge has the GPU for itself."""
         assert asked.judge.policy is not None, "JudgeSettings sees to it"
-        shard = self.settings.evaluate.shard_size
-        hours = self._hours(asked.judge.policy, asked.prompts, [asked.turn], shard)
+        hours = self._hours(asked.judge.policy, asked.prompts, [asked.turn])
         return self._sampled(asked.stage, asked.prompts, [asked.turn], hours)
 
     def _sampled(
@@ -253,7 +251,7 @@ class _Estimate:
         )
 
     def _hours(
-        self, model: PolicySettings, prompts: int, turns: Sequence[SampledTurn], shard: int
+        self, model: PolicySettings, prompts: int, turns: Sequence[SampledTurn]
     ) -> float | None:
         """Prompts are prefilled, then decoded as many at a time as are set, fit, and a shard has.
 
@@ -264,7 +262,7 @@ class _Estimate:
         held = (self.policy if model is self.settings.policy else self._held(model)).sampled
         seconds = 0.0
         for turn in turns:
-            together = min(self._rows(held, model.batch_rows, turn), shard * turn.samples)
+            together = self._rows(held, model.batch_rows, turn)
             new = self.workload.assumed.filled * turn.limit
             steps = prompts * turn.samples * new / together
             read = turn.cached(new / 2)
@@ -273,7 +271,9 @@ class _Estimate:
         return seconds / 3600
 
     def _rows(self, held: Held, rows: int | None, turn: SampledTurn) -> int:
-        return rows or max(1, held.rows_that_fit(turn.cached(turn.limit)))
+        """Rows that are decoded together: as many as are set, or fit, and a shard has."""
+        rows = rows or max(1, held.rows_that_fit(turn.cached(turn.limit)))
+        return min(rows, self.settings.shard_size * turn.samples)
 
     def _training(self, examples: float) -> Work:
         s = self.settings.train
@@ -317,28 +317,26 @@ class _Estimate:
 
     def sampling(self) -> Memory:
         """Of the turn that takes most, with every turn at its limit."""
-        found = [self._sampling_of(turn, shard) for turn, shard in self._longest_turns()]
+        found = [self._sampling_of(turn) for turn in self._longest_turns()]
         return max(found, key=lambda memory: memory.bytes)
 
-    def _sampling_of(self, turn: SampledTurn, shard: int) -> Memory:
+    def _sampling_of(self, turn: SampledTurn) -> Memory:
         held = self.policy.sampled
         rows = self._rows(held, self.settings.policy.batch_rows, turn)
-        rows = min(rows, shard * turn.samples)
         tokens = turn.cached(turn.limit)
         parts = held.sampling_memory(rows, tokens)
         return Memory(title=f"sampling {rows:,} × {tokens:,.0f}", parts=parts)
 
-    def _longest_turns(self) -> Iterator[tuple[SampledTurn, int]]:
-        """Every turn of the policy at its limits, and the prompts of its shards."""
-        s, work = self.settings, self.workload.at_limits()
-        if s.iterations and (explored := work.explored()):
-            _, turns, shard = explored
-            yield from ((turn, shard) for turn in turns)
-        yield from ((turn, s.evaluate.shard_size) for turn in work.answered())
+    def _longest_turns(self) -> Iterator[SampledTurn]:
+        """Every turn of the policy at its limits."""
+        work = self.workload.at_limits()
+        if self.settings.iterations and (explored := work.explored()):
+            yield from explored[1]
+        yield from work.answered()
 
     def _fewer_rows(self) -> str:
         """As many rows as fit; with NF4 weights, where not one does without."""
-        tokens = max(turn.cached(turn.limit) for turn, _ in self._longest_turns())
+        tokens = max(turn.cached(turn.limit) for turn in self._longest_turns())
         smaller = replace(self.policy, quantization="nf4")
         for held, change in (
             (self.policy, {}),
@@ -396,7 +394,7 @@ class _Estimate:
             )
             found["training checkpoint"] = 1.5 * (adapter or full)
         if s.iterations and (explored := self.workload.explored()):
-            stage, turns, shard = explored
+            (stage, turns), shard = explored, s.shard_size
             row = self._row_bytes(turns)
             prompts = s.prompts.first + s.prompts.later * (s.iterations - 1)
             found["records"] = COPIES * row * prompts

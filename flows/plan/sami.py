@@ -70,12 +70,12 @@ class SamiWorkload(Workload):
         """Kinds of constitutions that held-out prompts are answered under."""
         return 4 if self.settings.write.held_out else 2
 
-    def explored(self) -> tuple[str, list[SampledTurn], int]:
+    def explored(self) -> tuple[str, list[SampledTurn]]:
         """What `sample` samples for a query: see `tasks.sami.sample`."""
         s = self.settings.sample
         under = self.prompt + self.given
         turn = SampledTurn(samples=s.constitutions, limit=s.max_response_tokens, own=under)
-        return "sample", [turn], s.shard_size
+        return "sample", [turn]
 
     def answered(self) -> list[SampledTurn]:
         """What `evaluate` samples for a prompt: see `tasks.sami.evaluate`."""

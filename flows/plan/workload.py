@@ -205,12 +205,12 @@ class Workload:
         soft = self.settings.filter.selection == "soft"
         return ACCEPTED * (max(1.0, self.settings.mine.samples / 2) if soft else 1.0)
 
-    def explored(self) -> tuple[str, list[SampledTurn], int] | None:
-        """The stage that samples what is trained on, its turns for a prompt, its shard's prompts;
-        None where the golds are trained on."""
+    def explored(self) -> tuple[str, list[SampledTurn]] | None:
+        """The stage that samples what is trained on, and its turns for a prompt; None where the
+        golds are trained on."""
         if not method_of(self.settings).mines:
             return None
-        return "mine", self.mined(), self.settings.mine.shard_size
+        return "mine", self.mined()
 
     def informed(self) -> list[SampledTurn]:
         """What an estimate of the information samples and reads."""

@@ -29,6 +29,10 @@ MOST_BAD_ROWS = {"stop": 1_000, "reject": 10_000}
 """After so many a source is read no further, unless bad ones are left out and some are good."""
 
 
+LONGEST = 20_000
+"""Characters of the longest prompt, and of the longest gold response, that is accepted."""
+
+
 class CorpusSettings(Settings):
     """One source of prompts with gold responses: a file, or a data set by its hub name."""
 
@@ -49,8 +53,6 @@ class CorpusSettings(Settings):
     gold_column: str = "gold"
     """Column with the gold response (plain format). Empty: there are none, which SAMI does not
     need."""
-    max_characters: int = Field(default=20_000, ge=1)
-    """Longest prompt, and longest gold response, that is accepted."""
     rows: int | None = Field(default=None, ge=1)
     """Use so many rows of this source, drawn by the seed; all when empty."""
     on_bad_row: Literal["stop", "reject"] = "stop"
@@ -252,12 +254,12 @@ def _prompt(
     row_id, where = prompt_id(prompt), f"{source.label}:{number}"
     characters = sum(len(message["content"]) for message in prompt)
     for field, length in ((columns.prompt, characters), (columns.gold, len(gold))):
-        if length > source.max_characters:
+        if length > LONGEST:
             raise RowError(
                 "too long",
                 f"the text has {length:,} characters",
                 field=field,
-                expected=f"at most {source.max_characters:,} (setting max_characters)",
+                expected=f"at most {LONGEST:,}",
                 row_id=row_id,
             )
     if row_id in seen:

@@ -123,7 +123,6 @@ class Panel:
     model: str
     """What published formats call the policy that is judged."""
     work: Workspace
-    shard_size: int
     iteration: int
     seed: int
     resamples: int
@@ -140,7 +139,7 @@ class Panel:
         rows = self.in_shards(
             name,
             Comparison,
-            [shard for part in put for shard in shards(part, self.shard_size)],
+            [shard for part in put for shard in shards(part, self.work.shard_size)],
             partial(_decide, judges),
             lambda shard: judges[shard[0].judge],
         )

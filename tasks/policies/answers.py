@@ -27,8 +27,7 @@ from models.policy import (
 from models.pools.base import Compute, Pool
 from models.prompts import Templates
 from models.settings import Settings
-from tasks.record.progress import progress
-from tasks.record.work import Workspace, shards
+from tasks.record.work import Workspace
 from tasks.rows import Answer, Prompt
 
 Row = TypeVar("Row")
@@ -168,7 +167,6 @@ class Respondent:
     pool: Pool[Policy]
     generation: Generation
     work: Workspace
-    shard_size: int
 
     def answers(self, name: str, prompts: Sequence[Prompt]) -> list[Answer]:
         """An answer to every prompt, in their order, kept as `<name>.parquet`."""
@@ -183,16 +181,16 @@ class Respondent:
         prompts_each: int = 1,
     ) -> list[Row]:
         """`compute` over shards of items, of which each takes `prompts_each` prompts."""
-        each = requests_each(self.generation.templates) * prompts_each
-        what = f"evaluate {self.generation.iteration}: {name}"
-        with progress(what, each * len(items), "requests") as tick:
-            return self.work.sharded(
-                name,
-                row_type,
-                shards(items, self.shard_size),
-                lambda missing: self.pool.map(compute, missing, tick),
-                found=lambda shard: tick(each * len(shard)),
-            )
+        return self.work.in_shards(
+            name,
+            row_type,
+            items,
+            self.pool,
+            compute,
+            what=f"evaluate {self.generation.iteration}: {name}",
+            unit="requests",
+            each=requests_each(self.generation.templates) * prompts_each,
+        )
 
 
 def answer_metrics(answers: Sequence[Answer]) -> dict[str, float]:

@@ -557,6 +557,8 @@ class Slot:
     """What the run has made or found so far: it goes on from that, whatever is current by now."""
     uses: tuple[str, ...] = ()
     """Modules that the settings chose from a registry: their code counts like the stage's own."""
+    shard_size: int = 64
+    """Prompts that are computed and saved together; no result depends on it."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """What is worth knowing of an attempt and changes nothing: who asked for it."""
 
@@ -600,7 +602,7 @@ class Slot:
         lock = self.record.lock(wanted.fingerprint)
         what = f"{stage} of iteration {self.iteration} of {self.record.experiment}"
         with locks.held(lock, what):
-            work = Workspace(lock.with_suffix(""))
+            work = Workspace(lock.with_suffix(""), self.shard_size)
             self._wait_for_others(wanted, what)
             found = None if self.mode(stage) == "force" else self._find(wanted)
             if found is not None:

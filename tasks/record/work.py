@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,9 +30,9 @@ from models.files import (
     write_sealed,
     written,
 )
-from models.pools.base import Finished, Shards
+from models.pools.base import Compute, E, Finished, Pool, Shards
 from tasks.record import kept
-from tasks.record.progress import say
+from tasks.record.progress import progress, say
 from tasks.record.tables import read_rows, rows_as_bytes, write_rows
 
 Row = TypeVar("Row")
@@ -56,10 +57,13 @@ class Workspace:
     """The folder of one fingerprint: `outputs` of the attempt, and `parts` that are finished.
 
     Made by the holder of the fingerprint's lock: nobody else writes there.
+
+    Args:
+        shard_size: items that are computed and kept together.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, shard_size: int = 64) -> None:
+        self.folder, self.shard_size = folder, shard_size
         self.outputs = folder / "outputs"
         self.parts = folder / "parts"
         self._done = folder / "done.json"
@@ -72,6 +76,32 @@ class Workspace:
         """Write `<name>.parquet` whole or not at all."""
         write_rows(self.outputs / f"{name}.parquet", rows, row_type)
 
+    def in_shards(
+        self,
+        name: str,
+        row_type: type[Row],
+        items: Sequence[Any],
+        pool: Pool[E],
+        compute: Compute[E, Row],
+        *,
+        what: str,
+        unit: str,
+        each: int = 1,
+    ) -> list[Row]:
+        """`compute` over the items, in shards, by the engines of a pool; see `sharded`.
+
+        Args:
+            what: is computed, for the progress bar, which counts `each` units an item.
+        """
+        with progress(what, each * len(items), unit) as tick:
+            return self.sharded(
+                name,
+                row_type,
+                shards(items, self.shard_size),
+                lambda missing: pool.map(compute, missing, tick),
+                found=lambda shard: tick(each * len(shard)),
+            )
+
     def sharded(
         self,
         name: str,
@@ -80,14 +110,21 @@ class Workspace:
         compute: Callable[[Shards], Iterable[Finished]],
         found: Callable[[Sequence[Any]], None],
     ) -> list[Row]:
-        """The shards that are missing computed, each kept when it is finished, in whatever order;
-        then `<name>.parquet` from all of them.
+        """Compute the shards that are missing, keep each when it is finished, in whatever order;
+        then write `<name>.parquet` from all of them.
+
+        A part is named by the range of its items, so that shards of another size are not taken
+        for it.
 
         Args:
-            compute: yields shards as they are finished; `Pool.map` does.
-            found: is told of each shard that an earlier, killed attempt had finished.
+            compute: yields shards as they are finished, as `Pool.map` does.
+            found: called with each shard that an earlier, killed attempt had finished.
         """
-        parts = [Part(self.parts, f"{name}-{number:05}") for number in range(len(shards))]
+        ends = list(accumulate(map(len, shards)))
+        parts = [
+            Part(self.parts, f"{name}-{end - len(shard):05}-{end:05}")
+            for shard, end in zip(shards, ends, strict=True)
+        ]
         missing = {n: shard for n, shard in enumerate(shards) if not parts[n].is_finished()}
         whole = len(shards) - len(missing)
         kept.tell(parts=f"{whole} of {len(shards)} shards")

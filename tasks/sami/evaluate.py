@@ -15,14 +15,13 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean, stdev
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from constitutions.constitution import Principle
 from constitutions.errors import UserError
 from models.judges.base import numbered
 from models.judges.opening import open_policy
 from models.policy import NO_ANSWER, Messages, Policy, Progress, Request, Scoring
-from models.pools.base import Compute, Pool
 from models.prompts import ConstitutionWording, under_constitution
 from models.worlds.base import Oracle
 from tasks.benchmarks.settings import about_principles
@@ -46,10 +45,9 @@ from tasks.judging.truth import obedience_metrics
 from tasks.policies.answers import Given
 from tasks.policies.opening import PolicySource
 from tasks.prompts import world_of
-from tasks.record.progress import progress
 from tasks.record.stage import stage
 from tasks.record.store import Attempt, Slot
-from tasks.record.work import Metrics, Workspace, shards
+from tasks.record.work import Metrics, Workspace
 from tasks.rows import Comparison, Draw, Prompt, Response, Sampled
 from tasks.sami.draw import DrawnConstitution, PrinciplePool, pool_of, tell
 from tasks.sami.sample import SampleSettings, check_mixtures, sample
@@ -124,12 +122,19 @@ def evaluate_stage(
             pool.trained,
             f"{at.seed}/information",
         )
+        showing = f"evaluate {at.iteration}: "
         with policy.pool() as engines:
-            shard = _Shards(work, engines, settings.shard_size, at.iteration)
-            responses = shard.map("responses", Response, asked, respond)
+            name = "responses"
+            responses = work.in_shards(
+                name, Response, asked, engines, respond, what=showing + name, unit=name
+            )
             metrics = response_metrics(responses, len(prompts))
-            if not policy.settings.endpoint:  # it tells no log-probabilities
-                metrics |= mi_metrics(shard.map("information", Estimate, prompts, estimate))
+            if not policy.settings.endpoint:  # which gives no log-probabilities
+                name = "information"
+                estimates = work.in_shards(
+                    name, Estimate, prompts, engines, estimate, what=showing + name, unit=name
+                )
+                metrics |= mi_metrics(estimates)
 
         with closing(open_benches(oracle, scoring, at.seed, open_policy)) as benches:
             panel = panel_of(benches, settings, at, work)
@@ -196,31 +201,6 @@ def _constitutions(
                 chosen = rng.sample(there, min(size, len(there)))
                 yield f"{prefix}{kind}", tell(chosen, [wanted] * len(chosen), rng)
     yield "plain", DrawnConstitution((), ())
-
-
-class _Shards(NamedTuple):
-    """Items of an evaluation, computed in shards by a policy's engines and kept."""
-
-    work: Workspace
-    engines: Pool[Policy]
-    size: int
-    iteration: int
-
-    def map(
-        self,
-        name: str,
-        row_type: type[Row],
-        items: Sequence[Any],
-        compute: Compute[Policy, Row],
-    ) -> list[Row]:
-        with progress(f"evaluate {self.iteration}: {name}", len(items), name) as tick:
-            return self.work.sharded(
-                name,
-                row_type,
-                shards(items, self.size),
-                lambda missing: self.engines.map(compute, missing, tick),
-                found=lambda shard: tick(len(shard)),
-            )
 
 
 def _respond(
@@ -316,7 +296,7 @@ def _estimate(
     advance: Progress,
 ) -> list[Estimate]:
     """Responses under mixtures, and how well each tells its own from the others."""
-    sampled = sample(prompts, policy, settings, wording, principles, key)
+    sampled = sample(settings, wording, principles, key, policy, prompts)
     pairs = [
         (under_constitution(wording, told.principles, row.prompt), own.response)
         for row in sampled

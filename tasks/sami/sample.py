@@ -19,16 +19,15 @@ from models.policy import Completion, Policy, Progress, Request
 from models.prompts import ConstitutionWording, under_constitution
 from models.settings import Settings
 from tasks.policies.opening import PolicySource
-from tasks.record.progress import progress
 from tasks.record.stage import stage
 from tasks.record.store import Attempt, Slot
-from tasks.record.work import Metrics, Workspace, shards
+from tasks.record.work import Metrics, Workspace
 from tasks.rows import Draw, Prompt, Sampled, fields
 from tasks.sami.draw import DrawnConstitution, draw, pool_of
 
 
 class SampleSettings(Settings):
-    """SAMI: which constitutions a query meets, and how the responses are sampled."""
+    """SAMI: which constitutions a query is asked under, and how the responses are sampled."""
 
     constitutions: int = Field(2, ge=2, le=64)
     """C: constitutions a query, and responses. Each step compares C × C pairs."""
@@ -40,8 +39,6 @@ class SampleSettings(Settings):
     """Nucleus sampling; 1 samples from the whole distribution."""
     max_response_tokens: int = Field(512, ge=1, le=16_384)
     """Longest response."""
-    shard_size: int = Field(64, ge=1, le=4096)
-    """Queries sampled and saved together: what a killed run repeats at most."""
 
     @model_validator(mode="after")
     def _enough_mixtures(self) -> SampleSettings:
@@ -53,13 +50,38 @@ class SampleSettings(Settings):
         return self
 
 
+@stage("sample")
+def sample_stage(
+    at: Slot, settings: SampleSettings, policy: PolicySource, prompts: Attempt, written: Attempt
+) -> Attempt:
+    """prompts, the pool of principles → sampled, shard by shard."""
+
+    def compute(work: Workspace) -> Metrics:
+        key, principles = f"{at.seed}/{at.iteration}", pool_of(written).trained
+        with policy.pool() as pool:
+            sampled = work.in_shards(
+                "sampled",
+                Sampled,
+                prompts.read("prompts", Prompt),
+                pool,
+                partial(sample, settings, policy.wording, principles, key),
+                what=f"sample {at.iteration}",
+                unit="responses",
+                each=settings.constitutions,
+            )
+        return _metrics(sampled)
+
+    inputs = policy.inputs(prompts=prompts, written=written)
+    return policy.noted(at).attempt("sample", settings, inputs, compute)
+
+
 def sample(
-    rows: Sequence[Prompt],
-    policy: Policy,
     settings: SampleSettings,
     wording: ConstitutionWording,
     pool: Sequence[Principle],
     key: str,
+    policy: Policy,
+    rows: Sequence[Prompt],
     advance: Progress | None = None,
 ) -> list[Sampled]:
     """C constitutions and responses for each prompt, in the order of the rows.
@@ -124,45 +146,6 @@ def _answered(constitution: DrawnConstitution, response: Completion) -> Draw:
         tokens=response.tokens,
         thoughts=response.thoughts,
     )
-
-
-@stage("sample")
-def sample_stage(
-    at: Slot, settings: SampleSettings, policy: PolicySource, prompts: Attempt, written: Attempt
-) -> Attempt:
-    """prompts, the pool of principles → sampled, shard by shard."""
-
-    def compute(work: Workspace) -> Metrics:
-        rows = prompts.read("prompts", Prompt)
-        key = f"{at.seed}/{at.iteration}"
-        principles = pool_of(written).trained
-        job = partial(_sample_shard, settings, policy.wording, principles, key)
-        each = settings.constitutions
-        showing = progress(f"sample {at.iteration}", len(rows) * each, "responses")
-        with policy.pool() as pool, showing as tick:
-            sampled = work.sharded(
-                "sampled",
-                Sampled,
-                shards(rows, settings.shard_size),
-                lambda missing: pool.map(job, missing, tick),
-                found=lambda shard: tick(len(shard) * each),
-            )
-        return _metrics(sampled)
-
-    inputs = policy.inputs(prompts=prompts, written=written)
-    return policy.noted(at).attempt("sample", settings, inputs, compute)
-
-
-def _sample_shard(
-    settings: SampleSettings,
-    wording: ConstitutionWording,
-    principles: Sequence[Principle],
-    key: str,
-    policy: Policy,
-    rows: Sequence[Prompt],
-    advance: Progress,
-) -> list[Sampled]:
-    return sample(rows, policy, settings, wording, principles, key, advance)
 
 
 def _metrics(sampled: Sequence[Sampled]) -> Metrics:

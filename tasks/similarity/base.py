@@ -70,7 +70,7 @@ class Similarity(ABC, Generic[S]):
 
     def noted(self, at: Slot) -> Slot:
         """The slot with what its scores depend on beside the settings, and the device it takes."""
-        return at
+        return at.using(type(self).__module__)
 
     @abstractmethod
     def compare(self, gold: str, texts: Sequence[str]) -> list[Score]:

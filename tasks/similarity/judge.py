@@ -73,7 +73,7 @@ class JudgeGrade(Similarity[GradeSettings]):
 
     def noted(self, at: Slot) -> Slot:
         """See `Similarity.noted`."""
-        return noted(at, self._settings)
+        return noted(super().noted(at), self._settings)
 
     def compare(self, gold: str, texts: Sequence[str]) -> list[Score]:
         """Refuse: the grade needs the prompt.

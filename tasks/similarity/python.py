@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import runpy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -79,7 +78,7 @@ class Function(Similarity[FunctionSettings]):
 
     def noted(self, at: Slot) -> Slot:
         """See `Similarity.noted`: the scores depend on what the file holds."""
-        return replace(at, notes={**at.notes, "function": self._digest()})
+        return super().noted(at).using(function=self._digest())
 
     def _digest(self) -> str:
         file, _ = self._place

@@ -147,7 +147,7 @@ def check(turns: list[SampledTurn], asked: dict[str, list[Request]]) -> None:
 def test_the_turns_of_mine_are_what_it_asks(changes: list[str]) -> None:
     work, policy = workload(*changes), Verbose()
     templates = TEMPLATES["chat"] if work.guided else TEMPLATES["chat"].unguided()
-    mine([PROMPT], policy, work.settings.mine, templates, "0/1")  # type: ignore[arg-type]
+    mine(work.settings.mine, templates, "0/1", policy, [PROMPT])  # type: ignore[arg-type]
     check(work.mined(), policy.turns())
 
 
@@ -236,8 +236,8 @@ def taught_workload(*changes: str) -> SamiWorkload:
 def test_the_turns_of_sample_are_what_it_asks(size: int) -> None:
     work, policy = taught_workload(f"sample.constitutions={size}"), Verbose()
     how = work.settings.sample
-    sample([PROMPT], policy, how, CHAT_CONSTITUTION, OPPOSED, "0/1")  # type: ignore[arg-type]
-    _, (turn,), _ = work.explored()
+    sample(how, CHAT_CONSTITUTION, OPPOSED, "0/1", policy, [PROMPT])  # type: ignore[arg-type]
+    _, (turn,) = work.explored()
     assert turn.samples == sum(r.n for r in policy.asked) == size
     assert {turn.limit} == {r.max_tokens for r in policy.asked}
     for request in policy.asked:  # what a constitution is told counts its "{principles}"
@@ -279,7 +279,7 @@ def test_judges_are_asked_about_every_response(iteration: int) -> None:
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_query_is_learned_in_rows_of_all_its_responses(size: int) -> None:
     work = taught_workload(f"sample.constitutions={size}")
-    _, (turn,), _ = work.explored()
+    _, (turn,) = work.explored()
     group = Group(((0,) * round(turn.context),) * size, ((0,) * 20,) * size)
     row, loss = work.learned()
     assert work.rows * row == pytest.approx(group.tokens, abs=size * (size + 1))

@@ -76,7 +76,7 @@ def wanted(folder: Path, served: Served, monkeypatch: pytest.MonkeyPatch) -> Exp
         "iterations": 2,
         "policy.endpoint": served.address,
         "policy.served_model": BASE,
-        "mine.shard_size": 2,
+        "shard_size": 2,
     }
     settings = with_changes(load_settings("lineage.yaml"), changes)
     note_settings(settings)

@@ -110,3 +110,27 @@ def test_a_file_that_extends_itself_is_named(tmp_path: Path) -> None:
     other.write_text(f"extends: {one}\n")
     with pytest.raises(UserError, match=r"extends itself: .*one\.yaml → .*other\.yaml → .*one"):
         load_settings(str(one))
+
+
+GONE_SETTINGS = """
+mine: {samples: 3, shard_size: 3}
+filter: {leak_words: 4}
+prompts: {sources: [{path: a.jsonl, max_characters: 5}]}
+then: {sample: {shard_size: 3}, prompts: {held_out: 3}}
+"""
+
+
+def test_a_setting_that_is_gone_is_named_with_what_to_do() -> None:
+    with pytest.raises(UserErrors) as told:
+        load_settings("mine.yaml", ["evaluate.shard_size=3"], text=GONE_SETTINGS)
+    said = str(told.value)
+    assert said.count("this is no longer a setting") == 4
+    assert "setting 'mine.shard_size'" in said and "all stages: shard_size" in said
+    assert "'prompts.sources.0.max_characters'" in said and "'filter.leak_words'" in said
+
+
+def test_a_record_of_an_earlier_version_may_have_settings_that_are_gone() -> None:
+    found = load_settings("experiment old", text=GONE_SETTINGS, recorded=True)
+    assert found.mine.samples == 3 and found.then == {"sample": {}, "prompts": {"held_out": 3}}
+    with pytest.raises(UserErrors, match=r"mine\.shard_size.*no longer a setting"):
+        load_settings("experiment old", ["mine.shard_size=3"], text=GONE_SETTINGS, recorded=True)

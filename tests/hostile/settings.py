@@ -115,7 +115,7 @@ FILES: dict[str, Content] = {
     "turned round": '"\\u202eexe.txt": 1\n',
     "a port beyond": "policy: {endpoint: 'http://127.0.0.1:99999'}\n",
     "a pool's port": "policy: {pool: {kind: ray, address: 'a:99999999999'}}\n",
-    "negative counts": "iterations: -1\nmine: {samples: 0, shard_size: -5}\n",
+    "negative counts": "iterations: -1\nshard_size: -5\nmine: {samples: 0}\n",
     "wrong types everywhere": "policy: 1\nprompts: []\nmine: x\nscore: 5\ntrain: [a]\nevaluate: no\n",
     "lists everywhere": "experiment: [a]\nmethod: {a: b}\nseed: [1]\nafter: 5\nreview: 3\n",
     "nulls everywhere": "policy: null\nprompts: null\nmine: null\nseed: null\n",

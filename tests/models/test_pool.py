@@ -152,8 +152,8 @@ def test_scored_by_a_judge_in_two_workers(place: Place, nodes: Nodes) -> None:
 
     def scored(where: PoolSettings) -> Attempt:
         asked = judge(place.model, where, kind="absolute")
-        how = ScoreSettings(similarity="judge", judge=asked, shard_size=3, max_unscored=1.0)
-        return score_stage(place.at, how, mined)
+        how = ScoreSettings(similarity="judge", judge=asked, max_unscored=1.0)
+        return score_stage(replace(place.at, shard_size=3), how, mined)
 
     here, before, far = scored(LOCAL), copies(nodes.far_home), scored(nodes.pool)
     assert file(here, "scored.parquet") == file(far, "scored.parquet")
@@ -165,7 +165,7 @@ def test_answered_and_judged_in_two_workers(place: Place, nodes: Nodes) -> None:
     """A random judge says nothing that counts: the stage ends as it must, with all parts kept."""
     here, far = evaluated(place, LOCAL), evaluated(place, nodes.pool)
     assert here == far
-    assert {name.rpartition("-")[0] for name in here} == {
+    assert {name.rsplit("-", 2)[0] for name in here} == {
         "answers",
         "mt_bench-answers",
         "comparisons",
@@ -194,7 +194,6 @@ def evaluated(place: Place, where: PoolSettings) -> dict[str, bytes]:
         also=[llm],
         max_failed=0.9,
         resamples=200,
-        shard_size=2,
         max_response_tokens=10,
         max_principle_tokens=5,
         benchmarks={

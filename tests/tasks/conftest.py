@@ -23,7 +23,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def place(workplace: Path, chat_model: Path) -> Place:
     rows = [{"prompt": f"What is {i}?", "gold": f"It is {i}, of course."} for i in range(12)]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    at = Slot(Record("stage", workplace / ".staple"), 0, seed=0, mode=lambda _: "force")
+    at = Slot(Record("stage", workplace / ".staple"), 0, 0, mode=lambda _: "force", shard_size=3)
     sources = (CorpusSettings(path="rows.jsonl"),)
     prompts = PromptSettings(sources=sources, first=1, later=1, held_out=HELD_OUT)
     return Place(chat_model, at, prompts_stage(at, prompts))

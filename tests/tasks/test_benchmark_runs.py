@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,11 +205,10 @@ def test_the_published_file_gives_the_published_win_rate(
     Path("base.json").write_text(json.dumps(base))
     answers = {a.instruction: a.output_2 for a in annotations}
     done = run(
-        place,
+        replace(place, at=replace(place.at, shard_size=64)),
         {"alpaca_eval": {"prompts": "base.json"}},
         pairwise(longer),
         talker(lambda asked: answers.get(asked, "none"), lambda first: first),
-        shard_size=64,
     )
     written = read_annotations(done.path("alpaca_eval") / "annotations.json")
     assert [a.output_2 for a in written] == [a.output_2 for a in annotations]
@@ -366,7 +366,8 @@ def test_the_published_prompts_are_answered_and_checked(
     ]
     path = lines("first.jsonl", rows)
     speaker = talker(lambda asked: known.get(asked, "none"), lambda first: first)
-    done = run(place, {"ifeval": {"prompts": path}}, None, speaker, shard_size=64)
+    whole = replace(place, at=replace(place.at, shard_size=64))
+    done = run(whole, {"ifeval": {"prompts": path}}, None, speaker)
     official = [
         json.loads(line)["follow_all_instructions"]
         for line in (folder / "results_strict_first200.jsonl").open("r")

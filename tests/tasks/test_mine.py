@@ -54,7 +54,7 @@ def prompts(*texts: str) -> list[Prompt]:
 def test_every_candidate_is_there_in_order(policy: LocalPolicy) -> None:
     rows = prompts("How do I bake bread?", "What is the capital of France?")
     answered: list[int] = []
-    mined = mine(rows, policy, SETTINGS, CHAT, "0/1", answered.append)
+    mined = mine(SETTINGS, CHAT, "0/1", policy, rows, answered.append)
     assert [m.prompt_id for m in mined] == [r.prompt_id for r in rows]
     assert [[c.sample for c in m.candidates] for m in mined] == [[0, 1, 2], [0, 1, 2]]
     assert all(c.critique and c.finish in ("stop", "length") for m in mined for c in m.candidates)
@@ -64,7 +64,7 @@ def test_every_candidate_is_there_in_order(policy: LocalPolicy) -> None:
 
 def test_only_the_principle_is_hinted(policy: LocalPolicy) -> None:
     listening = Listening(policy)
-    (mined,) = mine(prompts("How do I bake bread?"), listening, SETTINGS, CHAT, "0/1")  # type: ignore[arg-type]
+    (mined,) = mine(SETTINGS, CHAT, "0/1", listening, prompts("How do I bake bread?"))  # type: ignore[arg-type]
 
     def seen(role: str) -> list[str]:
         return ["\n".join(m["content"] for m in r.messages) for r in listening.role(role)]
@@ -82,7 +82,7 @@ def test_only_the_principle_is_hinted(policy: LocalPolicy) -> None:
 def test_the_critique_can_be_left_out(policy: LocalPolicy) -> None:
     listening = Listening(policy)
     settings = SETTINGS.model_copy(update={"critique": False})
-    (mined,) = mine(prompts("How do I bake bread?"), listening, settings, CHAT, "0/1")  # type: ignore[arg-type]
+    (mined,) = mine(settings, CHAT, "0/1", listening, prompts("How do I bake bread?"))  # type: ignore[arg-type]
     assert not listening.role("critique")
     assert len(listening.requests) == requests_each(settings, CHAT)
     assert {c.critique for c in mined.candidates} == {""}
@@ -94,14 +94,14 @@ def same(a: Sequence[Mined], b: Sequence[Mined]) -> bool:
 
 def test_samples_do_not_depend_on_the_shard(policy: LocalPolicy) -> None:
     rows = prompts("How do I bake bread?", "What is the capital of France?", "Why?")
-    whole = mine(rows, policy, SETTINGS, CHAT, "0/1")
-    parts = [m for row in reversed(rows) for m in mine([row], policy, SETTINGS, CHAT, "0/1")]
+    whole = mine(SETTINGS, CHAT, "0/1", policy, rows)
+    parts = [m for row in reversed(rows) for m in mine(SETTINGS, CHAT, "0/1", policy, [row])]
     assert same(whole, parts)
-    assert not same(whole, mine(rows, policy, SETTINGS, CHAT, "0/2"))
+    assert not same(whole, mine(SETTINGS, CHAT, "0/2", policy, rows))
 
 
 def test_a_prompt_without_room_is_marked(policy: LocalPolicy) -> None:
-    long, short = mine(prompts("word " * 9000, "Why?"), policy, SETTINGS, CHAT, "0/1")
+    long, short = mine(SETTINGS, CHAT, "0/1", policy, prompts("word " * 9000, "Why?"))
     assert long.initial_finish == "overflow"
     assert {c.finish for c in long.candidates} == {"overflow"}
     assert short.initial_finish != "overflow"
@@ -110,7 +110,7 @@ def test_a_prompt_without_room_is_marked(policy: LocalPolicy) -> None:
 def test_without_principles_refinements_see_the_first_response_alone(policy: LocalPolicy) -> None:
     rows = prompts("How do I bake bread?", "What is the capital of France?")
     listening, templates = Listening(policy), CHAT.unguided()
-    mined = mine(rows, listening, SETTINGS, templates, "0/1")  # type: ignore[arg-type]
+    mined = mine(SETTINGS, templates, "0/1", listening, rows)  # type: ignore[arg-type]
     assert len(listening.requests) == len(rows) * 2
     asked = listening.role("unguided")
     assert [r.n for r in asked] == [3, 3]

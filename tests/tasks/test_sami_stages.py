@@ -109,7 +109,7 @@ def follower(messages: Sequence[Message]) -> str:
 def test_every_query_meets_constitutions_of_its_own_whatever_the_shard() -> None:
     settings = SampleSettings(constitutions=2, principles=2, temperature=0.7)
     script, ticks = Script(follower), list[int]()
-    rows = sample(PROMPTS, script, settings, CHAT_CONSTITUTION, POOL, "3/1", ticks.append)
+    rows = sample(settings, CHAT_CONSTITUTION, POOL, "3/1", script, PROMPTS, ticks.append)
     assert [row.prompt_id for row in rows] == [p.prompt_id for p in PROMPTS]
     assert sum(ticks) == 24 and len({request.key for request in script.asked}) == 24
     for row in rows:
@@ -120,10 +120,10 @@ def test_every_query_meets_constitutions_of_its_own_whatever_the_shard() -> None
     halves = [
         row
         for part in (PROMPTS[6:], PROMPTS[:6])
-        for row in sample(part, Script(follower), settings, CHAT_CONSTITUTION, POOL, "3/1")
+        for row in sample(settings, CHAT_CONSTITUTION, POOL, "3/1", Script(follower), part)
     ]
     assert sorted(halves, key=lambda r: r.prompt_id) == sorted(rows, key=lambda r: r.prompt_id)
-    other = sample(PROMPTS, Script(follower), settings, CHAT_CONSTITUTION, POOL, "3/2")
+    other = sample(settings, CHAT_CONSTITUTION, POOL, "3/2", Script(follower), PROMPTS)
     assert [r.draws for r in other] != [r.draws for r in rows], "fresh ones in each iteration"
 
 

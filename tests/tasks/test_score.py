@@ -508,14 +508,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def by_model(model: Path, **more: Any) -> ScoreSettings:
     policy = ENGINE.model_copy(update={"model": str(model), "threads": 1})
     judge = JUDGE.model_copy(update={"policy": policy, "retries": 0, "temperature": 0.8})
-    return ScoreSettings(
-        **{"similarity": "judge", "judge": judge, "max_unscored": 1.0, "shard_size": 2} | more
-    )
+    return ScoreSettings(**{"similarity": "judge", "judge": judge, "max_unscored": 1.0} | more)
 
 
 @pytest.fixture
 def slot(workplace: Path) -> Slot:
-    return Slot(Record("an-experiment", workplace / "home"), 1, seed=7)
+    return Slot(Record("an-experiment", workplace / "home"), 1, seed=7, shard_size=2)
 
 
 @pytest.fixture
@@ -572,12 +570,37 @@ def test_a_killed_scoring_goes_on_at_the_first_missing_shard(
 def test_scores_do_not_depend_on_the_shard_but_on_the_seed(
     slot: Slot, rows: Attempt, judge_model: Path
 ) -> None:
-    def scored_with(at: Slot, size: int) -> Attempt:
-        return score_stage(at, by_model(judge_model, shard_size=size), rows)
+    settings = by_model(judge_model)
+    two = score_stage(slot, settings, rows)
+    five = replace(slot, shard_size=5)
+    assert score_stage(five, settings, rows).reused, "another size makes nothing stale"
+    again = score_stage(replace(five, mode=lambda _: "force"), settings, rows)
+    assert not again.reused and again.digest == two.digest
+    assert score_stage(replace(five, seed=8), settings, rows).digest != two.digest
 
-    two, five = scored_with(slot, 2), scored_with(slot, 5)
-    assert two.fingerprint != five.fingerprint and two.digest == five.digest
-    assert scored_with(replace(slot, seed=8), 5).digest != five.digest
+
+def test_a_scoring_goes_on_in_shards_of_another_size(
+    slot: Slot,
+    rows: Attempt,
+    judge_model: Path,
+    asked: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted, settings = LocalPolicy.generate, by_model(judge_model)
+
+    def killed(self: LocalPolicy, requests: Sequence[Request], *rest: Any) -> Any:
+        if asked.total() == 8:
+            raise KeyboardInterrupt
+        return counted(self, requests, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalPolicy, "generate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            score_stage(slot, settings, rows)
+    resumed = score_stage(replace(slot, shard_size=3), settings, rows)
+    assert [row.prompt_id for row in resumed.read("scored", Scored)] == [f"p{i}" for i in range(5)]
+    whole = score_stage(replace(slot, mode=lambda _: "force"), settings, rows)
+    assert resumed.digest == whole.digest
 
 
 def test_a_judge_that_fails_too_often_ends_the_stage(

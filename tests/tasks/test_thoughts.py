@@ -100,7 +100,7 @@ def learned(row: TrainingConversation, encoder: Encoder) -> list[tuple[str, str]
 
 def test_mining_keeps_thoughts_apart_and_shows_them_to_no_later_turn() -> None:
     thinker = Thinker()
-    (row,) = mine([PROMPT], thinker, MineSettings(samples=1), CHAT, "0/1")
+    (row,) = mine(MineSettings(samples=1), CHAT, "0/1", thinker, [PROMPT])
     (found,) = row.candidates
     columns = (row.initial_thoughts, found.principle_thoughts, found.critique_thoughts)
     assert all("<think>" in text for text in (*columns, found.refined_thoughts))
@@ -123,7 +123,7 @@ def test_records_without_thoughts_are_read(kind: type) -> None:
     """As they were written before there were such columns."""
     draw = Draw(identifiers=(), principles=(), response="y", finish="stop", tokens=1)
     rows: dict[type, Any] = {
-        Mined: mine([PROMPT], Script(lambda m: "x"), MineSettings(samples=2), CHAT, "0/1")[0],
+        Mined: mine(MineSettings(samples=2), CHAT, "0/1", Script(lambda m: "x"), [PROMPT])[0],
         Answer: answer(
             [PROMPT], Script(lambda m: "x"), AnswerSettings(), CHAT, seed=0, iteration=0
         )[0],

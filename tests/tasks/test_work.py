@@ -36,7 +36,7 @@ def sharded(folder: Path) -> tuple[list[int], list[int]]:
 
 
 def part(folder: Path, number: int) -> Path:
-    (found,) = (folder / "parts").glob(f"n-{number:05}.*")
+    (found,) = (folder / "parts").glob(f"n-{number:05}-{number + 1:05}.*")
     return found
 
 
@@ -65,12 +65,12 @@ def another_shard(path: Path) -> None:
 
 def renamed_shard(path: Path) -> None:
     other = part(path.parent.parent, 2)
-    shutil.copy(other, path.with_name(other.name.replace("-00002.", "-00001.")))
+    shutil.copy(other, path.with_name(other.name.replace("-00002-00003.", "-00001-00002.")))
     path.unlink()
 
 
 def without_digest(path: Path) -> None:
-    path.rename(path.with_name("n-00001.parquet"))
+    path.rename(path.with_name("n-00001-00002.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_damaged_shard_is_done_again(
     assert sharded(tmp_path) == (clean, [20])
     assert manifest(tmp_path / "outputs") == whole
     (said,) = capsys.readouterr().err.splitlines()
-    assert "n-00001." in said and "was damaged; this shard is computed again" in said
+    assert "n-00001-00002." in said and "was damaged; this shard is computed again" in said
     assert sharded(tmp_path) == (clean, [])
 
 
@@ -98,7 +98,7 @@ def test_a_disk_that_forgets_is_named(tmp_path: Path) -> None:
             flip(part(tmp_path, 0))
         return [Number(value=value, text="x") for value in shard]
 
-    with pytest.raises(UserError, match="n-00000: a finished shard was damaged while"):
+    with pytest.raises(UserError, match="n-00000-00001: a finished shard was damaged while"):
         work.sharded("n", Number, SHARDS, in_turn(one), found=lambda _: None)
 
 

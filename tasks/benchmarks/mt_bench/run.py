@@ -226,7 +226,7 @@ class MTBench:
         lines = panel.in_shards(
             f"{NAME}-{kind}",
             FastChatLine,
-            shards(self.questions, panel.shard_size),
+            shards(self.questions, panel.work.shard_size),
             partial(_lines, judge),
             lambda _: self.judge,
             each,
