@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import tomllib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -299,3 +300,25 @@ def test_the_row_of_the_method_page() -> None:
     assert [(m["role"], m["content"]) for m in learned.messages] == [(w[0], w[1]) for w in lines]
     assert learned.turns == tuple(i for i, w in enumerate(lines) if w[-1] == "← loss")
     assert not any(quoted["gold"] in str(value) for value in fields(learned).values())
+
+
+def test_one_version_and_date_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    newest = re.search(r"^## (\S+) — (\S+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+    assert newest
+    assert newest[1] == project["version"] == citation["version"]
+    assert newest[2] == str(citation["date-released"])
+
+
+def test_the_workflow_runs_what_the_makefile_has() -> None:
+    """CI and the hooks call targets and tools of this tree."""
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text("utf-8"))
+    steps = [step.get("run", "") for step in workflow["jobs"]["test"]["steps"]]
+    assert {"make lint", "make test"} <= set(steps)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))
+    for hook in hooks["repos"][0]["hooks"]:
+        for word in hook["entry"].split():
+            assert not word.startswith("tests/") or (ROOT / word).exists()
+    for form in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"):
+        assert yaml.safe_load(form.read_text("utf-8"))

@@ -16,7 +16,7 @@ import yaml
 from command import staple
 from pages import COMMANDS, PAGES, README, ROOT, fences
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
 RUN = r"(constitution show|ask planted |status|stage|compare|export|report|plan llama|plan sami|plan mine\.yaml$|validate mine|run planted --(resume|from))"
 """The commands that are run here."""
@@ -29,6 +29,7 @@ ELSEWHERE = {
     r"constitution write": "tests/flows/test_write.py",
     r"judge": "tests/flows/test_judge.py",
     r"baselines": "tests/flows/test_baselines.py",
+    r"accept": "tests/test_old_record.py",
     r"up|down": "tests/flows/test_services.py",
 }  # fmt: skip
 """Those that are not, and the test that runs such a command."""
