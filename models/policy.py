@@ -271,6 +271,12 @@ class PolicySettings(Settings):
         return "models.endpoint.server" if self.endpoint else "models.engine.local"
 
     @property
+    def loading(self) -> dict[str, Any]:
+        """The arguments of `models.training.bases.load_base`."""
+        names = ("quantization", "dtype", "device", "revision")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def answers_on(self) -> str:
         """The device that answering takes here; behind an endpoint it takes no GPU."""
         return "cpu" if self.endpoint else self.device

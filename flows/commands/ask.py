@@ -21,7 +21,7 @@ from flows.methods import method_of
 from flows.schema import ExperimentSettings
 from models.policy import NO_ANSWER, UNFINISHED, Completion, Message, Messages, Request
 from models.prompts import under_constitution
-from tasks.policies.answers import answer
+from tasks.policies.answers import Generation
 from tasks.rows import Answer, Prompt, prompt_id
 from tasks.sami.draw import pool_of
 
@@ -60,14 +60,10 @@ def ask_policy(settings: ExperimentSettings, prompt: str, iteration: int | None)
     experiment = open_experiment(settings)
     source = experiment.policy(at)
     row = Prompt(prompt_id=prompt_id(turns), prompt=turns, gold="", source="asked")
-    (answered,) = answer(
-        [row],
-        source.load(),
-        settings.evaluate,
-        source.templates,
-        seed=settings.seed,
-        iteration=at,
+    generation = Generation(
+        templates=source.templates, settings=settings.evaluate, seed=settings.seed, iteration=at
     )
+    (answered,) = generation.ask(source.load(), [row])
     if not at or not method_of(settings).guided:
         return PolicyAnswer(at, answered, None, 0, False)
     constitution = load(experiment.constitution(at).path("constitution.yaml"))

@@ -101,19 +101,11 @@ class ServerPolicy:
         return run_async(self._generate(requests, progress)) if requests else []
 
     def logprobs(self, pairs: Sequence[tuple[Messages, str]]) -> list[Scoring]:
-        """Chat endpoints do not score given text.
-
-        Raises:
-            UserError: always.
-        """
+        """Raises `UserError`: chat endpoints do not score given text."""
         self._cannot("log-probabilities of given responses")
 
     def hidden_states(self, texts: Sequence[str]) -> np.ndarray:
-        """Endpoints do not show hidden states.
-
-        Raises:
-            UserError: always.
-        """
+        """Raises `UserError`: endpoints do not show hidden states."""
         self._cannot("hidden states")
 
     def _cannot(self, what: str) -> NoReturn:

@@ -48,13 +48,7 @@ def load_policy(settings: PolicySettings, model: Path | str, adapter: Path | Non
     dequantised where its 16 bits take at most half of the free memory, for the same reason.
     """
     threads.use(settings.threads)
-    base, tokenizer = load_base(
-        model,
-        quantization=settings.quantization,
-        dtype=settings.dtype,
-        device=settings.device,
-        revision=settings.revision,
-    )
+    base, tokenizer = load_base(model, **settings.loading)
     on_cpu = base.device.type == "cpu"
     digest = f"{cast(Any, base).identity.base_digest} {settings.quantization}"
     if adapter and on_cpu:

@@ -54,7 +54,7 @@ def load_base(
         UserError: directory, weights, tokenizer or chat template missing, or an architecture
             that this version of transformers does not have without running foreign code.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # each stage loads the base
@@ -63,13 +63,10 @@ def load_base(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     compute = getattr(torch, dtype)
-    nf4 = cast(Any, BitsAndBytesConfig)(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
-    )
     with _loading(model):
         base, loading = cast(Any, AutoModelForCausalLM).from_pretrained(
             directory,
-            quantization_config=nf4 if quantization == "nf4" else None,
+            quantization_config=nf4_config(compute) if quantization == "nf4" else None,
             dtype=compute,
             device_map=_placement(device),
             use_safetensors=True,
@@ -84,6 +81,15 @@ def load_base(
     commit = directory.name if directory.parent.name == "snapshots" else None
     cast(Any, base).identity = Identity(name, base_digest(directory), quantization, commit)
     return base, tokenizer
+
+
+def nf4_config(dtype: torch.dtype) -> Any:
+    """bitsandbytes' settings for weights in NF4 that compute in `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    return cast(Any, BitsAndBytesConfig)(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
 
 
 def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -21,11 +21,11 @@ import torch
 from constitutions.errors import UserError
 from models.chat import Chat
 from models.policy import Messages, PolicySettings
-from models.training.bases import find_base, keep_unpacked, load_base
+from models.training.bases import find_base, keep_unpacked, load_base, nf4_config
 from models.training.updates import ADAPTER_WEIGHTS, PROVENANCE, attach_adapter
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 Kind = Literal["adapter", "merged", "full"]
 """A PEFT adapter; the base with the adapter added; the weights of a full fine-tuning."""
@@ -89,7 +89,7 @@ def export(
     unfinished = out.absolute().with_name(f"{out.absolute().name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    base, tokenizer = _load(model, policy)
+    base, tokenizer = load_base(model, **policy.loading)
     tokens = _tokens(tokenizer, policy, prompts)
     wanted = _logits(attach_adapter(base, adapter), tokens)
     del base
@@ -136,7 +136,7 @@ def _write_adapter(model: str, policy: PolicySettings, adapter: Path, out: Path)
 
 
 def _write_merged(model: str, policy: PolicySettings, adapter: Path, out: Path) -> None:
-    base, tokenizer = _load(model, policy)
+    base, tokenizer = load_base(model, **policy.loading)
     merged = attach_adapter(base, adapter, merge=True)
     cast(Any, merged).to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -184,30 +184,17 @@ def _on_base(directory: str, policy: PolicySettings, quantization: str, out: Pat
 
 def _load_plain(directory: str, policy: PolicySettings, quantization: str) -> Any:
     """Load a model with transformers alone, as any user would."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, policy.dtype)
-    nf4 = cast(Any, BitsAndBytesConfig)(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-    )
     model = AutoModelForCausalLM.from_pretrained(
         directory,
-        quantization_config=nf4 if quantization == "nf4" else None,
+        quantization_config=nf4_config(dtype) if quantization == "nf4" else None,
         dtype=dtype,
         device_map="auto" if policy.device != "cpu" and torch.cuda.is_available() else None,
     )
     keep_unpacked(model)  # the packed kernel of some CPUs rounds far more than any GPU's
     return model
-
-
-def _load(model: str, policy: PolicySettings) -> tuple[Any, PreTrainedTokenizerBase]:
-    return load_base(
-        model,
-        quantization=policy.quantization,
-        dtype=policy.dtype,
-        device=policy.device,
-        revision=policy.revision,
-    )
 
 
 def _tokens(tokenizer: Any, policy: PolicySettings, prompts: Sequence[Messages]) -> list[list[int]]:

@@ -78,13 +78,7 @@ def fit(
     """`run` in this process. With several processes, only the first has `write`."""
     from models.training import bases, updates
 
-    base, tokenizer = bases.load_base(
-        job.model,
-        quantization=job.policy.quantization,
-        dtype=job.policy.dtype,
-        device=job.policy.device,
-        revision=job.policy.revision,
-    )
+    base, tokenizer = bases.load_base(job.model, **job.policy.loading)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     with pinned(max(1, (job.policy.threads or cores()) // processes)):
         model = updates.trainable(base, job.settings, job.seed, job.previous)

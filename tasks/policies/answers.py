@@ -1,7 +1,6 @@
-"""A policy answers prompts without any gold response: y1, then z, then y2.
+"""A policy's answers to prompts, without any gold response: y1, then z, then y2.
 
-`tasks.evaluate` has the held-out prompts and the benchmarks' answered, `flows.commands.ask` a
-person's.
+`tasks.evaluate` answers held-out prompts and benchmarks with it, `flows.commands.ask` a person's.
 """
 
 from __future__ import annotations
@@ -55,9 +54,8 @@ class Given:
 
 
 def given(row: Answer | None, which: Which) -> Given:
-    """One of a row's two answers. A prompt that left no room for one silenced the policy, and so
-    did a server that refused.
-    """
+    """One of a row's two answers; it may be missing because the prompt left no room for it, or
+    because a server refused."""
     if row is None:
         return Given(text="", missing="there is none")
     text = row.refined if which == "refined" else row.initial
@@ -69,48 +67,57 @@ def requests_each(templates: Templates) -> int:
     return 3 if templates.guided else 2
 
 
-def answer(
-    prompts: Sequence[Prompt],
-    policy: Policy,
-    settings: AnswerSettings,
-    templates: Templates,
-    *,
-    seed: int,
-    iteration: int,
-    advance: Progress | None = None,
-) -> list[Answer]:
-    """y1, z ~ p(· | x, y1), y2 ~ p(· | x, y1, z) for every prompt, in its order; gold is not read.
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """How a policy answers: everything but the policy and the prompts."""
 
-    Unguided templates have no z: y2 ~ p(· | x, y1).
+    templates: Templates
+    settings: AnswerSettings
+    seed: int
+    iteration: int
 
-    The noise is keyed by seed and prompt, not by iteration: policies that differ little answer
-    alike, which makes their comparison tight. `advance` is called with the number of requests
-    that were answered, `requests_each` a prompt.
-    """
+    def ask(
+        self,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        advance: Progress | None = None,
+        temperature: float | None = None,
+    ) -> list[Answer]:
+        """y1, z ~ p(· | x, y1), y2 ~ p(· | x, y1, z) of every prompt, in order; gold is not read.
 
-    def sample(role: str, messages: Iterable[Messages], max_tokens: int) -> list[Completion]:
-        requests = [
-            Request(
-                messages=m,
-                key=f"{seed}/evaluate/{p.prompt_id}/{role}",
-                temperature=settings.temperature,
-                max_tokens=max_tokens,
-            )
-            for p, m in zip(prompts, messages, strict=True)
-        ]
-        return [completions[0] for completions in policy.generate(requests, advance)]
+        Unguided templates have no z: y2 ~ p(· | x, y1). The noise depends on seed and prompt, not
+        on the iteration: similar policies answer alike, which makes their comparison tight.
 
-    y1 = sample("initial", (p.prompt for p in prompts), settings.max_response_tokens)
-    z = [no_answer("stop")] * len(prompts)
-    if templates.guided:
-        asked = (ask.ask(templates, p.prompt, a.text) for p, a in zip(prompts, y1, strict=True))
-        z = sample("principle", asked, settings.max_principle_tokens)
-    told = (
-        ask.ask_refinement(templates, p.prompt, a.text, b.text)
-        for p, a, b in zip(prompts, y1, z, strict=True)
-    )
-    y2 = sample("refined", told, settings.max_response_tokens)
-    return [_answer(p, iteration, parts) for p, *parts in zip(prompts, y1, z, y2, strict=True)]
+        Args:
+            advance: called with the number of answered requests, `requests_each` a prompt.
+            temperature: replaces that of the settings.
+        """
+        templates, settings = self.templates, self.settings
+
+        def sample(role: str, messages: Iterable[Messages], max_tokens: int) -> list[Completion]:
+            requests = [
+                Request(
+                    messages=m,
+                    key=f"{self.seed}/evaluate/{p.prompt_id}/{role}",
+                    temperature=settings.temperature if temperature is None else temperature,
+                    max_tokens=max_tokens,
+                )
+                for p, m in zip(prompts, messages, strict=True)
+            ]
+            return [completions[0] for completions in policy.generate(requests, advance)]
+
+        y1 = sample("initial", (p.prompt for p in prompts), settings.max_response_tokens)
+        z = [no_answer("stop")] * len(prompts)
+        if templates.guided:
+            asked = (ask.ask(templates, p.prompt, a.text) for p, a in zip(prompts, y1, strict=True))
+            z = sample("principle", asked, settings.max_principle_tokens)
+        turns = (
+            ask.ask_refinement(templates, p.prompt, a.text, b.text)
+            for p, a, b in zip(prompts, y1, z, strict=True)
+        )
+        y2 = sample("refined", turns, settings.max_response_tokens)
+        rows = zip(prompts, y1, z, y2, strict=True)
+        return [_answer(prompt, self.iteration, parts) for prompt, *parts in rows]
 
 
 def _answer(prompt: Prompt, iteration: int, parts: Sequence[Completion]) -> Answer:
@@ -130,39 +137,8 @@ def _answer(prompt: Prompt, iteration: int, parts: Sequence[Completion]) -> Answ
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generation:
-    """How a policy is asked: all but the policy and the prompts."""
-
-    templates: Templates
-    settings: AnswerSettings
-    seed: int
-    iteration: int
-
-    def ask(
-        self,
-        policy: Policy,
-        prompts: Sequence[Prompt],
-        advance: Progress,
-        temperature: float | None = None,
-    ) -> list[Answer]:
-        """Answers at once, at another temperature where one is given; see `answer`."""
-        settings = self.settings
-        if temperature is not None:
-            settings = settings.model_copy(update={"temperature": temperature})
-        return answer(
-            prompts,
-            policy,
-            settings,
-            self.templates,
-            seed=self.seed,
-            iteration=self.iteration,
-            advance=advance,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Respondent:
-    """A policy that answers in shards: what it has answered, no later attempt asks again."""
+    """A policy that answers in shards; a later attempt does not ask for finished shards again."""
 
     pool: Pool[Policy]
     generation: Generation
@@ -180,7 +156,7 @@ class Respondent:
         compute: Compute[Policy, Row],
         prompts_each: int = 1,
     ) -> list[Row]:
-        """`compute` over shards of items, of which each takes `prompts_each` prompts."""
+        """The rows of `compute` over shards of items; each item takes `prompts_each` prompts."""
         return self.work.in_shards(
             name,
             row_type,
@@ -194,7 +170,7 @@ class Respondent:
 
 
 def answer_metrics(answers: Sequence[Answer]) -> dict[str, float]:
-    """What the answers look like: lengths in characters, shares in [0, 1], tokens a prompt."""
+    """Mean lengths in characters, shares in [0, 1], and tokens per prompt."""
     if not answers:
         return {}
     return {

@@ -1,4 +1,4 @@
-"""Which policy a stage talks to: the base model, the adapter of an earlier iteration, templates.
+"""The policy of a stage: the base model, the adapter of an earlier iteration, templates.
 
 The flow makes one `PolicySource` for each iteration; `mine`, `cluster` and `evaluate` load it.
 """
@@ -36,7 +36,7 @@ class PolicySource:
     guided: bool = True
     """Whether a principle stands between the policy's two responses."""
     constitutional: bool = False
-    """Whether it is told a constitution instead (SAMI)."""
+    """Whether its prompts hold a constitution instead (SAMI)."""
 
     @property
     def templates(self) -> Templates:
@@ -46,7 +46,7 @@ class PolicySource:
 
     @property
     def wording(self) -> ConstitutionWording:
-        """How it is told a constitution, or asked for one."""
+        """The wording of prompts with a constitution, and of those that ask for principles."""
         return CONSTITUTION_WORDINGS[self.settings.templates]
 
     @property
@@ -56,7 +56,7 @@ class PolicySource:
 
     @property
     def local(self) -> PolicySource:
-        """The same policy in this process, whoever answers for it: what is trained."""
+        """The same policy in this process, which is trained, even if a server answers for it."""
         return replace(self, settings=self.settings.model_copy(update={"endpoint": None}))
 
     def load(self) -> Policy:
@@ -89,12 +89,12 @@ class PolicySource:
         return {**others, **({"adapter": self.adapter} if self.adapter else {})}
 
     def noted(self, at: Slot) -> Slot:
-        """The slot with what else this policy's answers depend on, and the device that they take.
+        """The slot with everything else that this policy's answers depend on, and their device.
 
-        Behind an endpoint it is the server's model that answers, wherever the server is.
+        Behind an endpoint they depend on the server's model, not on the server's address.
         """
-        told = astuple(self.wording if self.constitutional else self.templates)
-        wording = hashlib.sha256("\0".join(told).encode()).hexdigest()
+        texts = astuple(self.wording if self.constitutional else self.templates)
+        wording = hashlib.sha256("\0".join(texts).encode()).hexdigest()
         if self.settings.endpoint:
             held: Mapping[str, object] = {"served_model": self.settings.served_name}
         else:

@@ -30,7 +30,7 @@ from models.training.encoding import Group
 from models.worlds.registry import WORLD_MODELS
 from tasks.judging.comparisons import answer_pairs
 from tasks.mine import mine
-from tasks.policies.answers import answer
+from tasks.policies.answers import Generation
 from tasks.rows import Answer, Prompt, Response, Trajectory, fields
 from tasks.sami.draw import PrinciplePool
 from tasks.sami.evaluate import asks
@@ -179,7 +179,8 @@ def test_the_turns_of_evaluate_are_what_it_asks(changes: list[str]) -> None:
     work, policy = workload(*changes), Verbose()
     templates = TEMPLATES["chat"] if work.guided else TEMPLATES["chat"].unguided()
     settings = work.settings.evaluate
-    answer([PROMPT], policy, settings, templates, seed=0, iteration=0)  # type: ignore[arg-type]
+    generation = Generation(templates=templates, settings=settings, seed=0, iteration=0)
+    generation.ask(policy, [PROMPT])  # type: ignore[arg-type]
     check(work.answered(), policy.turns())
 
 

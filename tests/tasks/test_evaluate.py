@@ -18,7 +18,7 @@ from models.prompts import CHAT
 from tasks.evaluate import EvaluateSettings
 from tasks.judging.comparisons import compare, source_metrics, win_rate_metrics, win_rates
 from tasks.judging.truth import faithfulness_metrics, truth_metrics
-from tasks.policies.answers import answer, answer_metrics
+from tasks.policies.answers import Generation, answer_metrics
 from tasks.rows import (
     Answer,
     Comparison,
@@ -108,13 +108,17 @@ def answers(
     ]
 
 
-# --- answer
+# --- answers
+
+
+def generation(seed: int = 0, iteration: int = 0) -> Generation:
+    return Generation(templates=CHAT, settings=SETTINGS, seed=seed, iteration=iteration)
 
 
 def test_answer_takes_three_batches_and_chains_the_turns() -> None:
     policy = ScriptedPolicy()
     done: list[int] = []
-    rows = answer(PROMPTS, policy, SETTINGS, CHAT, seed=3, iteration=2, advance=done.append)
+    rows = generation(seed=3, iteration=2).ask(policy, PROMPTS, done.append)
     assert [len(batch) for batch in policy.batches] == [6, 6, 6]
     assert sum(done) == 18
     assert [r.prompt_id for r in rows] == [p.prompt_id for p in PROMPTS]
@@ -126,7 +130,7 @@ def test_answer_takes_three_batches_and_chains_the_turns() -> None:
 
 def test_answer_never_shows_the_gold_response() -> None:
     policy = ScriptedPolicy()
-    answer(PROMPTS, policy, SETTINGS, CHAT, seed=0, iteration=0)
+    generation().ask(policy, PROMPTS)
     shown = [m["content"] for batch in policy.batches for r in batch for m in r.messages]
     assert not any("GOLD" in text for text in shown)
 
@@ -134,7 +138,7 @@ def test_answer_never_shows_the_gold_response() -> None:
 def test_noise_depends_on_seed_and_prompt_but_not_on_the_iteration() -> None:
     def keys(seed: int, iteration: int) -> list[str]:
         policy = ScriptedPolicy()
-        answer(PROMPTS, policy, SETTINGS, CHAT, seed=seed, iteration=iteration)
+        generation(seed, iteration).ask(policy, PROMPTS)
         return [r.key for batch in policy.batches for r in batch]
 
     assert keys(0, 1) == keys(0, 3)
@@ -144,7 +148,7 @@ def test_noise_depends_on_seed_and_prompt_but_not_on_the_iteration() -> None:
 
 def test_answer_obeys_its_settings_and_reports_a_cut() -> None:
     policy = ScriptedPolicy(finish="length")
-    rows = answer(PROMPTS, policy, SETTINGS, CHAT, seed=0, iteration=0)
+    rows = generation().ask(policy, PROMPTS)
     assert [batch[0].max_tokens for batch in policy.batches] == [40, 9, 40]
     assert {r.temperature for batch in policy.batches for r in batch} == {0.0}
     assert {row.finish for row in rows} == {"length"}

@@ -17,7 +17,7 @@ from models.prompts import CHAT, CHAT_CONSTITUTION
 from models.training.encoding import Encoder
 from tasks.filter import FilterSettings, filter_rows
 from tasks.mine import MineSettings, mine
-from tasks.policies.answers import AnswerSettings, answer
+from tasks.policies.answers import AnswerSettings, Generation
 from tasks.policies.opening import PolicySource
 from tasks.record.store import Slot
 from tasks.rows import (
@@ -110,8 +110,11 @@ def test_mining_keeps_thoughts_apart_and_shows_them_to_no_later_turn() -> None:
     assert not any("<think>" in m["content"] for r in thinker.asked for m in r.messages)  # type: ignore[index]
 
 
+GENERATION = Generation(templates=CHAT, settings=AnswerSettings(), seed=0, iteration=0)
+
+
 def test_answers_keep_thoughts_apart() -> None:
-    (row,) = answer([PROMPT], Thinker(), AnswerSettings(), CHAT, seed=0, iteration=0)
+    (row,) = GENERATION.ask(Thinker(), [PROMPT])
     assert (row.initial, row.principle, row.refined) == ("Turn 1.", "Turn 3.", "Turn 5.")
     thoughts = (row.initial_thoughts, row.principle_thoughts, row.refined_thoughts)
     assert all(text.startswith("<think>\n") for text in thoughts)
@@ -124,9 +127,7 @@ def test_records_without_thoughts_are_read(kind: type) -> None:
     draw = Draw(identifiers=(), principles=(), response="y", finish="stop", tokens=1)
     rows: dict[type, Any] = {
         Mined: mine(MineSettings(samples=2), CHAT, "0/1", Script(lambda m: "x"), [PROMPT])[0],
-        Answer: answer(
-            [PROMPT], Script(lambda m: "x"), AnswerSettings(), CHAT, seed=0, iteration=0
-        )[0],
+        Answer: GENERATION.ask(Script(lambda m: "x"), [PROMPT])[0],
         Labelled: labelled(),
         Sampled: Sampled(**fields(PROMPT), draws=(draw,)),
     }
