@@ -81,22 +81,21 @@ HEAD = """# Which models run, and how fast
 
 `python -m benchmarks.architectures` makes this page, with transformers 5.23. Every architecture
 gets tiny random weights; its samples come from the fastest engine whose greedy tokens and
-log-probabilities are those of a plain forward pass of transformers (`models/engine/exact.py`).
+log-probabilities are those of a plain forward pass of transformers (`models/engine/comparison.py`).
 
-A model is tried in the same way when it is loaded, with its own weights, once: what was found is
-remembered in `engines.json` under `$STAPLE_HOME`. `policy.engine: shared` or `plain` asks for an
-engine; one whose numbers are wrong is refused all the same. A log-probability may differ by 0.001
-nats in float32; in 16 bits and in NF4 by 0.1 on average.
+The same check runs with a model's own weights when it is first loaded. Its result is kept in
+`engines.json` under `$STAPLE_HOME`. `policy.engine: shared` or `plain` asks for one engine; an
+engine with wrong numbers is refused even then. A log-probability may differ by 0.001 nats in
+float32, and by 0.1 on average in 16 bits and in NF4.
 
-What `generate` costs: with 16 samples of 64 tokens from prompts of 200 it takes 3.4 times as long
-as the fast engine where rows of any length go together, and 4.1 times where only a prompt's own
-samples do (`make bench`: generation_vs_batched, generation_vs_sequential). One row at a time takes
-longer still, and without a cache every token is computed anew at each step: for a trial, not for a
-run.
+`generate` is slower: for 16 samples of 64 tokens from prompts of 200 it takes 3.4 times as long as
+the fast engine if rows of any length are batched, and 4.1 times if only a prompt's own samples are
+(`make bench`: generation_vs_batched, generation_vs_sequential). One row at a time takes longer
+still, and without a cache each step computes all tokens again: enough for a trial, not for a run.
 
-With longrope all positions of a pass depend on its longest text. Texts up to the length that such
-a model was first trained on are sampled by the fast engine, longer ones by `generate`, and each
-gets what it would get alone.
+With longrope all positions of a pass depend on its longest text. The fast engine samples texts up
+to the length that such a model was first trained on, `generate` longer ones, and each text gets the
+numbers that it would get alone.
 
 | architecture | class | samples come from |
 |---|---|---|"""

@@ -129,15 +129,12 @@ class Policy(Protocol):
         self, requests: Sequence[Request], progress: Progress | None = None
     ) -> list[list[Completion]]:
         """`n` completions for each request."""
-        ...
 
     def logprobs(self, pairs: Sequence[tuple[Messages, str]]) -> list[Scoring]:
         """Log-probability of each given response as the next assistant turn."""
-        ...
 
     def hidden_states(self, texts: Sequence[str]) -> np.ndarray:
         """Mean last-layer hidden state of each text, shape (texts, hidden size), float32."""
-        ...
 
 
 class PoolSettings(Settings):

@@ -107,7 +107,11 @@ class Endpoint:
         return f"{self.base}/chat/completions"
 
     def client(self) -> httpx.AsyncClient:
-        """Connections for one event loop, through the environment's proxy where it sets one."""
+        """Connections for one event loop, through the environment's proxy where it sets one.
+
+        Raises:
+            UserError: the proxy cannot be used.
+        """
         headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key.get_secret_value()}"

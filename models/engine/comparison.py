@@ -157,4 +157,5 @@ def _wrong_beyond(model: Any, engine: Decoder, prompts: Sequence[Sequence[int]])
 
 
 def in_few_bits(model: Any) -> bool:
+    """Whether the model's weights are quantised."""
     return bool(getattr(model, "is_quantized", False))

@@ -166,7 +166,11 @@ class PrefixCache:
     # The interface of transformers' caches ------------------------------------------------------
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> KeyValue:
-        """Add a layer's new keys and values, of shape (rows, heads, width, size)."""
+        """Add a layer's new keys and values, of shape (rows, heads, width, size).
+
+        Raises:
+            ValueError: a layer before this one has added none.
+        """
         held = self.prefix if self.call is None else self.private
         if layer_idx > len(held):
             raise ValueError(f"layer {layer_idx} comes after layer {len(held) - 1}")

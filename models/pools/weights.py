@@ -124,7 +124,7 @@ class Shelf:
         self._paths = frozenset(paths)
 
     def piece(self, path: str, name: str, offset: int) -> bytes:
-        """At most `PIECE` bytes of a file of the folder `path`."""
+        """At most `PIECE` bytes of a file of the folder `path`; `ValueError` for another folder."""
         if path not in self._paths:
             raise ValueError(f"{path} is not on this shelf")
         with Path(path, name).open("rb") as source:

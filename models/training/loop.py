@@ -44,24 +44,19 @@ class Objective(Protocol[Item]):
 
     def tokens(self, item: Item) -> int:
         """Its number of tokens, by which batches are planned."""
-        ...
 
     def worth(self, item: Item) -> float:
         """Its share of the constant that divides a step's loss."""
-        ...
 
     def micro_batches(self, rows: Sequence[Item]) -> Passes[Item]:
         """Items of rising length in groups that fit the memory."""
-        ...
 
     def collate(self, rows: Sequence[Item]) -> dict[str, Any]:
         """A micro-batch as tensors."""
-        ...
 
     def parts(self, model: Any, batch: dict[str, Any]) -> list[Callable[[], torch.Tensor]]:
         """Functions that compute scalars, whose sum is the micro-batch's loss: one at a time is in
         memory. Processes may have different numbers of them and add gradients at the last."""
-        ...
 
 
 def train(
