@@ -130,8 +130,8 @@ class Chat(ChatTemplate):
             parts = split_text(text, self.tags, opened=opened)
             thoughts, text = (parts.thoughts, parts.answer) if parts.thoughts else (thoughts, text)
         if self.tags and thoughts:
-            said = self._continued(thoughts, opened=opened) + text
-            return Answered(before, self._thinking(said) + end)
+            sampled = self._continued(thoughts, opened=opened) + text
+            return Answered(before, self._thinking(sampled) + end)
         empty = self._form.empty if self.tags and (opened or thoughts is None) else ""
         if empty:
             return Answered(before + self._thinking(empty), self.words(text) + end)
@@ -141,8 +141,8 @@ class Chat(ChatTemplate):
     def _check_answers(self, messages: Sequence[Message], ids: Sequence[int]) -> None:
         """Refuse an answer that quotes the closing tag and that the template therefore cuts."""
         close = self.tags.close if self.tags else None
-        said = [m["content"] for m in messages if m["role"] == "assistant"]
-        quoting = [text for text in said if close and close in text]
+        texts = [m["content"] for m in messages if m["role"] == "assistant"]
+        quoting = [text for text in texts if close and close in text]
         if not quoting:
             return
         assert self.tags is not None

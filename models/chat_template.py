@@ -121,11 +121,11 @@ class ChatTemplate:
         """What the template writes after the last assistant turn, and after one in the middle."""
         turns = [user(ASKED), assistant(SAID), user(AGAIN), assistant(LAST)]
         text = self.render(turns)
-        places = [text.rfind(said) for said in (SAID, AGAIN, LAST)]
+        places = [text.rfind(text_) for text_ in (SAID, AGAIN, LAST)]
         if -1 in places or places != sorted(places):
             raise ChatError("the chat template drops what an assistant or a user says")
-        said, again, last = places
-        return text[last + len(LAST) :], text[said + len(SAID) : again]
+        middle, again, last = places
+        return text[last + len(LAST) :], text[middle + len(SAID) : again]
 
     # Rendering -------------------------------------------------------------------------------
 
@@ -196,11 +196,11 @@ def _chosen(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:
     """The conversation without system turns: their texts begin the first user turn."""
-    said = [m["content"] for m in messages if m["role"] == "system"]
+    texts = [m["content"] for m in messages if m["role"] == "system"]
     others = [m for m in messages if m["role"] != "system"]
-    if not said:
+    if not texts:
         return others
     if not others or others[0]["role"] != "user":
-        return [{"role": "user", "content": "\n\n".join(said)}, *others]
-    first: Message = {"role": "user", "content": "\n\n".join([*said, others[0]["content"]])}
+        return [{"role": "user", "content": "\n\n".join(texts)}, *others]
+    first: Message = {"role": "user", "content": "\n\n".join([*texts, others[0]["content"]])}
     return [first, *others[1:]]

@@ -215,8 +215,8 @@ class PolicySettings(Settings):
     chat_template: str | None = Field(None, min_length=1)
     """Which of the tokenizer's named chat templates is used. Unset: "default", or the only one."""
     template_arguments: dict[str, Argument] = Field(default_factory=dict)
-    """What the chat template is told beside the conversation, `{enable_thinking: false}` say; an
-    endpoint is told it as `chat_template_kwargs`."""
+    """Variables of the chat template beside the conversation, as `{enable_thinking: false}`; an
+    endpoint gets them as `chat_template_kwargs`."""
     thought_tags: Literal["auto", "none"] | tuple[str, str] = "auto"
     """What stands around thoughts, [open, close]; they are kept apart from answers. "auto": of
     the usual ones ("<think>", "</think>") those that the chat template or the vocabulary has."""

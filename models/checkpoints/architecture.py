@@ -49,26 +49,26 @@ def read_config(directory: Path, settings: PolicySettings, use: Use) -> PreTrain
     )
 
     file = directory / "config.json"
-    told = read_object(file)
+    entries = read_object(file)
     mapping = (
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
         if use == "reward"
         else MODEL_FOR_CAUSAL_LM_MAPPING
     )
-    if "transformers_weights" in told:
+    if "transformers_weights" in entries:
         raise UserError("names weights of its own (transformers_weights)", where=str(file))
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         known = type(config) in mapping
     except Exception as error:  # each architecture has its own errors
-        if "auto_map" in told:
+        if "auto_map" in entries:
             raise own_code(directory) from None
         raise UserError(
             f"holds no configuration that transformers knows: {first_line(error)}", where=str(file)
         ) from None
-    other = [n for n in told.get("architectures") or () if OTHER_TASK.search(str(n))]
+    other = [n for n in entries.get("architectures") or () if OTHER_TASK.search(str(n))]
     if not known or (other and use != "reward"):
-        if "auto_map" in told and not known:
+        if "auto_map" in entries and not known:
             raise own_code(directory)
         raise UserError(
             f"describes {other[0] if other else f'a {config.model_type} model'}",
@@ -226,9 +226,9 @@ def _size(shape: Any) -> str:
 
 def _quantised(config: PreTrainedConfig) -> str:
     """How a checkpoint's weights are quantised; "" where they are not."""
-    told = getattr(config, "quantization_config", None) or {}
-    found = told.get("quant_method") if isinstance(told, dict) else told.quant_method
-    return str(getattr(found, "value", found) or "in a way of its own") if told else ""
+    entries = getattr(config, "quantization_config", None) or {}
+    found = entries.get("quant_method") if isinstance(entries, dict) else entries.quant_method
+    return str(getattr(found, "value", found) or "in a way of its own") if entries else ""
 
 
 def _dtype(kind: str) -> Any:

@@ -69,13 +69,13 @@ def ask(module: str, request: Any, *, data_bytes: int = DATA_BYTES) -> Ended:
 
 def _read(output: bytes | None) -> tuple[str, int, dict[str, Any]]:
     """The last step that a child began, its seconds, and the child's last line."""
-    said = [
+    lines = [
         json.loads(line) for line in (output or b"").splitlines(keepends=True) if line[-1:] == b"\n"
     ]
-    steps = [line for line in said if "step" in line] or [
+    steps = [line for line in lines if "step" in line] or [
         {"step": "starting a process", "seconds": 0}
     ]
-    return steps[-1]["step"], steps[-1]["seconds"], said[-1] if said else {}
+    return steps[-1]["step"], steps[-1]["seconds"], lines[-1] if lines else {}
 
 
 def serve(work: Callable[[Any, Step], Any]) -> None:
@@ -84,15 +84,15 @@ def serve(work: Callable[[Any, Step], Any]) -> None:
     Args:
         work: (request, step) to the answer; calls `step` before whatever may take long.
     """
-    told = os.fdopen(os.dup(1), "w")
+    output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print on standard error
     limit = int(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
     def say(**what: Any) -> None:
-        told.write(json.dumps(what) + "\n")
-        told.flush()
+        output.write(json.dumps(what) + "\n")
+        output.flush()
 
     def step(name: str, seconds: int) -> None:
         say(step=name, seconds=seconds)
@@ -108,5 +108,5 @@ def serve(work: Callable[[Any, Step], Any]) -> None:
         say(crash=f"{type(error).__name__}: {error}"[:300])
     else:
         say(answer=answer)
-    told.flush()
+    output.flush()
     os._exit(0)  # a library's threads may not end by themselves

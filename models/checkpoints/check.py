@@ -116,9 +116,9 @@ def _remember(key: str, found: str, home: Path | None) -> None:
 
 def _key(directory: Path, settings: PolicySettings, use: Use) -> str:
     """sha256 (hex) over everything that a check depends on."""
-    told = settings.model_dump(mode="json", context=FINGERPRINT)
-    told |= {"model": "", "use": use, "transformers": version("transformers")}
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    facts = settings.model_dump(mode="json", context=FINGERPRINT)
+    facts |= {"model": "", "use": use, "transformers": version("transformers")}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for source in SOURCES:
         digest.update(source.read_bytes())
     for part in digest_parts(directory):
@@ -160,8 +160,8 @@ def main() -> None:
         try:
             found = examine(Path(request["directory"]), settings, request["use"], step)
         except UserError as error:
-            told = {part: getattr(error, part) for part in ("what", "where", "expected", "fix")}
-            return {"error": told}
+            parts = {part: getattr(error, part) for part in ("what", "where", "expected", "fix")}
+            return {"error": parts}
         return {"found": found}
 
     serve(work)
@@ -243,10 +243,10 @@ def _check_ids(
             where=f"model directory {directory}",
             fix="take the tokenizer that the model was trained with, or resize_token_embeddings",
         )
-    said: dict[str, Any] = {"config.json": config}
+    configs: dict[str, Any] = {"config.json": config}
     if (directory / "generation_config.json").exists():
-        said["generation_config.json"] = _generation(directory)
-    for file, holder in said.items():
+        configs["generation_config.json"] = _generation(directory)
+    for file, holder in configs.items():
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             given = getattr(holder, name, None)
             for number in given if isinstance(given, list | tuple) else [given]:

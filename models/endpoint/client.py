@@ -103,7 +103,7 @@ class Endpoint:
 
     @property
     def url(self) -> str:
-        """Where chat completions are asked for."""
+        """The address of chat completions."""
         return f"{self.base}/chat/completions"
 
     def client(self) -> httpx.AsyncClient:
@@ -236,7 +236,7 @@ class Connection:
         method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
         url = f"{self.endpoint.base}/{path}"
         try:
-            # httpx's own timeout starts anew with each byte
+            # httpx's own timeout restarts with each byte
             async with (
                 asyncio.timeout(self.limits.timeout),
                 self._client.stream(method, url, content=content) as response,

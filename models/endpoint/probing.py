@@ -116,13 +116,13 @@ async def _probe_extras(ask: Callable[..., Awaitable[Reply]], found: Support) ->
         except Fault:
             return None
 
-    telling, stopping = replace(found, logprobs=True), replace(found, stop=True)
-    told = await greedy(telling)
-    values = told.choices[0].token_logprobs if told else []
-    whole = told or await greedy(found)
-    text = whole.texts[0] if whole else ""
+    with_logprobs, with_stop = replace(found, logprobs=True), replace(found, stop=True)
+    reply = await greedy(with_logprobs)
+    values = reply.choices[0].token_logprobs if reply else []
+    plain = reply or await greedy(found)
+    text = plain.texts[0] if plain else ""
     mark = re.search(r"[^\s\ufffd]{1,4}", text[len(text) // 2 :])
-    cut = await greedy(stopping, [mark[0]]) if mark else None
+    cut = await greedy(with_stop, [mark[0]]) if mark else None
     return replace(
         found,
         logprobs=bool(values) and all(map(math.isfinite, values)),

@@ -36,14 +36,14 @@ class _Message(BaseModel):
     reasoning: Any = None
 
     @property
-    def said(self) -> str:
+    def answer(self) -> str:
         return "".join(part.text or "" for part in self._parts if not part.thoughts)
 
     @property
     def thoughts(self) -> str:
-        for told in (self.reasoning_content, self.reasoning):
-            if isinstance(told, str) and told:
-                return told
+        for given in (self.reasoning_content, self.reasoning):
+            if isinstance(given, str) and given:
+                return given
         return "".join(part.thoughts for part in self._parts)
 
     @property
@@ -78,9 +78,9 @@ class ReplyChoice(BaseModel):
         return self
 
     @property
-    def said(self) -> str:
+    def answer(self) -> str:
         """Its text, as the server gives it."""
-        return self.message.said if self.message else self.text or ""
+        return self.message.answer if self.message else self.text or ""
 
     @property
     def thoughts(self) -> str:
@@ -91,10 +91,10 @@ class ReplyChoice(BaseModel):
     def token_logprobs(self) -> list[float]:
         """log p of each generated token (nats); empty where the server sends none."""
         try:
-            told = _Logprobs.model_validate(self.logprobs)
+            given = _Logprobs.model_validate(self.logprobs)
         except ValidationError:
             return []
-        return told.token_logprobs or [token.logprob for token in told.content or []]
+        return given.token_logprobs or [token.logprob for token in given.content or []]
 
 
 class _Usage(BaseModel):
@@ -111,7 +111,7 @@ class Reply(BaseModel):
     @property
     def texts(self) -> list[str]:
         """The choices' texts, thoughts included, without white space around them."""
-        return [(choice.thoughts + choice.said).strip() for choice in self.choices]
+        return [(choice.thoughts + choice.answer).strip() for choice in self.choices]
 
     @property
     def tokens(self) -> int:
@@ -119,6 +119,6 @@ class Reply(BaseModel):
         the number of characters divided by `CHARACTERS`."""
         if self.usage:
             return self.usage.completion_tokens
-        told = [len(choice.token_logprobs) for choice in self.choices]
+        given = [len(choice.token_logprobs) for choice in self.choices]
         lengths = [-(-len(text) // CHARACTERS) for text in self.texts]
-        return sum(told if all(told) else lengths)
+        return sum(given if all(given) else lengths)

@@ -143,6 +143,6 @@ def _weights(folder: Path) -> Path:
 def _gap(one: ReplyChoice, other: ReplyChoice) -> float:
     """The largest difference of a token's log-probability; infinite for different answers."""
     pairs = list(zip(one.token_logprobs, other.token_logprobs, strict=False))
-    if one.said != other.said or len(one.token_logprobs) != len(other.token_logprobs):
+    if one.answer != other.answer or len(one.token_logprobs) != len(other.token_logprobs):
         return math.inf
     return max((abs(a - b) for a, b in pairs), default=0.0)

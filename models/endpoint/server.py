@@ -180,7 +180,7 @@ class ServerPolicy:
     async def reply(self, connection: Connection, body: Mapping[str, Any]) -> Reply:
         """The reply to a body that names this model.
 
-        A server that was restarted has forgotten the adapter, and is told to load it again.
+        A restarted server has lost the adapter: it has to load it again.
 
         Raises:
             Fault: see `Endpoint.ask`.
@@ -241,10 +241,10 @@ class ServerPolicy:
     def _split(self, choice: ReplyChoice) -> SplitText:
         """Thoughts and answer: as the server separates them, or by the tags in its text."""
         if choice.message is None:  # a text that was continued
-            return SplitText("", choice.said)
+            return SplitText("", choice.answer)
         if choice.thoughts:
-            return SplitText(choice.thoughts, choice.said, whole=bool(choice.said.strip()))
-        return split_unseen_text(choice.said, self._tags)
+            return SplitText(choice.thoughts, choice.answer, whole=bool(choice.answer.strip()))
+        return split_unseen_text(choice.answer, self._tags)
 
 
 def tags_of(settings: PolicySettings) -> tuple[Tags, ...]:

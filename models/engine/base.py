@@ -138,7 +138,7 @@ class Engine(ABC):
     def _append(
         self, work: Work, samples: Sequence[Sample], tokens: Tokens, logprobs: Sequence[float]
     ) -> None:
-        """Give each row its token, unless it has ended; tell of those that end with it."""
+        """Give each row that has not ended its token; report those that end with it."""
         for sample, token, logprob in zip(samples, tokens, logprobs, strict=True):
             if not sample.finish:
                 sample.finish = self._finish(sample, work.requests[sample.request], token, logprob)
@@ -169,7 +169,7 @@ class Engine(ABC):
         return torch.tensor(values, dtype=torch.int64, device=self.model.device)
 
     def _places(self, places: Sequence[range]) -> tuple[Tensor, Tensor]:
-        """The rows and places that the output layer is asked for: places of each row in turn."""
+        """The row and the place of each logit that is needed, row by row."""
         row = self._column([row for row, some in enumerate(places) for _ in some])
         return row, self._column([place for some in places for place in some])
 

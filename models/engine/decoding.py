@@ -185,7 +185,7 @@ class Decoder(Engine):
 
     def _score(self, part: Sequence[Family], starts: Sequence[int]) -> dict[int, list[float]]:
         """The log-probabilities of the responses in some families, by request number."""
-        # what of a response lies in a prefix that several share must be scored as well
+        # prefixes end before the responses, all of whose tokens are scored
         cut = [family.starting(min(starts[a.request] for a in family.asks)) for family in part]
         cache, asks = self._seated(cut)
         lengths = [len(family.prefix) for family in cut for _ in family.asks]

@@ -24,7 +24,7 @@ class PromptSamples:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Prompts that begin alike."""
+    """Prompts with a common beginning."""
 
     prefix: tuple[int, ...]
     asks: tuple[PromptSamples, ...]
@@ -53,7 +53,7 @@ class Family:
 
 
 def families(prompts: Sequence[Tokens], wanted: Sequence[Collection[int]]) -> list[Family]:
-    """Group prompts that share at least half of their tokens; the longest family first.
+    """Group prompts that share at least half of their tokens; the longest prefix first.
 
     Args:
         prompts: token ids, one at least.

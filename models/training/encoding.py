@@ -179,10 +179,10 @@ def check_template(
         {"role": "assistant", "content": "Do you have an oven?"},
         {"role": "user", "content": "Yes, a small one."},
     )
-    said = ("Mix flour with water.", "Name every quantity.", "Mix 500 g of flour with water.")
+    texts = ("Mix flour with water.", "Name every quantity.", "Mix 500 g of flour with water.")
     thought = "The quantities are missing."
-    last: Message = {"role": "assistant", "content": said[-1]}
-    turns = (*ask_refinement(templates, asked, said[0], said[1]), last)
+    last: Message = {"role": "assistant", "content": texts[-1]}
+    turns = (*ask_refinement(templates, asked, texts[0], texts[1]), last)
     shown = _letters(tokenizer, chat.prompt(turns[:-1]))
     for turn in turns[:-1]:
         if _letters(tokenizer, chat.words(turn["content"])) not in shown:

@@ -1,4 +1,4 @@
-"""What training makes of a base: a LoRA adapter, or every weight anew.
+"""What training makes of a base: a LoRA adapter, or new weights.
 
 `models/training/loop.py` trains it; `models/engine/local.py` attaches it to the same base.
 A record beside it names the base that it was trained on, and any other base is refused. Where all

@@ -37,10 +37,10 @@ def _take_part(folder: Path, *, first: bool) -> None:
 
     job, examples = read_job(folder)
 
-    def tell(_: int) -> None:
+    def report(_: int) -> None:
         print(STEP, flush=True)
 
-    curve = fit(job, examples, tell if first else None, write=first)
+    curve = fit(job, examples, report if first else None, write=first)
     if first:
         (folder / "curve.json").write_text(json.dumps([astuple(step) for step in curve]), "utf-8")
 
