@@ -50,20 +50,19 @@ def run_baselines(
 ) -> list[Run]:
     """The experiment, then its baselines.
 
-    Every method trains on as many tokens an iteration: on `train.tokens`, or else on as many as
-    the experiment itself did on average. Generated tokens follow from `mine.samples`; the table
-    shows what each method spent.
+    In each iteration every method trains on the same number of tokens: `train.tokens`, or else the
+    experiment's own average. The table shows what each method generated and trained on.
 
     Raises:
-        UserError: a baseline that there is not; changes of one that is not run.
+        UserError: a baseline is unknown; changes name one that is not run.
     """
     check_names(names, changes or {})
     if method_of(settings).constitutional:
         raise UserError(
-            "these are the baselines of STaPLe",
+            "SAMI has no baselines",
             where=f"experiment {settings.experiment}, method sami",
             expected="another method",
-            fix="SAMI is compared with its initial policy, told the same: staple run",
+            fix="staple run compares SAMI with the initial policy under the same constitution",
         )
     runs = [Run(settings, _run(settings))]
     tokens = settings.train.tokens or _trained_tokens(runs[0].done)
@@ -101,7 +100,7 @@ def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, dict
 
 
 def check_names(names: Sequence[str], changes: Changes) -> None:
-    """Refuse a baseline that there is not, and changes that nothing would read.
+    """Refuse an unknown baseline, and changes of one that is not run.
 
     Raises:
         UserError: the first mistake.

@@ -70,14 +70,15 @@ def steps(e: Experiment, t: int) -> Iterator[Attempt]:
 def em_experiment(
     settings: ExperimentSettings, force: bool = False, start: Place | None = None
 ) -> list[Attempts]:
-    """T EM iterations, after the initial policy's own answers (iteration 0); alone on its record.
+    """Iteration 0 (the initial policy answers), then T iterations, under the writer's lock.
 
-    Where a person has to review and cannot be asked from here, the answer ends with the iteration
-    that waits; it lacks "train".
+    Returns:
+        The attempts of every iteration. Where a person has to review and this run cannot ask, the
+        list ends with the iteration that waits, whose attempts lack "train".
 
     Args:
         force: compute again what the record has.
-        start: compute again from this stage on; all before it as the record has it.
+        start: compute again from this stage on; earlier stages are taken from the record.
     """
     with writing(settings.experiment, f"staple run {settings.experiment}"):
         experiment = open_experiment(settings, force=force, start=start)
@@ -97,7 +98,7 @@ def em_experiment(
 def em_iteration(
     settings: ExperimentSettings, iteration: int, force: bool = False, start: Place | None = None
 ) -> Attempts:
-    """One EM iteration: stage → its attempt. Without "train": a person has to review first."""
+    """One iteration: stage → its attempt; without "train" where a person has to review first."""
     experiment = open_experiment(settings, force=force, start=start)
     attempts = {attempt.stage: attempt for attempt in steps(experiment, iteration)}
     return publish_iteration(experiment, iteration, attempts)

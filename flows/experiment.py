@@ -56,7 +56,7 @@ class Experiment:
     start: Place | None = None
     look: Looker | None = None
     made: Attempts = field(default_factory=dict, compare=False, repr=False)
-    """What this run has made or found so far: it feeds on that, whatever is current by now."""
+    """The attempts of this run: it reads them, even where another run has newer ones by now."""
 
     @cached_property
     def model(self) -> BaseModelFiles:
@@ -164,7 +164,7 @@ class Experiment:
         return self.before.constitution(self.before.newest("train").iteration)
 
     def writer(self) -> PolicySource:
-        """Who writes principles: a model of its own, or the initial policy."""
+        """The model that writes principles: `write.writer`, or the initial policy."""
         write = self.settings_at(0).write
         settings = None if write.constitution else write.writer
         if settings is None:
@@ -185,12 +185,12 @@ class Experiment:
         return {f"constitution_{t}": self.constitution(t) for t in range(1, iteration)}
 
     def verdict(self, iteration: int, clustered: Attempt) -> ReviewDecision | None:
-        """What a person decided on this very constitution; None: nobody was asked yet."""
+        """A person's decisions on exactly this constitution; None: nobody has decided yet."""
         found = recorded_verdict(self.record, iteration, clustered)
         return found or (ReviewDecision() if self.look else None)
 
     def references(self, iteration: int) -> dict[str, Attempt]:
-        """What an iteration is evaluated against: held-out prompts, earlier policies' answers."""
+        """Held-out prompts, and the answers of the initial and the previous policy to them."""
         return {
             "held_out": self.needs("prompts", 0),
             "initial": self.needs("evaluate", 0),
@@ -215,7 +215,7 @@ def open_experiment(settings: ExperimentSettings, **how: Any) -> Experiment:
 
 
 def writing(experiment: str, command: str) -> AbstractContextManager[None]:
-    """Be the only one that writes an experiment, as `tasks.record.writer.writing`."""
+    """Hold an experiment's write lock, as `tasks.record.writer.writing`."""
     return hold(record_of(experiment), command)
 
 

@@ -1,8 +1,8 @@
 """Settings as a form of Prefect's UI, in which every field may stay empty.
 
-Prefect's form sends the default of every field that has one, so that a schema with defaults would
-turn "run it again" into "set everything". A form has none: a field that stays empty is as the
-experiment has it, and its description names the default. Read by `flows.deployments`.
+Prefect's form sends the default of every field that has one: with defaults, "run it again" would
+set every setting. So a form has none: an empty field keeps the experiment's value, and its
+description names the default. `flows.deployments` uses the forms.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python as to_jsonable
 
-from models.settings import Settings
+from models.settings import Settings, is_settings
 
 YesNo = Annotated[bool, WithJsonSchema({"type": "string", "enum": ["yes", "no"]})]
 """A drop-down: a switch cannot be empty, and the UI shows a chosen `false` as nothing chosen."""
@@ -82,7 +82,7 @@ def changes(form: SettingsForm, under: str = "") -> dict[str, Any]:
 def _field(name: str, field: FieldInfo) -> tuple[Any, Any]:
     """A field of the form: the same type and limits, no default, the default said in words."""
     kind = _bare(field.annotation)
-    if _is_settings(kind):
+    if is_settings(kind):
         inner = form_of(kind)
         return inner, Field(default_factory=inner, title=name, description=field.description)
     about = " ".join((field.description or "").split())
@@ -110,13 +110,9 @@ def _bare(kind: Any) -> Any:
 def _in_forms(kind: Any) -> Any:
     if kind is bool:
         return YesNo
-    if get_origin(kind) is tuple and _is_settings(get_args(kind)[0]):
+    if get_origin(kind) is tuple and is_settings(get_args(kind)[0]):
         return types.GenericAlias(tuple, (form_of(get_args(kind)[0]), ...))
     return kind
-
-
-def _is_settings(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Settings)
 
 
 def _shown(value: Any) -> str:

@@ -25,7 +25,7 @@ from tasks.stages import STAGES
 Attempts = dict[str, Attempt]
 
 PUBLISHED = "published"
-"""Tag: the digest of what a run shows, so that an unchanged rerun adds no points to its curves."""
+"""Tag: the attempts that a run shows, so that an unchanged rerun adds no points to its curves."""
 
 
 @task(name="publish", cache_policy=NO_CACHE)
@@ -72,7 +72,7 @@ def log_figures(record: Record, history: History, *, told: bool) -> None:
 
 
 def is_published(record: Record, done: Sequence[Attempts]) -> bool:
-    """Whether the summary run shows these very attempts."""
+    """Whether the summary run shows exactly these attempts."""
     return not _changed(record, SUMMARY, _every(done))
 
 

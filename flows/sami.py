@@ -1,7 +1,6 @@
-"""SAMI: a constitution's principles and antitheses are taught by mutual information.
+"""SAMI's stages in order: write once, then in each iteration sample, train and evaluate.
 
-`steps` is its wiring, on the same record, engine and judges as STaPLe's (`flows.em`, which runs the
-iterations of both): write, then in each iteration sample, train, evaluate.
+`flows.em` runs the iterations of every method, on the same record, engine and judges.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def steps(e: Experiment, t: int) -> Iterator[Attempt]:
     prompts under it.
     """
     at, settings = e.slot(t), e.settings_at(t)
-    mixtures = e.settings_at(0).sample  # every policy is measured on the same
+    mixtures = e.settings_at(0).sample  # all policies are measured on the same constitutions
     measured = partial(evaluate_stage, at, settings.evaluate, settings.score, mixtures)
     yield (prompts := prompts_stage(at, settings.prompts))
     if t == 0:

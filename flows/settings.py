@@ -20,7 +20,7 @@ from constitutions.parse import SMALL, parse_yaml, read_text
 from constitutions.untrusted import hide_passwords
 from flows.methods import method_of
 from flows.schema import ExperimentSettings
-from models.settings import Settings
+from models.settings import Settings, is_settings
 
 PRESETS = Path(__file__).parent / "presets"
 ONE_SHARD_SIZE = "one setting holds for all stages: shard_size"
@@ -63,14 +63,7 @@ def load_settings(
             _set(values, *parse_override(override))
         except UserError as error:
             problems.append(error)
-    try:
-        settings = ExperimentSettings.model_validate(values)
-    except ValidationError as error:
-        raise UserErrors([*problems, *explain(error, source)]) from None
-    problems += _contradictions(settings, source)
-    if problems:
-        raise UserErrors(problems)
-    return settings
+    return _checked(values, source, problems)
 
 
 def with_changes(settings: ExperimentSettings, changes: Mapping[str, Any]) -> ExperimentSettings:
@@ -84,14 +77,21 @@ def with_changes(settings: ExperimentSettings, changes: Mapping[str, Any]) -> Ex
     values = settings.model_dump(mode="json")
     for name, value in changes.items():
         _set(values, name, value)
-    source = f"experiment {settings.experiment}"
+    return _checked(values, f"experiment {settings.experiment}")
+
+
+def _checked(
+    values: Mapping[str, Any], source: str, problems: Sequence[UserError] = ()
+) -> ExperimentSettings:
+    """The settings, unless they or earlier `problems` are wrong: then all that is."""
     try:
-        changed = ExperimentSettings.model_validate(values)
+        settings = ExperimentSettings.model_validate(values)
+        found = _contradictions(settings, source)
     except ValidationError as error:
-        raise UserErrors(explain(error, source)) from None
-    if problems := _contradictions(changed, source):
-        raise UserErrors(problems)
-    return changed
+        found = explain(error, source)
+    if problems or found:
+        raise UserErrors([*problems, *found])
+    return settings
 
 
 def without_gone(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
@@ -113,14 +113,13 @@ def _wrong_succession(settings: ExperimentSettings, source: str) -> Iterator[Use
     where = f"{source}, setting 'then'"
     own = [name for name in ("experiment", "method", "after", "then") if name in settings.then]
     if own:
-        yield UserError(f"it has its own {', '.join(own)}", where=where, expected="none of these")
+        yield UserError(f"it sets {', '.join(own)}", where=where, expected="none of these")
     if not settings.iterations:
         yield UserError(
-            "nothing is trained before it", where=where, expected="iterations: 1 or more"
+            "the experiment trains nothing", where=where, expected="iterations: 1 or more"
         )
     try:
-        then = following(settings)
-        if then:
+        if then := following(settings):
             check_succession(settings, then)
     except UserError as error:
         yield UserErrors([error], within=where)
@@ -210,7 +209,7 @@ def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _contradictions(settings: ExperimentSettings, source: str) -> list[UserError]:
-    """Settings of different parts that cannot hold together."""
+    """Settings of different parts that contradict each other."""
     found: list[UserError] = []
     method = method_of(settings)
     if settings.then and not method.constitutional:
@@ -242,10 +241,10 @@ def dump_settings(settings: ExperimentSettings) -> str:
 
 
 def _read(source: str, extended: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The values of a preset or file, over those of what it extends.
+    """The values of a preset or file, merged into those that it extends.
 
     Args:
-        extended: what this one is read for, in turn.
+        extended: the files that extend this one, the outermost first.
     """
     known = presets()
     path = PRESETS / f"{source}.yaml" if source in known else Path(source)
@@ -259,9 +258,9 @@ def _read(source: str, extended: tuple[str, ...] = ()) -> dict[str, Any]:
         raise UserError(f"got {short(base)}", where=where, expected="one preset or file")
     if base in (*extended, source):
         chain = " → ".join([*extended, source, base])
-        raise UserError(f"it extends itself: {chain}", where=where)
+        raise UserError(f"the file extends itself: {chain}", where=where)
     if len(extended) >= MOST_PARTS:
-        raise UserError("this extends too many others in turn", where=where)
+        raise UserError("more than 16 files extend one another", where=where)
     return _merge(_read(base, (*extended, source)), values)
 
 
@@ -292,7 +291,7 @@ def parse_override(override: str) -> tuple[str, Any]:
             "not an override", where=f"--set {override}", expected="key=value, as in mine.samples=8"
         )
     if match[1].count(".") >= MOST_PARTS:
-        raise UserError("a name of too many parts", where=f"--set {match[1]}")
+        raise UserError("the name has more than 16 parts", where=f"--set {match[1]}")
     fix = "put a text that holds ': ', '#' or brackets in quotes of its own"
     return match[1], parse_yaml(match[2], f"--set {match[1]}", fix=fix)
 
@@ -319,7 +318,7 @@ def explain(error: ValidationError, source: str) -> list[UserError]:
 
 
 def _follows(error: Any, found: Sequence[Any]) -> bool:
-    """Whether a list is only too short because its entries are wrong, which is said already."""
+    """Whether a list is too short only because of wrong entries, which have their own errors."""
     place = error["loc"]
     inside = (e for e in found if e["loc"][: len(place)] == place and len(e["loc"]) > len(place))
     return error["type"] == "too_short" and any(inside)
@@ -342,7 +341,7 @@ def _explain_one(error: Any, source: str) -> UserError:
 
 
 def short(value: Any) -> str:
-    """A value in few characters, however large it is."""
+    """A value, cut to about 80 characters."""
     form = _Short()
     form.maxstring = form.maxother = 80
     return form.repr(value)
@@ -350,7 +349,7 @@ def short(value: Any) -> str:
 
 class _Short(reprlib.Repr):
     def repr_str(self, x: str, level: int) -> str:
-        """A text without passwords: once it is cut, they are not known as such."""
+        """Hide passwords before the text is cut: a part of one is not recognised."""
         return super().repr_str(hide_passwords(x[:10_000]), level)
 
 
@@ -367,7 +366,7 @@ def _known(path: Sequence[str]) -> list[str]:
 
 def _parts(annotation: Any) -> Iterator[type[Settings]]:
     """The settings models in a type."""
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
+    if is_settings(annotation):
         yield annotation
     for inner in get_args(annotation):
         yield from _parts(inner)

@@ -95,7 +95,7 @@ def one_stage(
 
 
 def _publish_if_whole(experiment: Experiment, iteration: int) -> None:
-    """An iteration whose stages agree shows its new figures; another one waits for the rest."""
+    """Publish the iteration once all its stages are finished and none is stale."""
     states = stage_states(experiment.settings, iteration)
     mine = {stage: s.attempt for (stage, t), s in states.items() if t == iteration}
     attempts = {stage: attempt for stage, attempt in mine.items() if attempt}
@@ -121,7 +121,7 @@ def _check_place(settings: ExperimentSettings, stage: str, iteration: int) -> No
 
 
 def _check_changes(stage: str, changes: Mapping[str, Any]) -> None:
-    """A stage by itself changes what it reads; anything else is the experiment's."""
+    """Refuse changes of settings that the stage does not read."""
     own = {stage, "policy"} | ({"score"} if stage == "evaluate" else set())
     others = [name for name in changes if name.partition(".")[0] not in own]
     if others:

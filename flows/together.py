@@ -1,6 +1,6 @@
-"""Two experiments in a row: STaPLe discovers a constitution, SAMI amplifies it; one report of both.
+"""An experiment and the SAMI experiment that its setting `then` describes, with one report of both.
 
-`then` in an experiment's settings says how it goes on; `staple run` and the deployment call this.
+`staple run` and the deployment call `go_on` after the first has ended.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tasks.record.store import Attempt
 
 
 class Followed(NamedTuple):
-    """The experiment that went on, what it did, and the report of both."""
+    """The second experiment, its attempts, and the report of both."""
 
     settings: ExperimentSettings
     done: list[Attempts]
@@ -40,10 +40,10 @@ def go_on(
     resume: bool = False,
     force: bool = False,
 ) -> Followed | None:
-    """Run what follows an experiment, where anything does and nobody's review is waited for.
+    """Run the experiment that `then` describes; None without one, or while a review is awaited.
 
     Args:
-        resume: what was changed for its single iterations holds.
+        resume: keep the settings that were changed for single iterations.
     """
     then = following(settings)
     if then is None or (len(done) > 1 and "train" not in done[-1]):

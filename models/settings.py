@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -28,6 +28,11 @@ class Settings(BaseModel):
             if problem := _unfit(getattr(self, name)):
                 raise ValueError(f"{name}: {problem}")
         return self
+
+
+def is_settings(kind: Any) -> TypeGuard[type[Settings]]:
+    """Whether a field's type is a settings model."""
+    return isinstance(kind, type) and issubclass(kind, Settings)
 
 
 def _unfit(value: Any) -> str:

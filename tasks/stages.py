@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from models.settings import Settings
+from models.settings import Settings, is_settings
 from models.training.adapter import TrainingStep
 from tasks.cluster import ClusterSettings
 from tasks.evaluate import EvaluateSettings
@@ -223,5 +223,5 @@ STAGES: Mapping[str, Stage] = {
 def settings_of(stage: str) -> type[Settings]:
     """The class of a stage's settings."""
     found = StageSettings.model_fields[stage].annotation
-    assert isinstance(found, type) and issubclass(found, Settings)
+    assert is_settings(found)
     return found

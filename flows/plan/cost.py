@@ -16,20 +16,20 @@ RESERVED = 1.0
 FRAGMENTED = 0.05
 """Share of the memory that the allocator cannot use."""
 PASS_TOKENS = 8192
-"""As `models.engine.base` has it: tokens of prompts that go through the layers together."""
+"""Tokens of prompts in one forward pass, as in `models.engine.base`."""
 MEMORY_SHARE = 0.8
-"""The same: of what the weights leave, the share that rows may fill."""
+"""Share of the memory beside the weights that rows may fill, as in `models.engine.base`."""
 MOST_ROWS = 512
-"""The same, on a GPU."""
+"""Rows that a GPU decodes together at most, as in `models.engine.base`."""
 LOGIT_BYTES = 32
-"""The same: for each row and word of the vocabulary, while a token is chosen."""
+"""Bytes per row and vocabulary entry while a token is sampled, as in `models.engine.base`."""
 LOSS_BYTES = 12
-"""For each trained token and word of the vocabulary: logits, float32 log-probabilities, both
-gradients."""
+"""Bytes per trained token and vocabulary entry: logits, float32 log-probabilities, and the
+gradients of both."""
 MASTER_BYTES = 4
-"""For each number that is trained: it is held in float32."""
+"""Bytes per trained parameter, which is held in float32."""
 OPTIMISER_BYTES = 4 + 2
-"""The same: its gradient, and two 8-bit moments."""
+"""Bytes per trained parameter for its gradient and two 8-bit moments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +73,16 @@ GPUS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Efficiency:
-    """Which shares of a datasheet's rates are reached, and what every step costs beside them."""
+    """The shares of a datasheet's rates that are reached, and the fixed cost of a step."""
 
     decode: float
-    """Of the bandwidth, or of the FLOP/s where they are the limit, in a step of decoding."""
+    """Of the bandwidth, or of the FLOP/s where they limit, in a decoding step."""
     prefill: float
     """Of the FLOP/s, in prompts."""
     training: float
     """Of the FLOP/s, forward and backward."""
     layer_seconds: float
-    """Of a step of decoding, for each layer: launches of kernels, whatever the batch."""
+    """Seconds per layer of a decoding step for launching kernels, at any batch size."""
 
 
 MEASURED = Efficiency(decode=0.235, prefill=0.4, training=0.432, layer_seconds=0.155e-3)
@@ -132,9 +132,8 @@ class Held:
         }
 
     def rows_that_fit(self, tokens: float) -> int:
-        """So many samples are decoded together where no setting says, as `models.engine.base`
-        reckons, and fit; 0: not one.
-        """
+        """How many samples are decoded together by default, as in `models.engine.base`; 0: not
+        even one fits."""
         parts = self.sampling_memory(1, tokens)
         each = parts["KV cache"] + parts["logits"]
         free = (self.gpu.memory - RESERVED) * GIB - parts["weights"]

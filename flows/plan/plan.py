@@ -1,7 +1,7 @@
-"""`staple plan`: tokens, memory, disk and hours of an experiment, before anyone spends them.
+"""`staple plan`: an estimate of the tokens, memory, disk and hours that an experiment takes.
 
-Arithmetic alone: no model is loaded and nothing is fetched. `flows.plan.workload` says what is
-asked of the models, `flows.plan.cost` what that takes on a GPU; here it is added up.
+No model is loaded and nothing is fetched. `flows.plan.workload` has the turns of each stage,
+`flows.plan.cost` what a turn costs on a GPU; this module adds them up.
 """
 
 from __future__ import annotations
@@ -24,18 +24,16 @@ from flows.settings import with_changes
 from models.checkpoints.shapes import WIDTH, shape_of
 from models.policy import PolicySettings
 from models.worlds.registry import WORLD_MODELS
-from tasks.record.store import Record
-from tasks.record.work import Metrics
 
 MASK_BYTES = 3
-"""For each pair of positions of a row, beside the mask itself, while it is made."""
+"""Bytes per pair of positions of a row while its mask is made, beside the mask itself."""
 COPIES = 3
-"""Of each text: in mine's rows, in score's, and in the parts of the stage that is at work."""
+"""Copies of each text: in mine's rows, in score's, and in the running stage's parts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """Of one stage in one iteration. Tokens are expected ones, but for `at_most`."""
+    """The work of one stage in one iteration; tokens are expected values, except `at_most`."""
 
     stage: str
     prompts: float
@@ -61,7 +59,7 @@ class Iterations:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes by what they are for, and what to change where the GPU has not so many."""
+    """Bytes by purpose, and the settings to change where the GPU has fewer."""
 
     title: str
     parts: dict[str, float]
@@ -119,57 +117,38 @@ def plan(settings: ExperimentSettings, gpu: str = "h100", assumed: Assumed | Non
 
 
 def like(experiment: str) -> Assumed:
-    """What the newest finished iteration of a recorded experiment tells about others.
+    """Assumptions measured on the newest finished iteration of a recorded experiment.
 
     Raises:
-        UserError: no iteration of this name mined and trained.
+        UserError: no iteration of this name sampled and trained.
     """
     settings, record = recorded_settings(experiment), record_of(experiment)
     done = [t for t in range(settings.iterations, 0, -1) if record.current("train", t)]
-    method = method_of(settings)
-    if not (method.mines or method.constitutional) or not done:
+    work = workload_of(settings, lengths(settings.prompts, settings.seed), Assumed())
+    explored = work.explored()
+    if explored is None or not done:
         raise UserError(
             "no iteration of it mined and trained",
             where=f"experiment {experiment}",
             fix="run a small one first: staple run PRESET --set iterations=1 "
             "--set prompts.first=100 --set experiment=pilot",
         )
+    method, train = method_of(settings), settings.train
+    stages = (explored[0], *(["filter"] if method.mines else []), "train")
+    m = {k: v for stage in stages for k, v in record.needs(stage, done[0]).metrics.items()}
     if method.constitutional:
-        return _like_sami(settings, record, done[0])
-    stages = ("mine", "filter", "train")
-    mined, kept, trained = (record.needs(stage, done[0]).metrics for stage in stages)
-    known = lengths(settings.prompts, settings.seed)
-    limits = sum(t.samples * t.limit for t in workload_of(settings, known, Assumed()).mined())
-    found = Assumed(
-        filled=mined["generated_tokens"] / (mined["mined_prompts"] * limits),
-        accepted=kept["trajectories"] / kept["prompts_in"],
-        like=experiment,
-    )
-    return replace(found, prompt=_prompt_tokens(workload_of(settings, known, found), trained))
-
-
-def _like_sami(settings: ExperimentSettings, record: Record, iteration: int) -> Assumed:
-    sampled, trained = (record.needs(stage, iteration).metrics for stage in ("sample", "train"))
-    limits = sampled["sampled_responses"] * settings.sample.max_response_tokens
-    found = Assumed(
-        filled=sampled["generated_tokens"] / limits,
-        accepted=trained["train/trained"] / trained["train/queries"],
-        like=settings.experiment,
-    )
-    known = lengths(settings.prompts, settings.seed)
-    return replace(found, prompt=_prompt_tokens(workload_of(settings, known, found), trained))
-
-
-def _prompt_tokens(work: Workload, trained: Metrics) -> float | None:
-    """What is left of the recorded conversations beside their other turns; None: not told."""
-    train = work.settings.train
-    if train.tokens:  # a budget cuts epochs short
-        return None
-    others = replace(work, assumed=replace(work.assumed, prompt=0.0)).learned()[0]
-    sami = method_of(work.settings).constitutional
-    learned = trained["train/trained" if sami else "train/examples"]
-    each = trained["train/tokens"] / (learned * work.rows * train.epochs)
-    return max(1.0, each - others)
+        asked, learned = m["sampled_responses"] / work.rows, m["train/trained"]
+        accepted = learned / m["train/queries"]
+    else:
+        asked, learned = m["mined_prompts"], m["train/examples"]
+        accepted = m["trajectories"] / m["prompts_in"]
+    limits = asked * sum(turn.samples * turn.limit for turn in explored[1])
+    found = Assumed(filled=m["generated_tokens"] / limits, accepted=accepted, like=experiment)
+    if train.tokens:  # a budget cuts epochs short: they do not tell the prompts' length
+        return found
+    others, _ = replace(work, assumed=replace(found, prompt=0.0)).learned()
+    each = m["train/tokens"] / (learned * work.rows * train.epochs)
+    return replace(found, prompt=max(1.0, each - others))
 
 
 @dataclass(frozen=True)
@@ -231,7 +210,7 @@ class _Estimate:
         return self._sampled(stage, prompts, turns, hours)
 
     def _judgements(self, asked: JudgeTurns) -> Work:
-        """In process a judge has the GPU for itself."""
+        """A judge in process has the GPU to itself."""
         assert asked.judge.policy is not None, "JudgeSettings sees to it"
         hours = self._hours(asked.judge.policy, asked.prompts, [asked.turn])
         return self._sampled(asked.stage, asked.prompts, [asked.turn], hours)
@@ -305,7 +284,7 @@ class _Estimate:
     # Memory
 
     def memory(self) -> Iterator[Memory]:
-        """Of sampling and of training, with what to change where it is too much."""
+        """Of sampling and of training, with settings to change where it is too much."""
         kinds = []
         if not self.settings.policy.endpoint:
             kinds.append((self.sampling(), self._fewer_rows))
@@ -316,7 +295,7 @@ class _Estimate:
             yield memory if fits else replace(memory, remedy=remedy())
 
     def sampling(self) -> Memory:
-        """Of the turn that takes most, with every turn at its limit."""
+        """Of the largest turn, with every turn at its token limit."""
         found = [self._sampling_of(turn) for turn in self._longest_turns()]
         return max(found, key=lambda memory: memory.bytes)
 
@@ -412,7 +391,7 @@ class _Estimate:
     # Notes
 
     def notes(self) -> Iterator[str]:
-        """What the figures rest on."""
+        """The assumptions behind the figures."""
         s, assumed, known = self.settings, self.workload.assumed, self.workload.lengths
         how = f"as in {assumed.like}" if assumed.like else "assumed (--filled, --accepted, --like)"
         kept = "trajectories are kept a mined prompt"

@@ -1,13 +1,14 @@
-"""What an experiment asks of its models, in tokens: the turns of each stage, before any is taken.
+"""The turns that each stage asks of its models, in tokens, before anything runs.
 
-`flows.plan.plan` turns it into hours and bytes. The conversation is `models.prompts`'s; token
-limits bound what is generated, and a share of them, `Assumed.filled`, is expected.
+`flows.plan.plan` turns them into hours and bytes. The wording is that of `models.prompts`; a turn
+is expected to fill a share, `Assumed.filled`, of its token limit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 
 from flows.methods import method_of
@@ -16,11 +17,13 @@ from models.judges.base import JudgeSettings
 from models.prompts import TEMPLATES
 from tasks.benchmarks.base import LLM
 from tasks.corpus.prompts import CorpusSettings, load_corpus
+from tasks.evaluate import EvaluateSettings
 from tasks.judging.comparisons import arms
+from tasks.mine import MineSettings
 from tasks.prompts import PromptSettings, prompt_sets
 
 CHARACTERS = 4
-"""A token has so many, in English."""
+"""Characters of an English token, about."""
 MARKS = 5
 """Tokens that a chat template puts around a turn."""
 USUAL = {
@@ -32,9 +35,9 @@ USUAL = {
 """Mean characters of prompt and gold, by format, for data sets that are not on this disk; from
 samples of 100 to 2,300 rows."""
 UNKNOWN = (1000, 500)
-"""The same for other formats: a guess."""
+"""Mean characters of prompt and gold for other formats: a guess."""
 LONG = 1.5
-"""The longest prompts of such a data set against their mean, at least."""
+"""Length of the longest prompts of such a data set as a multiple of the mean, at least."""
 ACCEPTED = 0.7
 """Share of the mined prompts of which something is kept."""
 JUDGE_WORDS = 450
@@ -45,7 +48,7 @@ BENCHMARKS = {"alpaca_eval": 805, "mt_bench": 160, "ifeval": 541}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assumed:
-    """What no setting tells."""
+    """What the settings do not say."""
 
     filled: float = 0.3
     """Share of its token limit that a sampled turn takes."""
@@ -56,7 +59,7 @@ class Assumed:
     told: float | None = None
     """SAMI: tokens of a constitution in a prompt; None: by its characters."""
     like: str = ""
-    """The experiment that all this was measured on; empty: it is assumed."""
+    """The experiment that these figures were measured on; empty: they are assumed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,46 +221,38 @@ class Workload:
 
     def mined(self) -> list[SampledTurn]:
         """What `mine` samples for a prompt: see `tasks.mine`."""
-        s, words = self.settings.mine, self._words
-        y1, z, c = self._expected(
-            s.max_response_tokens, s.max_principle_tokens, s.max_critique_tokens
-        )
-        turns = [SampledTurn(samples=1, limit=s.max_response_tokens, shared=self.prompt)]
-        if not self.guided:
-            again = self.prompt + y1 + words["refine"]
-            return [
-                *turns,
-                SampledTurn(samples=s.samples, limit=s.max_response_tokens, shared=again),
-            ]
-        hinted = self.prompt + y1 + words["hint"] + self.lengths.gold
-        asked, told = self.prompt + y1 + words["propose"], z + words["refine"]
-        turns.append(SampledTurn(samples=s.samples, limit=s.max_principle_tokens, shared=hinted))
-        if s.critique:
-            own = z + words["critique"]
-            turns.append(
-                SampledTurn(samples=s.samples, limit=s.max_critique_tokens, shared=asked, own=own)
-            )
-            told += words["critique"] + c
-        return [
-            *turns,
-            SampledTurn(samples=s.samples, limit=s.max_response_tokens, shared=asked, own=told),
-        ]
+        s = self.settings.mine
+        return self._turns(s, s.samples, s.max_critique_tokens * s.critique, self.lengths.gold)
 
     def answered(self) -> list[SampledTurn]:
         """What `evaluate` samples for a prompt: see `tasks.policies.answers`."""
-        s, words = self.settings.evaluate, self._words
-        y1, z = self._expected(s.max_response_tokens, s.max_principle_tokens)
-        initial = SampledTurn(samples=1, limit=s.max_response_tokens, shared=self.prompt)
+        return self._turns(self.settings.evaluate, 1)
+
+    def _turns(
+        self,
+        s: MineSettings | EvaluateSettings,
+        samples: int,
+        critique: int = 0,
+        gold: float | None = None,
+    ) -> list[SampledTurn]:
+        """y1, and `samples` times z, a critique of at most so many tokens, y2.
+
+        Args:
+            gold: tokens of the gold that hints at z; None: no hint.
+        """
+        words, turn = self._words, partial(SampledTurn, samples=samples)
+        y1, z, c = self._expected(s.max_response_tokens, s.max_principle_tokens, critique)
+        turns = [SampledTurn(samples=1, limit=s.max_response_tokens, shared=self.prompt)]
+        answered = self.prompt + y1
         if not self.guided:
-            again = self.prompt + y1 + words["refine"]
-            return [initial, SampledTurn(samples=1, limit=s.max_response_tokens, shared=again)]
-        asked = self.prompt + y1 + words["propose"]
-        told = asked + z + words["refine"]
-        return [
-            initial,
-            SampledTurn(samples=1, limit=s.max_principle_tokens, shared=asked),
-            SampledTurn(samples=1, limit=s.max_response_tokens, shared=told),
-        ]
+            return [*turns, turn(limit=s.max_response_tokens, shared=answered + words["refine"])]
+        asked, told = answered + words["propose"], z + words["refine"]
+        hinted = asked if gold is None else answered + words["hint"] + gold
+        turns.append(turn(limit=s.max_principle_tokens, shared=hinted))
+        if critique:
+            turns.append(turn(limit=critique, shared=asked, own=z + words["critique"]))
+            told += words["critique"] + c
+        return [*turns, turn(limit=s.max_response_tokens, shared=asked, own=told)]
 
     def learned(self) -> tuple[float, float]:
         """Tokens of a row that is trained on, and how many of them have loss."""

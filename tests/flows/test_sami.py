@@ -255,7 +255,7 @@ def test_staple_then_sami_ends_with_one_report(
 @pytest.mark.parametrize(
     ("then", "said"),
     [
-        ({"experiment": "x"}, "it has its own experiment"),
+        ({"experiment": "x"}, "it sets experiment"),
         ({"policy": {"model": "planted"}}, "has another model"),
         ({"seed": 3}, "has another seed"),
         ({"train": {"lora_rank": 64}}, "has another train.lora_rank"),
