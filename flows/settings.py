@@ -309,10 +309,17 @@ def _set(values: dict[str, Any], name: str, value: Any) -> None:
     place[last] = value
 
 
-def explain(error: ValidationError, source: str) -> list[UserError]:
-    """What is wrong with settings, by name."""
+def explain(
+    error: ValidationError, source: str, settings: type[Settings] = ExperimentSettings
+) -> list[UserError]:
+    """What is wrong with settings, by name.
+
+    Args:
+        source: what messages call the file; "": the settings were given as options.
+        settings: the class that was validated.
+    """
     found = error.errors(include_url=False, include_context=False)
-    told = [_explain_one(e, source) for e in found[:REPORTED] if not _follows(e, found)]
+    told = [_explain_one(e, source, settings) for e in found[:REPORTED] if not _follows(e, found)]
     more = len(found) - REPORTED
     return [*told, *([UserError(f"{more:,} more are wrong", where=source)] if more > 0 else [])]
 
@@ -324,14 +331,14 @@ def _follows(error: Any, found: Sequence[Any]) -> bool:
     return error["type"] == "too_short" and any(inside)
 
 
-def _explain_one(error: Any, source: str) -> UserError:
+def _explain_one(error: Any, source: str, settings: type[Settings]) -> UserError:
     parts = map(str, error["loc"])  # those of a union name its types as well
     path = [part for part in parts if part.isidentifier() or part.isdecimal()]
-    where = f"{source}, setting '{'.'.join(path)}'"
+    where = f"{f'{source}, ' * bool(source)}setting '{'.'.join(path)}'"
     if error["type"] == "extra_forbidden":
         if fix := GONE.get(".".join(filter(str.isidentifier, path))):
             return UserError("this is no longer a setting", where=where, fix=fix)
-        known = _known(path[:-1])
+        known = _known(path[:-1], settings)
         close = difflib.get_close_matches(path[-1], known, n=1)
         fix = f"did you mean '{close[0]}'?" if close else ""
         one_of = f"one of {', '.join(known)}"
@@ -353,9 +360,8 @@ class _Short(reprlib.Repr):
         return super().repr_str(hide_passwords(x[:10_000]), level)
 
 
-def _known(path: Sequence[str]) -> list[str]:
+def _known(path: Sequence[str], model: Any) -> list[str]:
     """The settings of a part."""
-    model: Any = ExperimentSettings
     for name in filter(str.isidentifier, path):
         field = model.model_fields.get(name)
         model = next(_parts(field.annotation), None) if field else None

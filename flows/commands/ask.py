@@ -1,6 +1,6 @@
-"""Ask a trained policy one thing: y1, z, y2, and where the principle stands in the constitution.
+"""`staple ask`: a trained policy's y1, z and y2, and the rank of z in the constitution.
 
-A policy that SAMI trained is told principles instead, and asked once more without any.
+A policy that SAMI trained answers under principles instead, and once more without any.
 """
 
 from __future__ import annotations

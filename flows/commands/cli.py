@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-constitutions = typer.Typer(no_args_is_help=True, help="Look at constitutions, or edit them.")
+constitutions = typer.Typer(no_args_is_help=True, help="Show, edit or write constitutions.")
 app.add_typer(constitutions, name="constitution")
 
 Set = Annotated[
@@ -40,7 +40,7 @@ Seed = Annotated[
 Port = Annotated[
     int | None, typer.Option(min=1, max=65535, help="Default: the usual one, or a free one.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Compute again what the record has.")]
+Force = Annotated[bool, typer.Option("--force", help="Compute again, even what is recorded.")]
 Name = Annotated[str, typer.Argument(help="The experiment's name.")]
 Source = Annotated[str, typer.Argument(help="A preset's name or a YAML file.")]
 Iteration = Annotated[int | None, typer.Option(min=1, max=100, help="Default: the newest.")]
@@ -53,7 +53,8 @@ def run(
     ] = "planted",
     set_: Set = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on as recorded: compute what is stale or missing.")
+        bool,
+        typer.Option("--resume", help="Continue: compute what is stale or missing."),
     ] = False,
     start: Annotated[
         str,
@@ -61,7 +62,7 @@ def run(
     ] = "",
     force: Force = False,
 ) -> None:
-    """Run an experiment: its iterations, then a table. What the record has is not recomputed."""
+    """Run all iterations of an experiment, then print a table. Recorded results are reused."""
     from flows.experiment import note_settings, parse_place, recorded_settings, writing
     from flows.settings import load_settings, parse_overrides
 
@@ -102,12 +103,12 @@ def baselines(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A setting of all, or of one as in star:mine.samples=8."),
+        typer.Option("--set", help="Change a setting of all, or of one as in star:mine.samples=8."),
     ] = None,
 ) -> None:
-    """Run an experiment and what it is compared with: Self-Refine, STaR, SFT on gold, no clusters.
+    """Run an experiment and its baselines: Self-Refine, STaR, SFT on gold, no clusters.
 
-    On the same stages and prompts, at the same number of tokens in training.
+    All have the same stages and prompts, and train on the same number of tokens.
     """
     from flows.baselines import BASELINES, check_names, run_baselines, split_overrides
     from flows.commands import results
@@ -147,7 +148,7 @@ def stage(
 ) -> None:
     """Run one stage by itself, from the recorded outputs of the stages before it.
 
-    A changed setting holds in this iteration from now on.
+    A setting that you change here stays changed for this iteration.
     """
     from flows.commands import results
     from flows.experiment import recorded_settings
@@ -160,7 +161,7 @@ def stage(
 
 @app.command()
 def status(experiment: Name) -> None:
-    """Iterations by stages: finished, stale (and since which change), failed or missing."""
+    """Print the state of every stage: finished, stale (since which change), failed or missing."""
     from flows.commands import results
     from flows.experiment import recorded_settings
 
@@ -171,11 +172,13 @@ def status(experiment: Name) -> None:
 def accept(
     place: Annotated[str, typer.Argument(help="The stage and its iteration, as in mine:1.")],
     experiment: Annotated[str, typer.Option(help="The experiment's name.")],
-    by: Annotated[str | None, typer.Option(help="Who says so. Default: your login name.")] = None,
+    by: Annotated[
+        str | None, typer.Option(help="Who accepts it. Default: your login name.")
+    ] = None,
 ) -> None:
-    """Record that a change of code leaves a stage's outputs valid: it is not stale any longer.
+    """Record that a change of code leaves a stage's outputs valid: it is no longer stale.
 
-    To take it back, compute the stage again: staple stage STAGE --force.
+    To undo it, compute the stage again: staple stage STAGE --force.
     """
     from constitutions.parse import whole
     from flows.commands.edit import login_name
@@ -194,7 +197,7 @@ def constitution_show(
 ) -> None:
     """Print the principles that the policy discovered, the best supported first.
 
-    Of SAMI: those that it was taught, their antitheses, and which were held out of training.
+    With SAMI: the principles and antitheses that it was trained on, and those held out.
     """
     from flows.commands.constitution import show_constitution
 
@@ -208,10 +211,10 @@ def constitution_edit(
     file: Annotated[
         Path | None, typer.Option(help="An edited file. Default: opens $VISUAL or $EDITOR.")
     ] = None,
-    by: Annotated[str | None, typer.Option(help="Who decides. Default: your login name.")] = None,
-    note: Annotated[str, typer.Option(help="Why; kept in the record.")] = "",
+    by: Annotated[str | None, typer.Option(help="The reviewer. Default: your login name.")] = None,
+    note: Annotated[str, typer.Option(help="The reason; the record keeps it.")] = "",
 ) -> None:
-    """Reword, merge, drop or add principles before they are trained on; unchanged: approve them."""
+    """Reword, merge, drop or add principles before training; an unchanged file approves them."""
     from flows.commands.edit import edit
 
     done = edit(experiment, iteration, file, by, note)
@@ -225,19 +228,19 @@ def constitution_edit(
 @constitutions.command("write")
 def constitution_write(
     topic: Annotated[
-        list[str] | None, typer.Option("--topic", help="What principles are about. Repeatable.")
+        list[str] | None, typer.Option("--topic", help="A topic of the principles. Repeatable.")
     ] = None,
     principles: Annotated[
-        int | None, typer.Option(min=2, max=1000, help="How many are wanted. Default: 8.")
+        int | None, typer.Option(min=2, max=1000, help="Number of principles. Default: 8.")
     ] = None,
     source: Annotated[
         str,
-        typer.Option("--from", help="Word antitheses to what this experiment discovered last."),
+        typer.Option("--from", help="Write antitheses for this experiment's newest constitution."),
     ] = "",
     model: Annotated[
         str,
         typer.Option(
-            help="The writer: a model directory, a hub name or a planted one. Default: the "
+            help="The writer: a model directory, a hub name or a world's model. Default: the "
             "experiment's own base model with --from, else planted-sami."
         ),
     ] = "",
@@ -253,7 +256,7 @@ def constitution_write(
             "in --set writer.quantization=none. Repeatable.",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The file.")] = Path("constitution.yaml"),
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("constitution.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
 ) -> None:
     """Have a model write principles and their antitheses, for SAMI; check and save them."""
@@ -274,9 +277,9 @@ def constitution_write(
 @app.command()
 def compare(
     left: Annotated[str, typer.Argument(help="EXPERIMENT, or E:2, E:2:cluster, E:2:cluster@1")],
-    right: Annotated[str, typer.Argument(help="What it is compared with; the same form.")],
+    right: Annotated[str, typer.Argument(help="The other one, in the same form.")],
 ) -> None:
-    """Two experiments, iterations or attempts: settings, figures and principles that differ."""
+    """Compare two experiments, iterations or attempts: settings, figures and principles."""
     from flows.commands import compare as comparing
 
     comparing.show_compared(comparing.compare(left, right))
@@ -307,7 +310,7 @@ def export(
         Path | None, typer.Option(help="A new directory. Default: EXPERIMENT-ITERATION, here.")
     ] = None,
 ) -> None:
-    """Write a trained policy for transformers, peft and vLLM, with a card; checks its logits."""
+    """Write a trained policy for transformers, peft and vLLM, with a card; check its logits."""
     from flows.commands.export import export_policy, show_exported
 
     show_exported(export_policy(experiment, iteration, merge=merge, out=out))
@@ -323,13 +326,13 @@ def ask(
     principle: Annotated[
         list[str] | None,
         typer.Option(
-            help="SAMI: what the policy is told. Default: what it was taught. Repeatable."
+            help="SAMI: a principle for the prompt. Default: those of training. Repeatable."
         ),
     ] = None,
 ) -> None:
     """Ask the newest policy: its first answer, the principle it finds, its refined answer.
 
-    Of SAMI: its answer when it is told principles, and its answer when it is told none.
+    With SAMI: its answer with principles in the prompt, and its answer without.
     """
     from flows.commands.ask import ask_policy, show_asked, show_told, tell_policy
     from flows.experiment import recorded_settings
@@ -356,7 +359,9 @@ def judge(
     out: Annotated[
         Path | None, typer.Option(help="Write the comparisons too: a .parquet or .json file.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Judge again what is judged.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Judge again, even what is judged.")
+    ] = False,
 ) -> None:
     """Judge two response files: which policy follows the constitutions in them better?
 
@@ -395,11 +400,11 @@ def plan(
         str, typer.Option(help="rtx-4090, l4, l40s, a100-40, a100-80, h100, h200 or b200.")
     ] = "h100",
     like: Annotated[
-        str, typer.Option(help="Lengths and acceptance as this recorded experiment had them.")
+        str, typer.Option(help="Assume this recorded experiment's lengths and acceptance.")
     ] = "",
     filled: Annotated[
         float | None,
-        typer.Option(min=0.01, max=1, help="Share of its token limit that a turn takes."),
+        typer.Option(min=0.01, max=1, help="Share of its token limit that a turn uses."),
     ] = None,
     accepted: Annotated[
         float | None,
@@ -407,7 +412,7 @@ def plan(
     ] = None,
     set_: Set = None,
 ) -> None:
-    """Tokens, GPU memory, disk and hours, before anyone spends them; loads and fetches nothing."""
+    """Estimate tokens, GPU memory, disk and hours; loads and fetches nothing."""
     from dataclasses import replace
 
     from flows.commands.plan import show_plan
@@ -417,7 +422,7 @@ def plan(
 
     for name, number in (("filled", filled), ("accepted", accepted)):
         if number is not None and not math.isfinite(number):
-            raise UserError("this is no number", where=f"--{name} {number}")
+            raise UserError("not a number", where=f"--{name} {number}")
     settings = load_settings(source, set_ or [])
     known = planning.like(like) if like else Assumed()
     assumed = replace(known, filled=filled or known.filled, accepted=accepted or known.accepted)
@@ -431,16 +436,16 @@ def up(
     port: Port = None,
     mlflow_port: Port = None,
 ) -> None:
-    """Start Prefect, MLflow and workers here: schedules, forms and runs in the browser."""
+    """Start Prefect, MLflow and workers on this machine: schedules, forms and runs in a browser."""
     from flows.server import services
 
     kept.tell(all="nothing that it had started is left")
     found = services.up(port, mlflow_port)
     say(f"Prefect  {found.prefect}  runs, schedules and every stage's form")
     if found.login:
-        say(f"Login    {found.login}  Prefect's page asks for it, once a browser")
+        say(f"Login    {found.login}  Prefect's page asks each browser for it once")
     if services.login_file().exists():
-        say(f"         kept in {services.login_file()}, for you alone")
+        say(f"         kept in {services.login_file()}, which only you can read")
     for run in found.ended:
         say(f"Crashed  {run}: its worker is dead; its pool takes the next run")
     say(f"MLflow   {found.mlflow}  experiments side by side")
@@ -466,7 +471,7 @@ def adopt(command: typer.Context) -> None:
 
 
 def main() -> None:
-    """The command line, in this process; `flows.commands.program` is what starts it.
+    """Run the command line in this process; `flows.commands.program` starts it in a child.
 
     A user's mistake is one message and exit code 2, never a traceback.
     """
@@ -495,10 +500,9 @@ def main() -> None:
 
 
 def _environment() -> None:
-    """Nothing phones home, loopback is reached past proxies, and Prefect's server may take its
-    time on a slow first start.
+    """Turn telemetry off, reach loopback without a proxy, and give Prefect's first start time.
 
-    A server that is gone is asked for a quarter of a minute by each of three levels of runs.
+    Each of three levels of runs retries a server that is gone for 15 seconds.
     """
     defaults = {
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -1,4 +1,4 @@
-"""Two experiments, two iterations or two attempts of a stage, side by side: only what differs."""
+"""`staple compare`: what differs between two experiments, iterations or attempts of a stage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REFERENCE = "EXPERIMENT, EXPERIMENT:ITERATION or EXPERIMENT:ITERATION:STAGE[@ATT
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two: its name, its settings in words, its figures, its constitution's attempt."""
+    """One of the two: its name, settings, figures, and the attempt that wrote its constitution."""
 
     name: str
     settings: Mapping[str, str]

@@ -1,4 +1,4 @@
-"""The review of a constitution without a UI: the YAML file, an editor, and what came of it."""
+"""`staple constitution edit`: a person reviews a constitution as a YAML file in an editor."""
 
 from __future__ import annotations
 
@@ -95,9 +95,9 @@ def _verdict(
 
 
 def _begin(draft: Path, standing: Path) -> None:
-    """Lay the file out; an unfinished edit of the same constitution goes on where it was left."""
+    """Write the file to edit; an unfinished edit of the same constitution is continued."""
     if draft.exists():
-        say(f"going on with the unfinished edit {draft} (delete it to begin anew)")
+        say(f"continuing the unfinished edit {draft} (delete it to start again)")
         return
     draft.parent.mkdir(parents=True, exist_ok=True)
     save(load(standing), draft)
@@ -119,7 +119,7 @@ def _open_editor(path: Path, command: str) -> None:
         raise UserError(
             f"the editor ended with {ended}, nothing was recorded",
             where=editor,
-            fix=f"{command} goes on with {path}",
+            fix=f"{command} continues with {path}",
         )
 
 

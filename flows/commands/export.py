@@ -1,7 +1,6 @@
 """`staple export`: the policy of an iteration as a directory with a model card, for other programs.
 
-What is written is `models/training/export.py`'s business; here it is found in the record and
-described.
+`models/training/export.py` writes the model; this module finds it in the record and describes it.
 """
 
 from __future__ import annotations

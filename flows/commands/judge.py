@@ -1,7 +1,7 @@
-"""Two policies' response files (SAMI's format), judged under their constitutions.
+"""`staple judge`: two policies' response files (SAMI's format), judged under their constitutions.
 
-`staple judge` calls `judge_files`. The judges, settings and figures are those of `evaluate`; the
-judgements are kept below the home, so that a killed run goes on where it was.
+The judges, settings and figures are those of `evaluate`. The judgements are kept below the home,
+so that a killed run continues.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rich.text import Text
 
 from constitutions.errors import UserError, UserErrors
 from constitutions.terminal import console
+from flows.commands.output import check_output
 from flows.commands.tables import table
 from flows.experiment import home
 from flows.schema import ExperimentSettings
@@ -57,14 +58,14 @@ T = TypeVar("T")
 SETTINGS = ("judge", "max_failed", "resamples", "shard_size")
 """The settings that have a part here: of `evaluate`, and `shard_size`."""
 ABLE = ("pairwise", "absolute", "reward")
-"""Kinds of judges that need no gold."""
+"""The kinds of judges that need no gold."""
 FORMATS = (".parquet", ".json")
 EXAMPLE = "--set judge.kind=pairwise --set judge.policy.model=NAME --set judge.endpoint=URL"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """What a judge made of two response files."""
+    """The outcome of judging two response files."""
 
     ours: Path
     theirs: Path
@@ -119,7 +120,8 @@ def judge_files(
     chosen = attempt(lambda: judging_settings(overrides))
     left, right = (attempt(partial(read_responses, path)) for path in (ours, theirs))
     met = attempt(partial(response_pairs_of, left, right)) if left and right else None
-    attempt(lambda: _check_out(out))
+    if out:
+        attempt(partial(check_output, out, FORMATS))
     if problems or chosen is None or met is None:
         raise UserErrors(problems)
     settings = chosen.evaluate
@@ -170,7 +172,7 @@ def _without_part(override: str) -> UserError | None:
     if name.partition(".")[0] in SETTINGS:
         return None
     return UserError(
-        "this is no setting of judging files",
+        "this setting has no effect on judging files",
         where=f"--set {override}",
         expected=f"one of {', '.join(SETTINGS)} or their parts",
     )
@@ -180,20 +182,6 @@ def _as_given(error: UserError) -> UserError:
     """The error with the setting's name as it was given."""
     where = error.where.replace("setting 'evaluate.", "setting '")
     return UserError(error.what, where=where, expected=error.expected, fix=error.fix)
-
-
-def _check_out(out: Path | None) -> None:
-    if out is None:
-        return
-    if out.suffix not in FORMATS:
-        raise UserError(
-            f"files of type {out.suffix or 'none'} are not written",
-            where=f"--out {out}",
-            expected=" or ".join(FORMATS),
-        )
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        what = "this is a folder" if out.is_dir() else "there is no such folder"
-        raise UserError(what, where=f"--out {out}", expected="a file in a folder that exists")
 
 
 # Judging ------------------------------------------------------------------------------------

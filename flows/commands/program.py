@@ -1,9 +1,9 @@
-"""The program `staple`: it runs the command line in a child, and ends all of it when it is told to.
+"""The program `staple`: it runs the command line in a child process, and ends it at a signal.
 
-A signal must be answered within seconds, and a library in the middle of a long computation answers
-none. So the process that the shell knows does nothing but wait: it passes the signal on, lets the
-child end in order for a moment, then ends it and everything that it started, and says what is kept.
-It imports next to nothing: it listens before anything else is imported.
+A signal must take effect within seconds, but a library in a long computation does not react to one.
+So the process that the shell started only waits. At a signal it interrupts the child, waits
+`GRACE_SECONDS` for an orderly end, then kills the child and its descendants, and says what is kept.
+It imports almost nothing, so that it handles signals before anything else is imported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_SECONDS = 3.0
-"""How long the child may take to end in order: a record to close, a server to tell."""
+"""How long the child may take to close its record and report to its server."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -109,7 +109,7 @@ def _say(what: str, command: str) -> None:
 
 
 def _family(child: int) -> set[psutil.Process]:
-    """All that the child started and that still is below it."""
+    """The child's descendants."""
     import psutil
 
     try:
@@ -136,7 +136,7 @@ def _exit_code(status: int) -> int:
 
 
 def _listen(heard: Sequence[int]) -> None:
-    """The first signal interrupts what runs; later ones do not disturb what it is closing."""
+    """The first signal interrupts what runs; later ones are ignored while it closes."""
 
     stopped = list[int]()
 
@@ -152,7 +152,7 @@ def _listen(heard: Sequence[int]) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Die with the parent, however it died."""
+    """Make this process end when its parent ends, for whatever reason."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     else:

@@ -6,7 +6,6 @@ It reads the record and computes nothing again.
 from __future__ import annotations
 
 import errno
-import os
 import platform
 import re
 from collections import defaultdict
@@ -18,6 +17,7 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 
 from constitutions.errors import UserError
+from flows.commands.output import check_output, unwritable
 from flows.experiment import record_of, recorded_settings
 from flows.methods import method_of
 from flows.publish import Attempts, iteration_metrics, log_figures
@@ -48,7 +48,7 @@ def write_report(experiments: Sequence[str], out: Path | None = None) -> Path:
     for name in names:
         _check_begun(recorded_settings(name))
     path = out or _default(names)
-    _check_writable(path)
+    check_output(path)
     with at_hand():
         return report(names, path)
 
@@ -63,7 +63,7 @@ def report(experiments: list[str], out: Path) -> Path:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise  # no mistake of the user's
-        raise _unwritable(out, error.strerror or str(error)) from None
+        raise unwritable(out, error.strerror or str(error)) from None
     for e in recorded:
         log_figures(record_of(e.name), e.history, told=e.told)
     if rows := table(recorded):
@@ -143,16 +143,3 @@ def _default(names: Sequence[str]) -> Path:
     """A file's name may have 255 bytes, an experiment's 100."""
     others = f"-and-{len(names) - 1}-more" if len(names) > 2 else "-".join(["", *names[1:]])
     return Path(f"report-{names[0]}{others}.html")
-
-
-def _check_writable(path: Path) -> None:
-    if path.is_dir():
-        raise _unwritable(path, "this is a directory")
-    if not path.parent.is_dir():
-        raise _unwritable(path, f"there is no directory {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise _unwritable(path, f"the directory {path.parent} may not be written to")
-
-
-def _unwritable(path: Path, why: str) -> UserError:
-    return UserError(why, where=f"--out {path}", expected="a file that can be written")

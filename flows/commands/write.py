@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from rich.text import Text
 
 from constitutions.constitution import load, save
-from constitutions.errors import REPORTED, UserError, UserErrors
+from constitutions.errors import UserError, UserErrors
 from constitutions.terminal import console
+from flows.commands.output import check_output
 from flows.commands.tables import table
 from flows.experiment import (
     Experiment,
@@ -25,7 +26,7 @@ from flows.experiment import (
     open_experiment,
     recorded_settings,
 )
-from flows.settings import short
+from flows.settings import explain
 from models.policy import Policy, PolicySettings
 from models.prompts import CONSTITUTION_WORDINGS
 from models.worlds.registry import WORLD_MODELS
@@ -62,7 +63,13 @@ def write_constitution(
         UserError: a setting is wrong, there is such a file already, nothing was discovered, the
             model cannot be loaded, or words too few pairs.
     """
-    _check_place(out, force)
+    check_output(out)
+    if out.exists() and not force:
+        raise UserError(
+            "there is such a file already",
+            where=f"--out {out}",
+            fix="name another one, or replace it: --force",
+        )
     opened = open_experiment(recorded_settings(experiment)) if experiment else None
     settings, writer = _settings(given or {}, opened)
     discovered = _newest_constitution(opened) if opened else None
@@ -85,18 +92,6 @@ def write_constitution(
     return found
 
 
-def _check_place(out: Path, force: bool) -> None:
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        expected = "a file's name in a folder that is there"
-        raise UserError("it cannot be written", where=f"--out {out}", expected=expected)
-    if out.exists() and not force:
-        raise UserError(
-            "there is such a file already",
-            where=f"--out {out}",
-            fix="name another one, or replace it: --force",
-        )
-
-
 def _newest_constitution(opened: Experiment) -> Attempt:
     """The newest that was discovered, reviewed where it was reviewed."""
     check_discovers(opened.settings)
@@ -108,14 +103,9 @@ def _settings(
     given: Mapping[str, Any], opened: Experiment | None
 ) -> tuple[WriteSettings, PolicySettings]:
     """The settings that hold, and the writer's among them."""
-    values: dict[str, Any] = {}
-    writer: dict[str, Any] = {}
-    for name, value in given.items():
-        part, _, field = name.partition(".")
-        if part == "writer" and field:
-            writer[field] = value
-        else:
-            values[name] = value
+    own = "writer."
+    values = {name: value for name, value in given.items() if not name.startswith(own)}
+    writer = {n.removeprefix(own): value for n, value in given.items() if n.startswith(own)}
     if opened and "model" not in writer:
         writer = opened.settings_at(0).policy.model_dump() | writer
     else:
@@ -127,23 +117,11 @@ def _settings(
     try:
         settings = WriteSettings.model_validate({**values, "writer": writer})
     except ValidationError as error:
-        raise UserErrors([_explained(e) for e in error.errors()[:REPORTED]]) from None
+        raise UserErrors(explain(error, "", WriteSettings)) from None
     if vain := [name for name in ("constitution", "held_out") if name in values]:
         raise UserErrors([UserError("it changes nothing here", where=f"'{name}'") for name in vain])
     assert settings.writer is not None, "it was given"
     return settings, settings.writer
-
-
-def _explained(error: Any) -> UserError:
-    path = [str(part) for part in error["loc"]]
-    if error["type"] == "extra_forbidden":
-        fields = PolicySettings if path[0] == "writer" and len(path) > 1 else WriteSettings
-        expected = f"one of {', '.join(fields.model_fields)}"
-        return UserError("unknown setting", where=f"'{'.'.join(path)}'", expected=expected)
-    expected = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    return UserError(
-        f"got {short(error['input'])}", where=f"setting '{'.'.join(path)}'", expected=expected
-    )
 
 
 def _load(writer: PolicySettings, seed: int, opened: Experiment | None) -> Policy:

@@ -96,7 +96,9 @@ def test_a_file_is_not_replaced_unasked(capsys: pytest.CaptureFixture[str]) -> N
     assert Path("constitution.yaml").read_text() == "mine"
     assert staple(capsys, "constitution", "write", "--force").code == 0
     assert load("constitution.yaml").principles
-    assert "cannot be written" in staple(capsys, "constitution", "write", "--out", "no/c.yaml").err
+    assert (
+        "there is no folder no" in staple(capsys, "constitution", "write", "--out", "no/c.yaml").err
+    )
 
 
 @pytest.mark.parametrize(
