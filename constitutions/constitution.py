@@ -1,7 +1,7 @@
 """A constitution: the principles of one iteration, as a YAML file that people read and edit.
 
 `tasks.cluster` makes one, `load` and `save` move it, a person may edit it in between
-(`constitutions.review`). With antitheses it is one that SAMI can amplify (`tasks.sami.write`).
+(`constitutions.review`). SAMI trains on one that has antitheses (`tasks.sami.write`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Principle(BaseModel):
     """Stays when the text is reworded; `principle_id(text)` where none is given."""
     text: Text
     antithesis: Annotated[str, Field(strict=True, pattern=r"^$|\S")] = ""
-    """The principle of a response that does the opposite (SAMI); empty: nobody has worded it."""
+    """The opposite principle (SAMI); empty where nobody has written one."""
     support: Count = 0
     """Trajectories that carry this principle as their label."""
     share: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.0
@@ -109,7 +109,7 @@ class Changes:
     dropped: tuple[Principle, ...]
     reworded: tuple[tuple[Principle, Principle], ...]
     merged: tuple[tuple[Principle, Principle], ...]
-    """Old principles that live on as a part of a new one, which is more than they were."""
+    """Old principles that became a part of a new one."""
     opposed: tuple[tuple[Principle, Principle], ...]
     """The same principle, with another antithesis, or with one where there was none."""
     support_changed: tuple[tuple[Principle, Principle], ...]
@@ -118,7 +118,7 @@ class Changes:
 
 @dataclass(frozen=True, slots=True)
 class Repetition:
-    """A wording or an id that an earlier principle, or its own, has already."""
+    """A wording or an id that occurs before: in an earlier principle or in its own."""
 
     index: int
     """Of its principle, from 0."""
@@ -139,14 +139,14 @@ def principle_id(text: str) -> str:
 
 
 def diff(old: Constitution, new: Constitution) -> Changes:
-    """What became of the old principles, and which new ones come from nowhere.
+    """What became of the old principles, and which new ones have no predecessor.
 
-    An old principle lives on in the new one with its id. Where there is none (in another iteration
-    another wording may stand for the same principle, and the id with it), in one that is made of
-    its wordings: that holds its text, or whose text it holds, or that shares at least half of the
-    shorter list; of several in the one that holds its text, then that shares most wordings. Of the
-    old principles that live on in one new principle, that with its id, else with the most shared
-    wordings, *is* it, perhaps reworded; the others were merged into it.
+    An old principle continues in the new one with its id. Without one (another iteration may choose
+    another wording, and so another id), it continues in a related one: whose wordings include its
+    text, whose text is among its wordings, or which shares half of the shorter list of wordings or
+    more. Of several, the one that has its text comes first, then the one that shares most wordings.
+    Where several continue in one, that with its id, else with most shared wordings, is the same
+    principle, perhaps reworded; the others were merged into it.
     """
     heirs: defaultdict[str, list[Principle]] = defaultdict(list)
     dropped = []
@@ -192,7 +192,7 @@ def markdown(constitution: Constitution, wordings: int = 3) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """A text that somebody or a model wrote, as one line of Markdown that shows just that text.
+    """A foreign text as one line of Markdown that shows exactly that text.
 
     No mark-up, HTML, link or table border of its own takes effect, and nothing invisible remains.
     """
@@ -246,7 +246,7 @@ def _load(path: str | os.PathLike[str], kind: type[Document]) -> Document:
 def _validated(
     data: dict[str, Any], source: str, path: str | os.PathLike[str], kind: type[Document]
 ) -> Document:
-    """The document; its principles are checked by and by, for every mistake takes memory."""
+    """The document; its principles are checked in parts, since every mistake takes memory."""
     entries = data.get("principles")
     there = entries if isinstance(entries, list) else []
     found: list[Any] = []
@@ -263,7 +263,7 @@ def _validated(
 
 
 def repetitions(entries: Sequence[Mapping[str, Any]]) -> Iterator[Repetition]:
-    """Every text, antithesis and id that is there already, in any spelling; texts come first.
+    """Every text, antithesis and id that occurs before, in any spelling; texts come first.
 
     Args:
         entries: principles by their fields; only those of `text`, `antithesis` and `id` are read.
@@ -303,7 +303,7 @@ def _repetition(
 
 
 def _heirs_among(new: Constitution) -> Callable[[Principle], Principle | None]:
-    """A function from an old principle to the new one that it lives on in; see `diff`."""
+    """A function from an old principle to the new one that continues it; see `diff`."""
     by_id = {p.id: p for p in new.principles}
     wordings = {p.id: p.wordings for p in new.principles}
     holders: defaultdict[str, list[str]] = defaultdict(list)
@@ -360,7 +360,7 @@ def _header(constitution: Constitution) -> str:
         "#   drop     delete the entry\n"
         f"{merge}"
         "#   add      a new entry; 'text' is enough\n"
-        "# Figures are there to be read: changing one changes nothing.\n"
+        "# A changed figure has no effect.\n"
     )
 
 

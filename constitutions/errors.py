@@ -1,7 +1,7 @@
 """The user's mistakes, as messages.
 
-Every layer raises `UserError` for what a person can mend; the CLI prints it and exits with 2.
-Anything else that is raised is our defect and keeps its traceback.
+Every layer raises `UserError` for what a person can mend; the CLI prints it and exits with 2. Any
+other exception is a defect of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from constitutions.untrusted import hide_passwords
 
 LONGEST = 2_000
-"""Characters of one line of a message: who wrote a key of 2 MB knows its beginning."""
+"""Characters of one line of a message; the middle of a longer one is left out."""
 MOST_LINES = 200
 REPORTED = 50
 """Mistakes that are shown at once; the rest are counted."""

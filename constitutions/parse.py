@@ -30,7 +30,7 @@ TYPES = {
     **{"timestamp": "a date", "binary": "binary data", "set": "a set"},
     **{"omap": "a list of pairs", "pairs": "a list of pairs"},
 }
-"""What YAML knows and we have no use for."""
+"""YAML's types that are refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,8 @@ def read_text(
     """The text of a regular file of bounded size, without a byte order mark.
 
     Raises:
-        UserError: there is no such file, it is none that can be read to its end (a directory, a
-            FIFO, a device), it is too large, or it is not UTF-8.
+        UserError: there is no such file, it is not a regular one (a directory, a FIFO, a device),
+            it is too large, or it is not UTF-8.
     """
     where = str(path)
     try:
@@ -92,7 +92,7 @@ def _not_regular(mode: int) -> str:
 
 
 def whole(text: str, where: str) -> str:
-    """A text from the command line or a form, which can be written down.
+    """A text from the command line or a form, checked to be UTF-8 without NUL.
 
     Raises:
         UserError: it holds NUL, or half a character (a lone surrogate: bytes that are no UTF-8).
@@ -166,9 +166,9 @@ def _children(node: yaml.Node | None) -> Iterator[tuple[str | int, yaml.Node]]:
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """A safe loader for plain values; what it cannot make of a node is said with the node's line.
+    """A safe loader for plain values, whose errors have the line of the node.
 
-    YAML's dates, sets and binaries would surprise whoever wrote them as text.
+    It refuses YAML's dates, sets and binaries: most are meant as text.
     """
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
@@ -305,7 +305,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _finite(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise ValueError(f"{_short(digits)} is no finite number")
+        raise ValueError(f"{_short(digits)} is not a finite number")
     return value
 
 

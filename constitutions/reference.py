@@ -1,4 +1,4 @@
-"""Constitutions as SAMI takes them, wherever they are written: pairs of principle and antithesis.
+"""Reads SAMI's constitutions, pairs of principle and antithesis, from each of their formats.
 
 A constitution may be one that comes with the project, a YAML file, a JSON file as SAMI's reference
 code writes it, or a folder of those. `tasks.sami.write` and the CLI call `load_pairs`.

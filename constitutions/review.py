@@ -39,8 +39,8 @@ class Decision(BaseModel):
     text: str = ""
     """The new wording, where it is reworded. The id stays."""
     antithesis: str | None = None
-    """The antithesis of the new wording. None: there is none, since nobody has worded it; where
-    the text stays as it was, so does its antithesis."""
+    """The antithesis of the new wording. None: there is none; where the text stays as it was, so
+    does its antithesis."""
     into: str = ""
     """The id of the principle that it becomes a part of, where it is merged."""
 
@@ -115,7 +115,7 @@ def decisions_between(
 
 
 def effective(decisions: Iterable[Decision]) -> list[Decision]:
-    """The decisions that change something, by id, without what they do not need.
+    """The decisions that change something, sorted by id, with only the fields that matter.
 
     Two people who decide the same have the same effective decisions.
     """
@@ -168,7 +168,7 @@ def _became_part(principle: Principle, entry: Entry) -> bool:
 def _mistakes(
     old: Mapping[str, Principle], decided: Sequence[Decision], by_id: Mapping[str, Decision]
 ) -> Iterator[UserError]:
-    """Every decision that has no meaning of its own."""
+    """Every decision that is wrong by itself."""
     for id, times in Counter(decision.id for decision in decided).items():
         if id not in old:
             yield UserError(

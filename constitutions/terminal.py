@@ -1,7 +1,7 @@
-"""Where the command line prints: two consoles that show texts of others as texts.
+"""The two consoles of the command line, which print foreign text as plain text.
 
-Whatever is printed with them passes `Clean.render`: terminal controls and passwords are taken out
-there, and nowhere else. A string is never markup; colours are given by `rich.text.Text`.
+All that they print passes `Clean.render`, the one place that removes terminal controls and
+passwords. A string is never markup; `rich.text.Text` gives colours.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ errors = Clean(stderr=True)
 
 
 def clean_logs() -> None:
-    """Clean what libraries warn of and log in this process: they quote paths and replies, too."""
+    """Clean the warnings and logs of libraries in this process: they quote paths and replies."""
     warnings.formatwarning = _clean_warning
     logging.setLogRecordFactory(_clean_record)
 

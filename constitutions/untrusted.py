@@ -1,7 +1,7 @@
-"""Texts that are not ours, made fit to be shown: no terminal controls, no passwords in addresses.
+"""Foreign texts made safe to print: without terminal controls and passwords in addresses.
 
-Principles, column names, paths and replies of servers are written by others. `constitutions.errors`
-hides passwords in every message; `constitutions.terminal` cleans what is printed.
+Others write principles, column names, paths and replies of servers. `constitutions.errors` hides
+passwords in every message; `constitutions.terminal` cleans what is printed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SECRET = re.compile(
 
 
 def clean(text: str) -> str:
-    """The text without what commands a terminal or turns the order of reading, and no passwords.
+    """The text without terminal controls, marks that change the reading order, and passwords.
 
     Half characters, which a file's name may hold, become "�".
     """
@@ -32,7 +32,7 @@ def clean(text: str) -> str:
 
 
 def hide_passwords(text: str) -> str:
-    """The text with "***" for whoever and whatever secret an address in it names.
+    """The text with "***" in place of users and secrets in its addresses.
 
     "http://user:PW@host/?token=T" is "http://***@host/?token=***".
     """

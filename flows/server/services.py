@@ -72,7 +72,7 @@ class Service:
         return self.host in ("", platform.node())
 
     def is_alive(self) -> bool:
-        """Whether this very process runs: another one that got its id has not its mark."""
+        """Whether the process runs: another process with its id does not have its mark."""
         import psutil
 
         try:
@@ -90,13 +90,13 @@ class Up:
     started: tuple[str, ...]
     folder: Path
     login: str = ""
-    """What Prefect's page asks for, where this call has made it up."""
+    """The login for Prefect's page that this call made; "" where there was one."""
     ended: tuple[str, ...] = ()
-    """Flow runs of workers that are dead, marked as such."""
+    """Flow runs of dead workers, which this call marked as crashed."""
 
 
 def adopt() -> None:
-    """Let this process use the services that are up, where its environment says nothing else."""
+    """Let this process use the running services, unless its environment names others."""
     wanted = {"prefect": "PREFECT_API_URL", "mlflow": "MLFLOW_TRACKING_URI"}
     for service in _noted():
         variable = wanted.get(service.name)
@@ -107,14 +107,14 @@ def adopt() -> None:
 
 
 def api_url(service: Service) -> str:
-    """Where programs speak to a service; people open its `url`."""
+    """The URL of a service's API; `url` is the page that people open."""
     return f"{service.url}/api" if service.name == "prefect" else service.url
 
 
 def up(prefect_port: int | None = None, mlflow_port: int | None = None) -> Up:
-    """Start what is not running yet, and wait until all of it answers.
+    """Start the services that do not run yet, and wait until all of them answer.
 
-    A Prefect or MLflow server that the environment names is used instead of one of our own.
+    A Prefect or MLflow server that the environment names takes the place of our own.
 
     Args:
         prefect_port, mlflow_port: None takes the usual port, or a free one where that is taken.
@@ -137,7 +137,7 @@ def up(prefect_port: int | None = None, mlflow_port: int | None = None) -> Up:
 
 
 def down() -> list[str]:
-    """End what `up` started: the workers with their runs, then the servers. The names of both."""
+    """End what `up` started: the workers with their runs, then the servers; the names of all."""
     with _alone():
         services = _noted()
         ended = [s.name for s in services if s.is_alive()]
@@ -187,16 +187,16 @@ def _up(starting: _Starting, prefect_port: int | None, mlflow_port: int | None) 
 
 
 class _Starting:
-    """The services that run, and those among them that this call started; each noted at once."""
+    """The running services, and those that this call started; each is noted at once."""
 
     def __init__(self, running: dict[str, Service], others: Sequence[Service]) -> None:
         self.running = dict(running)
         self.started: list[Service] = []
         self.others = list(others)
-        """Those that are dead, or another machine's: noted still, for the sake of their runs."""
+        """Dead services and another machine's: they stay noted until their runs are ended."""
 
     def forget(self, marks: set[str]) -> None:
-        """Note no longer those that are dead and have left nothing."""
+        """Remove dead services from the note, once their runs are ended."""
         self.others = [s for s in self.others if s.mark not in marks]
         _note([*self.others, *self.running.values()])
 
@@ -218,7 +218,7 @@ class _Starting:
         self._start(name, _new_mark(name), *command(at), url=f"http://{HOST}:{at}")
 
     def worker(self, pool: str, client: Mapping[str, str]) -> None:
-        """Start the worker of a pool: in this directory, with this record."""
+        """Start the worker of a pool, in this directory and with this record."""
         if pool in self.running:
             return
         environment = {
@@ -231,7 +231,7 @@ class _Starting:
         self._start(pool, mark, [*command, "--name", mark], environment)
 
     def wait_for(self, name: str, is_ready: Callable[[Service], bool]) -> None:
-        """Until a service that was just started is ready.
+        """Wait until a service that was just started is ready.
 
         Raises:
             UserError: it ended, or takes too long; with the last lines of its log.
@@ -282,7 +282,7 @@ def _prefect_server(login: str, port: int) -> tuple[list[str], dict[str, str]]:
 
 
 def _mlflow_server(port: int) -> tuple[list[str], dict[str, str]]:
-    """Over the database and folder that the command line uses here without a server."""
+    """MLflow's server over the database and folder that the command line uses without one."""
     from tasks.record import database
 
     options = {
@@ -299,7 +299,7 @@ def _mlflow_server(port: int) -> tuple[list[str], dict[str, str]]:
 
 
 def _environment() -> dict[str, str]:
-    """This process's, but a service's log is to say more than the command line does."""
+    """This process's environment, without what keeps the command line's own log short."""
     quiet = ("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "PREFECT_LOGGING_LEVEL")
     kept = {name: value for name, value in os.environ.items() if name not in quiet}
     return {**kept, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
@@ -308,7 +308,7 @@ def _environment() -> dict[str, str]:
 # Prefect's password ------------------------------------------------------------------------------
 
 GIVEN_LOGIN = "PREFECT_SERVER_API_AUTH_STRING"
-"""Environment variable with a login that is to be used instead of one of our own."""
+"""Environment variable with a login that takes the place of our own."""
 
 
 def login_file() -> Path:
@@ -411,7 +411,7 @@ def _new_mark(name: str) -> str:
 
 
 def _noted() -> list[Service]:
-    """What runs, as it was noted; where the note is damaged, as the processes themselves say."""
+    """The noted services; where the note is damaged, those whose processes carry our mark."""
     path = _folder() / "services.json"
     try:
         return [Service(**entry) for entry in json.loads(path.read_bytes())]
@@ -451,7 +451,7 @@ def _note(services: Any) -> None:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """One `up` or `down` at a time."""
+    """Hold the lock: one `up` or `down` runs at a time."""
     from filelock import FileLock
 
     private.folder(_folder())

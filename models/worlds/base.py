@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 Steps = Callable[[int, int], None]
-"""Is called with (steps done, steps in all)."""
+"""Called with (steps done, steps in all)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,7 @@ class World(ABC):
 
     @property
     def oracle(self) -> Oracle | None:
-        """Who knows the truth; None in a world whose answers only its golds can judge."""
+        """The judge that knows the truth; None where only the golds can tell."""
         return None
 
     def pretrain(self, model: str, seed: int, cache: Path, progress: Steps) -> Path:

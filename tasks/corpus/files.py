@@ -41,8 +41,8 @@ def checked_file(path: Path) -> Path:
     """The path of a file of a kind that can be read.
 
     Raises:
-        UserError: there is no such file, it is of another kind, or it is none that ends (a named
-            pipe, a device).
+        UserError: there is no such file, it is of another kind, or it may never end (a named pipe,
+            a device).
     """
     try:
         path = path.expanduser()

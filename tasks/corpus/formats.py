@@ -30,7 +30,7 @@ Adapter = Callable[[Record, Columns], tuple[Messages, str]]
 
 
 def detected(record: Record, columns: Columns) -> Format | None:
-    """Whose columns these are, by a record's names and the types of its values; None: nobody's."""
+    """The format of a record, by its columns' names and types; None where no format fits."""
     names = set(record)
     if set(filter(None, columns)) <= names:
         return "plain"

@@ -1,7 +1,7 @@
-"""Rows from JSON in the forms in which it comes: JSON Lines, a list, a list within an object.
+"""Rows from JSON in its usual forms: JSON Lines, a list, a list within an object.
 
-Used by `tasks.corpus.files`. A file is read by what it holds, not by its name; a list is read row
-by row, however long it is.
+Used by `tasks.corpus.files`. The content of a file decides how it is read, not its name; a list is
+read row by row, however long it is.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _Document:
-    """A JSON text that is read value by value; of it, only the value at hand is in memory."""
+    """A JSON text that is read value by value, with only the current value in memory."""
 
     def __init__(self, file: IO[str], path: Path) -> None:
         self._file, self._path = file, path
@@ -168,8 +168,8 @@ class _Document:
     # Characters and values
 
     def _fill(self) -> bool:
-        """Read on; what was taken is dropped. Twice as much each time, so that a long value is
-        not scanned too often."""
+        """Read more, and drop what was taken. It reads twice as much each time, so that a long
+        value is not scanned too often."""
         more = self._file.read(max(1 << 16, len(self._buffer) - self._at))
         self._buffer, self._at = self._buffer[self._at :] + more, 0
         return bool(more)

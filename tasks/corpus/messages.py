@@ -1,8 +1,7 @@
-"""Chat messages as data sets hold them: lists of roles and contents, and what became of those.
+"""Chat messages in data sets: lists of roles and contents, which may be written as text.
 
-Used by `tasks.corpus.formats`. A list of messages may have been written as text (as JSON, or in
-Python's own form by pandas): the whole text must then be such a list. ShareGPT's turns are told by
-their keys, contents in parts by their type.
+`tasks.corpus.formats` reads them. A list in a text is JSON, or Python's own form (as pandas writes
+it), and the whole text must be the list. Keys tell ShareGPT's turns, types tell contents in parts.
 """
 
 from __future__ import annotations
@@ -118,7 +117,7 @@ def _turn(turn: object, field: str) -> Message:
         )
     if turn.get("tool_calls"):
         what = "the message calls tools, which no stage here does"
-        raise RowError("tools", what, field=field, expected="a message of words")
+        raise RowError("tools", what, field=field, expected="a message of text")
     content = turn.get(keys[1])
     if isinstance(content, list):
         content = _joined(content, f"{field}.{keys[1]}")

@@ -24,9 +24,9 @@ from tasks.corpus.rows import Record, Records, RowError
 from tasks.rows import Prompt, Rejected, prompt_id
 
 REPORTED = 20
-"""So many bad rows are named; the rest are counted."""
+"""Bad rows that are named; the rest are counted."""
 MOST_BAD_ROWS = {"stop": 1_000, "reject": 10_000}
-"""After so many a source is read no further, unless bad ones are left out and some are good."""
+"""Bad rows after which reading stops; with "reject", only while no row is good."""
 
 
 LONGEST = 20_000
@@ -47,7 +47,7 @@ class CorpusSettings(Settings):
     revision: str | None = None
     """Commit or tag of the named data set; the newest when empty."""
     format: Literal["auto", Format] = "auto"
-    """Whose columns these are; "auto" tells row by row, by names and types of the values."""
+    """The format of the columns; "auto" detects it row by row, by names and types of the values."""
     prompt_column: str = "prompt"
     """Column with the prompt, as text or chat messages (plain format)."""
     gold_column: str = "gold"
@@ -129,7 +129,7 @@ def split(rows: Sequence[Prompt], sizes: Sequence[int], seed: int) -> list[list[
 
 
 def shuffle_golds(rows: Sequence[Prompt], seed: int) -> list[Prompt]:
-    """The control experiment: the same prompts in their order, each with another one's gold.
+    """The control experiment: the same prompts in their order, each with another prompt's gold.
 
     No prompt keeps its gold text: with equal golds side by side, a rotation by the size of the
     largest group leaves none in place.

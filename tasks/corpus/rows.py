@@ -1,4 +1,4 @@
-"""Rows of the user's data as they are read: records, and what is wrong with those that are none."""
+"""Rows of the user's data: records, and what is wrong with rows that are none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RowError(Exception):
         detail: this problem, as a clause without a full stop.
         field: the column, and the place in it.
         expected: what would have been right.
-        row_id: the row's prompt_id, where it has come so far.
+        row_id: the row's prompt_id, where it is known already.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class RowError(Exception):
 
 
 def wrong_type(value: object, field: str, expected: str) -> RowError:
-    """The error of a value that is of no such type."""
+    """The error of a value of another type than expected."""
     kind = "null" if value is None else type(value).__name__
     missing = " (NaN, which is a missing value)" if value != value else ""
     what = f"the value is of type {kind}{missing}"

@@ -19,12 +19,12 @@ from constitutions.errors import UserError
 LONGEST_ROW = 8 * 2**20
 """Characters of a row; a prompt has 20,000 by default."""
 LONGEST_SKIPPED = 8 * LONGEST_ROW
-"""Characters of a line that is left out as too long; what goes on after that is no text."""
+"""Characters of the longest line that is skipped; a file with a longer one is refused."""
 BLANK_LINES = 100_000
-"""In a row: what has more is no data."""
+"""Blank lines in a row; a file with more is refused."""
 EXPANSION, SMALL = 100, 64 * 2**20
-"""A file may expand so many times, or to so many bytes. Text of distinct rows expands up to
-tenfold."""
+"""The largest factor by which a file may expand, and the bytes that it always may. Text of distinct
+rows expands up to tenfold."""
 
 _BOMS = {
     codecs.BOM_UTF32_LE: "utf-32",  # begins like UTF-16's
@@ -80,7 +80,7 @@ def open_text(path: Path, newline: str = "\n") -> Iterator[IO[str]]:
 
 
 class _Expanded(io.RawIOBase):
-    """What a gzip file holds, as long as it is in proportion to the file."""
+    """The content of a gzip file; one that expands too far is refused."""
 
     def __init__(self, path: Path, unpacked: gzip.GzipFile) -> None:
         self._path, self._unpacked, self._count = path, unpacked, 0
@@ -97,7 +97,7 @@ class _Expanded(io.RawIOBase):
                 f"the file expands to more than {self._most >> 20:,} MiB",
                 where=str(self._path),
                 expected=f"text that gzip makes at most {EXPANSION} times smaller",
-                fix="decompress it where it is to be read as it is",
+                fix="decompress it yourself to have it read",
             )
         return count
 
@@ -131,10 +131,10 @@ class Lines:
         """The next line with its end, at most LONGEST_ROW + 1 characters of it; "" at the end.
 
         Args:
-            blank: also a line of spaces; else the next one that is more.
+            blank: return a line of white space as well.
 
         Raises:
-            UserError: nothing but blank lines for too long.
+            UserError: too many blank lines in a row.
         """
         while line := self._file.readline(LONGEST_ROW + 1):
             self.number += 1

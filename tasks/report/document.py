@@ -69,7 +69,7 @@ def page(experiments: Sequence[Recorded], packages: Mapping[str, str]) -> str:
 
 
 HEADLINE = "win_rate/{final}"
-"""`Recorded.untold`, whichever it is."""
+"""Stands for the metric that `Recorded.untold` names."""
 COLUMNS = (
     Column("Held-out win rate", HEADLINE),
     Column("… combinations never mined", HEADLINE.replace("/", "/planted-held/")),
@@ -100,13 +100,13 @@ class Result:
 
 
 def columns(experiments: Iterable[Recorded]) -> list[Column]:
-    """Those that any iteration of any experiment has."""
+    """The columns that any iteration of any experiment has a figure for."""
     known = [(e, metrics) for e in experiments for metrics in e.history.values()]
     return [c for c in COLUMNS if any(_metric(e, c) in metrics for e, metrics in known)]
 
 
 def results(experiments: Sequence[Recorded]) -> list[Result]:
-    """Of every experiment its initial policy, its best and its last evaluated iteration."""
+    """A line for each experiment's initial policy, best iteration and last evaluated one."""
     shown = columns(experiments)
     return [
         Result(e.name, e.method, t, marks, tuple(_cell(e, t, column) for column in shown))
@@ -199,7 +199,7 @@ def budget(e: Recorded) -> Budget:
 
 
 def _chapter(number: int, e: Recorded) -> dict[str, Any]:
-    """What the template shows of one experiment: what all have, and what its kind has."""
+    """What the template shows of one experiment, for every method and for its own."""
     return {
         "e": e,
         "id": f"e{number}",
@@ -310,7 +310,7 @@ def _costs(e: Recorded) -> Iterator[tuple[str, list[tuple[str, str]]]]:
 
 
 def _judge(e: Recorded) -> tuple[str, list[tuple[str, str]]]:
-    """Who judged, and what is known of how well; of the last evaluated iteration."""
+    """The judges of the last evaluated iteration, and figures on how well they judged."""
     last = e.last_evaluated
     if last is None or (e.told and not last):  # the initial policy's responses meet no others
         return "", []
@@ -394,7 +394,7 @@ def _base(e: Recorded) -> str:
 
 
 def _commands(e: Recorded) -> list[str]:
-    """What to type, once the settings are in a file."""
+    """The commands that repeat the experiment, once its settings are in a file."""
     single = [
         f"staple stage {_stage_of(name)} --experiment {e.name} --iteration {t} "
         f"--set {shlex.quote(f'{name}={json.dumps(value)}')}"

@@ -53,9 +53,9 @@ def change(before: str, after: str) -> Change:
 
 
 def word_diff(before: str, after: str, context: int | None = None) -> list[Piece]:
-    """One text as another: word by word what stayed, was added or was removed.
+    """The difference of two texts, word by word: what stayed, was added or was removed.
 
-    White space is never a change: where it differs, the wider is given.
+    White space is never a change; where it differs, the longer one is shown.
 
     Args:
         context: words to keep on each side of a change, of what stayed; None keeps all.
@@ -123,7 +123,7 @@ def examples(
     final: Literal["refined", "initial"] = "refined",
     count: int = 10,
 ) -> list[AnswerExhibit]:
-    """Answers evenly spaced over all held-out prompts in the order of their ids, a hash.
+    """Answers evenly spaced over all held-out prompts in the order of their ids, which are hashes.
 
     Nothing of what was answered, or of how it was judged, has a part in the choice.
 

@@ -85,33 +85,20 @@ def figures(history: History, *, told: bool = False) -> dict[str, Figure]:
     measured = {t: metrics for t, metrics in history.items() if t > 0}
     if told:
         return {
-            "win_rate": told_figure(measured),
-            "information": information_figure(history),
-            "lengths": length_figure(history),
-            "costs": cost_figure(history),
+            "win_rate": _rates(measured, _TOLD, "Win rate under the same constitution"),
+            "information": _information(history),
+            "lengths": _lengths(history),
+            "costs": _costs(history),
         }
     return {
-        "win_rate": win_rate_figure(measured),
-        "previous": previous_figure(measured),
-        "constitution": constitution_figure(measured),
-        "costs": cost_figure(history),
+        "win_rate": _rates(measured, _WIN_RATES, "Win rate on held-out prompts"),
+        "previous": _rates(measured, _AGAINST_PREVIOUS, "Win rate against the one before"),
+        "constitution": _constitution(measured),
+        "costs": _costs(history),
     }
 
 
-def win_rate_figure(history: History, title: str = "Win rate on held-out prompts") -> Figure:
-    """Win rates against iteration 0 by iteration, with 95 % intervals and the line of parity.
-
-    A curve is drawn where `history` has its metric; intervals from `<metric>_low` and `_high`.
-    """
-    return _rates(history, _WIN_RATES, title)
-
-
-def previous_figure(history: History, title: str = "Win rate against the one before") -> Figure:
-    """Win rates against the previous iteration's policy, as `win_rate_figure` draws them."""
-    return _rates(history, _AGAINST_PREVIOUS, title)
-
-
-def constitution_figure(history: History, title: str = "What was mined") -> Figure:
+def _constitution(history: History) -> Figure:
     """Refinement and discovery rates beside the constitution's size, by iteration.
 
     Without any constitution (a method that names no principle), the rates alone.
@@ -124,7 +111,7 @@ def constitution_figure(history: History, title: str = "What was mined") -> Figu
     for curve in drawn:
         _curve(rates, history, curve)
     _share_axis(rates)
-    _dress(rates, mined, title, "share")
+    _dress(rates, mined, "What was mined", "share")
     _legend(rates)
     for axes in sizes:
         bars = axes.bar(list(size), list(size.values()), width=0.55, color=BLUE, zorder=2)
@@ -134,20 +121,12 @@ def constitution_figure(history: History, title: str = "What was mined") -> Figu
     return figure
 
 
-def told_figure(history: History, title: str = "Win rate under the same constitution") -> Figure:
-    """SAMI: win rates against iteration 0 told the same, as `win_rate_figure` draws them."""
-    return _rates(history, _TOLD, title)
-
-
-def information_figure(
-    history: History, title: str = "Information about the constitution"
-) -> Figure:
-    """SAMI: the estimate of I(Y; C | X) by iteration, in nats, ± its standard error.
+def _information(history: History) -> Figure:
+    """The estimate of I(Y; C | X) by iteration, in nats, ± its standard error.
 
     With its upper limit, log C, where any iteration sampled under C constitutions.
     """
-    figure = _figure(width=6.4)
-    axes = figure.subplots()
+    figure, axes = _one_panel()
     known = {t: {**m, **_error(m)} for t, m in history.items() if _INFORMATION.metric in m}
     if known:
         _curve(axes, known, _INFORMATION)
@@ -158,7 +137,7 @@ def information_figure(
     top = max([limit or 0.0, *(m[f"{_INFORMATION.metric}_high"] for m in known.values())])
     axes.set_ylim(min([0.0, *(m[f"{_INFORMATION.metric}_low"] for m in known.values())]))
     axes.set_ylim(top=1.06 * top or 1.0)
-    _dress(axes, history, title, "nats")
+    _dress(axes, history, "Information about the constitution", "nats")
     _legend(axes)
     return figure
 
@@ -176,19 +155,18 @@ def _error(metrics: Mapping[str, float]) -> dict[str, float]:
     return {"mi/per_token_low": value - error, "mi/per_token_high": value + error}
 
 
-def length_figure(history: History, title: str = "Length of the responses") -> Figure:
-    """SAMI: mean characters of the held-out responses under each kind of constitution."""
-    figure = _figure(width=6.4)
-    axes = figure.subplots()
+def _lengths(history: History) -> Figure:
+    """Mean characters of the held-out responses under each kind of constitution."""
+    figure, axes = _one_panel()
     for curve in _known(history, _LENGTHS):
         _curve(axes, history, curve)
     axes.set_ylim(bottom=0)
-    _dress(axes, history, title, "characters")
+    _dress(axes, history, "Length of the responses", "characters")
     _legend(axes)
     return figure
 
 
-def cost_figure(history: History) -> Figure:
+def _costs(history: History) -> Figure:
     """Seconds and tokens by iteration, a part of the bar for each stage."""
     from matplotlib.ticker import EngFormatter
 
@@ -242,8 +220,11 @@ def svg(figure: Figure) -> bytes:
 
 
 def _rates(history: History, curves: Sequence[_Curve], title: str) -> Figure:
-    figure = _figure(width=6.4)
-    axes = figure.subplots()
+    """Win rates by iteration, with 95 % intervals and the line of parity.
+
+    A curve is drawn where `history` has its metric; intervals from `<metric>_low` and `_high`.
+    """
+    figure, axes = _one_panel()
     axes.axhline(0.5, color=_INK, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
     axes.text(1.01, 0.5, "parity", transform=axes.get_yaxis_transform(), va="center", color=_INK)
     drawn = _known(history, curves)
@@ -280,6 +261,11 @@ def _stacks(axes: Axes, costs: Mapping[int, Mapping[str, float]]) -> None:
             zorder=2,
         )
         floor = [a + b for a, b in zip(floor, heights, strict=True)]
+
+
+def _one_panel() -> tuple[Figure, Axes]:
+    figure = _figure(width=6.4)
+    return figure, figure.subplots()
 
 
 def _figure(width: float) -> Figure:

@@ -1,4 +1,4 @@
-"""The report's chapter of a SAMI experiment: what its policies were told, and how they followed it.
+"""The report's chapter of a SAMI experiment: its constitution, and how its policies follow it.
 
 `document` calls `parts`; `page/sami.html` shows them. Nothing is computed again.
 """
