@@ -23,17 +23,16 @@ from flows.schema import ExperimentSettings
 from models.settings import Settings, is_settings
 
 PRESETS = Path(__file__).parent / "presets"
-ONE_SHARD_SIZE = "one setting holds for all stages: shard_size"
+ANY = object()
+_SHARD = (ANY, "one setting holds for all stages: shard_size")
 GONE = {
-    "mine.shard_size": ONE_SHARD_SIZE,
-    "score.shard_size": ONE_SHARD_SIZE,
-    "sample.shard_size": ONE_SHARD_SIZE,
-    "evaluate.shard_size": ONE_SHARD_SIZE,
-    "filter.max_principle_words": "leave it out; a principle has at most 40 words",
-    "filter.leak_words": "leave it out; 6 consecutive words of the gold are a leak",
-    "prompts.sources.max_characters": "leave it out; a text has at most 20,000 characters",
+    **{f"{stage}.shard_size": _SHARD for stage in ("mine", "score", "sample", "evaluate")},
+    "filter.max_principle_words": (40, "leave it out; a principle has at most 40 words"),
+    "filter.leak_words": (6, "leave it out; 6 consecutive words of the gold are a leak"),
+    "prompts.sources.max_characters": (20_000, "leave it out; a text has at most 20,000"),
 }
-"""Settings of earlier versions: a record may have them, a file of the user's may not."""
+"""Settings of earlier versions: the value that is fixed now (ANY: it changes no result), and what
+to do about it. A record may have them, a file of the user's may not."""
 MOST_PARTS = 16
 """Parts of a setting's name, as in evaluate.judge.policy.model."""
 
@@ -94,17 +93,26 @@ def _checked(
     return settings
 
 
-def without_gone(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Recorded settings without those of earlier versions (GONE), in `then` as well."""
-    kept: dict[str, Any] = {}
+def without_gone(
+    values: Mapping[str, Any], path: str = "", *, as_fixed: bool = False
+) -> dict[str, Any]:
+    """Recorded settings without those of earlier versions (GONE), in `then` as well.
+
+    Args:
+        as_fixed: keep those that had another value than is fixed now.
+    """
+
+    def inside(value: Any, place: str) -> Any:
+        if isinstance(value, list):
+            return [inside(item, place) for item in value]
+        return without_gone(value, place, as_fixed=as_fixed) if isinstance(value, dict) else value
+
+    kept = {}
     for name, value in values.items():
         place = f"{path}.{name}" if path else name
-        if isinstance(value, dict):
-            kept[name] = without_gone(value, "" if place == "then" else place)
-        elif isinstance(value, list):
-            kept[name] = [without_gone(v, place) if isinstance(v, dict) else v for v in value]
-        elif place not in GONE:
-            kept[name] = value
+        fixed, _ = GONE.get(place, (None, ""))
+        if place not in GONE or (as_fixed and fixed not in (ANY, value)):
+            kept[name] = inside(value, "" if place == "then" else place)
     return kept
 
 
@@ -336,7 +344,8 @@ def _explain_one(error: Any, source: str, settings: type[Settings]) -> UserError
     path = [part for part in parts if part.isidentifier() or part.isdecimal()]
     where = f"{f'{source}, ' * bool(source)}setting '{'.'.join(path)}'"
     if error["type"] == "extra_forbidden":
-        if fix := GONE.get(".".join(filter(str.isidentifier, path))):
+        _, fix = GONE.get(".".join(filter(str.isidentifier, path)), (None, ""))
+        if fix:
             return UserError("this is no longer a setting", where=where, fix=fix)
         known = _known(path[:-1], settings)
         close = difflib.get_close_matches(path[-1], known, n=1)

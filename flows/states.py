@@ -15,6 +15,7 @@ from constitutions.errors import UserError
 from flows.experiment import open_experiment, recorded_settings, writing
 from flows.publish import Attempts, is_published
 from flows.schema import ExperimentSettings
+from flows.settings import without_gone
 from tasks.record.store import Acceptance, Attempt, Provenance, Record, finished
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ def differences(old: Provenance, new: Provenance) -> Iterator[str]:
             yield f"{source.stage} {source.iteration} was not read before"
         elif before != source.digest:
             yield f"{source.stage} {source.iteration} has changed"
-    yield from settings_differences(old.settings, new.settings, f"{new.stage}.")
+    known = without_gone(old.settings, new.stage, as_fixed=True)
+    yield from settings_differences(known, new.settings, f"{new.stage}.")
     if old.seed != new.seed:
         yield f"seed {old.seed} → {new.seed}"
     for name in sorted({*old.notes, *new.notes}):

@@ -202,7 +202,9 @@ def noted_judges(at: Slot, settings: EvaluateSettings, scoring: ScoreSettings) -
     """The slot with what the judges and the benchmarks depend on, and the device that they take."""
     notes = settings.benchmarks.notes()
     if any(judge.kind in ("auto", "similarity") for judge in settings.judges):
-        notes["scoring"] = scoring.model_dump_json(exclude={"judge", "max_unscored"})
+        notes["scoring"] = scoring.model_dump_json(
+            exclude={"judge", "max_unscored"}, exclude_none=True
+        )
         similarity = open_similarity(scoring)
         at = at if similarity.reads_prompt else similarity.noted(at)
     notes = {**at.notes, **notes}

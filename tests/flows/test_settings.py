@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from constitutions.errors import UserError, UserErrors
-from flows.settings import dump_settings, load_settings, presets, with_changes
+from flows.settings import dump_settings, load_settings, presets, with_changes, without_gone
 
 
 @pytest.mark.parametrize("name", presets())
@@ -132,5 +132,7 @@ def test_a_setting_that_is_gone_is_named_with_what_to_do() -> None:
 def test_a_record_of_an_earlier_version_may_have_settings_that_are_gone() -> None:
     found = load_settings("experiment old", text=GONE_SETTINGS, recorded=True)
     assert found.mine.samples == 3 and found.then == {"sample": {}, "prompts": {"held_out": 3}}
+    kept = without_gone({"leak_words": 4, "max_principle_words": 40}, "filter", as_fixed=True)
+    assert kept == {"leak_words": 4}, "another value than is fixed now is a difference"
     with pytest.raises(UserErrors, match=r"mine\.shard_size.*no longer a setting"):
         load_settings("experiment old", ["mine.shard_size=3"], text=GONE_SETTINGS, recorded=True)
