@@ -118,8 +118,15 @@ def test_new_names_exist() -> None:
     assert len(rows) > 50
     for old, new in rows:
         assert old.strip() != new.strip()
-        for code in re.findall(r"`([^`]+)`", new):
+        for code in re.findall(r"`([\w/]+\.py[^`]*)`", new):
             assert_exists(code)
+
+
+def test_settings_that_are_gone_are_told() -> None:
+    from flows.settings import GONE
+
+    page = (ROOT / "docs/names.md").read_text("utf-8")
+    assert all(f"`{setting}`" in page for setting in GONE)
 
 
 def readme_map() -> set[str]:
