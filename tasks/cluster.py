@@ -103,6 +103,8 @@ def cluster_stage(
         noted = replace(noted, device="cpu", uses=at.uses)
     elif policy.settings.device != "cuda":
         noted = noted.using(threads=str(policy.settings.threads or "cores"))
+    if "sentences" in settings.features:
+        noted = noted.using("models.embedders")
     return noted.attempt("cluster", settings, inputs, compute)
 
 

@@ -26,6 +26,7 @@ from models.judges.opening import open_policy
 from models.policy import Policy
 from models.pools.base import Pool, Where
 from models.worlds.base import Oracle
+from models.worlds.registry import WORLDS
 from tasks.benchmarks.base import LLM
 from tasks.benchmarks.settings import BenchmarkSettings, about_principles
 from tasks.judging.comparisons import (
@@ -42,10 +43,9 @@ from tasks.judging.comparisons import (
 )
 from tasks.judging.judge import judge_notes, noted
 from tasks.judging.panel import Benches, Judges, OpenPolicy, Panel
-from tasks.judging.truth import faithfulness_metrics, truth_metrics
+from tasks.judging.truth import faithfulness_metrics, truth_metrics, world_of
 from tasks.policies.answers import AnswerSettings, Generation, Respondent, answer_metrics
 from tasks.policies.opening import PolicySource
-from tasks.prompts import world_of
 from tasks.record.stage import stage
 from tasks.record.store import Attempt, Slot
 from tasks.record.work import Metrics, Workspace
@@ -207,6 +207,7 @@ def noted_judges(at: Slot, settings: EvaluateSettings, scoring: ScoreSettings) -
         )
         similarity = open_similarity(scoring)
         at = at if similarity.reads_prompt else similarity.noted(at)
+    at = at.using(*(world.truth for world in WORLDS.values() if world.truth))
     notes = {**at.notes, **notes}
     for number, judge in enumerate(settings.all_judges, start=1):
         found = judge_notes(judge, at.record.home)

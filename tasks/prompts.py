@@ -107,14 +107,9 @@ def prompts_stage(at: Slot, settings: PromptSettings) -> Attempt:
         work.write("rejected", found.rejected, Rejected)
         return {"prompts": len(found.rows), "rejected_rows": len(found.rejected)}
 
-    at = replace(at, notes={**at.notes, **source_digests(settings.corpora)})
+    world = (type(settings.world).__module__,) if settings.world else ()
+    at = at.using(*world, **source_digests(settings.corpora))
     return at.attempt("prompts", settings, {}, compute)
-
-
-def world_of(prompts: Sequence[Prompt]) -> World | None:
-    """The embedded world that all of these prompts come from; None where there is none."""
-    names = {p.source.partition("/")[0] for p in prompts}
-    return WORLDS.get(names.pop()) if len(names) == 1 else None
 
 
 def _of_world(world: World, settings: PromptSettings, seed: int, iteration: int) -> list[Prompt]:

@@ -44,7 +44,8 @@ def staple(copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_world(tmp_path: Path) -> None:
     copy = extended("Add a world", tmp_path)
     code = (
-        "from tasks.prompts import PromptSettings, prompt_sets, world_of\n"
+        "from tasks.judging.truth import world_of\n"
+        "from tasks.prompts import PromptSettings, prompt_sets\n"
         "settings = PromptSettings(sources='sums', first=3, later=2, held_out=4)\n"
         "sets = [prompt_sets(settings, 0, t).rows for t in range(3)]\n"
         "assert [len(rows) for rows in sets] == [4, 3, 2]\n"

@@ -32,6 +32,7 @@ class Planted(World):
         "planted-sami-small": _config(64, 2, 2, 192, 359),
     }
     pretraining = "models.planted.pretrain"
+    truth = "models.planted.oracle"
     policy: ClassVar = {
         "templates": "terse",
         "dtype": "float32",

@@ -66,6 +66,8 @@ class World(ABC):
     """The world's own models: each name that `policy.model` may have, and its `config.json`."""
     pretraining: str = ""
     """The module whose code decides what `pretrain` makes."""
+    truth: str = ""
+    """The module of `oracle`; "" where there is none."""
     policy: ClassVar[Mapping[str, Any]] = {}
     """The settings that those models need as a principle writer, by their name in `policy`."""
     principle: str = ""

@@ -10,8 +10,15 @@ from statistics import fmean
 
 from models.judges.base import PrincipleJudge
 from models.policy import Message
-from models.worlds.base import Oracle
+from models.worlds.base import Oracle, World
+from models.worlds.registry import WORLDS
 from tasks.rows import Answer, Labelled, Prompt, Response, Scored
+
+
+def world_of(prompts: Sequence[Prompt]) -> World | None:
+    """The embedded world that all of these prompts come from; None where there is none."""
+    names = {p.source.partition("/")[0] for p in prompts}
+    return WORLDS.get(names.pop()) if len(names) == 1 else None
 
 
 def faithfulness_metrics(

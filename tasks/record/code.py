@@ -13,6 +13,7 @@ import json
 import sys
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from constitutions.errors import UserError
 from models.files import text_sha256
@@ -23,11 +24,12 @@ PACKAGES = ("tasks", "models", "constitutions")
 APART = (
     *("tasks.record", "tasks.report", "models.pools", "models.files", "models.notices"),
     *("constitutions.errors", "models.checkpoints", "tasks.policies.base", "tasks.judging.judge"),
-    *("models.engine.local", "models.endpoint.server", "models.training.sami"),
+    *("models.engine.local", "models.endpoint.server", "models.training.sami", "models.embedders"),
+    *("models.planted.oracle", "models.planted.pretrain"),
 )
 """Modules and packages that do not count because something imports them. The first two lines keep
 and show results, find and check a model's files, and say what else a result depends on: they
-change none. The last line is chosen by settings: a stage names it where it uses it (`Slot.uses`),
+change none. The others are chosen by settings: a stage names one where it uses it (`Slot.uses`),
 and so it is with every module that a `registry` lists."""
 TEXTS = ("Rubric", "Templates", "ConstitutionWording")
 """Classes whose module-level objects are texts: a stage notes the digest of those it uses."""
@@ -45,10 +47,10 @@ def code_versions(*modules: str) -> dict[str, str]:
         name = waiting.pop()
         if name not in seen:
             seen.add(name)
-            waiting += _imports(name)
+            waiting += _read(name).imports
     for name in seen:
         _check_is_ours(name)
-    return {name: _tree(name) for name in sorted(seen)}
+    return {name: _read(name).tree for name in sorted(seen)}
 
 
 def code_version(*modules: str) -> str:
@@ -106,19 +108,29 @@ def _entry(file: str) -> str:
     return max(above, key=len, default=file)
 
 
-@cache
-def _imports(module: str) -> frozenset[str]:
+class _Module(NamedTuple):
+    tree: str
+    """sha256 of the syntax tree without docstrings and the texts that are noted."""
+    imports: frozenset[str]
     """The modules that count because this one imports them, inside functions too."""
+
+
+@cache
+def _read(module: str) -> _Module:
     source = _source(module)
     if source is None:
-        return frozenset()
+        return _Module("", frozenset())
+    tree = ast.parse(source.read_bytes())
+    tree.body = [node for node in tree.body if not _is_noted(node)]
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source.read_bytes())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return frozenset(name for name in found if _counts(name))
+        elif isinstance(body := getattr(node, "body", None), list):
+            node.body = [n for n in body if not _is_text(n)]  # type: ignore[attr-defined]
+    return _Module(text_sha256(ast.dump(tree)), frozenset(filter(_counts, found)))
 
 
 def _counts(module: str) -> bool:
@@ -127,21 +139,6 @@ def _counts(module: str) -> bool:
         return False
     apart = any(module == name or module.startswith(f"{name}.") for name in APART)
     return not apart and _source(module) is not None
-
-
-@cache
-def _tree(module: str) -> str:
-    """sha256 of a module's syntax tree without its docstrings and the texts that are noted."""
-    source = _source(module)
-    if source is None:
-        return ""
-    tree = ast.parse(source.read_bytes())
-    tree.body = [node for node in tree.body if not _is_noted(node)]
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            node.body = [n for n in body if not _is_text(n)]  # type: ignore[attr-defined]
-    return text_sha256(ast.dump(tree))
 
 
 def _is_noted(node: ast.stmt) -> bool:

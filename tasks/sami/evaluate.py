@@ -41,10 +41,9 @@ from tasks.judging.comparisons import (
     win_rates,
 )
 from tasks.judging.panel import Panel
-from tasks.judging.truth import obedience_metrics
+from tasks.judging.truth import obedience_metrics, world_of
 from tasks.policies.answers import Given
 from tasks.policies.opening import PolicySource
-from tasks.prompts import world_of
 from tasks.record.stage import stage
 from tasks.record.store import Attempt, Slot
 from tasks.record.work import Metrics, Workspace

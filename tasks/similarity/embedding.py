@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from models.embedders import check_embedder, sentence_embedder
+from tasks.record.store import Slot
 from tasks.similarity.base import EMPTY, Chosen, Score, Similarity
 
 REMEMBERED = 4096
@@ -40,6 +41,10 @@ class Embedding(Similarity[EmbeddingSettings]):
         """See `Similarity.check`."""
         check_embedder(self.settings.embedding_model)
         return super().check(home)
+
+    def noted(self, at: Slot) -> Slot:
+        """See `Similarity.noted`."""
+        return super().noted(at).using("models.embedders")
 
     def compare(self, gold: str, texts: Sequence[str]) -> list[Score]:
         """See `Similarity.compare`."""
