@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from constitutions.constitution import Principle
 from models.policy import NO_ANSWER, Message
+from models.worlds.registry import WORLDS
 from tasks.report.exhibits import outcome_word
 from tasks.report.figures import ARMS, information_limit
 from tasks.report.recorded import Column, Recorded, cell, cells, nats
@@ -31,10 +32,11 @@ _FIGURES = (
     Column("information, of mean log-probabilities per token, nats", "mi/per_token", form="nats"),
     Column("information, of whole responses, nats", "mi/whole", form="nats"),
     *(
-        Column(f"planted: {words}, followed", f"planted/obeyed_{arm}")
+        Column(f"{world}: {words}, {done}", f"{world}/{metric}_{arm}")
+        for world in WORLDS
+        for metric, done in (("obeyed", "followed"), ("core", "answered"))
         for arm, words in ARMS.items()
     ),
-    *(Column(f"planted: {words}, answered", f"planted/core_{arm}") for arm, words in ARMS.items()),
 )
 _LENGTHS = tuple(
     Column(words, f"answers/{arm}_characters", form="count") for arm, words in ARMS.items()
