@@ -1,7 +1,7 @@
 """Evaluation: what did an iteration gain, on prompts that no iteration has mined?
 
 The stage reads top to bottom: `tasks.policies.answers` lets the policy answer,
-`tasks.judging.panel` has the judges decide, `tasks.judging.comparisons` and
+`tasks.judging.panel` has the judges decide, `tasks.judging.rates` and
 `tasks.judging.truth` turn rows into figures. The benchmarks are answered with the rest,
 before any judge is opened: the policy's memory is then the judges'.
 
@@ -12,37 +12,31 @@ never 0.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
 from constitutions.constitution import load
 from constitutions.errors import UserError
-from models.judges.base import JudgeSettings, OracleJudge
-from models.judges.opening import open_policy
+from models.judges.registry import JudgeSettings, kinds_that, open_policy
 from models.policy import Policy
-from models.pools.base import Pool, Where
+from models.pools.base import Pool
 from models.worlds.base import Oracle
 from models.worlds.registry import WORLDS
-from tasks.benchmarks.base import LLM
-from tasks.benchmarks.settings import BenchmarkSettings, about_principles
-from tasks.judging.comparisons import (
-    AnswerPair,
+from tasks.benchmarks.registry import BenchmarkSettings
+from tasks.judging.judge import judge_notes, noted
+from tasks.judging.pairs import AnswerPair, answer_pairs, principle_pairs
+from tasks.judging.panel import OpenPolicy, Panel
+from tasks.judging.rates import (
     agreement_metrics,
-    answer_pairs,
     length_metrics,
     order_metrics,
-    principle_pairs,
     rate_metrics,
     source_metrics,
     win_rate_metrics,
     win_rates,
 )
-from tasks.judging.judge import judge_notes, noted
-from tasks.judging.panel import Benches, Judges, OpenPolicy, Panel
 from tasks.judging.truth import faithfulness_metrics, truth_metrics, world_of
 from tasks.policies.answers import AnswerSettings, Generation, Respondent, answer_metrics
 from tasks.policies.opening import PolicySource
@@ -85,8 +79,9 @@ class EvaluateSettings(AnswerSettings):
 
     @model_validator(mode="after")
     def _judges_that_can(self) -> EvaluateSettings:
-        if self.principle_judge and self.principle_judge.kind not in LLM:
-            raise ValueError(f"principle_judge is an LLM's part: its kind is {' or '.join(LLM)}")
+        if self.principle_judge and not self.principle_judge.judge_type.generates:
+            able = kinds_that(lambda judge: judge.generates)
+            raise ValueError(f"principle_judge needs an LLM: its kind is {able}")
         list(self.benchmarks.judges(self.judge))
         return self
 
@@ -99,7 +94,7 @@ class EvaluateSettings(AnswerSettings):
     def all_judges(self) -> list[JudgeSettings]:
         """Everybody whose judgements the outputs rest on."""
         others = [judge for _, judge in self.benchmarks.judges(self.judge)]
-        principle = [about_principles(self.principle_judge)] if self.principle_judge else []
+        principle = [self.principle_judge.about_principles()] if self.principle_judge else []
         return [*self.judges, *principle, *others]
 
 
@@ -153,8 +148,7 @@ def evaluate(
             answers = respondent.answers("answers", prompts)
             answered = {name: b.answer(respondent) for name, b in benchmarks.items()}
 
-        with closing(open_benches(oracle, scoring, at.seed, open_policy)) as benches:
-            panel = panel_of(benches, settings, at, work)
+        with panel_of(settings, scoring, at, work, oracle, open_policy) as panel:
             met = [
                 m for r in _references(answers, inputs) for m in answer_pairs(answers, r, prompts)
             ]
@@ -186,22 +180,22 @@ def check_judges(settings: EvaluateSettings, scoring: ScoreSettings, oracle: Ora
         UserError: the oracle where there is none; a similarity that needs more than the gold.
     """
     for judge in settings.judges:
-        if judge.kind == "oracle" and not oracle:
+        kind = judge.on(oracle)
+        if kind.needs_oracle and not oracle:
             raise UserError(
                 "the oracle knows only the prompts of an embedded world",
                 where="evaluate.judge",
                 expected="another kind of judge",
             )
-        by_gold = judge.kind == "similarity" or (judge.kind == "auto" and not oracle)
         similarity = open_similarity(scoring)
-        if by_gold and similarity.reads_prompt:
+        if kind.needs_gold and similarity.reads_prompt:
             similarity.compare("", ())  # raises the error that says why it cannot
 
 
 def noted_judges(at: Slot, settings: EvaluateSettings, scoring: ScoreSettings) -> Slot:
     """The slot with what the judges and the benchmarks depend on, and the device that they take."""
-    notes = settings.benchmarks.notes()
-    if any(judge.kind in ("auto", "similarity") for judge in settings.judges):
+    at, notes = at.using(*settings.benchmarks.uses), settings.benchmarks.notes()
+    if any(judge.on(oracle=None).needs_gold for judge in settings.judges):
         notes["scoring"] = scoring.model_dump_json(
             exclude={"judge", "max_unscored"}, exclude_none=True
         )
@@ -230,29 +224,25 @@ def _respondent(
     return Respondent(pool=pool, generation=generation, work=work)
 
 
-def open_benches(
-    oracle: Oracle | None, scoring: ScoreSettings, seed: int, open_policy: OpenPolicy
-) -> Benches:
-    """The judges, none of them opened yet; `open_policy` opens an LLM judge's model."""
-    return Benches(open=partial(_judges, oracle, scoring, seed, open_policy))
-
-
-def _judges(
-    oracle: Oracle | None, scoring: ScoreSettings, seed: int, open_policy: OpenPolicy, where: Where
-) -> Judges:
-    return Judges(oracle=oracle, scoring=scoring, seed=seed, open_policy=open_policy, where=where)
-
-
-def panel_of(benches: Benches, settings: EvaluateSettings, at: Slot, work: Workspace) -> Panel:
-    """The judges at work on an iteration."""
+def panel_of(
+    settings: EvaluateSettings,
+    scoring: ScoreSettings,
+    at: Slot,
+    work: Workspace,
+    oracle: Oracle | None,
+    open_policy: OpenPolicy = open_policy,
+) -> Panel:
+    """The judges of an iteration, none of them opened yet."""
     return Panel(
-        benches=benches,
+        oracle=oracle,
+        scoring=scoring,
         model=f"{at.record.experiment}-iteration-{at.iteration}",
         work=work,
         iteration=at.iteration,
         seed=at.seed,
         resamples=settings.resamples,
         max_failed=settings.max_failed,
+        open_policy=open_policy,
     )
 
 
@@ -276,7 +266,7 @@ def _principles(
 ) -> Metrics:
     """How often a refinement follows the principle that it names better than the first response."""
     met = principle_pairs(answers, prompts)
-    (rows,) = panel.compare("principle-comparisons", met, [about_principles(judge)])
+    (rows,) = panel.compare("principle-comparisons", met, [judge.about_principles()])
     return rate_metrics("principle/win_rate", panel.rate(rows, "principle-following win rate"))
 
 
@@ -289,8 +279,8 @@ def _truth(
     labelled: Attempt,
 ) -> Metrics:
     """What only the oracle of the embedded world can measure."""
-    rows, judge = labelled.read("labelled", Labelled), OracleJudge(oracle)
-    return faithfulness_metrics(judge, labelled=rows, answers=answers) | truth_metrics(
+    rows = labelled.read("labelled", Labelled)
+    return faithfulness_metrics(oracle, labelled=rows, answers=answers) | truth_metrics(
         world,
         oracle,
         scored=scored.read("scored", Scored),

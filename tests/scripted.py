@@ -5,6 +5,7 @@ What they say follows from what they read, and they write down what they were as
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from models.judges.base import JudgeSettings
+from models.judges.base import Judge
+from models.judges.registry import JudgeSettings
 from models.policy import (
     Completion,
     Message,
@@ -23,9 +25,14 @@ from models.policy import (
     Scoring,
 )
 from models.prompts import CHAT
+from models.worlds.base import Oracle
+from tasks.benchmarks.alpaca_eval.data import Annotation
 from tasks.evaluate import EvaluateSettings, evaluate
+from tasks.judging.pairs import AnswerPair, answer_pairs
+from tasks.judging.panel import Judges, judge_pairs
 from tasks.policies.opening import PolicySource
 from tasks.record.store import Attempt, Slot
+from tasks.rows import Answer, Comparison, Prompt
 from tasks.score import ScoreSettings
 
 ENGINE: dict[str, Any] = {"dtype": "float32", "device": "cpu", "threads": 1, "quantization": "none"}
@@ -110,6 +117,36 @@ def longer(a: str, b: str) -> str:
 def shorter(a: str, b: str) -> str:
     """The other one."""
     return "B" if longer(a, b) == "A" else "A"
+
+
+def no_model(settings: JudgeSettings) -> Policy:
+    raise AssertionError(f"no model was needed: {settings}")
+
+
+def judges(
+    oracle: Oracle | None = None, open_policy: Callable[[JudgeSettings], Policy] = no_model
+) -> Judges:
+    return Judges(str, oracle=oracle, scoring=ScoreSettings(), seed=0, open_policy=open_policy)
+
+
+def decide_all(pairs: Sequence[AnswerPair], judge: Judge) -> list[Comparison]:
+    """The rows of a judge that is open already, as the panel makes them."""
+    settings, opened = JudgeSettings(), judges()
+    opened._judge = settings, judge
+    return judge_pairs(settings, "", opened, pairs, lambda count: None)
+
+
+def compare(
+    answers: Sequence[Answer], references: Sequence[Answer], prompts: Sequence[Prompt], judge: Judge
+) -> list[Comparison]:
+    return decide_all(answer_pairs(answers, references, prompts), judge)
+
+
+def read_annotations(path: Path) -> list[Annotation]:
+    """AlpacaEval's `annotations.json`, what is no field of ours left out."""
+    known = Annotation.__dataclass_fields__
+    rows = [{k: v for k, v in row.items() if k in known} for row in json.loads(path.read_text())]
+    return [Annotation(**row) for row in rows]
 
 
 @dataclass

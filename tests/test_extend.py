@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+EXACT = "evaluate.benchmarks.exact.prompts"
 COPIED = ("constitutions", "models", "tasks", "flows", "pyproject.toml", "prefect.yaml")
 
 
@@ -131,3 +133,54 @@ def test_a_stage(tmp_path: Path) -> None:
     assert "entrypoint: flows.deployments.lengths" in (copy / "prefect.yaml").read_text()
     refused = staple(copy, "stage", "length", "--experiment", "one", "--iteration", "1")
     assert refused.returncode == 2 and "prompts, lengths, mine" in refused.stderr
+
+
+def test_a_judge(tmp_path: Path) -> None:
+    copy = extended("Add a judge", tmp_path)
+    code = (
+        "from flows.forms import form_of\n"
+        "from models.judges.base import Pair\n"
+        "from models.judges.registry import JudgeSettings\n"
+        "from tasks.judging.panel import Judges\n"
+        "from tasks.score import ScoreSettings\n"
+        "settings = JudgeSettings(kind='length', target=4)\n"
+        "judges = Judges(str, oracle=None, scoring=ScoreSettings(), seed=0, open_policy=None)\n"
+        "judge = judges.judge(settings)\n"
+        "def pair(ours, theirs): return Pair(prompt=(), gold='', ours=ours, theirs=theirs)\n"
+        "found = judge.compare([pair('four', 'a'), pair('a', 'abc'), pair('abc', 'abcde')])\n"
+        "assert [j.outcome for j in found] == [1.0, 0.0, 0.5] and judge.name == 'length:4'\n"
+        "assert 'target' in form_of(JudgeSettings).model_fields\n"
+    )
+    ran = python(copy, "-c", code)
+    assert ran.returncode == 0, ran.stderr
+    chosen = ("--set", "evaluate.judge.kind=length", "--set", "evaluate.judge.target=200")
+    used = staple(copy, "validate", "planted", *chosen)
+    assert used.returncode == 0 and "judge length" in used.stdout, used.stderr
+    refused = staple(copy, "validate", "planted", "--set", "evaluate.judge.kind=nobody")
+    assert refused.returncode == 2 and "'length'" in refused.stderr
+
+
+def test_a_benchmark(tmp_path: Path) -> None:
+    copy = extended("Add a benchmark", tmp_path)
+    rows = [{"prompt": f"What is {n} plus 1?", "expected": str(n + 1)} for n in range(4)]
+    (copy / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code = (
+        "from types import SimpleNamespace\n"
+        "from tasks.benchmarks.registry import BenchmarkSettings, columns\n"
+        "from models.judges.registry import JudgeSettings\n"
+        "chosen = BenchmarkSettings.model_validate({'exact': {'prompts': 'questions.jsonl'}})\n"
+        "exact = chosen.load(JudgeSettings(), guided=True)['exact']\n"
+        "said = ['It is 1', '2', 'It is 7', '']\n"
+        "answers = [SimpleNamespace(refined=text, finish='stop') for text in said]\n"
+        "found = exact.measure(answers, SimpleNamespace(seed=0, resamples=100))\n"
+        "assert found['exact/right'] == 0.5, found\n"
+        "assert 'exact/right' in [column.metric for column in columns()]\n"
+        "assert list(chosen.notes()) == ['file questions.jsonl']\n"
+        "assert not list(chosen.judges(JudgeSettings()))\n"
+    )
+    ran = python(copy, "-c", code)
+    assert ran.returncode == 0, ran.stderr
+    used = staple(copy, "validate", "planted", "--set", f"{EXACT}=questions.jsonl")
+    assert used.returncode == 0 and "also exact" in used.stdout, used.stderr
+    refused = staple(copy, "validate", "planted", "--set", f"{EXACT}=nowhere.jsonl")
+    assert refused.returncode == 2 and "there is no such file" in refused.stderr

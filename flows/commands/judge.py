@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,16 +27,15 @@ from flows.settings import load_settings, parse_override
 from models.endpoint.client import Limits
 from models.endpoint.probing import check_server
 from models.files import file_sha256, text_sha256, write_text
-from models.judges.base import JudgeSettings
-from models.judges.opening import open_policy
+from models.judges.base import Judge
+from models.judges.registry import JudgeSettings, kinds_that, open_policy
 from models.policy import FINGERPRINT, Policy
-from models.pools.base import Where
-from tasks.benchmarks.settings import about_principles
 from tasks.evaluate import EvaluateSettings
-from tasks.judging.comparisons import AnswerPair, order_metrics, rate_at_equal_lengths, rate_of
 from tasks.judging.judge import check_judge, judge_notes, judge_uses
 from tasks.judging.length_control import LengthConfoundedError, LengthControlled
-from tasks.judging.panel import Benches, Judges, Panel
+from tasks.judging.pairs import AnswerPair
+from tasks.judging.panel import Panel
+from tasks.judging.rates import order_metrics, rate_at_equal_lengths, rate_of
 from tasks.judging.winrate import WinRate
 from tasks.record import locks
 from tasks.record.code import code_version
@@ -57,8 +55,6 @@ from tasks.score import ScoreSettings
 T = TypeVar("T")
 SETTINGS = ("judge", "max_failed", "resamples", "shard_size")
 """The settings that have a part here: of `evaluate`, and `shard_size`."""
-ABLE = ("pairwise", "absolute", "reward")
-"""The kinds of judges that need no gold."""
 FORMATS = (".parquet", ".json")
 EXAMPLE = "--set judge.kind=pairwise --set judge.policy.model=NAME --set judge.endpoint=URL"
 
@@ -148,20 +144,25 @@ def judging_settings(overrides: Sequence[str]) -> ExperimentSettings:
     except UserErrors as error:
         raise UserErrors([_as_given(e) for e in error.errors], more=error.more) from None
     judge = settings.evaluate.judge
-    if judge.kind not in ABLE:
+    if not _able(judge.judge_type):
         raise UserError(
             f"a judge of kind '{judge.kind}' needs a gold response or an embedded world's prompts, "
             "and response files have neither",
             where="setting 'judge.kind'",
-            expected=" or ".join(ABLE),
+            expected=kinds_that(_able),
             fix=f"for instance {EXAMPLE}",
         )
     if judge.show_gold:
         raise UserError("response files have no gold to show", where="setting 'judge.show_gold'")
     check_judge(judge, home())
-    told = judge if judge.kind == "reward" else about_principles(judge)
-    evaluate = settings.evaluate.model_copy(update={"judge": told})
+    evaluate = settings.evaluate.model_copy(update={"judge": judge.about_principles()})
     return settings.model_copy(update={"evaluate": evaluate})
+
+
+def _able(judge: type[Judge]) -> bool:
+    """Whether a kind of judge can do without a gold response and an embedded world."""
+    kind = judge.on(oracle=None)
+    return not (kind.needs_gold or kind.needs_oracle)
 
 
 def _without_part(override: str) -> UserError | None:
@@ -222,24 +223,20 @@ def _digest(settings: EvaluateSettings, paths: tuple[Path, Path], seed: int) -> 
 def _compared(
     settings: EvaluateSettings, met: Sequence[AnswerPair], work: Workspace, seed: int
 ) -> list[Comparison]:
-    by_reward = settings.judge.kind == "reward"
-    with closing(Benches(open=partial(_judges, seed))) as benches:
-        panel = Panel(
-            benches=benches,
-            model="ours",
-            work=work,
-            iteration=0,
-            seed=seed,
-            resamples=settings.resamples,
-            max_failed=settings.max_failed,
-        )
-        told = [with_constitution(m) for m in met] if by_reward else met
+    told = met if settings.judge.judge_type.reads_principle else [with_constitution(m) for m in met]
+    with Panel(
+        oracle=None,
+        scoring=ScoreSettings(),
+        model="ours",
+        work=work,
+        iteration=0,
+        seed=seed,
+        resamples=settings.resamples,
+        max_failed=settings.max_failed,
+        open_policy=_open,
+    ) as panel:
         (rows,) = panel.compare("comparisons", told, [settings.judge])
     return rows
-
-
-def _judges(seed: int, where: Where) -> Judges:
-    return Judges(oracle=None, scoring=ScoreSettings(), seed=seed, open_policy=_open, where=where)
 
 
 def _open(judge: JudgeSettings) -> Policy:

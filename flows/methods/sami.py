@@ -25,7 +25,7 @@ class Sami(Method):
                 expected="false, with method: sami",
                 fix="staple constitution write, edit the file, --set write.constitution=FILE",
             )
-        by_gold = any(judge.kind == "similarity" or judge.show_gold for judge in evaluate.judges)
+        by_gold = any(judge.judge_type.needs_gold or judge.show_gold for judge in evaluate.judges)
         if by_gold and not settings.prompts.has_golds:
             yield UserError(
                 "a judge reads the golds, and there are none",

@@ -13,12 +13,11 @@ from statistics import fmean
 
 from flows.methods import method_of
 from flows.schema import ExperimentSettings
-from models.judges.base import JudgeSettings
+from models.judges.registry import JudgeSettings
 from models.prompts import TEMPLATES
-from tasks.benchmarks.base import LLM
 from tasks.corpus.prompts import CorpusSettings, load_corpus
 from tasks.evaluate import EvaluateSettings
-from tasks.judging.comparisons import arms
+from tasks.judging.pairs import arms
 from tasks.mine import MineSettings
 from tasks.prompts import PromptSettings, prompt_sets
 
@@ -42,8 +41,6 @@ ACCEPTED = 0.7
 """Share of the mined prompts of which something is kept."""
 JUDGE_WORDS = 450
 """Tokens of a judge's instructions and rubric."""
-BENCHMARKS = {"alpaca_eval": 805, "mt_bench": 160, "ifeval": 541}
-"""Turns that the public files ask for; MT-Bench's 80 questions have two."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,9 +283,9 @@ class Workload:
         if s.principle_judge and self.guided:
             turn = self._pairs(s.principle_judge, 1)
             asked.append(("principle", s.principle_judge, held_out, turn))
-        for name, judge in s.benchmarks.judges(s.judge):
-            if name != "ifeval" or self.guided:
-                asked.append((name, judge, self.benchmarks[name], self._met(name, judge)))
+        for name, judge in s.benchmarks.judges(s.judge, guided=self.guided):
+            turn = self._questions(judge, *s.benchmarks.chosen[name].judge_questions(judge))
+            asked.append((name, judge, self.benchmarks[name], turn))
         for stage, judge, prompts, turn in asked:
             yield JudgeTurns(stage=stage, judge=judge, prompts=prompts, turn=turn)
 
@@ -296,31 +293,18 @@ class Workload:
     def benchmarks(self) -> dict[str, int]:
         """Turns that the chosen benchmarks ask the policy for."""
         chosen = self.settings.evaluate.benchmarks.chosen
-        whole = {name: BENCHMARKS[name] for name in chosen}
-        turns = {name: 2 if name == "mt_bench" else 1 for name in chosen}
-        return {
-            name: min(whole[name], turns[name] * (run.limit or whole[name]))
-            for name, run in chosen.items()
-        }
-
-    def _met(self, name: str, judge: JudgeSettings) -> SampledTurn:
-        """MT-Bench rates each turn, and may play it against a reference; others meet one answer."""
-        mt_bench = self.settings.evaluate.benchmarks.mt_bench
-        if name != "mt_bench" or mt_bench is None:
-            return self._pairs(judge, 1)
-        return self._questions(judge, 3 if mt_bench.against else 1, 1)
+        return {name: run.turns_asked for name, run in chosen.items()}
 
     def _pairs(self, judge: JudgeSettings, met: int) -> SampledTurn:
         """A pair is read in both orders, or one answer after the other."""
-        return self._questions(judge, 2 * met, 2 if judge.kind == "pairwise" else 1)
+        return self._questions(judge, 2 * met, 2 if judge.judge_type.both_orders else 1)
 
     def _questions(self, judge: JudgeSettings, count: int, answers: int) -> SampledTurn:
         (y,) = self._expected(self.settings.evaluate.max_response_tokens)
         own = JUDGE_WORDS + self.prompt + answers * y + judge.show_gold * self.lengths.gold
         own += self.given
-        return SampledTurn(
-            samples=count, limit=judge.max_tokens if judge.kind in LLM else 0, own=own
-        )
+        limit = judge.max_tokens if judge.judge_type.generates else 0
+        return SampledTurn(samples=count, limit=limit, own=own)
 
     def _expected(self, *limits: int) -> list[float]:
         return [self.assumed.filled * limit + MARKS for limit in limits]

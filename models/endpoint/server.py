@@ -1,6 +1,6 @@
 """A policy behind an OpenAI-compatible endpoint: vLLM, SGLang, llama.cpp, TGI or a hosted one.
 
-`tasks.policies.opening` opens it for the policy that is trained, `models.judges.opening` for a
+`tasks.policies.opening` opens it for the policy that is trained, `models.judges.registry` for a
 judge. `models.endpoint.probing` finds out what the server can do. The server itself loads the
 adapter of an iteration (`models.endpoint.served_adapter`), whose name must be on every reply.
 

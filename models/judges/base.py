@@ -1,30 +1,30 @@
-"""Judges: which of two answers to the same prompt is better.
+"""What a judge is: it says which of two answers to the same prompt is better.
 
-`tasks.evaluate` hands a judge pairs and reads one `Judgement` for each. A judge never raises for
-one pair: what it cannot judge comes back as a failure with its reason.
-
-The judges that need no model are here; `models.judges.llm` and `models.judges.reward` hold the
-others, and `models.judges.opening` opens any of them by its settings.
+Each kind of judge is one class in a file of its own, which declares what it needs and what it can
+do; `models.judges.registry` lists them. The panel (`tasks.judging.panel`) hands a judge pairs and
+reads one `Judgement` for each. A judge never raises for one pair: what it cannot judge comes back
+as a failure with its reason.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from constitutions.errors import UserError
-from models.policy import Message, PolicySettings, Progress
+from models.policy import Message, Policy, PolicySettings, Progress
 from models.settings import Settings
 from models.worlds.base import Oracle
-from models.worlds.registry import WORLD_MODELS
 
 TIE = 1e-9
 """Scores nearer than this are equal."""
+BESIDE = ("endpoint", "key_variable")
+"""Settings of a judge's model that may stand beside it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,95 +89,115 @@ class Grade(NamedTuple):
     failure: str | None = None
 
 
-class Judge(Protocol):
-    """Says which of two answers is better."""
-
-    @property
-    def name(self) -> str:
-        """What the record calls this judge."""
-        ...
-
-    @property
-    def ordered(self) -> bool:
-        """Whether it may matter which answer is read first: then there are `verdicts`."""
-        ...
-
-    def compare(self, pairs: Sequence[Pair], advance: Progress | None = None) -> list[Judgement]:
-        """One judgement for each pair, in the order of the pairs."""
-        ...
-
-
-@runtime_checkable
-class PrincipleJudge(Protocol):
-    """Says whether a response follows the principle that it names."""
-
-    def follows(self, principles: Sequence[str], responses: Sequence[str]) -> list[bool | None]:
-        """Whether each response does what its principle asks; None where the judge failed.
-
-        What is no principle at all cannot be followed: False.
-        """
-        ...
-
-
 Similarity = Callable[[str, Sequence[str]], Sequence[tuple[float | None, str | None]]]
 """(gold, texts) to a score in [0, 1] for each text, or None with the reason."""
 
 
-class GoldSimilarity:
-    """The answer that is more similar to the gold response wins."""
+class KindSettings(Settings):
+    """What the settings of every kind of judge have; a kind with more settings adds its own."""
 
-    ordered = False
+    kind: str = "auto"
+    policy: PolicySettings | None = None
+    """The judge's own model, for the kinds that have one. It has no adapter, and does not use
+    `templates`. Its `endpoint` and `key_variable` may stand beside it as well as in it."""
 
-    def __init__(self, similarity: Similarity, name: str) -> None:
-        self.name = f"similarity:{name}"
-        self._similarity = similarity
+    @model_validator(mode="before")
+    @classmethod
+    def _moved_in(cls, values: Any) -> Any:
+        """What stands beside the model about its endpoint belongs to it."""
+        policy = values.get("policy") if isinstance(values, dict) else None
+        inside = policy.model_dump() if isinstance(policy, PolicySettings) else policy or {}
+        if not isinstance(values, dict) or not isinstance(inside, dict):
+            return values
+        own = {k: v for k, v in values.items() if k not in BESIDE}
+        beside = {k: v for k, v in values.items() if k in BESIDE}
+        needed = policy is not None or any(beside.values())
+        return own | {"policy": inside | beside} if beside and needed else own
 
+    @property
+    def model_name(self) -> str:
+        """What the record calls the judge's model: the last part of its path or hub name."""
+        return self.policy.model.rstrip("/").rsplit("/", 1)[-1] if self.policy else "policy"
+
+
+class Resources(Protocol):
+    """What a kind of judge may be opened with."""
+
+    @property
+    def seed(self) -> int:
+        """Of a judge that samples."""
+        ...
+
+    @property
+    def oracle(self) -> Oracle | None:
+        """Who knows the truth of the prompts; None where nobody does."""
+        ...
+
+    @property
+    def similarity(self) -> tuple[Similarity, str]:
+        """The similarity of `score`, and its name."""
+        ...
+
+    def model(self, settings: Any) -> Policy:
+        """The language model that the judge's settings name, in memory or at its endpoint."""
+        ...
+
+
+class Judge(ABC):
+    """A kind of judge, and what it needs and can do: others ask for that, not for its name."""
+
+    kind: ClassVar[str]
+    """Its word in the settings, `judge: {kind: …}`."""
+    needs_gold: ClassVar[bool] = False
+    """It compares the answers with the gold response."""
+    needs_oracle: ClassVar[bool] = False
+    """It asks the oracle of an embedded world, and can judge no other prompts."""
+    needs_model: ClassVar[bool] = False
+    """It judges with a model of its own: `policy.model`."""
+    generates: ClassVar[bool] = False
+    """Its model is a language model that answers in words, by a rubric and at most `max_tokens`
+    long. Only such a model can be asked at an endpoint."""
+    grades: ClassVar[bool] = False
+    """It also grades a single answer, from 1 to 5."""
+    reads_principle: ClassVar[bool] = False
+    """It sees the principle or the constitution that the answers are to follow."""
+    both_orders: ClassVar[bool] = False
+    """It reads both answers at once, in both orders: then a judgement has `verdicts`."""
+
+    name: str
+    """What the record calls this judge."""
+
+    @classmethod
+    def on(cls, oracle: Oracle | None) -> type[Judge]:
+        """The kind that judges these prompts: itself, except for "auto"."""
+        return cls
+
+    @classmethod
+    def title(cls, settings: Any) -> str:
+        """The judge's name as far as its settings tell it."""
+        return cls.kind
+
+    @classmethod
+    @abstractmethod
+    def open(cls, settings: Any, given: Resources) -> Judge:
+        """The judge, its model in memory.
+
+        Args:
+            settings: `models.judges.registry.JudgeSettings`, or the part of it that the kind reads.
+
+        Raises:
+            UserError: its model cannot be loaded.
+        """
+
+    @abstractmethod
     def compare(self, pairs: Sequence[Pair], advance: Progress | None = None) -> list[Judgement]:
-        """One judgement for each pair, in the order of the pairs."""
-        return _each(pairs, self._judge, advance)
-
-    def _judge(self, pair: Pair) -> Judgement:
-        ours, theirs = self._similarity(pair.gold, [pair.ours, pair.theirs])
-        return decide(Grade(*ours), Grade(*theirs))
+        """One judgement for each pair, in the order of the pairs; `advance` counts pairs."""
 
 
-class OracleJudge:
-    """Reads the truth of an embedded world out of the prompt: it measures, and teaches nothing."""
-
-    name = "oracle"
-    ordered = False
-
-    def __init__(self, oracle: Oracle) -> None:
-        self._oracle = oracle
-
-    def compare(self, pairs: Sequence[Pair], advance: Progress | None = None) -> list[Judgement]:
-        """One judgement for each pair, in the order of the pairs."""
-        return _each(pairs, self._judge, advance)
-
-    def follows(self, principles: Sequence[str], responses: Sequence[str]) -> list[bool | None]:
-        """Whether each response shows the behaviour that its principle names."""
-        return [
-            self._oracle.behaviour_of(principle) in self._oracle.shown(response)
-            for principle, response in zip(principles, responses, strict=True)
-        ]
-
-    def _judge(self, pair: Pair) -> Judgement:
-        return decide(self._grade(pair, pair.ours), self._grade(pair, pair.theirs))
-
-    def _grade(self, pair: Pair, response: str) -> Grade:
-        """By what the prompt calls for; or, where there is a constitution, by that alone."""
-        prompt = pair.prompt[-1]["content"]
-        try:
-            if pair.principle:
-                return Grade(self._oracle.obedience(prompt, listed(pair.principle), response))
-            return Grade(self._oracle.score(prompt, response))
-        except (UserError, ValueError) as error:
-            return Grade(None, str(error))
-
-
-def _each(
+def each(
     pairs: Sequence[Pair], judge: Callable[[Pair], Judgement], advance: Progress | None
 ) -> list[Judgement]:
+    """The judgements of a judge that reads one pair after the other."""
     judgements = []
     for pair in pairs:
         judgements.append(judge(pair))
@@ -228,101 +248,3 @@ def per_pair(advance: Progress | None, pairs: int, steps: int) -> Progress | Non
             told = now
 
     return tick if advance else None
-
-
-class Rubric(Settings):
-    """What an LLM judge is to look at, in Prometheus-2's shape."""
-
-    name: str = Field(pattern=r"^[\w.-]+$")
-    """What the record calls it."""
-    criterion: str = Field(min_length=1)
-    """The question that the judge answers."""
-    scores: tuple[str, str, str, str, str]
-    """What an answer of score 1, 2, 3, 4 and 5 is like (absolute judging only)."""
-    ties: bool = False
-    """Whether a pairwise judge may call a tie. Prometheus-2 was not trained to."""
-    principle: bool = False
-    """Whether the judge is shown the principle that the answers are to follow."""
-
-
-HELPFULNESS = Rubric(
-    name="helpfulness",
-    criterion="Does the response give the user what the request needs, correctly and clearly?",
-    scores=(
-        "The response is wrong, harmful or beside the request.",
-        "The response touches the request, but fails most of what it needs.",
-        "The response does part of what the request needs; there are errors or gaps that matter.",
-        "The response does what the request needs, with small errors or gaps.",
-        "The response does all that the request needs: correct, complete and clear.",
-    ),
-)
-PRINCIPLE = Rubric(
-    name="principle",
-    criterion="Does the response follow the principle that is stated above?",
-    scores=(
-        "The response ignores the principle or goes against it.",
-        "The response shows a trace of the principle, but mostly does not follow it.",
-        "The response follows the principle in part; there are clear lapses.",
-        "The response follows the principle, with small lapses.",
-        "The response follows the principle fully, wherever it applies.",
-    ),
-    principle=True,
-)
-"""For the principle-following win rate: does the refinement follow the principle it names?"""
-RUBRICS = {rubric.name: rubric for rubric in (HELPFULNESS, PRINCIPLE)}
-
-BESIDE = ("endpoint", "key_variable")
-"""Settings of a judge's model that may stand beside it."""
-Kind = Literal["auto", "similarity", "oracle", "pairwise", "absolute", "reward"]
-
-
-class JudgeSettings(Settings):
-    """Who compares answers, and how."""
-
-    kind: Kind = "auto"
-    """"similarity" to the gold response; an embedded world's "oracle"; an LLM that compares two
-    answers in both orders ("pairwise") or grades each from 1 to 5 ("absolute"); a scalar "reward"
-    model. "auto" is the oracle where the world has one, else similarity."""
-    policy: PolicySettings | None = None
-    """The judge's own model, for "pairwise", "absolute" and "reward". It has no adapter, and does
-    not use `templates`. Its `endpoint` and `key_variable` may stand beside it as well as in it."""
-    rubric: Literal["helpfulness", "principle"] | Rubric = "helpfulness"
-    """What an LLM judge looks at: a rubric by name, or one of your own."""
-    show_gold: bool = False
-    """Show the gold response to an LLM judge, as the reference answer."""
-    temperature: float = Field(default=0.0, ge=0, le=2)
-    """Of an LLM judge; 0 is greedy."""
-    max_tokens: int = Field(default=1024, ge=1, le=16_384)
-    """Longest judgement; one that is cut is a failed one."""
-    retries: int = Field(default=2, ge=0, le=20)
-    """How often an LLM judge is asked again when its judgement has no result. A greedy one would
-    only repeat itself: its retries are sampled."""
-    reward_tie: float = Field(default=1e-4, ge=0)
-    """Rewards nearer than this are equal."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _moved_in(cls, values: Any) -> Any:
-        """What stands beside the model about its endpoint belongs to it."""
-        policy = values.get("policy") if isinstance(values, dict) else None
-        inside = policy.model_dump() if isinstance(policy, PolicySettings) else policy or {}
-        if not isinstance(values, dict) or not isinstance(inside, dict):
-            return values
-        own = {k: v for k, v in values.items() if k not in BESIDE}
-        beside = {k: v for k, v in values.items() if k in BESIDE}
-        needed = policy is not None or any(beside.values())
-        return own | {"policy": inside | beside} if beside and needed else own
-
-    @model_validator(mode="after")
-    def _has_a_model(self) -> JudgeSettings:
-        needs = self.kind in ("pairwise", "absolute", "reward")
-        if needs and (self.policy is None or self.policy.model in WORLD_MODELS):
-            raise ValueError(f"a {self.kind} judge needs a model of its own: set policy.model")
-        if self.policy and self.policy.endpoint and self.kind not in ("pairwise", "absolute"):
-            raise ValueError(f"a {self.kind} judge runs in process: leave endpoint unset")
-        return self
-
-    @property
-    def chosen_rubric(self) -> Rubric:
-        """The rubric itself."""
-        return RUBRICS[self.rubric] if isinstance(self.rubric, str) else self.rubric

@@ -16,31 +16,20 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
+
+from pydantic import Field
 
 from constitutions.foreign_text import control_strings, disarm
-from models.judges.base import (
-    Grade,
-    Judgement,
-    JudgeSettings,
-    Pair,
-    Rubric,
-    Verdict,
-    combine,
-    decide,
-    per_pair,
-)
-from models.judges.verdicts import parse_choice, parse_score
-from models.policy import NO_ANSWER, Completion, Message, Policy, Progress, Request
+from models.judges.base import Judge, KindSettings, Resources
+from models.judges.rubrics import RUBRICS, Rubric
+from models.policy import NO_ANSWER, Completion, Messages, Policy, Progress, Request
 
 WORDING = "prometheus-2/quoted-1"
 """The version of everything below that a judge reads: part of what makes a judgement repeatable."""
 
 RETRY_TEMPERATURE = 0.7
 """Of a greedy judge's retries."""
-FOLLOWS = 4
-"""The least score, of 5, at which a response is said to follow its principle."""
-
 PAIRWISE_ROLE = (
     "You are a fair judge assistant assigned to deliver insightful feedback that compares "
     "individual performances, highlighting how each stands relative to others within the same "
@@ -77,8 +66,28 @@ ABSOLUTE_TASK = (
 INSTRUCTION = "an instruction (might include an Input inside it)"
 RUBRIC = "a score rubric representing a evaluation criteria"
 
-Messages = tuple[Message, ...]
 Parse = Callable[[str], str | None]
+
+
+class LLMSettings(KindSettings):
+    """How an LLM judge is asked."""
+
+    rubric: Literal["helpfulness", "principle"] | Rubric = "helpfulness"
+    """What an LLM judge looks at: a rubric by name, or one of your own."""
+    show_gold: bool = False
+    """Show the gold response to an LLM judge, as the reference answer."""
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    """Of an LLM judge; 0 is greedy."""
+    max_tokens: int = Field(default=1024, ge=1, le=16_384)
+    """Longest judgement; one that is cut is a failed one."""
+    retries: int = Field(default=2, ge=0, le=20)
+    """How often an LLM judge is asked again when its judgement has no result. A greedy one would
+    only repeat itself: its retries are sampled."""
+
+    @property
+    def chosen_rubric(self) -> Rubric:
+        """The rubric that `rubric` names or is."""
+        return RUBRICS[self.rubric] if isinstance(self.rubric, str) else self.rubric
 
 
 # The prompt --------------------------------------------------------------------------------
@@ -210,7 +219,7 @@ class Asker:
     """Puts questions to a policy, and again where no result came, each time with another key."""
 
     policy: Policy
-    settings: JudgeSettings
+    settings: LLMSettings
     seed: int
 
     def ask(
@@ -240,150 +249,39 @@ class Asker:
         )
 
 
-def _opened(policy: Policy, settings: JudgeSettings, seed: int) -> tuple[Prompter, Asker]:
-    tokenizer = getattr(policy, "tokenizer", None)  # a policy on an endpoint has none to show
-    control = control_strings(tokenizer) if tokenizer is not None else frozenset()
-    prompter = Prompter(rubric=settings.chosen_rubric, control=control)
-    return prompter, Asker(policy=policy, settings=settings, seed=seed)
+def control_of(policy: Policy) -> frozenset[str]:
+    """The control strings of the model's tokenizer; a policy at an endpoint shows none."""
+    tokenizer = getattr(policy, "tokenizer", None)
+    return control_strings(tokenizer) if tokenizer is not None else frozenset()
 
 
-# The judges --------------------------------------------------------------------------------
+# The judge ---------------------------------------------------------------------------------
 
 
-class PairwiseJudge:
-    """An LLM that says which of two answers is better, asked in both orders (see `combine`)."""
+class LLMJudge(Judge):
+    """What "pairwise" and "absolute" share: a language model, its rubric and its questions."""
 
-    ordered = True
+    needs_model = generates = reads_principle = True
 
-    def __init__(self, policy: Policy, settings: JudgeSettings, *, seed: int = 0) -> None:
-        self.settings = settings
-        self.prompter, self._asker = _opened(policy, settings, seed)
-        self.name = _name("pairwise", settings)
+    def __init__(self, policy: Policy, settings: LLMSettings, *, seed: int = 0) -> None:
+        self.settings, self.name = settings, self.title(settings)
+        self.prompter = Prompter(rubric=settings.chosen_rubric, control=control_of(policy))
+        self._asker = Asker(policy=policy, settings=settings, seed=seed)
 
-    def compare(self, pairs: Sequence[Pair], advance: Progress | None = None) -> list[Judgement]:
-        """One judgement for each pair, in the order of the pairs, with the two verdicts."""
-        known = [_no_principle(self.prompter.rubric, pair.principle) for pair in pairs]
-        asked = [pair for pair, missing in zip(pairs, known, strict=True) if missing is None]
-        questions = [self._question(p, ours_first) for p in asked for ours_first in (True, False)]
-        ties = self.prompter.rubric.ties
-        replies = iter(
-            self._asker.ask(
-                questions,
-                lambda text: parse_choice(text, ties=ties),
-                per_pair(advance, len(asked), len(questions)),
-            )
-        )
-        return [
-            Judgement(outcome=None, failure=missing)
-            if missing
-            else combine(_verdict(next(replies), True), _verdict(next(replies), False))
-            for missing in known
-        ]
+    @classmethod
+    def title(cls, settings: LLMSettings) -> str:
+        """See `Judge.title`."""
+        return f"{cls.kind}:{settings.chosen_rubric.name}:{settings.model_name}"
 
-    def _question(self, pair: Pair, ours_first: bool) -> Messages:
-        first, second = (pair.ours, pair.theirs) if ours_first else (pair.theirs, pair.ours)
-        gold = pair.gold if self.settings.show_gold else ""
-        return self.prompter.pairwise(
-            pair.prompt, first, second, gold=gold, principle=pair.principle
-        )
+    @classmethod
+    def open(cls, settings: LLMSettings, given: Resources) -> Self:
+        """See `Judge.open`."""
+        return cls(given.model(settings), settings, seed=given.seed)
 
+    def _no_principle(self, principle: str) -> str | None:
+        """Why the judge cannot be asked, if so."""
+        missing = self.prompter.rubric.principle and not principle.strip()
+        return "the rubric asks about a principle, and none is named" if missing else None
 
-def _verdict(reply: JudgeReply, ours_first: bool) -> Verdict:
-    outcome = {"A": float(ours_first), "B": float(not ours_first), "TIE": 0.5}
-    return Verdict(
-        ours_first=ours_first,
-        outcome=outcome[reply.result] if reply.result else None,
-        feedback=reply.feedback,
-        failure=reply.failure,
-        attempts=reply.attempts,
-        tokens=reply.tokens,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Graded:
-    """A response to be graded. `gold` is shown where the settings say so."""
-
-    response: str
-    prompt: Messages = ()
-    gold: str = ""
-    principle: str = ""
-
-
-class AbsoluteJudge:
-    """An LLM that grades one answer at a time from 1 to 5; the higher grade wins.
-
-    It grades for its own sake too (`grade`): benchmarks read the 1–5, and (n - 1) / 4 is a
-    similarity in [0, 1] that can score the E-step.
-    """
-
-    ordered = False
-
-    def __init__(self, policy: Policy, settings: JudgeSettings, *, seed: int = 0) -> None:
-        self.settings = settings
-        self.prompter, self._asker = _opened(policy, settings, seed)
-        self.name = _name("absolute", settings)
-
-    def compare(self, pairs: Sequence[Pair], advance: Progress | None = None) -> list[Judgement]:
-        """One judgement for each pair, in the order of the pairs."""
-        items = [
-            Graded(prompt=p.prompt, response=answer, gold=p.gold, principle=p.principle)
-            for p in pairs
-            for answer in (p.ours, p.theirs)
-        ]
-        grades = iter(self.grade(items, per_pair(advance, len(pairs), len(items))))
-        return [decide(next(grades), next(grades)) for _ in pairs]
-
-    def grade(self, items: Sequence[Graded], progress: Progress | None = None) -> list[Grade]:
-        """1–5 for each response, or None with the reason; `progress` counts responses."""
-        known = [_no_principle(self.prompter.rubric, item.principle) for item in items]
-        asked = [item for item, missing in zip(items, known, strict=True) if missing is None]
-        replies = iter(self._asker.ask([self._question(i) for i in asked], parse_score, progress))
-        return [Grade(None, missing) if missing else _grade(next(replies)) for missing in known]
-
-    def _question(self, item: Graded) -> Messages:
-        gold = item.gold if self.settings.show_gold else ""
-        return self.prompter.absolute(
-            item.prompt, item.response, gold=gold, principle=item.principle
-        )
-
-
-def _grade(reply: JudgeReply) -> Grade:
-    return Grade(float(reply.result) if reply.result else None, reply.failure)
-
-
-class LLMPrincipleJudge:
-    """`PrincipleJudge` by an LLM: a response follows its principle from a score of `FOLLOWS` on."""
-
-    def __init__(self, policy: Policy, settings: JudgeSettings, *, seed: int = 0) -> None:
-        """The rubric of the settings is replaced by "principle" unless it shows the principle."""
-        if not settings.chosen_rubric.principle:
-            settings = settings.model_copy(update={"rubric": "principle"})
-        self._judge = AbsoluteJudge(policy, settings, seed=seed)
-        self.name = self._judge.name
-
-    def follows(self, principles: Sequence[str], responses: Sequence[str]) -> list[bool | None]:
-        """See `PrincipleJudge.follows`: False where no principle is named, None where it failed."""
-        items = [
-            Graded(response=response, principle=principle)
-            for principle, response in zip(principles, responses, strict=True)
-        ]
-        grades = self._judge.grade(items)
-        return [
-            None if grade.score is None and item.principle.strip() else _follows(grade)
-            for item, grade in zip(items, grades, strict=True)
-        ]
-
-
-def _follows(grade: Grade) -> bool:
-    return grade.score is not None and grade.score >= FOLLOWS
-
-
-def _no_principle(rubric: Rubric, principle: str) -> str | None:
-    missing = rubric.principle and not principle.strip()
-    return "the rubric asks about a principle, and none is named" if missing else None
-
-
-def _name(kind: Literal["pairwise", "absolute"], settings: JudgeSettings) -> str:
-    model = settings.policy.model if settings.policy else "policy"
-    return f"{kind}:{settings.chosen_rubric.name}:{model.rstrip('/').rsplit('/', 1)[-1]}"
+    def _gold(self, gold: str) -> str:
+        return gold if self.settings.show_gold else ""

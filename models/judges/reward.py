@@ -1,7 +1,7 @@
 """A scalar reward model as a judge: the answer with the higher reward wins.
 
 A sequence-classification model with one label reads a prompt and a response in its chat template.
-`judges.load_judge` opens it; its scores are unbounded and only comparable within one model.
+Its scores are unbounded and only comparable within one model.
 """
 
 from __future__ import annotations
@@ -11,21 +11,36 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
+from pydantic import Field
 
 from constitutions.errors import UserError
 from constitutions.foreign_text import control_strings, disarm
 from models.chat import Chat
 from models.engine import threads
-from models.judges.base import Grade, Judgement, Pair, decide, per_pair
+from models.judges.base import (
+    Grade,
+    Judge,
+    Judgement,
+    KindSettings,
+    Pair,
+    Resources,
+    decide,
+    per_pair,
+)
 from models.policy import Message, PolicySettings, Progress
-from models.training.bases import find_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Conversation = tuple[tuple[Message, ...], str]
 """A prompt and the response to it."""
+
+
+class RewardSettings(KindSettings):
+    """How rewards are compared."""
+
+    reward_tie: float = Field(default=1e-4, ge=0)
+    """Rewards nearer than this are equal."""
 
 
 def load_reward_model(settings: PolicySettings, *, tie: float = 1e-4) -> RewardModel:
@@ -35,6 +50,8 @@ def load_reward_model(settings: PolicySettings, *, tie: float = 1e-4) -> RewardM
         UserError: no model there, no safetensors weights, more than one label, no trained head
             for the label, or a tokenizer without a chat template.
     """
+    from models.training.bases import find_base  # torch
+
     directory = find_base(settings.model, settings.revision)
     model, tokenizer = _load(directory, settings)
     threads.use(settings.threads)
@@ -47,6 +64,7 @@ def load_reward_model(settings: PolicySettings, *, tie: float = 1e-4) -> RewardM
 def _load(
     directory: Path, settings: PolicySettings
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -81,6 +99,7 @@ def _load(
 
 
 def _placement(settings: PolicySettings) -> dict[str, Any]:
+    import torch
     from transformers import BitsAndBytesConfig
 
     wanted = settings.device
@@ -115,10 +134,11 @@ def _check_head(missing: Sequence[str], where: str) -> None:
         )
 
 
-class RewardModel:
-    """`Judge` over a scalar reward model. Rewards within `tie` of each other are equal."""
+class RewardModel(Judge):
+    """A scalar reward model as a judge. Rewards within `tie` of each other are equal."""
 
-    ordered = False
+    kind = "reward"
+    needs_model = True
 
     def __init__(
         self,
@@ -136,13 +156,23 @@ class RewardModel:
         self._control = control_strings(tokenizer)
         self._pad_given = model.config.pad_token_id
 
+    @classmethod
+    def title(cls, settings: RewardSettings) -> str:
+        """See `Judge.title`."""
+        return f"{cls.kind}:{settings.model_name}"
+
+    @classmethod
+    def open(cls, settings: RewardSettings, given: Resources) -> RewardModel:
+        """See `Judge.open`."""
+        assert settings.policy is not None, "its settings see to it"
+        return load_reward_model(settings.policy, tie=settings.reward_tie)
+
     def compare(self, pairs: Sequence[Pair], advance: Progress | None = None) -> list[Judgement]:
-        """One judgement for each pair, in the order of the pairs."""
+        """See `Judge.compare`."""
         rows = [(p.prompt, answer) for p in pairs for answer in (p.ours, p.theirs)]
         grades = iter(self.score(rows, per_pair(advance, len(pairs), len(rows))))
         return [decide(next(grades), next(grades), self.tie) for _ in pairs]
 
-    @torch.inference_mode()
     def score(self, rows: Sequence[Conversation], progress: Progress | None = None) -> list[Grade]:
         """The reward of each response, on an unbounded scale, or None with the reason.
 
@@ -175,13 +205,16 @@ class RewardModel:
         return Grade(None, f"{len(row):,} tokens, and the reward model reads {self.context:,}")
 
     def _rewards(self, rows: Sequence[tuple[int, ...]]) -> list[Grade]:
+        import torch
+
         if not rows:
             return []
         pad, width = self._pad(rows), max(map(len, rows))
         tokens = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
         device = self.model.device
-        logits = self.model(input_ids=tokens.to(device), attention_mask=mask.to(device)).logits
+        with torch.inference_mode():
+            logits = self.model(input_ids=tokens.to(device), attention_mask=mask.to(device)).logits
         return [Grade(float(reward)) for reward in logits.squeeze(-1).float()]
 
     def _pad(self, rows: Sequence[tuple[int, ...]]) -> int:

@@ -1,46 +1,36 @@
-"""What every benchmark is to `evaluate`: its settings, and two steps, answering and measuring.
+"""What every benchmark declares to those that run, plan and report it, and the two steps of a run.
 
-All benchmarks are answered before any is judged: then the policy's memory is the judge's.
+All benchmarks are answered before any is judged: the policy's memory is then the judge's.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import Field
 
+from constitutions.errors import UserError
 from models.files import file_sha256
-from models.judges.base import JudgeSettings
+from models.judges.base import Judge
+from models.judges.registry import JudgeSettings, kinds_that
 from models.settings import Settings
 from tasks.benchmarks.rows import HUB
 from tasks.judging.panel import Panel
 from tasks.policies.answers import Respondent, Which
 from tasks.record.work import Metrics
 
-LLM = ("pairwise", "absolute")
-"""The kinds of judges that an LLM is."""
 
+class Column(NamedTuple):
+    """A figure of a table."""
 
-class RunSettings(Settings):
-    """What all benchmarks have in common.
-
-    Files are given by path, or as "hub:NAME[:SUBSET]:SPLIT[@REVISION]" for the `datasets` library.
-    """
-
-    answer: Which = "refined"
-    """Which of the policy's answers is measured: y2 or y1."""
-    limit: int | None = Field(default=None, ge=1)
-    """Use so many of the benchmark's prompts, evenly spaced; all when empty."""
-    judge: JudgeSettings | None = None
-    """Its own judge; when empty it is evaluate's, where that is an LLM."""
-
-    @property
-    @abstractmethod
-    def sources(self) -> tuple[str, ...]:
-        """The files that it reads."""
+    title: str
+    metric: str
+    form: Literal["percent", "score", "count", "nats"] = "percent"
+    """A share in [0, 1] is shown as percent."""
 
 
 class Benchmark(Protocol):
@@ -53,6 +43,99 @@ class Benchmark(Protocol):
     def measure(self, answers: Sequence[Any], panel: Panel) -> Metrics:
         """The benchmark's figures, under flat names; its files are written among the outputs."""
         ...
+
+
+class RunSettings(Settings):
+    """What all benchmarks have in common: their declaration, and how each is run.
+
+    A benchmark's own settings that are texts name files, by path or as
+    "hub:NAME[:SUBSET]:SPLIT[@REVISION]" for the `datasets` library.
+    """
+
+    size: ClassVar[int]
+    """Prompts of the published file."""
+    turns: ClassVar[int] = 1
+    """Turns of the policy for each prompt."""
+    columns: ClassVar[tuple[Column, ...]] = ()
+    """The figures that the report's table shows."""
+    needs_judge: ClassVar[bool] = False
+    """There are no figures without a judge."""
+    about_principles: ClassVar[bool] = False
+    """Its judge is asked about the principle that the policy names."""
+
+    answer: Which = "refined"
+    """Which of the policy's answers is measured: y2 or y1."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use so many of the benchmark's prompts, evenly spaced; all when empty."""
+    judge: JudgeSettings | None = None
+    """Its own judge; when empty it is evaluate's, where that is an LLM."""
+
+    @abstractmethod
+    def load(self, judge: JudgeSettings | None) -> Benchmark:
+        """The benchmark, its files read and checked.
+
+        Args:
+            judge: who judges it; None: nobody.
+
+        Raises:
+            UserError: a file is missing, or its rows are wrong.
+        """
+
+    @classmethod
+    def can_judge(cls, judge: type[Judge]) -> bool:
+        """Whether this kind of judge can judge the benchmark."""
+        return False
+
+    def judged_by(self, default: JudgeSettings, name: str) -> JudgeSettings | None:
+        """Its own judge, or the default where that is an LLM that can; None: it needs nobody.
+
+        Raises:
+            ValueError: it needs a judge and has none, or has one that cannot judge it.
+        """
+        kind = default.judge_type
+        judge = self.judge or (default if kind.generates and self.can_judge(kind) else None)
+        if judge is None and not self.needs_judge:
+            return None
+        if judge is None or not self.can_judge(judge.judge_type):
+            able = kinds_that(self.can_judge)
+            needs = f"needs a judge of kind {able}" if able else "is judged by a program"
+            raise ValueError(
+                f"benchmarks.{name} {needs}: set benchmarks.{name}.judge to that "
+                f"(it has '{(judge or default).kind}')"
+            )
+        return judge.about_principles() if self.about_principles else judge
+
+    def judge_questions(self, judge: JudgeSettings) -> tuple[int, int]:
+        """How many questions the judge is asked for each turn, and how many answers each shows."""
+        return 2, 2 if judge.judge_type.both_orders else 1
+
+    @property
+    def sources(self) -> list[str]:
+        """The files that it reads."""
+        own = type(self).model_fields.keys() - RunSettings.model_fields.keys()
+        return sorted(value for name in own if isinstance(value := getattr(self, name), str))
+
+    @property
+    def turns_asked(self) -> int:
+        """Turns that the policy is asked for."""
+        return self.turns * min(self.limit or self.size, self.size)
+
+
+def require(packages: Iterable[str], what: str, where: str) -> None:
+    """See that optional packages are installed.
+
+    Args:
+        what: needs them, as the subject of a sentence.
+
+    Raises:
+        UserError: one is not.
+    """
+    if lacking := sorted({name for name in packages if find_spec(name) is None}):
+        raise UserError(
+            f"{what} need {' and '.join(lacking)}, not installed",
+            where=where,
+            fix="from the checkout: pip install -e '.[benchmarks]'",
+        )
 
 
 def source_digest(source: str) -> str:

@@ -1,8 +1,4 @@
-"""A judge as a part of a stage: what its judgements depend on, and the device that it takes.
-
-`score` and `evaluate` ask `noted` for the slot that they run in; `models.judges.base` opens the
-judge.
-"""
+"""A judge's model as a part of a stage: what its judgements depend on, and the device it takes."""
 
 from __future__ import annotations
 
@@ -13,8 +9,8 @@ from tempfile import TemporaryDirectory
 from constitutions.errors import UserError
 from models.endpoint.client import open_endpoint
 from models.files import text_sha256
-from models.judges import llm as llm_judge
-from models.judges.base import JudgeSettings
+from models.judges import llm
+from models.judges.registry import JudgeSettings
 from tasks.policies.base import check_model, folder_digest, open_model
 from tasks.record.store import Slot
 
@@ -32,18 +28,19 @@ def judge_notes(settings: JudgeSettings, home: Path | None = None) -> dict[str, 
     Raises:
         UserError: the model's directory lacks what transformers needs.
     """
-    if settings.kind not in ("pairwise", "absolute", "reward"):
+    if not settings.judge_type.needs_model:
         return {}
-    model = {"judge": _model(settings, home)}
-    if settings.kind == "reward":
-        return model
-    rubric = text_sha256(settings.chosen_rubric.model_dump_json())
-    return model | {"judge_wording": llm_judge.WORDING, "rubric": rubric}
+    found = {"judge": _model(settings, home)}
+    if settings.judge_type.generates:
+        rubric = text_sha256(settings.chosen_rubric.model_dump_json())
+        found |= {"judge_wording": llm.WORDING, "rubric": rubric}
+    return found
 
 
 def judge_uses(settings: JudgeSettings) -> tuple[str, ...]:
-    """The modules whose code decides what a judge says."""
-    return (settings.policy.answered_by,) if settings.policy else ()
+    """The modules whose code decides what a judge says: its kind's, and its model's."""
+    own = settings.judge_type.__module__
+    return (own, settings.policy.answered_by) if settings.policy else (own,)
 
 
 def noted(at: Slot, settings: JudgeSettings | None) -> Slot:
@@ -68,7 +65,7 @@ def check_judge(settings: JudgeSettings, home: Path | None = None) -> str:
         UserError: there is no such directory, or it lacks what transformers needs; an endpoint
             without an address or key.
     """
-    if settings.policy is None or settings.kind in ("auto", "similarity", "oracle"):
+    if settings.policy is None or not settings.judge_type.needs_model:
         return f"none: {settings.kind}"
     try:
         if settings.policy.endpoint:
@@ -77,7 +74,7 @@ def check_judge(settings: JudgeSettings, home: Path | None = None) -> str:
         if home is None:
             return check_model(settings.policy)
         return open_model(
-            settings.policy, home, "reward" if settings.kind == "reward" else "sampled"
+            settings.policy, home, "sampled" if settings.judge_type.generates else "reward"
         )
     except UserError as error:
         raise UserError(

@@ -1,6 +1,6 @@
 """Win rates at equal lengths: what of a win rate is the answers' length?
 
-Judges like longer answers, and training changes lengths. `tasks.judging.comparisons` asks for any
+Judges like longer answers, and training changes lengths. `tasks.judging.rates` asks for any
 comparison what its win rate would be if both sides were equally long (Dubois et al. 2024, arXiv
 2404.04475); `tasks.benchmarks.alpaca_eval.data` reproduces the leaderboard's own version.
 """

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-from models.judges.base import PrincipleJudge
 from models.policy import Message
 from models.worlds.base import Oracle, World
 from models.worlds.registry import WORLDS
@@ -22,28 +21,24 @@ def world_of(prompts: Sequence[Prompt]) -> World | None:
 
 
 def faithfulness_metrics(
-    judge: PrincipleJudge, *, labelled: Sequence[Labelled], answers: Sequence[Answer]
+    oracle: Oracle, *, labelled: Sequence[Labelled], answers: Sequence[Answer]
 ) -> dict[str, float]:
     """Does a refinement do what the principle asks that it is filed under? Shares in [0, 1].
 
     For the kept trajectories under their own principle ("original") and under the label that is
     trained on ("label"); and for the answers to held-out prompts under the principle that the
-    policy gave itself ("answers"). `faithfulness/failed` counts what the judge could not say.
+    policy gave itself ("answers"). A principle that names no behaviour cannot be followed.
     """
     claims = {
         "original": [(row.principle, row.refined) for row in labelled],
         "label": [(row.label, row.refined) for row in labelled],
         "answers": [(row.principle, row.refined) for row in answers],
     }
-    figures: dict[str, float] = {}
-    failed = 0
-    for name, pairs in claims.items():
-        verdicts = judge.follows([z for z, _ in pairs], [y for _, y in pairs])
-        told = [v for v in verdicts if v is not None]
-        failed += len(verdicts) - len(told)
-        if told:
-            figures[f"faithfulness/{name}"] = fmean(told)
-    return figures | {"faithfulness/failed": float(failed)}
+    return {
+        f"faithfulness/{name}": fmean(oracle.behaviour_of(z) in oracle.shown(y) for z, y in pairs)
+        for name, pairs in claims.items()
+        if pairs
+    }
 
 
 def truth_metrics(

@@ -147,54 +147,6 @@ def order_effect(pairs: Sequence[BothOrders]) -> OrderEffect:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
-    """How much more often one policy wins than another, in [-1, 1], on the same prompts."""
-
-    mean: float
-    low: float
-    high: float
-    p_value: float
-    """Two-sided sign test of "either does better equally often"."""
-    failed: int
-    """Prompts of which either outcome is missing."""
-    n: int
-
-
-def difference(
-    ours: Sequence[float | None],
-    theirs: Sequence[float | None],
-    *,
-    seed: int,
-    resamples: int = 10_000,
-) -> Difference:
-    """The difference of two win rates over the same prompts, with its paired bootstrap interval.
-
-    Pairing takes out what both policies share, the difficulty of each prompt: the interval is
-    narrower than the two rates' own intervals suggest.
-
-    Args:
-        ours, theirs: outcomes in [0, 1] of two policies against one reference, prompt by prompt.
-
-    Raises:
-        NoOutcomeError: when no prompt has both outcomes.
-        ValueError: when the lengths differ.
-    """
-    both = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
-    if not both:
-        raise NoOutcomeError(f"no prompt has both outcomes, of {len(ours)}")
-    gains = np.array([a - b for a, b in both])
-    low, high = _bootstrap(gains, seed, resamples)
-    return Difference(
-        mean=float(gains.mean()),
-        low=low,
-        high=high,
-        p_value=_sign_test(int((gains > 0).sum()), int((gains < 0).sum())),
-        failed=len(ours) - len(both),
-        n=len(both),
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class JudgeAgreement:
     """How far two judges agree on win, tie or loss."""
 

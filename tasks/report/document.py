@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from constitutions.constitution import Constitution, load
+from tasks.benchmarks.base import Column
+from tasks.benchmarks.registry import columns as benchmark_columns
 from tasks.report import sami
 from tasks.report.exhibits import MAP_HEIGHT, MAP_WIDTH, AnswerExhibit, Map, examples, principle_map
 from tasks.report.figures import figures, stage_seconds, stage_tokens, svg
 from tasks.report.movement import movement
-from tasks.report.recorded import Cell, Column, Recorded, Stage, cell, cells, number
+from tasks.report.recorded import Cell, Recorded, Stage, cell, cells, number
 from tasks.rows import Answer, ClusterRow, Comparison, Labelled, Prompt
 from tasks.stages import STAGES
 
@@ -76,12 +78,7 @@ COLUMNS = (
     Column("Follows its constitution", "win_rate/constitution_vs_0"),
     Column("… at equal lengths", "win_rate/constitution_vs_0_length_controlled"),
     Column("… principles held out", "win_rate/held_out_vs_0"),
-    Column("MT-Bench", "mt_bench/score", form="score"),
-    Column("MT-Bench, turn 2", "mt_bench/turn_2", form="score"),
-    Column("AlpacaEval win rate", "alpaca_eval/win_rate"),
-    Column("AlpacaEval, length-controlled", "alpaca_eval/length_controlled"),
-    Column("IFEval principle-following", "ifeval/principle_win_rate"),
-    Column("IFEval, strict prompt", "ifeval/prompt_strict"),
+    *benchmark_columns(),
 )
 """The paper's benchmarks in its order, after our own held-out prompts and SAMI's measure."""
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from tasks.benchmarks.base import Column
 from tasks.record.store import Attempt
 from tasks.report.figures import History
 
@@ -98,15 +99,6 @@ class Recorded:
 
 
 # How figures are written -------------------------------------------------------------------------
-
-
-class Column(NamedTuple):
-    """A figure of a table."""
-
-    title: str
-    metric: str
-    form: Literal["percent", "score", "count", "nats"] = "percent"
-    """A share in [0, 1] is shown as percent."""
 
 
 class Cell(NamedTuple):

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from constitutions.constitution import Principle
 from models.policy import NO_ANSWER, Message
 from models.worlds.registry import WORLDS
+from tasks.benchmarks.base import Column
 from tasks.report.exhibits import outcome_word
 from tasks.report.figures import ARMS, information_limit
-from tasks.report.recorded import Column, Recorded, cell, cells, nats
+from tasks.report.recorded import Recorded, cell, cells, nats
 from tasks.rows import Comparison, Prompt, Response
 from tasks.sami.draw import pool_of
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean, stdev
@@ -20,27 +19,19 @@ from typing import NamedTuple, TypeVar
 from constitutions.constitution import Principle
 from constitutions.errors import UserError
 from models.judges.base import numbered
-from models.judges.opening import open_policy
 from models.policy import NO_ANSWER, Messages, Policy, Progress, Request, Scoring
 from models.prompts import ConstitutionWording, under_constitution
 from models.worlds.base import Oracle
-from tasks.benchmarks.settings import about_principles
-from tasks.evaluate import (
-    EvaluateSettings,
-    check_judges,
-    noted_judges,
-    open_benches,
-    panel_of,
-)
-from tasks.judging.comparisons import (
-    AnswerPair,
+from tasks.evaluate import EvaluateSettings, check_judges, noted_judges, panel_of
+from tasks.judging.pairs import AnswerPair
+from tasks.judging.panel import Panel
+from tasks.judging.rates import (
     agreement_metrics,
     length_metrics,
     order_metrics,
     win_rate_metrics,
     win_rates,
 )
-from tasks.judging.panel import Panel
 from tasks.judging.truth import obedience_metrics, world_of
 from tasks.policies.answers import Given
 from tasks.policies.opening import PolicySource
@@ -135,8 +126,7 @@ def evaluate_stage(
                 )
                 metrics |= mi_metrics(estimates)
 
-        with closing(open_benches(oracle, scoring, at.seed, open_policy)) as benches:
-            panel = panel_of(benches, settings, at, work)
+        with panel_of(settings, scoring, at, work, oracle) as panel:
             metrics |= _compared(panel, settings, responses, references, prompts)
         if world and oracle:
             metrics |= obedience_metrics(world.name, oracle, responses, prompts)
@@ -159,8 +149,8 @@ def check_followed(
     """
     check_judges(settings, scoring, oracle)
     for judge in settings.judges:
-        blind = judge.kind == "reward" or (judge.kind == "auto" and not oracle)
-        if blind:
+        asked, kind = judge.judge_type, judge.on(oracle)
+        if not (kind.reads_principle or asked.needs_gold):
             raise UserError(
                 "this judge reads no constitution",
                 where=f"setting 'evaluate.judge.kind' = {judge.kind}",
@@ -382,7 +372,7 @@ def _given(row: Response | None) -> Given:
 
 def _about_constitutions(settings: EvaluateSettings) -> EvaluateSettings:
     """LLM judges are shown the constitution, and asked how it is followed."""
-    judges = [about_principles(judge) for judge in settings.judges]
+    judges = [judge.about_principles() for judge in settings.judges]
     return settings.model_copy(update={"judge": judges[0], "also": tuple(judges[1:])})
 
 

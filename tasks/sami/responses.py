@@ -17,7 +17,7 @@ from constitutions.parse import parse_json, read_text
 from models.chat_template import fold_system
 from models.files import write_text
 from models.policy import Message
-from tasks.judging.comparisons import OUTSIDE, AnswerPair
+from tasks.judging.pairs import OUTSIDE, AnswerPair
 from tasks.policies.answers import Given
 from tasks.rows import Comparison, Prompt, Rejected, fields, prompt_id
 

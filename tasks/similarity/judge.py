@@ -9,9 +9,9 @@ from pathlib import Path
 from pydantic import field_validator, model_validator
 
 from constitutions.errors import UserError
-from models.judges.base import Grade, JudgeSettings
-from models.judges.llm import AbsoluteJudge, Graded
-from models.judges.opening import judge_pool, located, open_policy
+from models.judges.absolute import AbsoluteJudge, Graded
+from models.judges.base import Grade
+from models.judges.registry import JudgeSettings, judge_pool, located, open_policy
 from models.policy import Progress
 from models.pools.base import E, Opener, Pool
 from tasks.judging.judge import check_judge, noted
@@ -31,7 +31,7 @@ class GradeSettings(Chosen):
     def _grades_beside_the_gold(cls, judge: JudgeSettings | None) -> JudgeSettings | None:
         if judge is None:
             return None
-        if judge.kind != "absolute":
+        if not judge.judge_type.grades:
             raise ValueError(f"a judge that grades: kind 'absolute', not '{judge.kind}'")
         if judge.chosen_rubric.principle:
             raise ValueError("a rubric without a principle: the first response has none")

@@ -16,7 +16,7 @@ from brief_judge import Judge, judging, size
 from chat_model import build_chat_model
 from command import Ran, staple
 
-from models.judges.base import PRINCIPLE
+from models.judges.rubrics import PRINCIPLE
 from models.policy import Message, PolicySettings
 from tasks.judging.length_control import length_controlled
 from tasks.judging.winrate import win_rate

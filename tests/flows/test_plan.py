@@ -28,7 +28,7 @@ from models.policy import Completion, Message, PolicySettings, Request
 from models.prompts import CHAT_CONSTITUTION, TEMPLATES, ask_refinement, under_constitution
 from models.training.encoding import Group
 from models.worlds.registry import WORLD_MODELS
-from tasks.judging.comparisons import answer_pairs
+from tasks.judging.pairs import answer_pairs
 from tasks.mine import mine
 from tasks.policies.answers import Generation
 from tasks.rows import Answer, Prompt, Response, Trajectory, fields

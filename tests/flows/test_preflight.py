@@ -103,7 +103,7 @@ def test_packages_that_a_benchmark_measures_with_are_missed_before_anything_runs
         "kwargs": [{"language": "de"}],
     }
     Path("ifeval.jsonl").write_text(json.dumps(EXAMPLE | asked))
-    monkeypatch.setattr("tasks.benchmarks.ifeval.run.find_spec", lambda name: None)
+    monkeypatch.setattr("tasks.benchmarks.base.find_spec", lambda name: None)
     with pytest.raises(
         UserErrors, match=r"langdetect, not installed; .*pip install -e '\.\[benchmarks\]'"
     ):

@@ -11,25 +11,14 @@ from typing import Any
 
 import pytest
 from chat_model import build_chat_model
+from scripted import judges
 
-from constitutions.errors import UserError
 from constitutions.foreign_text import disarm
-from models.judges.base import (
-    RUBRICS,
-    GoldSimilarity,
-    Grade,
-    Judge,
-    JudgeSettings,
-    OracleJudge,
-    Pair,
-    PrincipleJudge,
-    Rubric,
-    Verdict,
-    combine,
-    decide,
-    per_pair,
-)
-from models.judges.opening import choose_judge, load_judge, open_policy
+from models.judges.base import Grade, Pair, Verdict, combine, decide, per_pair
+from models.judges.oracle import OracleJudge
+from models.judges.registry import KINDS, JudgeSettings, open_policy
+from models.judges.rubrics import RUBRICS, Rubric
+from models.judges.similarity import GoldSimilarity
 from models.planted import oracle
 from models.planted.world import sample_examples
 from models.policy import Policy, PolicySettings, Request
@@ -96,19 +85,23 @@ def test_progress_counts_pairs() -> None:
 
 
 def test_auto_asks_the_oracle_only_where_it_knows_the_truth() -> None:
-    def chosen(choice: str, planted: bool) -> str:
-        truth = oracle if planted else None
-        return choose_judge(choice, oracle=truth, similarity=SIMILARITY).name  # type: ignore[arg-type]
+    def chosen(kind: str, planted: bool) -> str:
+        return judges(oracle if planted else None).judge(JudgeSettings(kind=kind)).name
 
     assert chosen("auto", True) == chosen("oracle", True) == "oracle"
-    assert chosen("auto", False) == chosen("similarity", True) == "similarity:overlap"
-    with pytest.raises(UserError, match=r"evaluate\.judge"):
-        chosen("oracle", False)
+    assert chosen("auto", False) == chosen("similarity", True) == "similarity:rouge_l"
 
 
-def test_only_the_oracle_judges_principles() -> None:
-    assert isinstance(OracleJudge(oracle), PrincipleJudge)
-    assert not isinstance(SIMILARITY, PrincipleJudge)
+def test_every_kind_declares_what_it_needs_and_can_do() -> None:
+    def those(capability: str) -> set[str]:
+        return {name for name, kind in KINDS.items() if getattr(kind, capability)}
+
+    assert those("needs_gold") == {"similarity"}
+    assert those("needs_oracle") == {"oracle"}
+    assert those("needs_model") == {"pairwise", "absolute", "reward"}
+    assert those("generates") == {"pairwise", "absolute"}
+    assert those("reads_principle") == {"pairwise", "absolute", "oracle"}
+    assert those("both_orders") == {"pairwise"} and those("grades") == {"absolute"}
 
 
 def test_rouge_l_is_a_similarity_to_judge_by() -> None:
@@ -199,12 +192,6 @@ def test_control_tokens_are_broken_and_nothing_is_lost(token: str) -> None:
     assert broken.replace(" ", "") == f"a{token}{token}b".replace(" ", "")
 
 
-def test_a_judge_says_whether_the_order_matters() -> None:
-    judges: list[Judge] = [OracleJudge(oracle), SIMILARITY]
-    assert [judge.ordered for judge in judges] == [False, False]
-    assert SIMILARITY.compare([pair("a", "b")])[0].verdicts == ()
-
-
 ENGINE = PolicySettings(model="owner/judge")
 
 
@@ -235,22 +222,20 @@ def test_the_settings_open_the_judge(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def client(settings: JudgeSettings) -> Policy:
         opened.append(settings)
-        return None  # type: ignore[return-value]
-
-    def judge(settings: JudgeSettings, **more: Any) -> Judge:
-        return load_judge(settings, oracle=oracle, similarity=SIMILARITY, **more)
+        return object()  # type: ignore[return-value]
 
     remote = JudgeSettings(kind="pairwise", policy=ENGINE, endpoint="http://localhost:8000/v1")
-    assert judge(JudgeSettings()).name == "oracle"
-    assert judge(remote, open_policy=client).name == "pairwise:helpfulness:judge"
+    at_work = judges(oracle, client)
+    assert at_work.judge(JudgeSettings()).name == "oracle"
+    assert at_work.judge(remote).name == "pairwise:helpfulness:judge"
     graded = remote.model_copy(update={"kind": "absolute", "rubric": "principle"})
-    assert judge(graded, open_policy=client).name == "absolute:principle:judge"
-    assert opened == [remote, graded]
+    assert at_work.judge(graded).name == "absolute:principle:judge"
+    assert opened == [remote], "both are the same model"
     server = ModuleType("models.endpoint.server")
     asked: list[PolicySettings] = []
     server.open_server = asked.append  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "models.endpoint.server", server)
-    assert judge(remote).name == "pairwise:helpfulness:judge"
+    open_policy(remote)
     assert asked == [remote.policy], "an endpoint is asked, nothing is loaded here"
 
 

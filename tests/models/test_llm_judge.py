@@ -13,14 +13,12 @@ import pytest
 from chat_model import Architecture, build_chat_model
 
 from models.engine.local import LocalPolicy, load_policy
-from models.judges.base import HELPFULNESS, PRINCIPLE, JudgeSettings, Pair, PrincipleJudge, Rubric
-from models.judges.llm import (
-    AbsoluteJudge,
-    Graded,
-    LLMPrincipleJudge,
-    PairwiseJudge,
-    Prompter,
-)
+from models.judges.absolute import AbsoluteJudge, Graded
+from models.judges.base import Pair
+from models.judges.llm import Prompter
+from models.judges.pairwise import PairwiseJudge
+from models.judges.registry import JudgeSettings
+from models.judges.rubrics import HELPFULNESS, Rubric
 from models.judges.verdicts import parse_choice
 from models.policy import Completion, Message, PolicySettings, Progress, Request, Scoring
 
@@ -231,18 +229,7 @@ def test_the_higher_grade_wins() -> None:
     won, lost, tied = judge.compare(pairs, done.append)
     assert (won.outcome, lost.outcome, tied.outcome) == (1.0, 0.0, 0.5)
     assert (won.our_score, won.their_score) == (5.0, 2.0)
-    assert sum(done) == 3 and not judge.ordered and PairwiseJudge(Grader(""), PAIRWISE).ordered
-
-
-def test_a_response_follows_its_principle_or_not() -> None:
-    policy = Grader("")
-    judge = LLMPrincipleJudge(policy, ABSOLUTE)
-    assert isinstance(judge, PrincipleJudge)
-    assert judge.follows(["Thank.", "Thank.", " "], ["thanks", "no", "x"]) == [True, False, False]
-    assert len(policy.requests) == 2
-    text = policy.requests[0].messages[0]["content"]
-    assert "###Principle:\n> Thank.\n" in text and PRINCIPLE.criterion in text
-    assert LLMPrincipleJudge(Scripted("?"), ABSOLUTE).follows(["Thank."], ["no"]) == [None]
+    assert sum(done) == 3
 
 
 def test_the_principle_rubric_compares_under_the_named_principle() -> None:

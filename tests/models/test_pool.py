@@ -27,8 +27,7 @@ from pool_place import LOCAL, Place, make_place
 from scripted import ENGINE
 
 from constitutions.errors import UserError
-from models.judges.base import JudgeSettings
-from models.judges.opening import judge_pool
+from models.judges.registry import JudgeSettings, judge_pool
 from models.policy import PolicySettings, PoolSettings
 from models.pools import ray_cluster as cluster
 from models.pools.local import LocalPool

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from chat_model import Architecture, build_chat_model
+from scripted import judges
 
 from constitutions.errors import UserError
-from models.judges.base import JudgeSettings, Pair
-from models.judges.opening import load_judge
+from models.judges.base import Pair
+from models.judges.registry import JudgeSettings
 from models.judges.reward import RewardModel, load_reward_model
 from models.policy import Message, PolicySettings
 
@@ -129,7 +130,7 @@ def test_the_settings_open_it(tmp_path: Path) -> None:
     given = JudgeSettings(
         kind="reward", policy=settings(build(tmp_path / "judge")), reward_tie=0.25
     )
-    judge = load_judge(given, oracle=None, similarity=None)  # type: ignore[arg-type]
+    judge = judges().judge(given)
     assert isinstance(judge, RewardModel) and judge.tie == 0.25 and judge.name == "reward:judge"
 
 

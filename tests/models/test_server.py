@@ -36,8 +36,9 @@ from models.endpoint.client import Endpoint, Limits, open_endpoint
 from models.endpoint.probing import PROBE, Support, check_server
 from models.endpoint.server import ServerPolicy, open_server
 from models.engine.local import LocalPolicy, load_policy
-from models.judges.base import JudgeSettings, Pair
-from models.judges.llm import PairwiseJudge
+from models.judges.base import Pair
+from models.judges.pairwise import PairwiseJudge
+from models.judges.registry import JudgeSettings
 from models.policy import Completion, PolicySettings, Request
 
 KEY = "sk-secret/0123456789"

@@ -19,8 +19,9 @@ from starlette.responses import JSONResponse
 from models.endpoint.client import Limits
 from models.endpoint.server import ServerPolicy, open_server
 from models.engine.local import LocalPolicy, load_policy
-from models.judges.base import JudgeSettings, Pair
-from models.judges.llm import PairwiseJudge
+from models.judges.base import Pair
+from models.judges.pairwise import PairwiseJudge
+from models.judges.registry import JudgeSettings
 from models.policy import Completion, Message, PolicySettings, Request
 from models.thoughts import KNOWN, Tags, split_text, split_unseen_text
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scripted import read_annotations
 
 from constitutions.errors import UserError, UserErrors
 from tasks.benchmarks.alpaca_eval import data as ae
-from tasks.judging.winrate import win_rate
+from tasks.judging.winrate import WinRate, win_rate
 
 FIGURES = {
-    "alpaca-7b": (2.591450540223603, 0.4870855382635108, (17, 785, 3), 396),
-    "gpt-3.5-turbo-1106": (9.177964561962735, 0.8904117511864436, (64, 737, 4), 796),
+    "alpaca-7b": (2.591450540223603, 0.4870855382635108, (17, 785, 3)),
+    "gpt-3.5-turbo-1106": (9.177964561962735, 0.8904117511864436, (64, 737, 4)),
 }
 LENGTH_CONTROLLED = {"alpaca-7b": 5.875487163278986, "gpt-3.5-turbo-1106": 19.30058903498905}
 ODD = {"NullModel", "dbrx-instruct"}
@@ -43,7 +45,19 @@ def leaderboard(published: Path) -> dict[str, dict[str, str]]:
 
 
 def weights_of(published: Path) -> dict[str, ae.Weights]:
-    return ae.read_weights(published / "glm_weights_baseline_gpt4_1106_preview.csv")
+    columns = "np.tanh(std_delta_len)", "instruction_difficulty", "not_gamed_baseline.astype(float)"
+    with (published / "glm_weights_baseline_gpt4_1106_preview.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {row[""]: ae.Weights(*(float(row[column]) for column in columns)) for row in rows}
+
+
+def rate_of(rows: Sequence[ae.Annotation]) -> WinRate:
+    return win_rate([row.outcome for row in rows], seed=0, resamples=100)
+
+
+def by_place(difficulties: dict[int, float], rows: Sequence[ae.Annotation]) -> list[float]:
+    """The leaderboard's way: of a file from which rows were dropped, one place off."""
+    return [difficulties[place] for place in range(len(rows))]
 
 
 # The leaderboard
@@ -51,25 +65,21 @@ def weights_of(published: Path) -> dict[str, ae.Weights]:
 
 @pytest.mark.parametrize("model", FIGURES)
 def test_the_leaderboards_figures(published: Path, model: str) -> None:
-    row = ae.leaderboard_row(ae.read_annotations(published / f"{model}.json"))
-    rate, error, counts, length = FIGURES[model]
-    assert row.win_rate == pytest.approx(rate, abs=1e-9)
-    assert row.standard_error == pytest.approx(error, abs=1e-9)
-    assert (row.wins, row.losses, row.draws) == counts
-    assert (row.total, row.failed, row.average_length) == (805, 0, length)
-    listed = leaderboard(published)[model]
-    assert row.discrete_win_rate == pytest.approx(float(listed["discrete_win_rate"]), abs=1e-9)
+    rows = read_annotations(published / f"{model}.json")
+    found, (rate, error, counts) = rate_of(rows), FIGURES[model]
+    assert 100 * found.rate == pytest.approx(rate, abs=1e-9)
+    assert ae.standard_error(rows) == pytest.approx(error, abs=1e-9)
+    assert (found.wins, found.losses, found.ties) == counts
+    assert (found.n, found.failed) == (805, 0)
 
 
 @pytest.mark.parametrize("model", LENGTH_CONTROLLED)
 def test_the_fit_lands_at_the_published_length_controlled_rate(
     published: Path, difficulties: dict[int, float], model: str
 ) -> None:
-    annotations = ae.read_annotations(published / f"{model}.json")
+    annotations = read_annotations(published / f"{model}.json")
     gamed = ae.read_gamed(published / "df_gamed_surrogate.csv")
-    fitted = ae.length_controlled(
-        annotations, ae.difficulties_by_place(difficulties, annotations), gamed
-    )
+    fitted = ae.length_controlled(annotations, by_place(difficulties, annotations), gamed)
     assert fitted.rate == pytest.approx(LENGTH_CONTROLLED[model], abs=0.12)
     assert fitted.weights == pytest.approx(weights_of(published)[model], abs=0.02)
 
@@ -78,8 +88,8 @@ def test_the_fit_lands_at_the_published_length_controlled_rate(
 def test_without_the_gamed_baselines_it_is_another_fit(
     published: Path, difficulties: dict[int, float], model: str
 ) -> None:
-    annotations = ae.read_annotations(published / f"{model}.json")
-    free = ae.length_controlled(annotations, ae.difficulties_by_place(difficulties, annotations))
+    annotations = read_annotations(published / f"{model}.json")
+    free = ae.length_controlled(annotations, by_place(difficulties, annotations))
     assert 0.5 < abs(free.rate - LENGTH_CONTROLLED[model]) < 2
 
 
@@ -135,8 +145,8 @@ def test_annotations_survive_writing_and_reading(tmp_path: Path) -> None:
         annotation(preference=None, output_2=""),
         annotation(instruction="こんにちは 🙂\u2028", preference=2.0),
     ]
-    ae.write_annotations(tmp_path / "annotations.json", rows)
-    assert ae.read_annotations(tmp_path / "annotations.json") == rows
+    ae.write(tmp_path / "annotations.json", rows)
+    assert read_annotations(tmp_path / "annotations.json") == rows
     plain = json.loads((tmp_path / "annotations.json").read_text())
     assert plain[1]["preference"] is None and "dataset" not in plain[1]
 
@@ -146,7 +156,7 @@ def test_outputs_survive_writing_and_reading(tmp_path: Path) -> None:
         ae.Output(instruction="a", output="", generator="m", dataset="koala"),
         ae.Output(instruction="b", output="é", generator="m"),
     ]
-    ae.write_outputs(tmp_path / "model_outputs.json", rows)
+    ae.write(tmp_path / "model_outputs.json", rows)
     assert ae.read_outputs(tmp_path / "model_outputs.json", generator="other") == rows
 
 
@@ -158,18 +168,10 @@ def test_a_missing_generator_is_the_callers_to_name(tmp_path: Path) -> None:
         ae.read_outputs(path)
 
 
-def test_pandas_missing_number_is_a_failed_judgement(tmp_path: Path) -> None:
-    path = tmp_path / "annotations.json"
-    ae.write_annotations(path, [annotation()])
-    path.write_text(path.read_text().replace("1.25", "NaN"))
-    assert ae.read_annotations(path)[0].preference is None
-
-
 BAD = {
-    "preference": [("1.5", "a text"), (2.5, "too high"), (0.5, "too low"), (True, "a flag")],
-    "output_2": [(None, "null"), (7, "a number"), ("\udc80", "broken")],
-    "generator_1": [("  ", "blank")],
-    "annotator": [(3, "a number")],
+    "output": [(None, "null"), (7, "a number"), ("\udc80", "broken")],
+    "generator": [("  ", "blank")],
+    "instruction": [(3, "a number")],
 }
 
 
@@ -179,43 +181,43 @@ BAD = {
 def test_a_bad_value_is_named_by_file_row_and_field(
     tmp_path: Path, field: str, value: object
 ) -> None:
-    path = tmp_path / "annotations.json"
-    ae.write_annotations(path, [annotation()] * 3)
-    rows = json.loads(path.read_text())
+    path = tmp_path / "model_outputs.json"
+    rows: list[dict[str, object]] = [
+        {"instruction": f"Say {n}.", "output": "It.", "generator": "m"} for n in range(3)
+    ]
     rows[1][field] = value
     path.write_text(json.dumps(rows))
     with pytest.raises(UserErrors) as caught:
-        ae.read_annotations(path)
+        ae.read_outputs(path)
     assert f"{path}, row 2, field '{field}'" in str(caught.value)
     assert len(caught.value.errors) == 1
 
 
 def test_all_bad_rows_are_reported_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "annotations.json"
+    path = tmp_path / "model_outputs.json"
     rows: list[object] = [{"instruction": "a"}, 7] * 15
     path.write_text(json.dumps(rows))
     with pytest.raises(UserErrors) as caught:
-        ae.read_annotations(path)
-    assert "row 1, field 'output_1'" in str(caught.value)
+        ae.read_outputs(path)
+    assert "row 1, field 'output'" in str(caught.value)
     assert f"{path}, row 2: the value is of type int" in str(caught.value)
     assert (len(caught.value.errors), caught.value.more) == (20, 10)
 
 
-@pytest.mark.parametrize("field", ["generator_1", "generator_2", "annotator"])
-def test_a_file_of_two_comparisons_has_no_rate(tmp_path: Path, field: str) -> None:
-    path = tmp_path / "annotations.json"
-    ae.write_annotations(path, [annotation(), annotation(**{field: "another"})])
-    with pytest.raises(UserError, match=rf"row 2, field '{field}': this is of 'another'"):
-        ae.read_annotations(path)
+def test_a_file_of_two_models_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model_outputs.json"
+    ae.write(path, [ae.Output(instruction=n, output="x", generator=n) for n in ("one", "another")])
+    with pytest.raises(UserError, match="row 2, field 'generator': this is of 'another'"):
+        ae.read_outputs(path)
 
 
 @pytest.mark.parametrize("content", [None, "[]", "[{", '{"a": 1}'])
 def test_a_file_without_rows_is_an_error(tmp_path: Path, content: str | None) -> None:
-    path = tmp_path / "annotations.json"
+    path = tmp_path / "model_outputs.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(UserError, match=r"annotations\.json"):
-        ae.read_annotations(path)
+    with pytest.raises(UserError, match=r"model_outputs\.json"):
+        ae.read_outputs(path)
 
 
 def test_a_table_says_which_number_is_none(tmp_path: Path) -> None:
@@ -230,24 +232,14 @@ def test_a_table_says_which_number_is_none(tmp_path: Path) -> None:
 
 def test_the_win_rate_by_hand() -> None:
     """Shares 1, 0, .5 (written as 0), .5 and .75; one judgement failed."""
-    row = ae.leaderboard_row([annotation(preference=p) for p in (2.0, 1.0, 0.0, None, 1.5, 1.75)])
-    assert (row.wins, row.losses, row.draws, row.failed, row.total) == (2, 1, 2, 1, 5)
-    assert row.win_rate == pytest.approx(100 * 2.75 / 5)
-    assert row.discrete_win_rate == pytest.approx(60)
+    rows = [annotation(preference=p) for p in (2.0, 1.0, 0.0, None, 1.5, 1.75)]
+    found = rate_of(rows)
+    assert (found.wins, found.losses, found.ties, found.failed, found.n) == (2, 1, 2, 1, 5)
+    assert found.rate == pytest.approx(2.75 / 5)
     deviations = [0.45, -0.55, -0.05, -0.05, 0.2]
     expected = 100 * np.sqrt(sum(d * d for d in deviations) / 4 / 5)
-    assert row.standard_error == pytest.approx(expected)
-
-
-def test_it_is_the_win_rate_of_its_outcomes() -> None:
-    rows = world(seed=1)
-    rate = win_rate([a.outcome for a in rows], seed=0, resamples=100).rate
-    assert ae.leaderboard_row(rows).win_rate == pytest.approx(100 * rate)
-
-
-def test_without_preferences_there_is_no_rate() -> None:
-    with pytest.raises(UserError, match="none of 2 annotations"):
-        ae.leaderboard_row([annotation(preference=None)] * 2)
+    assert ae.standard_error(rows) == pytest.approx(expected)
+    assert ae.standard_error(rows[:1]) is None
 
 
 def world(
@@ -294,7 +286,7 @@ def swapped(row: ae.Annotation) -> ae.Annotation:
 def test_the_effect_of_length_is_removed_when_only_length_decides() -> None:
     """The model is longer on average and the judge likes that: equal lengths would be equal."""
     rows = world(length=-2.0, longer=-100)
-    assert ae.leaderboard_row(rows).win_rate > 65
+    assert rate_of(rows).rate > 0.65
     assert ae.length_controlled(rows, hardness()).rate == pytest.approx(50, abs=0.5)
     assert ae.length_controlled(rows).rate == pytest.approx(50, abs=0.5)
 
@@ -309,9 +301,9 @@ def test_the_glm_recovers_the_weights_that_made_the_judgements() -> None:
 def test_swapping_the_sides_gives_the_complement() -> None:
     rows = world(length=-1.5, difficulty=0.8, bias=0.6, longer=60)
     others = [swapped(row) for row in rows]
-    win, lose = ae.leaderboard_row(rows), ae.leaderboard_row(others)
-    assert lose.win_rate == pytest.approx(100 - win.win_rate)
-    assert (lose.wins, lose.losses, lose.draws) == (win.losses, win.wins, win.draws)
+    win, lose = rate_of(rows), rate_of(others)
+    assert lose.rate == pytest.approx(1 - win.rate)
+    assert (lose.wins, lose.losses, lose.ties) == (win.losses, win.wins, win.ties)
     ours, theirs = (ae.length_controlled(side, hardness()) for side in (rows, others))
     assert theirs.rate == pytest.approx(100 - ours.rate, abs=1e-3)
     w = ours.weights
@@ -359,8 +351,6 @@ def test_a_missing_difficulty_is_an_error_that_names_the_row() -> None:
     rows, known = world(n=10), dict(enumerate(hardness(10)))
     del known[7]
     names = [row.instruction for row in rows]
-    with pytest.raises(UserError, match="row 8: no difficulty"):
-        ae.difficulties_by_place(known, rows)
     with pytest.raises(UserError, match=r"row 8.*it has none"):
         ae.difficulties_by_instruction(known, names, rows)
     with pytest.raises(UserError, match=r"row 3.*not in AlpacaEval's set"):
@@ -369,12 +359,11 @@ def test_a_missing_difficulty_is_an_error_that_names_the_row() -> None:
         ae.length_controlled(rows, hardness(10)[:9])
 
 
-def test_a_dropped_row_shifts_the_difficulties_by_place_alone() -> None:
+def test_a_dropped_row_shifts_no_difficulty() -> None:
     rows, known = world(n=10), dict(enumerate(hardness(10)))
     names, short = [row.instruction for row in rows], rows[:4] + rows[5:]
     right = [known[i] for i in (0, 1, 2, 3, 5, 6, 7, 8, 9)]
     assert ae.difficulties_by_instruction(known, names, short) == right
-    assert ae.difficulties_by_place(known, short) == list(known.values())[:9]
 
 
 def test_failed_judgements_are_predicted_but_not_fitted() -> None:
@@ -393,7 +382,7 @@ def test_the_baseline_against_itself_is_half_by_construction() -> None:
 
 def test_equal_lengths_leave_the_win_rate() -> None:
     rows = [replace(row, output_2=row.output_1) for row in world(bias=0.7, n=100)]
-    plain = ae.leaderboard_row(rows).win_rate
+    plain = 100 * rate_of(rows).rate
     assert ae.length_controlled(rows).rate == pytest.approx(plain, abs=0.1)
 
 

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import Place, Script, longer, pairwise, talker
+from scripted import Place, Script, longer, pairwise, read_annotations, talker
 
 from constitutions.errors import UserError
-from models.judges.base import JudgeSettings
+from models.judges.registry import JudgeSettings
 from models.policy import Message, Policy
-from tasks.benchmarks.alpaca_eval.data import read_annotations, read_outputs
+from tasks.benchmarks.alpaca_eval.data import read_outputs
 from tasks.benchmarks.ifeval.data import read_examples
 from tasks.benchmarks.mt_bench.data import read_answers, read_games, read_ratings
 from tasks.benchmarks.mt_bench.run import TEMPERATURES
+from tasks.benchmarks.registry import BenchmarkSettings, columns
 from tasks.benchmarks.rows import read_records, spread
-from tasks.benchmarks.settings import BenchmarkSettings
 from tasks.record.store import Attempt
 from tasks.rows import Answer, DialogueAnswer
 
@@ -515,3 +515,21 @@ def test_what_is_chosen_and_who_judges() -> None:
     found = dict(chosen.judges(default))
     assert found["alpaca_eval"] == default
     assert found["ifeval"].temperature == 0.5 and found["ifeval"].rubric == "principle"
+
+
+def test_every_benchmark_declares_what_it_asks_for() -> None:
+    chosen = BenchmarkSettings.model_validate(
+        {
+            "mt_bench": {"questions": "q", "judge_prompts": "p", "against": "a", "limit": 3},
+            "alpaca_eval": {"prompts": "a", "limit": 900},
+            "ifeval": {"prompts": "i"},
+        }
+    )
+    turns = {name: run.turns_asked for name, run in chosen.chosen.items()}
+    assert turns == {"mt_bench": 6, "alpaca_eval": 805, "ifeval": 541}
+    judge = JudgeSettings.model_validate({"kind": "pairwise", "policy": {"model": "m"}})
+    asked = {name: run.judge_questions(judge) for name, run in chosen.chosen.items()}
+    assert asked == {"mt_bench": (3, 1), "alpaca_eval": (2, 2), "ifeval": (2, 2)}
+    assert dict(chosen.judges(judge, guided=False)).keys() == {"mt_bench", "alpaca_eval"}
+    assert chosen.chosen["mt_bench"].sources == ["a", "p", "q"]
+    assert [column.metric for column in columns()][:2] == ["mt_bench/score", "mt_bench/turn_2"]

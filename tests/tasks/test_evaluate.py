@@ -5,18 +5,22 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+from scripted import compare
 
 from constitutions.errors import UserError
-from models.judges.base import GoldSimilarity, Grade, Judgement, OracleJudge, Pair
+from models.judges.base import Grade, Judge, Judgement, Pair, Resources
+from models.judges.oracle import OracleJudge
+from models.judges.similarity import GoldSimilarity
 from models.planted import oracle
 from models.planted.world import BEHAVIOURS, PlantedExample, arrange, sample_examples
 from models.policy import Completion, Message, Progress, Request, Scoring
 from models.prompts import CHAT
 from tasks.evaluate import EvaluateSettings
-from tasks.judging.comparisons import compare, source_metrics, win_rate_metrics, win_rates
+from tasks.judging.rates import source_metrics, win_rate_metrics, win_rates
 from tasks.judging.truth import faithfulness_metrics, truth_metrics
 from tasks.policies.answers import Generation, answer_metrics
 from tasks.rows import (
@@ -63,13 +67,17 @@ class ScriptedPolicy:
         raise AssertionError("evaluation reads no hidden states")
 
 
-class LongerWins:
+class LongerWins(Judge):
     """The longer answer wins; on the prompts in `stumped` it has no opinion."""
 
     name = "length"
 
     def __init__(self, stumped: Sequence[str] = ()) -> None:
         self.stumped = stumped
+
+    @classmethod
+    def open(cls, settings: Any, given: Resources) -> Judge:
+        return cls()
 
     def compare(self, pairs: Sequence[Pair], advance: Progress | None = None) -> list[Judgement]:
         return [self._judge(pair) for pair in pairs]
@@ -354,27 +362,20 @@ def test_the_oracle_prefers_what_the_prompt_calls_for() -> None:
 
 def test_faithfulness_tells_right_labels_from_wrong_ones() -> None:
     rows = labelled(label=lambda e: wording("joke"), cluster=lambda b: 0)
-    figures = faithfulness_metrics(
-        OracleJudge(oracle), labelled=rows, answers=planted_answers(1, lambda e: [])
-    )
+    figures = faithfulness_metrics(oracle, labelled=rows, answers=planted_answers(1, lambda e: []))
     assert figures == {
         "faithfulness/original": 1.0,
         "faithfulness/label": 0.0,
         "faithfulness/answers": 0.0,
-        "faithfulness/failed": 0.0,
     }
 
 
-def test_faithfulness_counts_what_the_judge_could_not_say() -> None:
-    class Unsure:
-        def follows(self, principles: Sequence[str], responses: Sequence[str]) -> list[bool | None]:
-            return [None if i % 4 == 0 else i % 4 == 1 for i in range(len(principles))]
-
+def test_a_principle_that_names_no_behaviour_is_followed_by_nothing() -> None:
     rows = labelled(label=lambda e: "any", cluster=lambda b: 0)
-    figures = faithfulness_metrics(Unsure(), labelled=rows, answers=[])
-    assert figures["faithfulness/label"] == pytest.approx(1 / 3)
-    assert figures["faithfulness/failed"] == 20
-    assert "faithfulness/answers" not in figures
+    assert faithfulness_metrics(oracle, labelled=rows, answers=[]) == {
+        "faithfulness/original": 1.0,
+        "faithfulness/label": 0.0,
+    }
 
 
 def planted(rows: Sequence[Labelled], principles: Sequence[str]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from scripted import (
     HELD_OUT,
     Place,
     Script,
+    compare,
     longer,
     pairwise,
     responses,
@@ -20,11 +22,11 @@ from scripted import (
 )
 
 from constitutions.errors import UserError
-from models.judges.base import JudgeSettings
-from models.judges.llm import PairwiseJudge
+from models.judges.pairwise import PairwiseJudge
+from models.judges.registry import JudgeSettings
 from models.policy import Policy, PolicySettings
 from tasks.evaluate import EvaluateSettings, evaluate_stage
-from tasks.judging.comparisons import compare, win_rates
+from tasks.judging.rates import win_rates
 from tasks.policies.opening import PolicySource
 from tasks.rows import Answer, Comparison, Prompt
 from tasks.score import ScoreSettings
@@ -96,6 +98,21 @@ def test_the_same_text_twice_is_a_tie_and_nobody_is_asked(place: Place) -> None:
     assert done.metrics["win_rate/refined_vs_initial_0"] == 0.5
     assert not any(name.startswith("judge/") for name in done.metrics)
     assert not any(row.asked for row in done.read("comparisons", Comparison))
+
+
+def test_a_pair_reaches_its_verdict_in_five_calls(place: Place) -> None:
+    """Those that docs/judges-and-benchmarks.md names."""
+    ways: list[list[str]] = []
+
+    def say(a: str, b: str) -> str:
+        ways.append([frame.name for frame in traceback.extract_stack()])
+        return "A"
+
+    place.run(pairwise(say))
+    calls = ["_compared", "compare", "sharded", "map", "judge_pairs", "compare", "ask"]
+    for way in ways:
+        start = way.index("_compared")
+        assert way[start : start + len(calls)] == calls
 
 
 # --- several judges
@@ -281,7 +298,7 @@ def test_judges_that_cannot_judge_are_refused(given: Any, named: str) -> None:
 
 def test_the_oracle_is_refused_before_anything_is_answered(place: Place) -> None:
     speaker = talker()
-    with pytest.raises(UserError, match="planted"):
+    with pytest.raises(UserError, match="embedded world"):
         place.evaluate(place.settings(judge="oracle"), silent, speaker)
     assert not speaker.asked
 

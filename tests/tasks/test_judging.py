@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chat_model import build_chat_model
 
 from constitutions.errors import UserError
 from models.judges import llm as llm_judge
-from models.judges.base import JudgeSettings
+from models.judges.registry import JudgeSettings
 from models.policy import PolicySettings
+from tasks.evaluate import EvaluateSettings, noted_judges
 from tasks.judging.judge import check_judge, judge_notes, noted
+from tasks.record.code import code_versions
 from tasks.record.store import Record, Slot
+from tasks.score import ScoreSettings
 
 ENGINE = PolicySettings(model="owner/judge", revision="abc", device="cuda")
 HUB = JudgeSettings(kind="absolute", policy=ENGINE)
+ABOUT_PRINCIPLES = HUB.about_principles()
 REMOTE = JudgeSettings(kind="pairwise", policy=ENGINE, endpoint="http://localhost:8000/v1")
 
 
@@ -30,7 +35,9 @@ def test_a_judge_without_a_model_has_no_notes() -> None:
 
 
 def test_a_model_elsewhere_is_known_by_its_name() -> None:
-    assert judge_notes(HUB) == {"judge": "owner/judge@abc", "judge_wording": llm_judge.WORDING}
+    notes = judge_notes(HUB)
+    assert notes.pop("rubric") != judge_notes(ABOUT_PRINCIPLES)["rubric"]
+    assert notes == {"judge": "owner/judge@abc", "judge_wording": llm_judge.WORDING}
     assert judge_notes(REMOTE)["judge"] == "owner/judge"
 
 
@@ -44,6 +51,22 @@ def test_a_directory_is_known_by_what_its_files_hold(tmp_path: Path) -> None:
     assert judge_notes(at(model), home)["judge"] != before["judge"]
     reward = at(model).model_copy(update={"kind": "reward"})
     assert judge_notes(reward, home) == {"judge": judge_notes(at(model), home)["judge"]}
+
+
+def test_only_the_chosen_kind_s_code_counts(tmp_path: Path) -> None:
+    slot = Slot(Record("an-experiment", tmp_path), 1, seed=0)
+
+    def counted(**chosen: Any) -> set[str]:
+        settings = EvaluateSettings.model_validate(chosen)
+        uses = noted_judges(slot, settings, ScoreSettings()).uses
+        return code_versions("tasks.evaluate", *uses).keys()
+
+    plain, judged = counted(judge="oracle"), counted(judge=HUB)
+    assert "models.judges.oracle" in plain and "models.judges.llm" not in plain
+    assert {"models.judges.absolute", "models.judges.llm"} <= judged
+    assert "models.judges.pairwise" not in judged and "tasks.benchmarks.ifeval.run" not in judged
+    checked = counted(judge="oracle", benchmarks={"ifeval": {"prompts": "p"}})
+    assert checked - plain >= {"tasks.benchmarks.ifeval.run", "tasks.benchmarks.ifeval.data"}
 
 
 def test_a_judge_in_this_process_holds_its_device(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
-from tasks.judging.comparisons import OUTSIDE, length_metrics, win_rates
 from tasks.judging.length_control import LengthConfoundedError, length_controlled
+from tasks.judging.pairs import OUTSIDE
+from tasks.judging.rates import length_metrics, win_rates
 from tasks.judging.winrate import NoOutcomeError, win_rate
 from tasks.rows import Comparison
 

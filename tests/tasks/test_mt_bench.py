@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from constitutions.errors import UserError
-from models.judges.base import JudgeSettings
 from models.judges.llm import Asker
+from models.judges.registry import JudgeSettings
 from models.policy import Completion, Message, PolicySettings, Progress, Request, Scoring
 from tasks.benchmarks.mt_bench import data as mt
 from tasks.benchmarks.mt_bench.data import Game, JudgePrompt, Question, Rating, Turns, Winner

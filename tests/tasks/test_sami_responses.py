@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted import decide_all
 
 from constitutions.errors import UserError, UserErrors
 from models.judges.base import Judgement
-from tasks.judging.comparisons import OUTSIDE, decide_all
+from tasks.judging.pairs import OUTSIDE
 from tasks.rows import from_table, to_table
 from tasks.sami.responses import (
     JudgedRow,

@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 from chat_model import build_chat_model
-from scripted import Script
+from scripted import Script, decide_all
 
 from constitutions.constitution import Principle
 from constitutions.errors import UserError
-from models.judges.base import OracleJudge, Pair, listed, numbered
+from models.judges.base import Pair, listed, numbered
+from models.judges.oracle import OracleJudge
 from models.planted import oracle
 from models.policy import Message
 from models.prompts import CHAT_CONSTITUTION, under_constitution
 from models.training.bases import load_tokenizer
 from models.training.encoding import Encoder
 from tasks.evaluate import EvaluateSettings
-from tasks.judging.comparisons import decide_all
 from tasks.judging.truth import obedience_metrics
 from tasks.prompts import PromptSettings, prompt_sets
 from tasks.rows import Comparison, Draw, Prompt, Response, Sampled, prompt_id

@@ -18,8 +18,11 @@ from hypothesis import strategies as st
 from constitutions.errors import UserError
 from models.engine.local import LocalPolicy
 from models.judges import llm as llm_judge
-from models.judges.base import PRINCIPLE, GoldSimilarity, JudgeSettings, Pair
-from models.judges.llm import AbsoluteJudge
+from models.judges.absolute import AbsoluteJudge
+from models.judges.base import Pair
+from models.judges.registry import JudgeSettings
+from models.judges.rubrics import PRINCIPLE
+from models.judges.similarity import GoldSimilarity
 from models.policy import Completion, Message, PolicySettings, Progress, Request, Scoring
 from tasks.corpus.prompts import CorpusSettings, load_corpus
 from tasks.record.store import Attempt, Record, Slot

@@ -16,7 +16,6 @@ from tasks.judging.winrate import (
     NoOutcomeError,
     TooManyFailedError,
     agreement,
-    difference,
     order_effect,
     settle,
     win_rate,
@@ -106,29 +105,6 @@ def test_interval_covers_a_mean_of_probabilities() -> None:
     samples = np.random.default_rng(4).choice(values, p=chances, size=(1_000, 200))
     results = [win_rate(row.tolist(), seed=i, resamples=1_000) for i, row in enumerate(samples)]
     assert 0.93 <= np.mean([r.low <= values @ chances <= r.high for r in results]) <= 0.97
-
-
-def test_paired_interval_covers_the_true_difference_and_is_the_narrower() -> None:
-    rng = np.random.default_rng(6)
-    easy = rng.random((1_000, 200))  # what both policies share: an easy prompt is easy for both
-    ours, theirs = (easy < 0.6).astype(float), (easy + rng.normal(0, 0.05, easy.shape) < 0.5) * 1.0
-    truth = 0.6 - theirs.mean()
-    found = [
-        difference(a.tolist(), b.tolist(), seed=i, resamples=1_000)
-        for i, (a, b) in enumerate(zip(ours, theirs, strict=True))
-    ]
-    assert 0.93 <= np.mean([d.low <= truth <= d.high for d in found]) <= 0.97
-    alone = win_rate(ours[0].tolist(), seed=0)
-    assert found[0].high - found[0].low < alone.high - alone.low
-
-
-def test_difference_by_hand() -> None:
-    result = difference([1, 1, 0.5, None, 1, 0], [0, 1, 0, 1, 0.5, None], seed=0)
-    assert result.mean == pytest.approx((1 + 0 + 0.5 + 0.5) / 4)
-    assert (result.n, result.failed) == (4, 2)
-    assert result.p_value == pytest.approx(2 / 8)  # three up, none down
-    with pytest.raises(NoOutcomeError):
-        difference([None, 1], [1, None], seed=0)
 
 
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0, None]), min_size=1))

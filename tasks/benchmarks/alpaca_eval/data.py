@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
@@ -72,6 +72,7 @@ def read_outputs(path: Source, generator: str = "") -> list[Output]:
 
     Raises:
         UserErrors: rows that cannot be read, each with its field.
+        UserError: the file mixes the answers of several models.
     """
 
     def parse(row: Record) -> Output:
@@ -83,62 +84,23 @@ def read_outputs(path: Source, generator: str = "") -> list[Output]:
         )
 
     rows = read_records(path, parse, lambda row: row.instruction)
-    return _one_each(rows, path, "generator")
+    for number, row in enumerate(rows, start=1):
+        if row.generator != rows[0].generator:
+            raise UserError(
+                f"this is of {row.generator!r}, and row 1 of {rows[0].generator!r}",
+                where=f"{path}, row {number}, field 'generator'",
+                expected="the answers of one model",
+            )
+    return rows
 
 
-def read_annotations(path: Source) -> list[Annotation]:
-    """One model's answers against one baseline's, as `annotations.json` has them.
+def write(path: Path, rows: Sequence[Output] | Sequence[Annotation]) -> None:
+    """Write answers or judged pairs as AlpacaEval reads them; a failed judgement is null.
 
-    Raises:
-        UserErrors: rows that cannot be read, each with its field.
-        UserError: the file mixes several models, baselines or annotators.
+    In ASCII, as AlpacaEval itself writes: every locale reads it alike.
     """
-    rows = read_records(path, _annotation)
-    return _one_each(rows, path, "generator_1", "generator_2", "annotator")
-
-
-def write_outputs(path: Path, rows: Sequence[Output]) -> None:
-    """Write answers as AlpacaEval reads them."""
-    _write(path, rows)
-
-
-def write_annotations(path: Path, rows: Sequence[Annotation]) -> None:
-    """Write judged pairs as AlpacaEval reads them; a failed judgement is null."""
-    _write(path, rows)
-
-
-def _write(path: Path, rows: Sequence[Output] | Sequence[Annotation]) -> None:
-    """ASCII, as AlpacaEval itself writes: read alike under every locale."""
     plain = [{k: v for k, v in asdict(row).items() if (k, v) != ("dataset", "")} for row in rows]
     path.write_text(json.dumps(plain, indent=1, allow_nan=False), encoding="ascii")
-
-
-def _annotation(row: Record) -> Annotation:
-    return Annotation(
-        instruction=_text(row, "instruction"),
-        output_1=_text(row, "output_1"),
-        generator_1=_name(row, "generator_1"),
-        output_2=_text(row, "output_2"),
-        generator_2=_name(row, "generator_2"),
-        annotator=_name(row, "annotator"),
-        preference=_preference(row),
-        dataset=_text(row, "dataset") if row.get("dataset") else "",
-    )
-
-
-def _preference(row: Record) -> float | None:
-    expected = "1 to 2, 0 for a draw, or null for a failed judgement"
-    value = _given(row, "preference")
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise wrong_type(value, "preference", expected)
-    if math.isnan(value):  # how pandas writes a missing number
-        return None
-    if value != 0 and not 1 <= value <= 2:
-        detail = f"the preference is {value}"
-        raise RowError("out of range", detail, field="preference", expected=expected)
-    return float(value)
 
 
 def _given(row: Record, field: str) -> object:
@@ -181,74 +143,16 @@ def _number(row: Record, field: str) -> float:
     return number
 
 
-Row = TypeVar("Row")
-
-
-def _one_each(rows: list[Row], path: Source, *fields: str) -> list[Row]:
-    """The rows, which must all have the same value in each field."""
-    for field in fields:
-        values = [getattr(row, field) for row in rows]
-        for number, value in enumerate(values, start=1):
-            if value != values[0]:
-                raise UserError(
-                    f"this is of {value!r}, and row 1 of {values[0]!r}",
-                    where=f"{path}, row {number}, field {field!r}",
-                    expected="one model, one baseline and one annotator a file",
-                )
-    return rows
-
-
 # The win rate
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeaderboardRow:
-    """The leaderboard's figures of one model; rates and standard error in per cent."""
+def standard_error(annotations: Sequence[Annotation]) -> float | None:
+    """The leaderboard's standard error of the win rate, from the sample variance, in per cent.
 
-    win_rate: float
-    standard_error: float | None
-    """Of the mean, from the sample variance; None for a single judgement."""
-    discrete_win_rate: float
-    """Each preference counted as a win, half a win or none."""
-    wins: int
-    losses: int
-    draws: int
-    failed: int
-    """Judgements without a preference: counted here, and part of no other figure but the length."""
-    total: int
-    average_length: int
-    """Mean characters of the model's answers, rounded down."""
-
-
-def leaderboard_row(annotations: Sequence[Annotation]) -> LeaderboardRow:
-    """Win rate = mean(preference - 1), and what else the leaderboard gives without a fit.
-
-    `tasks.judging.winrate.win_rate` of the same outcomes has the same rate, and an interval.
-
-    Raises:
-        UserError: when no row has a preference.
+    None where fewer than two rows have a preference.
     """
-    shares = _judged([a.outcome for a in annotations])
-    wins, losses = int((shares > 0.5).sum()), int((shares < 0.5).sum())
-    draws = len(shares) - wins - losses
-    return LeaderboardRow(
-        win_rate=100 * float(shares.mean()),
-        standard_error=_standard_error(shares),
-        discrete_win_rate=100 * (wins + draws / 2) / len(shares),
-        wins=wins,
-        losses=losses,
-        draws=draws,
-        failed=len(annotations) - len(shares),
-        total=len(shares),
-        average_length=int(fmean(len(a.output_2) for a in annotations)),
-    )
-
-
-def _judged(outcomes: Sequence[float | None]) -> np.ndarray:
-    judged = [outcome for outcome in outcomes if outcome is not None]
-    if not judged:
-        raise UserError(f"none of {len(outcomes)} annotations has a preference")
-    return np.array(judged)
+    outcomes = [a.outcome for a in annotations]
+    return _standard_error(np.array([outcome for outcome in outcomes if outcome is not None]))
 
 
 def _standard_error(shares: np.ndarray) -> float | None:
@@ -339,39 +243,6 @@ def read_gamed(path: Source) -> list[GamedRow]:
         )
 
     return [row for row in read_records(path, parse) if row is not None]
-
-
-def read_weights(path: Source) -> dict[str, Weights]:
-    """The GLM's published weights by model, as AlpacaEval's `baseline_….csv` has them.
-
-    Raises:
-        UserErrors: rows that cannot be read, each with its field.
-    """
-
-    def parse(row: Record) -> tuple[str, Weights]:
-        columns = (
-            "np.tanh(std_delta_len)",
-            "instruction_difficulty",
-            "not_gamed_baseline.astype(float)",
-        )
-        return _name(row, ""), Weights(*(_number(row, column) for column in columns))
-
-    return dict(read_records(path, parse))
-
-
-def difficulties_by_place(
-    difficulties: dict[int, float], annotations: Sequence[Annotation]
-) -> list[float]:
-    """Each row's difficulty by its place in the file: the leaderboard's way, right or wrong.
-
-    Of a file from which rows were dropped the leaderboard reads the later ones' difficulties one
-    place off; only this reproduces its figure. For everything else there is
-    `difficulties_by_instruction`.
-
-    Raises:
-        UserError: a place without a difficulty.
-    """
-    return [_difficulty(difficulties, place, place) for place in range(len(annotations))]
 
 
 def difficulties_by_instruction(

@@ -11,24 +11,25 @@ from dataclasses import dataclass
 from pydantic import Field
 
 from constitutions.errors import UserError
-from models.judges.base import JudgeSettings
+from models.judges.base import Judge
+from models.judges.registry import JudgeSettings
 from tasks.benchmarks.alpaca_eval.data import (
     Annotation,
     GamedRow,
     Output,
     difficulties_by_instruction,
-    leaderboard_row,
     length_controlled,
     read_difficulties,
     read_gamed,
     read_outputs,
-    write_annotations,
-    write_outputs,
+    standard_error,
+    write,
 )
-from tasks.benchmarks.base import RunSettings
+from tasks.benchmarks.base import Column, RunSettings
 from tasks.benchmarks.rows import single_turn, spread
-from tasks.judging.comparisons import OUTSIDE, AnswerPair, order_metrics, rate_metrics
+from tasks.judging.pairs import OUTSIDE, AnswerPair
 from tasks.judging.panel import Panel
+from tasks.judging.rates import order_metrics, rate_metrics
 from tasks.policies.answers import Given, Respondent, Which, given
 from tasks.record.progress import say
 from tasks.record.work import Metrics
@@ -40,6 +41,13 @@ NAME = "alpaca_eval"
 class AlpacaEvalSettings(RunSettings):
     """AlpacaEval 2: win rate and length-controlled win rate against a reference's answers."""
 
+    size = 805
+    columns = (
+        Column("AlpacaEval win rate", f"{NAME}/win_rate"),
+        Column("AlpacaEval, length-controlled", f"{NAME}/length_controlled"),
+    )
+    needs_judge = True
+
     prompts: str = Field(min_length=1)
     """The benchmark's file: instructions, and the outputs of the model they are compared with."""
     reference: str | None = None
@@ -50,11 +58,27 @@ class AlpacaEvalSettings(RunSettings):
     gamed: str | None = None
     """`df_gamed.csv`: what length alone is worth, for the length-controlled rate."""
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The files that it reads."""
-        named = (self.prompts, self.reference, self.difficulties, self.gamed)
-        return tuple(source for source in named if source)
+    @classmethod
+    def can_judge(cls, judge: type[Judge]) -> bool:
+        """See `RunSettings.can_judge`."""
+        return judge.needs_model
+
+    def load(self, judge: JudgeSettings | None) -> AlpacaEval:
+        """See `RunSettings.load`: an instruction without reference or difficulty is wrong, too."""
+        assert judge is not None, "it needs a judge"
+        listed = read_outputs(self.prompts)
+        chosen = spread(listed, self.limit)
+        hard = None
+        if self.difficulties:
+            known = read_difficulties(self.difficulties)
+            hard = difficulties_by_instruction(known, [row.instruction for row in listed], chosen)
+        return AlpacaEval(
+            judge=judge,
+            which=self.answer,
+            references=_of(self.reference, chosen) if self.reference else chosen,
+            difficulties=hard,
+            gamed=read_gamed(self.gamed) if self.gamed else (),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +109,10 @@ class AlpacaEval:
         annotations = self._annotations(rows, panel.model)
         folder = panel.work.outputs / NAME
         folder.mkdir(exist_ok=True)
-        write_outputs(folder / "model_outputs.json", [_output(row) for row in annotations])
-        write_annotations(folder / "annotations.json", annotations)
+        write(folder / "model_outputs.json", [_output(row) for row in annotations])
+        write(folder / "annotations.json", annotations)
         rate = panel.rate(rows, "AlpacaEval")
-        error = leaderboard_row(annotations).standard_error
+        error = standard_error(annotations)
         return {
             **rate_metrics(f"{NAME}/win_rate", rate),
             **({f"{NAME}/standard_error": error / 100} if error is not None else {}),
@@ -137,27 +161,6 @@ class AlpacaEval:
         return {name: found.rate / 100} | (
             {f"{name}_error": error_ / 100} if error_ is not None else {}
         )
-
-
-def load_alpaca_eval(settings: AlpacaEvalSettings, judge: JudgeSettings) -> AlpacaEval:
-    """Read and check the files.
-
-    Raises:
-        UserError: one is missing or wrong; an instruction has no reference or no difficulty.
-    """
-    listed = read_outputs(settings.prompts)
-    chosen = spread(listed, settings.limit)
-    hard = None
-    if settings.difficulties:
-        known = read_difficulties(settings.difficulties)
-        hard = difficulties_by_instruction(known, [row.instruction for row in listed], chosen)
-    return AlpacaEval(
-        judge=judge,
-        which=settings.answer,
-        references=_of(settings.reference, chosen) if settings.reference else chosen,
-        difficulties=hard,
-        gamed=read_gamed(settings.gamed) if settings.gamed else (),
-    )
 
 
 def _of(source: str, chosen: Sequence[Output]) -> list[Output]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 from pydantic import Field
 
-from constitutions.errors import UserError
-from models.judges.base import JudgeSettings
-from tasks.benchmarks.base import RunSettings
+from models.judges.base import Judge
+from models.judges.registry import JudgeSettings
+from tasks.benchmarks.base import Column, RunSettings, require
 from tasks.benchmarks.ifeval.data import (
     NEEDS,
     InstructedPrompt,
@@ -23,8 +22,9 @@ from tasks.benchmarks.ifeval.data import (
     verdicts,
 )
 from tasks.benchmarks.rows import single_turn, single_turns, spread, write_lines
-from tasks.judging.comparisons import principle_pairs, rate_metrics
+from tasks.judging.pairs import principle_pairs
 from tasks.judging.panel import Panel
+from tasks.judging.rates import rate_metrics
 from tasks.policies.answers import Respondent, Which, given
 from tasks.record.work import Metrics
 from tasks.rows import Answer, Prompt
@@ -38,13 +38,28 @@ class IFEvalSettings(RunSettings):
     The judge compares it with the first response by the rubric "principle".
     """
 
+    size = 541
+    columns = (
+        Column("IFEval principle-following", f"{NAME}/principle_win_rate"),
+        Column("IFEval, strict prompt", f"{NAME}/prompt_strict"),
+    )
+    about_principles = True
+
     prompts: str = Field(min_length=1)
     """The benchmark's `input_data.jsonl`."""
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The files that it reads."""
-        return (self.prompts,)
+    @classmethod
+    def can_judge(cls, judge: type[Judge]) -> bool:
+        """See `RunSettings.can_judge`."""
+        return judge.generates
+
+    def load(self, judge: JudgeSettings | None) -> IFEval:
+        """See `RunSettings.load`; some checks need packages, which must be installed."""
+        examples = spread(read_examples(self.prompts), self.limit)
+        checks = {name for example in examples for name in example.instruction_id_list}
+        packages = [package for name, package in NEEDS.items() if name in checks]
+        require(packages, "its checks of languages and sentences", self.prompts)
+        return IFEval(judge=judge, which=self.answer, examples=examples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,18 +97,3 @@ class IFEval:
         met = principle_pairs(answers, self.prompts)
         (rows,) = panel.compare(f"{NAME}-comparisons", met, [judge])
         return rate_metrics(f"{NAME}/principle_win_rate", panel.rate(rows, "IFEval's principles"))
-
-
-def load_ifeval(settings: IFEvalSettings, judge: JudgeSettings | None) -> IFEval:
-    """Read and check the file; raises UserError where it is missing or wrong, or asks for checks
-    whose packages are not installed."""
-    examples = spread(read_examples(settings.prompts), settings.limit)
-    asked = {name for example in examples for name in example.instruction_id_list}
-    lacking = sorted({NEEDS[n] for n in asked & NEEDS.keys() if find_spec(NEEDS[n]) is None})
-    if lacking:
-        raise UserError(
-            f"its checks of languages and sentences need {' and '.join(lacking)}, not installed",
-            where=str(settings.prompts),
-            fix="from the checkout: pip install -e '.[benchmarks]'",
-        )
-    return IFEval(judge=judge, which=settings.answer, examples=examples)

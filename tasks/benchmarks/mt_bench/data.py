@@ -270,7 +270,7 @@ def rate(
 
     Args:
         references: reference answers by question, for the categories that want one.
-        control: the judge's own control strings (`models.judges.base.control_strings`).
+        control: the judge's own control strings (`models.judges.llm.control_of`).
 
     Raises:
         UserError: an answer or a judge prompt is missing.
@@ -462,7 +462,7 @@ def disarmed(answer: str, prompts: Prompts, control: Collection[str] = ()) -> st
 
     That is a line that marks a place in any of the prompts ("[The End of Assistant's Answer]", in
     any case and spacing), a verdict ([[10]], [[A]]), and what chat templates write between turns
-    (`models.judges.base.disarm`). So no answer can end itself, and no quotation of it is a verdict.
+    (`disarm`). So no answer can end itself, and no quotation of it is a verdict.
     """
     lines = {line.strip() for p in prompts.values() for line in p.prompt_template.split("\n")}
     short = sorted(

@@ -17,11 +17,11 @@ from typing import TypeVar
 from pydantic import BaseModel, Field
 
 from constitutions.errors import UserError
-from constitutions.foreign_text import control_strings
-from models.judges.base import JudgeSettings
-from models.judges.llm import Asker
+from models.judges.base import Judge
+from models.judges.llm import Asker, control_of
+from models.judges.registry import JudgeSettings
 from models.policy import Message, Policy, Progress
-from tasks.benchmarks.base import RunSettings
+from tasks.benchmarks.base import Column, RunSettings
 from tasks.benchmarks.mt_bench.data import (
     FAILED,
     TURNS,
@@ -41,10 +41,10 @@ from tasks.benchmarks.mt_bench.data import (
     win_rates,
 )
 from tasks.benchmarks.rows import single_turn, spread, write_lines
-from tasks.judging.comparisons import order_figures, rate_metrics, too_many_failed
 from tasks.judging.panel import Judges, Panel
+from tasks.judging.rates import order_figures, rate_metrics, too_many_failed
 from tasks.policies.answers import Generation, Respondent, Which, given
-from tasks.record.work import Metrics, shards
+from tasks.record.work import Metrics
 from tasks.rows import Answer, DialogueAnswer, Prompt, fields, prompt_id
 
 Judged = TypeVar("Judged", bound=BaseModel)
@@ -62,6 +62,14 @@ class MTBenchSettings(RunSettings):
     The judge's model reads MT-Bench's own prompts; its kind and its rubric do not matter here.
     """
 
+    size = 80
+    turns = len(TURNS)
+    columns = (
+        Column("MT-Bench", f"{NAME}/score", form="score"),
+        Column("MT-Bench, turn 2", f"{NAME}/turn_2", form="score"),
+    )
+    needs_judge = True
+
     questions: str = Field(min_length=1)
     """The benchmark's `question.jsonl`."""
     judge_prompts: str = Field(min_length=1)
@@ -73,11 +81,38 @@ class MTBenchSettings(RunSettings):
     category_temperatures: bool = True
     """Answer each category at FastChat's temperature, and not at evaluate's."""
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The files that it reads."""
-        named = (self.questions, self.judge_prompts, self.references, self.against)
-        return tuple(source for source in named if source)
+    @classmethod
+    def can_judge(cls, judge: type[Judge]) -> bool:
+        """See `RunSettings.can_judge`."""
+        return judge.generates
+
+    def judge_questions(self, judge: JudgeSettings) -> tuple[int, int]:
+        """See `RunSettings.judge_questions`: it rates each turn, and may play it in both orders."""
+        return 3 if self.against else 1, 1
+
+    def load(self, judge: JudgeSettings | None) -> MTBench:
+        """See `RunSettings.load`: a question without judge prompt or opponent's answer is wrong."""
+        assert judge is not None, "it needs a judge"
+        questions = spread(read_questions(self.questions), self.limit)
+        bench = MTBench(
+            judge=judge,
+            which=self.answer,
+            questions=questions,
+            judge_prompts=read_judge_prompts(self.judge_prompts),
+            references=read_answers(self.references) if self.references else _own(questions),
+            against=read_answers(self.against) if self.against else None,
+            temperatures=TEMPERATURES if self.category_temperatures else {},
+        )
+        missing = [q.question_id for q in questions if q.question_id not in (bench.against or {})]
+        if self.against and missing:
+            raise UserError(f"questions without an answer: {missing[:10]}", where=self.against)
+        for question in questions:  # all of their prompts are there
+            for turn in TURNS:
+                how = bench.judge_prompts, bench.references
+                single_prompt(question, turn, ("", ""), *how)
+                if self.against:
+                    pair_prompt(question, turn, ("", ""), ("", ""), *how)
+        return bench
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,18 +182,21 @@ class MTBench:
         self._write(
             panel, "model_answer", [_answer_line(panel.model, *item) for item in ours.items()]
         )
-        return self._rated(ours, panel) | (self._played(ours, panel) if self.against else {})
+        figures = self._rated(ours, panel)
+        return figures | (self._played(ours, self.against, panel) if self.against else {})
 
     def _rated(self, ours: Mapping[int, Turns], panel: Panel) -> Metrics:
-        job = partial(self._rate, ours, panel.model, panel.seed)
+        job = partial(rate, answers=ours, model=panel.model)
         ratings = self._judged(panel, "single", Rating, job, len(TURNS))
         failures = [row.failure or "" for row in ratings if row.score == FAILED]
         self._accept(failures, len(ratings), "MT-Bench's ratings", panel)
         how = {"seed": panel.seed, "resamples": panel.resamples}
         return mt_bench_metrics(ratings, self.questions, **how)
 
-    def _played(self, ours: Mapping[int, Turns], panel: Panel) -> Metrics:
-        job = partial(self._play, ours, panel.model, panel.seed)
+    def _played(
+        self, ours: Mapping[int, Turns], theirs: Mapping[int, Turns], panel: Panel
+    ) -> Metrics:
+        job = partial(play, ours=ours, theirs=theirs, models=(panel.model, "reference"))
         games = self._judged(panel, "pair", Game, job, 2 * len(TURNS))
         failures = [game.failure or "" for game in games if game.outcome is None]
         self._accept(failures, len(games), "MT-Bench's games", panel)
@@ -169,98 +207,58 @@ class MTBench:
             figures |= rate_metrics(place, found)
         return figures
 
-    def _rate(
-        self,
-        ours: Mapping[int, Turns],
-        model: str,
-        seed: int,
-        judges: Judges,
-        questions: Sequence[Question],
-        tick: Progress,
-    ) -> list[Rating]:
-        asker, control = self._asker(judges, seed)
-        return rate(
-            questions,
-            ours,
-            self.judge_prompts,
-            asker,
-            model=model,
-            judge_name=self._judge_name,
-            references=self.references,
-            control=control,
-            advance=tick,
-        )
-
-    def _play(
-        self,
-        ours: Mapping[int, Turns],
-        model: str,
-        seed: int,
-        judges: Judges,
-        questions: Sequence[Question],
-        tick: Progress,
-    ) -> list[Game]:
-        asker, control = self._asker(judges, seed)
-        return play(
-            questions,
-            ours,
-            self.against or {},
-            self.judge_prompts,
-            asker,
-            models=(model, "reference"),
-            judge_name=self._judge_name,
-            references=self.references,
-            control=control,
-            advance=tick,
-        )
-
     def _judged(
         self,
         panel: Panel,
         kind: str,
         row_type: type[Judged],
-        judge: Callable[[Judges, Sequence[Question], Progress], Sequence[Judged]],
+        judge: Callable[..., Sequence[Judged]],
         each: int,
     ) -> list[Judged]:
-        """Rows of one of the judgements' files, made in shards of questions, and the file."""
-        lines = panel.in_shards(
+        """Rows of one of the judgements' files, made in shards of questions, and the file.
+
+        Args:
+            judge: `rate` or `play`, with what only it needs.
+            each: judgements of a question.
+        """
+        judge = partial(
+            judge,
+            prompts=self.judge_prompts,
+            judge_name=self.judge.model_name,
+            references=self.references,
+        )
+        lines = panel.work.in_shards(
             f"{NAME}-{kind}",
             FastChatLine,
-            shards(self.questions, panel.work.shard_size),
-            partial(_lines, judge),
-            lambda _: self.judge,
-            each,
+            self.questions,
+            panel.pool_of(self.judge),
+            partial(_lines, judge, self.judge, panel.seed),
+            what=f"judge {panel.iteration}: {NAME}-{kind}",
+            unit="judgements",
+            each=each,
         )
         self._write(panel, f"model_judgment_{kind}", [line.json for line in lines])
         return [row_type.model_validate_json(line.json) for line in lines]
 
-    def _asker(self, judges: Judges, seed: int) -> tuple[Asker, frozenset[str]]:
-        """The judge's model, and its own control strings where it is in this process."""
-        policy = judges.model(self.judge)
-        tokenizer = getattr(policy, "tokenizer", None)
-        control = control_strings(tokenizer) if tokenizer is not None else frozenset[str]()
-        return Asker(policy=policy, settings=self.judge, seed=seed), control
-
-    @property
-    def _judge_name(self) -> str:
-        assert self.judge.policy is not None, "an LLM judge has one"
-        return self.judge.policy.model.rstrip("/").rsplit("/", 1)[-1]
-
     def _accept(self, failures: Sequence[str], of: int, what: str, panel: Panel) -> None:
         if len(failures) == of or len(failures) / of > panel.max_failed:
-            raise too_many_failed(failures, of, what, self._judge_name, panel.max_failed)
+            raise too_many_failed(failures, of, what, self.judge.model_name, panel.max_failed)
 
     def _write(self, panel: Panel, name: str, lines: Sequence[str]) -> None:
         write_lines(panel.work.outputs / NAME / f"{name}.jsonl", lines)
 
 
 def _lines(
-    judge: Callable[[Judges, Sequence[Question], Progress], Sequence[BaseModel]],
+    judge: Callable[..., Sequence[BaseModel]],
+    settings: JudgeSettings,
+    seed: int,
     judges: Judges,
     questions: Sequence[Question],
     tick: Progress,
 ) -> list[FastChatLine]:
-    found = judge(judges, questions, tick)
+    policy = judges.model(settings)
+    asker = Asker(policy=policy, settings=settings, seed=seed)
+    found = judge(questions, judge=asker, control=control_of(policy), advance=tick)
     return [FastChatLine(json=row.model_dump_json(exclude_none=True)) for row in found]
 
 
@@ -275,34 +273,6 @@ def _answer_line(model: str, question: int, turns: Turns) -> str:
         },
         ensure_ascii=False,
     )
-
-
-def load_mt_bench(settings: MTBenchSettings, judge: JudgeSettings) -> MTBench:
-    """Read and check the files.
-
-    Raises:
-        UserError: one is missing or wrong; a question lacks a judge prompt or an opponent's answer.
-    """
-    questions = spread(read_questions(settings.questions), settings.limit)
-    bench = MTBench(
-        judge=judge,
-        which=settings.answer,
-        questions=questions,
-        judge_prompts=read_judge_prompts(settings.judge_prompts),
-        references=read_answers(settings.references) if settings.references else _own(questions),
-        against=read_answers(settings.against) if settings.against else None,
-        temperatures=TEMPERATURES if settings.category_temperatures else {},
-    )
-    missing = [q.question_id for q in questions if q.question_id not in (bench.against or {})]
-    if settings.against and missing:
-        raise UserError(f"questions without an answer: {missing[:10]}", where=settings.against)
-    for question in questions:  # all of their prompts are there
-        for turn in TURNS:
-            how = bench.judge_prompts, bench.references
-            single_prompt(question, turn, ("", ""), *how)
-            if settings.against:
-                pair_prompt(question, turn, ("", ""), ("", ""), *how)
-    return bench
 
 
 def _own(questions: Sequence[Question]) -> dict[int, Turns]:

@@ -1,8 +1,4 @@
-"""Answers meet, a judge decides, and the outcomes become rates.
-
-A `AnswerPair` is a pair of answers to one prompt; `decide_all` has a judge decide pairs and gives a
-`Comparison` row for each; the `…_metrics` functions turn rows into the flat figures that MLflow
-charts. `tasks.judging.panel` does it in shards.
+"""Judged pairs as rates: the flat figures that MLflow charts.
 
 A figure that is undefined is left out: never NaN, never 0.
 """
@@ -13,12 +9,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from constitutions.errors import UserError
-from models.judges.base import Judge, Judgement, Pair
-from models.policy import Progress
 from tasks.judging.length_control import LengthConfoundedError, LengthControlled, length_controlled
 from tasks.judging.winrate import (
     BothOrders,
@@ -29,182 +21,7 @@ from tasks.judging.winrate import (
     order_effect,
     win_rate,
 )
-from tasks.policies.answers import Given, Which, given
-from tasks.rows import Answer, Comparison, Prompt
-
-OUTSIDE = -1
-"""`Comparison.against` where the reference is no policy of the experiment."""
-
-
-class Arm(NamedTuple):
-    """Which of our answers meets which of the reference policy's."""
-
-    answer: Which
-    reference: Which
-
-
-REFINED = Arm("refined", "refined")
-INITIAL = Arm("initial", "initial")
-IMPROVED = Arm("refined", "initial")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnswerPair:
-    """Two answers to one prompt; the first four fields are as `Comparison` has them."""
-
-    iteration: int
-    answer: str
-    against: int
-    reference: str
-    prompt: Prompt
-    ours: Given
-    theirs: Given
-    principle: str = ""
-    """What both are to follow, where a rubric asks for it."""
-
-
-def answer_pairs(
-    answers: Sequence[Answer], references: Sequence[Answer], prompts: Sequence[Prompt]
-) -> list[AnswerPair]:
-    """One policy's answers meet another's, joined by prompt: a pair for every prompt.
-
-    Like meets like: refined against refined, and the plain first answer against the plain first
-    answer. Iteration 0's plain answer is also the yardstick of the refined answer (the paper's
-    "initial policy"), and so is a policy's own first answer when it is its own reference.
-
-    Raises:
-        ValueError: when either side is empty, mixes iterations or answers a prompt twice.
-    """
-    iteration, ours = _by_prompt(answers)
-    against, theirs = _by_prompt(references)
-    return [
-        AnswerPair(
-            iteration=iteration,
-            answer=arm.answer,
-            against=against,
-            reference=arm.reference,
-            prompt=p,
-            ours=given(ours.get(p.prompt_id), arm.answer),
-            theirs=given(theirs.get(p.prompt_id), arm.reference),
-        )
-        for arm in arms(iteration, against)
-        for p in prompts
-    ]
-
-
-def principle_pairs(answers: Sequence[Answer], prompts: Sequence[Prompt]) -> list[AnswerPair]:
-    """Every refinement meets its own first response, under the principle that it names."""
-    iteration, rows = _by_prompt(answers)
-    return [
-        AnswerPair(
-            iteration=iteration,
-            answer="refined",
-            against=iteration,
-            reference="initial",
-            prompt=p,
-            ours=given(rows.get(p.prompt_id), "refined"),
-            theirs=given(rows.get(p.prompt_id), "initial"),
-            principle=rows[p.prompt_id].principle if p.prompt_id in rows else "",
-        )
-        for p in prompts
-    ]
-
-
-def _by_prompt(answers: Sequence[Answer]) -> tuple[int, dict[str, Answer]]:
-    rows = {a.prompt_id: a for a in answers}
-    iterations = {a.iteration for a in answers}
-    if len(iterations) != 1 or len(rows) != len(answers):
-        raise ValueError(
-            "expected one answer a prompt, all of one iteration; found "
-            f"{len(answers)} answers to {len(rows)} prompts, iterations {sorted(iterations)}"
-        )
-    return iterations.pop(), rows
-
-
-def arms(iteration: int, against: int) -> tuple[Arm, ...]:
-    if iteration == against:
-        return (IMPROVED,)
-    return (REFINED, INITIAL, IMPROVED) if against == 0 else (REFINED, INITIAL)
-
-
-# Judging ------------------------------------------------------------------------------------
-
-
-def compare(
-    answers: Sequence[Answer],
-    references: Sequence[Answer],
-    prompts: Sequence[Prompt],
-    judge: Judge,
-    advance: Progress | None = None,
-) -> list[Comparison]:
-    """Judge one policy's answers against another's: see `answer_pairs` and `decide_all`."""
-    return decide_all(answer_pairs(answers, references, prompts), judge, advance)
-
-
-def decide_all(
-    met: Sequence[AnswerPair], judge: Judge, advance: Progress | None = None
-) -> list[Comparison]:
-    """A row for every pair, in their order; `advance` is called with the number decided.
-
-    A missing answer or a failed judgement is a row without an outcome. An empty answer loses
-    against any other, unjudged: to leave it out would flatter a policy that falls silent. The same
-    text on both sides is a tie, unjudged.
-    """
-    known = [_without_judge(m) for m in met]
-    open_ = [m for m, verdict in zip(met, known, strict=True) if verdict is None]
-    if advance:
-        advance(len(met) - len(open_))
-    judged = judge.compare([_pair(m) for m in open_], advance) if open_ else []
-    if len(judged) != len(open_):
-        raise ValueError(f"the judge gave {len(judged)} judgements on {len(open_)} pairs")
-    remaining = iter(judged)
-    return [
-        _row(m, judge.name, verdict or next(remaining), asked=verdict is None)
-        for m, verdict in zip(met, known, strict=True)
-    ]
-
-
-def _without_judge(pair: AnswerPair) -> Judgement | None:
-    """The verdict that needs no judge: an answer is missing or empty, or there is no difference."""
-    for whose, side in (("our", pair.ours), ("their", pair.theirs)):
-        if side.missing:
-            return Judgement(outcome=None, failure=f"{whose} answer: {side.missing}")
-    ours, theirs = bool(pair.ours.text.strip()), bool(pair.theirs.text.strip())
-    if ours and theirs and pair.ours.text != pair.theirs.text:
-        return None
-    return Judgement(outcome=(1 + ours - theirs) / 2)
-
-
-def _pair(pair: AnswerPair) -> Pair:
-    return Pair(
-        prompt=pair.prompt.prompt,
-        gold=pair.prompt.gold,
-        ours=pair.ours.text,
-        theirs=pair.theirs.text,
-        principle=pair.principle,
-    )
-
-
-def _row(pair: AnswerPair, judge: str, verdict: Judgement, *, asked: bool) -> Comparison:
-    return Comparison(
-        prompt_id=pair.prompt.prompt_id,
-        iteration=pair.iteration,
-        answer=pair.answer,
-        against=pair.against,
-        reference=pair.reference,
-        judge=judge,
-        ours=pair.ours.text,
-        theirs=pair.theirs.text,
-        our_score=verdict.our_score,
-        their_score=verdict.their_score,
-        outcome=verdict.outcome,
-        failure=verdict.failure,
-        asked=asked,
-        verdicts=verdict.verdicts,
-    )
-
-
-# Rates --------------------------------------------------------------------------------------
+from tasks.rows import Comparison, Prompt
 
 
 def win_rates(
