@@ -209,7 +209,7 @@ def test_the_digests_of_models_are_a_cache(
         assert staple(capsys, "status", "lineage").err == ""
     assert (ran.code, ran.out) == (0, clean.out)
     gone = damage in (missing, dangling)
-    assert ("digests.json" in ran.err and "made anew" in ran.err) != gone
+    assert ("digests.json" in ran.err and "is replaced" in ran.err) != gone
 
 
 @pytest.mark.parametrize("damage", [*ALL[:8], a_folder])

@@ -116,6 +116,6 @@ def test_nothing_is_overwritten(
 ) -> None:
     (tmp_path / "mine.txt").write_text("kept")
     ran = staple(capsys, "export", "lineage", "--out", str(tmp_path))
-    assert ran.code == 2 and "something already" in ran.err
+    assert ran.code == 2 and "is not empty" in ran.err
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
     assert staple(capsys, "export", "../lineage").code == 2

@@ -282,7 +282,7 @@ def test_what_a_cluster_cannot_give_is_said(nodes: Nodes, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match="one process cannot join two Ray clusters"):
         run(PoolSettings(kind="ray", address="127.0.0.1:1"), pool_jobs.describe)
     monkeypatch.setattr(cluster, "identity", lambda: {"torch": "1.0"})
-    with pytest.raises(UserError, match=r"Ray node .*: torch is .* there, and 1.0 where the stage"):
+    with pytest.raises(UserError, match=r"Ray node .*: torch is .* there, but 1.0 where the stage"):
         run(nodes.pool, pool_jobs.describe)
 
 
