@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import shutil
 import signal
@@ -44,18 +45,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest: a worker that ends with one works alone."""
+    """Begin with the files that take longest: a worker that ends with one works alone.
+
+    A file that is not in the table yet counts as one of them.
+    """
     kept = durations.kept()
-    order = {file: number for number, file in enumerate(kept)}
 
-    def file(item: pytest.Item) -> str:
-        return item.path.relative_to(durations.ROOT).as_posix()
+    def seconds(item: pytest.Item) -> float:
+        file = item.path.relative_to(durations.ROOT).as_posix()
+        return kept[file][0] if file in kept else math.inf
 
-    items.sort(key=lambda item: order.get(file(item), len(order)))
+    items.sort(key=seconds, reverse=True)
     for item in items:
-        if kept.get(file(item), (0.0,))[0] > durations.SLOW and not item.get_closest_marker(
-            "quick"
-        ):
+        if seconds(item) > durations.SLOW and not item.get_closest_marker("quick"):
             item.add_marker(pytest.mark.slow)
 
 

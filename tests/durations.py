@@ -24,7 +24,7 @@ HEAD = """# How long the tests take
 
 Processor seconds of each file, those of its child processes included, and the seconds that passed.
 Written by `STAPLE_TEST_DURATIONS=docs/test-durations.md make test`, which takes the longest files
-first; `make test-quick` leaves out those above {slow:g} processor seconds.
+first; `make test-quick` leaves out those above {slow:g} processor seconds, and those not in this table.
 
 {total:,.0f} processor seconds in all, {tests:,} tests.
 

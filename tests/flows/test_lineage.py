@@ -265,6 +265,7 @@ def test_from_a_place_that_is_not_there(
     assert "there is no such stage" in type_("run", "lineage", "--from", place, code=2)
 
 
+@pytest.mark.quick  # a whole small loop
 def test_attempts_are_told_apart(at_home: ExperimentSettings) -> None:
     record = open_experiment(at_home).record
     attempt: Attempt = record.needs("cluster", 1)

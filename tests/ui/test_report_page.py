@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_loop
 
 from constitutions.constitution import load, save
 from flows.commands.report import write_report
-from flows.em import em_experiment
 from flows.experiment import note_settings, open_experiment, record_of
 from flows.schema import ExperimentSettings
 from flows.settings import load_settings, with_changes
@@ -31,14 +31,6 @@ CHROMIUM = shutil.which("chromium") or ""
 SCREENSHOTS = Path(__file__).parent / "screenshots"
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium: apt install chromium")
 
-SETTINGS = """
-extends: planted
-experiment: small
-iterations: 2
-policy: {{model: {model}}}
-prompts: {{first: 120, later: 120, held_out: 40}}
-evaluate: {{resamples: 200}}
-"""
 HOSTILE = (
     "</script><script>alert(1)</script><img src=http://203.0.113.9/x onerror=alert(2)>"
     '"><svg onload=alert(3)> {{ 7 * 7 }} </pre></details> <!-- \u202e evil'
@@ -59,22 +51,15 @@ class Nothing(Settings):
 
 
 @pytest.fixture(scope="module")
-def home(
-    tmp_path_factory: pytest.TempPathFactory,
-    migrated_database: Path,
-    readable_model: Path,
-    prefect_server: None,
-) -> Iterator[Path]:
+def home(tmp_path_factory: pytest.TempPathFactory, small: Path) -> Iterator[Path]:
     """A folder with the report of two experiments: one that is real, one whose texts are hostile."""
     folder = tmp_path_factory.mktemp("report")
-    shutil.copy(migrated_database, folder / "mlflow.db")
+    small_loop.copy_finished(small, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("STAPLE_HOME", str(folder / ".staple"))
-        (folder / "small.yaml").write_text(SETTINGS.format(model=readable_model))
         settings = load_settings("small.yaml")
         note_settings(settings)
-        em_experiment(settings)
         write_report(["small"], folder / "small.html")
         spoil(settings)
         write_report(["small", "hostile"], folder / "both.html")

@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 import httpx
 import psutil
 import pytest
+import small_loop
 
 from constitutions.constitution import load
-from flows.em import em_experiment
 from flows.experiment import note_settings
 from flows.server.services import MARK
 from flows.settings import load_settings
@@ -36,16 +36,6 @@ ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or ""
 SCREENSHOTS = Path(__file__).parent / "screenshots"
 browser_test = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium: apt install chromium")
-
-SETTINGS = """
-extends: planted
-experiment: small
-iterations: 2
-policy: {{model: {model}}}
-prompts: {{first: 80, later: 80, held_out: 20}}
-cluster: {{picture: svd, max_principles: 6}}
-evaluate: {{resamples: 200}}
-"""
 
 
 @dataclass(frozen=True)
@@ -105,22 +95,14 @@ def staple(folder: Path, *arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def recorded(
-    tmp_path_factory: pytest.TempPathFactory,
-    migrated_database: Path,
-    readable_model: Path,
-    prefect_server: None,
-) -> Path:
+def recorded(tmp_path_factory: pytest.TempPathFactory, small: Path) -> Path:
     """A folder with a finished experiment of two iterations, made without any service."""
     folder = tmp_path_factory.mktemp("ui")
-    shutil.copy(migrated_database, folder / "mlflow.db")
+    small_loop.copy_finished(small, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("STAPLE_HOME", str(folder / ".staple"))
-        (folder / "small.yaml").write_text(SETTINGS.format(model=readable_model))
-        settings = load_settings("small.yaml")
-        note_settings(settings)
-        em_experiment(settings)
+        note_settings(load_settings("small.yaml"))
     return folder
 
 
