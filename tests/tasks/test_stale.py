@@ -43,7 +43,11 @@ CHANGES: dict[str, tuple[str, str, str]] = {
         "batch_size: int = 64",
         "batch_size: int = 32",
     ),
-    'a word of the rubric "helpfulness"': ("models/judges/base.py", "correctly and", "rightly and"),
+    'a word of the rubric "helpfulness"': (
+        "models/judges/rubrics.py",
+        "correctly and",
+        "rightly and",
+    ),
     "an LLM judge's prompt": ("models/judges/llm.py", "an instruction (might", "a task (might"),
     "the filter": ("tasks/filter.py", "annotations\n", "annotations\nX = 1\n"),
     "clustering": ("tasks/clustering/agglomeration.py", "annotations\n", "annotations\nX = 1\n"),
