@@ -2,7 +2,7 @@
 
 STaPLe, section 3, "principle discovery": z ~ p(· | x, y1, yG) sees the gold response, the
 refinement y2 ~ p(· | x, y1, z[, c]) does not. Without principles (STaR) there are N refinements
-y2 ~ p(· | x, y1). Read by `score`.
+y2 ~ p(· | x, y1). `score` reads the rows.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def _guided(
 def _unguided(
     rows: Sequence[Prompt], initials: Sequence[str], sample: _Sampler, templates: Templates
 ) -> list[Candidate]:
-    """N candidates y2 of every row, row by row: neither a principle nor the gold is in sight."""
+    """N candidates y2 of every row, row by row, asked without a principle and without the gold."""
     contexts = [
         (r.prompt_id, ask.ask_refinement(templates, r.prompt, y1))
         for r, y1 in zip(rows, initials, strict=True)

@@ -1,4 +1,4 @@
-"""A person's say over the constitution, before it is trained on: the labels follow.
+"""A person's review of the constitution before it is trained on; the labels follow.
 
 `review` is optional (`review.enabled`) and stands between `cluster` and `train`. The decisions come
 from `flows.review` (a form) or `flows.commands.edit` (an edited file); here they are applied and
@@ -34,7 +34,7 @@ BY, NOTE = "review.by", "review.note"
 
 
 class ReviewSettings(Settings):
-    """Whether a person has a say."""
+    """Whether a person reviews constitutions."""
 
     enabled: bool = False
     """The iteration waits after `cluster` until a person has approved its constitution."""
@@ -57,7 +57,7 @@ class ReviewDecision(BaseModel):
 def review_stage(
     at: Slot, settings: ReviewSettings, clustered: Attempt, verdict: ReviewDecision
 ) -> Attempt:
-    """labelled, constitution → both as approved, the rejected trajectories, the review itself."""
+    """labelled, constitution → both as approved, the rejected trajectories, the decisions."""
 
     def compute(work: Workspace) -> Metrics:
         constitution = load(clustered.path("constitution.yaml"))
@@ -143,7 +143,7 @@ def recorded_review(record: Record, iteration: int, clustered: Attempt) -> Attem
 
 
 def recorded_verdict(record: Record, iteration: int, clustered: Attempt) -> ReviewDecision | None:
-    """What was last decided on this very constitution; None: nobody was asked yet."""
+    """The last decision on this very constitution; None: there is none yet."""
     reviewed = recorded_review(record, iteration, clustered)
     return read_verdict(reviewed) if reviewed else None
 

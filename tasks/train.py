@@ -39,9 +39,9 @@ class TrainSettings(AdapterSettings):
     """Turns with loss: y1, z, y2. The method's are z and y2; where there is no principle, z does
     not count. Training on golds has its loss on them."""
     start: Literal["previous", "base"] = "previous"
-    """Go on from the adapter of the iteration before, or begin anew at the base model."""
+    """Continue the adapter of the iteration before, or start at the base model."""
     max_tokens: int = Field(4096, ge=16, le=1_000_000)
-    """A longer conversation is left out, and reported: a cut one would teach cut answers."""
+    """A longer conversation is skipped, and reported: a cut one would teach cut answers."""
     kl: float = Field(0.0, ge=0, le=100)
     """SAMI: weight of the divergence (KL, per token) from the policy that training starts from."""
     end_token: bool = True
@@ -211,7 +211,7 @@ def where_trained(policy: PolicySource, at: Slot) -> Slot:
 
 
 def continued(policy: PolicySource, settings: TrainSettings) -> Path | None:
-    """The adapter that the training goes on from; None starts at the base."""
+    """The adapter that the training continues; None starts at the base."""
     return policy.adapter_path if settings.start == "previous" else None
 
 
@@ -239,7 +239,7 @@ def expected_steps(labelled: int, settings: TrainSettings) -> int:
 def training_conversation(
     row: Trajectory, label: str, templates: Templates, settings: TrainSettings
 ) -> TrainingConversation:
-    """x, y1, z, y2 as the policy meets them without gold, or x, y1, y2; z is the label."""
+    """x, y1, z, y2 as the policy is asked without the gold, or x, y1, y2; z is the label."""
     asked = ask_refinement(templates, row.prompt, row.initial, label)
     places = _places(len(row.prompt), templates.guided)
     as_sampled = label == row.principle and not row.principle_thoughts

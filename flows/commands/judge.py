@@ -44,7 +44,7 @@ from tasks.record.work import Metrics, Workspace
 from tasks.rows import Comparison, Rejected
 from tasks.sami.responses import (
     JudgedRow,
-    Met,
+    ResponsePairs,
     judged_rows,
     read_responses,
     response_pairs_of,
@@ -190,7 +190,7 @@ def _as_given(error: UserError) -> UserError:
 
 def _kept(
     settings: EvaluateSettings,
-    met: Met,
+    met: ResponsePairs,
     paths: tuple[Path, Path],
     seed: int,
     force: bool,
@@ -251,7 +251,7 @@ def _open(judge: JudgeSettings) -> Policy:
 
 def _measured(
     settings: EvaluateSettings,
-    met: Met,
+    met: ResponsePairs,
     rows: Sequence[Comparison],
     seed: int,
     paths: tuple[Path, Path],

@@ -17,7 +17,7 @@ from tasks.record.store import Attempt
 
 
 class DrawnConstitution(NamedTuple):
-    """A constitution as a policy is told it."""
+    """A constitution as it stands in a prompt."""
 
     identifiers: tuple[str, ...]
     """ "pos ID" or "neg ID", in order."""
@@ -44,7 +44,7 @@ def pool_of(written: Attempt) -> PrinciplePool:
     )
 
 
-def tell(
+def mixed(
     principles: Sequence[Principle], asked: Sequence[bool], rng: random.Random
 ) -> DrawnConstitution:
     """Principles (asked) and antitheses (not asked), in random order."""
@@ -77,7 +77,7 @@ def draw(
     chosen += rng.sample([p for p in pool if p not in chosen], size - needed)
     sides = [p for p in chosen if p.antithesis]
     mixtures = rng.sample(range(2 ** len(sides)), constitutions)
-    return [tell(chosen, _asked(chosen, mixture), rng) for mixture in mixtures]
+    return [mixed(chosen, _asked(chosen, mixture), rng) for mixture in mixtures]
 
 
 def _asked(principles: Sequence[Principle], mixture: int) -> list[bool]:

@@ -1,7 +1,7 @@
 """SAMI, evaluation: does the policy follow a constitution better than the initial policy did?
 
 Held-out prompts are answered under constitutions of principles, of antitheses, of principles that
-no training constitution held, and under none. Every policy meets the same ones; its answers are
+no training constitution held, and under none. Every policy gets the same ones; its answers are
 compared with the initial policy's, and the previous one's, by the judges, under that constitution.
 The mutual information is estimated on mixtures as training has them.
 """
@@ -39,7 +39,7 @@ from tasks.record.stage import stage
 from tasks.record.store import Attempt, Slot
 from tasks.record.work import Metrics, Workspace
 from tasks.rows import Comparison, Draw, Prompt, Response, Sampled
-from tasks.sami.draw import DrawnConstitution, PrinciplePool, pool_of, tell
+from tasks.sami.draw import DrawnConstitution, PrinciplePool, mixed, pool_of
 from tasks.sami.sample import SampleSettings, check_mixtures, sample
 from tasks.score import ScoreSettings
 
@@ -48,7 +48,7 @@ ARMS = ("principles", "antitheses", "held_out_principles", "held_out_antitheses"
 """The kinds of constitutions; "plain" has none. A pool without antitheses, or without principles
 that were held out, lacks those arms."""
 CONDITIONED = ARMS[:2]
-"""Together they are the rate "constitution": a policy that ignores what it is told wins half."""
+"""Together they are the rate "constitution": a policy that ignores its constitution wins half."""
 APART = ARMS[2:4]
 """Together "held_out"."""
 
@@ -70,7 +70,7 @@ class HeldOutQuery(NamedTuple):
 
     prompt: Prompt
     arm: str
-    told: DrawnConstitution
+    constitution: DrawnConstitution
 
 
 @stage("evaluate")
@@ -142,7 +142,7 @@ def evaluate_stage(
 def check_followed(
     settings: EvaluateSettings, scoring: ScoreSettings, oracle: Oracle | None
 ) -> None:
-    """Refuse judges that cannot tell how a constitution is followed, before anything is answered.
+    """Refuse judges that cannot say how a constitution is followed, before anything is answered.
 
     Raises:
         UserError: the oracle where there is none; a judge that reads no constitution.
@@ -188,7 +188,7 @@ def _constitutions(
             if there:
                 rng = random.Random(f"{key}/{prefix}{kind}")
                 chosen = rng.sample(there, min(size, len(there)))
-                yield f"{prefix}{kind}", tell(chosen, [wanted] * len(chosen), rng)
+                yield f"{prefix}{kind}", mixed(chosen, [wanted] * len(chosen), rng)
     yield "plain", DrawnConstitution((), ())
 
 
@@ -216,8 +216,8 @@ def _respond(
             prompt_id=ask.prompt.prompt_id,
             iteration=iteration,
             arm=ask.arm,
-            identifiers=ask.told.identifiers,
-            principles=ask.told.principles,
+            identifiers=ask.constitution.identifiers,
+            principles=ask.constitution.principles,
             response=given.text,
             finish=given.finish,
             tokens=given.tokens,
@@ -228,9 +228,9 @@ def _respond(
 
 
 def _messages(ask: HeldOutQuery, wording: ConstitutionWording) -> Messages:
-    if not ask.told.principles:
+    if not ask.constitution.principles:
         return ask.prompt.prompt
-    return under_constitution(wording, ask.told.principles, ask.prompt.prompt)
+    return under_constitution(wording, ask.constitution.principles, ask.prompt.prompt)
 
 
 def response_metrics(responses: Sequence[Response], prompts: int) -> Metrics:
@@ -257,7 +257,7 @@ def _by_arm(responses: Iterable[Response]) -> dict[str, list[Response]]:
 
 
 def _on_policy(sampling: SampleSettings, settings: EvaluateSettings) -> SampleSettings:
-    """Mixtures as training has them; responses as the policy itself gives them."""
+    """Mixtures as training has them; responses as the policy gives them."""
     on_policy = {"temperature": 1.0, "top_p": 1.0}
     return sampling.model_copy(
         update={**on_policy, "max_response_tokens": settings.max_response_tokens}
@@ -284,12 +284,12 @@ def _estimate(
     prompts: Sequence[Prompt],
     advance: Progress,
 ) -> list[Estimate]:
-    """Responses under mixtures, and how well each tells its own from the others."""
+    """Responses under mixtures, and how much more probable each is under its own constitution."""
     sampled = sample(settings, wording, principles, key, policy, prompts)
     pairs = [
-        (under_constitution(wording, told.principles, row.prompt), own.response)
+        (under_constitution(wording, given.principles, row.prompt), own.response)
         for row in sampled
-        for told in row.draws
+        for given in row.draws
         for own in row.draws
     ]
     scored = iter(policy.logprobs(pairs))
@@ -332,14 +332,14 @@ def bound(matrix: Sequence[Sequence[float]]) -> float:
 def response_pairs(
     responses: Sequence[Response], references: Sequence[Response], prompts: Iterable[Prompt]
 ) -> list[AnswerPair]:
-    """One policy's responses meet another's under the same constitution: a pair for each.
+    """Pair one policy's responses with another's to the same prompt and constitution.
 
     Raises:
         UserError: the reference answered under another constitution.
     """
     asked = {p.prompt_id: p for p in prompts}
     theirs = {(r.prompt_id, r.arm): r for r in references}
-    met = []
+    pairs = []
     for ours in responses:
         other = theirs.get((ours.prompt_id, ours.arm))
         if other is not None and other.principles != ours.principles:
@@ -348,7 +348,7 @@ def response_pairs(
                 where=f"evaluate of iteration {other.iteration}",
                 fix="run that stage again: staple run EXPERIMENT --resume",
             )
-        met.append(
+        pairs.append(
             AnswerPair(
                 iteration=ours.iteration,
                 answer=ours.arm,
@@ -360,11 +360,11 @@ def response_pairs(
                 principle=numbered(ours.principles) if ours.principles else "",
             )
         )
-    return met
+    return pairs
 
 
 def _given(row: Response | None) -> Given:
-    """A response; a prompt that left no room for one silenced the policy."""
+    """A response, or why there is none: the prompt was too long, for instance."""
     if row is None:
         return Given(text="", missing="there is none")
     return Given(text=row.response, missing=NO_ANSWER.get(row.finish))
@@ -384,14 +384,14 @@ def _compared(
     prompts: Sequence[Prompt],
 ) -> Metrics:
     """Win rates under the constitutions, also at equal lengths; and of the plain responses."""
-    met = [
+    pairs = [
         pair
         for reference in _references(references)
         for pair in response_pairs(responses, reference, prompts)
     ]
-    if not met:
+    if not pairs:
         return {}
-    conditioned, plain = [m for m in met if m.principle], [m for m in met if not m.principle]
+    conditioned, plain = [p for p in pairs if p.principle], [p for p in pairs if not p.principle]
     judges = _about_constitutions(settings).judges
     rows, *others = panel.compare("comparisons", conditioned, judges)
     (unconditioned,) = panel.compare("plain-comparisons", plain, settings.judges[:1])

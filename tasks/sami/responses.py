@@ -24,7 +24,7 @@ from tasks.rows import Comparison, Prompt, Rejected, fields, prompt_id
 COLUMNS = ("constitution", "question", "response")
 """In the order in which the reference writes them."""
 ANY_TEXT = frozenset({"response"})
-"""A policy may fall silent; a question or a constitution without a text is none."""
+"""A response may be empty; a question or a constitution may not."""
 FORM = 'a JSON object {"constitution": {KEY: text}, "question": {…}, "response": {…}}'
 REPORTED = 20
 """Mistakes that an error names; the rest are counted."""
@@ -48,7 +48,7 @@ class ResponseFile:
     rows: tuple[ResponseRow, ...]
 
 
-class Met(NamedTuple):
+class ResponsePairs(NamedTuple):
     """The pairs of two files, and the rows that are in none."""
 
     pairs: list[AnswerPair]
@@ -168,7 +168,7 @@ def _kind(value: Any) -> str:
 # Pairs --------------------------------------------------------------------------------------
 
 
-def response_pairs_of(ours: ResponseFile, theirs: ResponseFile) -> Met:
+def response_pairs_of(ours: ResponseFile, theirs: ResponseFile) -> ResponsePairs:
     """A pair for every key that both files have, under the constitution as its principle.
 
     Rows are joined by key, never by position, and must be the same question under the same
@@ -190,14 +190,14 @@ def response_pairs_of(ours: ResponseFile, theirs: ResponseFile) -> Met:
     problems = [p for a, b in pairs for p in _differences(ours.path, theirs.path, a, b)]
     if problems:
         raise UserErrors(problems[:REPORTED], more=max(len(problems) - REPORTED, 0))
-    met: list[AnswerPair] = []
+    pairs_found: list[AnswerPair] = []
     rows: dict[str, ResponseRow] = {}
     rejected: list[Rejected] = []
     for a, b in pairs:
         pair = _pair(ours.path, theirs.path, a, b)
         first = rows.setdefault(pair.prompt.prompt_id, a)
         if first is a:
-            met.append(pair)
+            pairs_found.append(pair)
         else:
             earlier = f"the same question and constitution as key '{first.key}'"
             rejected.append(_rejected(ours.path, a, "duplicate", earlier))
@@ -208,22 +208,22 @@ def response_pairs_of(ours: ResponseFile, theirs: ResponseFile) -> Met:
             for row in file.rows
             if row.key not in known
         ]
-    return Met(met, rows, rejected)
+    return ResponsePairs(pairs_found, rows, rejected)
 
 
 def with_constitution(pair: AnswerPair) -> AnswerPair:
     """The pair with its constitution in the request, for a judge that reads no principle.
 
-    In the user's turn: many templates know no system turn, and some drop it in silence.
+    In the user's turn: many templates have no system turn, and some drop it without an error.
     """
     system = Message(role="system", content=pair.principle)
-    told = tuple(fold_system((system, *pair.prompt.prompt)))
-    return replace(pair, prompt=replace(pair.prompt, prompt=told))
+    asked = tuple(fold_system((system, *pair.prompt.prompt)))
+    return replace(pair, prompt=replace(pair.prompt, prompt=asked))
 
 
-def judged_rows(met: Met, rows: Sequence[Comparison]) -> list[JudgedRow]:
+def judged_rows(paired: ResponsePairs, rows: Sequence[Comparison]) -> list[JudgedRow]:
     """Comparisons with the key, question and constitution of their pairs."""
-    return [_judged(met.rows[row.prompt_id], row) for row in rows]
+    return [_judged(paired.rows[row.prompt_id], row) for row in rows]
 
 
 def _differences(

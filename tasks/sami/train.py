@@ -41,7 +41,7 @@ def groups_of(
     rows: Iterable[Sampled], encoder: Encoder, wording: ConstitutionWording, *, end_token: bool
 ) -> Groups:
     """Encode every query, or say why not: a response is missing, empty, too long, or all are the
-    same, so that nothing can be told apart.
+    same, so that no response is more probable under its own constitution.
 
     Args:
         end_token: whether the end of the turn counts, where a response came to one.
@@ -69,7 +69,7 @@ def groups_of(
 
 
 def _unusable(row: Sampled) -> str:
-    """Why a query's responses tell nothing; empty where they do."""
+    """Why nothing can be learned from a query's responses; empty where it can."""
     if any(not draw.response.strip() for draw in row.draws):
         return "a response is empty"
     if len({draw.response for draw in row.draws}) == 1:

@@ -211,7 +211,7 @@ def split_held_out(
 def write_stage(
     at: Slot, settings: WriteSettings, writer: PolicySource, discovered: Attempt | None = None
 ) -> Attempt:
-    """→ constitution (the pairs), the ids that are held out, what the writer worded in vain.
+    """→ constitution (the pairs), the ids that are held out, the rejected texts.
 
     The writer is loaded only where something has to be worded: all of it, or (`discovered`) the
     antitheses of the constitution of a STaPLe experiment, a finished cluster or review attempt.

@@ -253,8 +253,8 @@ def test_held_out_prompts_meet_every_kind_of_constitution(share: float, kinds: i
     told, plain = work.answered()
     assert told.samples + plain.samples == len(asked) == kinds
     for ask in asked:
-        under = under_constitution(CHAT_CONSTITUTION, ask.told.principles, PROMPT.prompt)
-        turn, messages = (told, under) if ask.told.principles else (plain, PROMPT.prompt)
+        under = under_constitution(CHAT_CONSTITUTION, ask.constitution.principles, PROMPT.prompt)
+        turn, messages = (told, under) if ask.constitution.principles else (plain, PROMPT.prompt)
         assert turn.context == pytest.approx(tokens(messages), abs=4)
 
 
@@ -264,8 +264,8 @@ def test_judges_are_asked_about_every_response(iteration: int) -> None:
     pool = PrinciplePool(OPPOSED[2:], OPPOSED[:2])
     responses = {
         t: [
-            Response(prompt_id="p", iteration=t, arm=ask.arm, identifiers=ask.told.identifiers,
-                     principles=ask.told.principles, response=f"{t}", finish="stop", tokens=1)
+            Response(prompt_id="p", iteration=t, arm=ask.arm, identifiers=ask.constitution.identifiers,
+                     principles=ask.constitution.principles, response=f"{t}", finish="stop", tokens=1)
             for ask in asks([PROMPT], pool, 2, 0)
         ]
         for t in {0, max(iteration - 1, 0), iteration}

@@ -195,8 +195,8 @@ def test_every_policy_meets_the_same_constitutions_in_every_arm() -> None:
     arms = Counter(ask.arm for ask in found)
     assert arms == dict.fromkeys(ARMS, len(PROMPTS))
     for ask in found:
-        names = {id.split()[1] for id in ask.told.identifiers}
-        signs = {id.split()[0] for id in ask.told.identifiers}
+        names = {id.split()[1] for id in ask.constitution.identifiers}
+        signs = {id.split()[0] for id in ask.constitution.identifiers}
         apart = {p.id for p in pool.held_out}
         assert (names <= apart) == ("held_out" in ask.arm or ask.arm == "plain")
         assert signs == ({"neg"} if "antitheses" in ask.arm else {"pos"}) or ask.arm == "plain"
