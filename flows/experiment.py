@@ -132,7 +132,7 @@ class Experiment:
 
     @cached_property
     def before(self) -> Experiment | None:
-        """The finished experiment that this one goes on from, where it does.
+        """The finished experiment that `after` names; None without one.
 
         Raises:
             UserError: there is none of this name, it discovered nothing or trained nothing, or it

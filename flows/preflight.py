@@ -37,7 +37,7 @@ LEAST_FREE_BYTES = 512 << 20
 
 
 def check_all(settings: ExperimentSettings) -> dict[str, str]:
-    """`check`, also of the experiment that goes on where this one ends.
+    """`check` of the experiment, and of the one that its setting `then` describes.
 
     Raises:
         UserErrors: everything that is wrong.
@@ -55,7 +55,7 @@ def check(settings: ExperimentSettings, *, follows: bool = False) -> dict[str, s
     """What will be run, by name, as text for people.
 
     Args:
-        follows: the experiment that this one goes on from is still to be run.
+        follows: the experiment that `after` names is still to be run.
 
     Raises:
         UserErrors: everything that is wrong.

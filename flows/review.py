@@ -203,7 +203,7 @@ def _description(constitution: Constitution, examples: Examples, t: int) -> str:
     """What stands above the form, in Markdown."""
     head = (
         f"**{markdown_text(constitution.experiment)}**, iteration {t}: reword, merge or drop "
-        "principles; what you leave alone is approved. Training goes on from what you send."
+        "principles; what you leave alone is approved. Training starts when you send the form."
     )
     table = ["| # | principle | trajectories | share | example |", "|--:|---|--:|--:|---|"]
     for number, p in enumerate(constitution.principles, start=1):
