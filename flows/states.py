@@ -16,7 +16,8 @@ from flows.experiment import open_experiment, recorded_settings, writing
 from flows.publish import Attempts, is_published
 from flows.schema import ExperimentSettings
 from flows.settings import without_gone
-from tasks.record.store import Acceptance, Attempt, Provenance, Record, finished
+from tasks.record.provenance import Acceptance, Provenance
+from tasks.record.store import Attempt, Record, finished
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

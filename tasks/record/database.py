@@ -2,7 +2,7 @@
 
 MLflow makes one in some hundred steps, each kept as it is done: a process that is killed among them
 leaves a database that no MLflow opens again. Here it is made under another name and then renamed.
-`tasks.record.store` and `staple up` call `ready` before anything else opens it.
+`tasks.record.connection` and `staple up` call `ready` before anything else opens it.
 """
 
 from __future__ import annotations

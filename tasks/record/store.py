@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -19,24 +18,24 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from constitutions.errors import UserError
-from models.endpoint.proxies import proxy_of
 from models.engine.threads import pinned
-from models.files import UNREADABLE, file_sha256, remove, seal, text_sha256, unseal, write_text
+from models.files import UNREADABLE, file_sha256, remove, seal, unseal, write_text
 from models.policy import FINGERPRINT
 from models.settings import Settings
-from tasks.record import database, kept, locks
+from tasks.record import kept, locks
 from tasks.record.code import code_versions
+from tasks.record.connection import Connection
 from tasks.record.progress import say
+from tasks.record.provenance import Acceptance, Provenance, Source
 from tasks.record.tables import read_rows
 from tasks.record.work import Done, Metrics, Workspace, manifest_digest
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment, Run
+    from mlflow.entities import Run
 
 Row = TypeVar("Row")
 
@@ -58,53 +57,6 @@ BEATS_MISSED = 6
 Mode = Literal["ask", "take", "force"]
 """How a stage gets its outputs: found by fingerprint or computed; the current ones, whatever they
 were made from; computed even when the record has them."""
-
-
-class Source(NamedTuple):
-    """An attempt that another one read: where it stood, and the digest that it had then."""
-
-    stage: str
-    iteration: int
-    digest: str
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Everything that an attempt's outputs depend on."""
-
-    stage: str
-    iteration: int
-    seed: int
-    code: Mapping[str, str] | str
-    """Module → sha256 of its syntax tree; an earlier version of staple wrote one sha256 of all."""
-    settings: Mapping[str, Any]
-    inputs: Mapping[str, Source]
-    notes: Mapping[str, str]
-
-    @property
-    def code_digest(self) -> str:
-        """sha256 (hex) of all code."""
-        return self.code if isinstance(self.code, str) else text_sha256(json.dumps(self.code))
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 (hex); of the inputs their content counts, not where it came from."""
-        parts = asdict(self) | {"inputs": {k: v.digest for k, v in self.inputs.items()}}
-        return text_sha256(json.dumps(parts, sort_keys=True))
-
-    @property
-    def place(self) -> tuple[str, int]:
-        """(stage, iteration)."""
-        return self.stage, self.iteration
-
-
-class Acceptance(NamedTuple):
-    """Somebody's word that a change of code leaves an attempt valid."""
-
-    by: str
-    when: str
-    """ISO 8601, in UTC."""
-    modules: list[str]
 
 
 class Looker(Protocol):
@@ -168,90 +120,13 @@ Attempts = dict[AttemptKey, Attempt]
 """What a run has made or found so far, and feeds on."""
 
 
-class Record:
-    """One experiment in MLflow. Opening it creates what is missing; several processes may.
-
-    Args:
-        experiment: the experiment's name.
-        home: where partial work and fetched artefacts are kept.
-        tracking_uri: None takes MLFLOW_TRACKING_URI, or SQLite in the working directory.
-    """
-
-    def __init__(self, experiment: str, home: Path, tracking_uri: str | None = None) -> None:
-        self.experiment = experiment
-        self.home = home
-        self.tracking_uri = tracking_uri or database.tracking_uri()
-        self._verified: dict[Path, tuple[int, int]] = {}
+class Record(Connection):
+    """An experiment's runs in MLflow, and their files."""
 
     @cached_property
-    def client(self) -> MlflowClient:
-        """The MLflow client; what is missing is created, under a lock (two creators break it).
-
-        Raises:
-            UserError: the experiment was deleted, or the record cannot be used.
-        """
-        from filelock import FileLock
-
-        self.home.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.home / "mlflow.lock"):
-            database.ready(self.tracking_uri)
-            client = self._connect()
-            if self._find(client) is None:
-                _create(client, self.experiment)
-        return client
-
-    @cached_property
-    def experiment_id(self) -> str:
-        """MLflow's identifier of the experiment."""
-        found = self._find(self.client)
-        assert found is not None, "the client creates it"
-        return str(found.experiment_id)
-
-    def exists(self) -> bool:
-        """Whether anything was ever recorded under this name (creates nothing).
-
-        Raises:
-            UserError: the experiment was deleted, or the record cannot be used.
-        """
-        file = database.sqlite_file(self.tracking_uri)
-        if file is not None and not database.is_whole(file):
-            return False
-        return self._find(self._connect()) is not None
-
-    def _find(self, client: MlflowClient) -> Experiment | None:
-        """The MLflow experiment; None where there is none of this name."""
-        found = client.get_experiment_by_name(self.experiment)
-        if found is None or found.lifecycle_stage != "deleted":
-            return found
-        place = "" if "@" in self.tracking_uri else f"MLFLOW_TRACKING_URI={self.tracking_uri} "
-        raise UserError(
-            "this experiment was deleted in MLflow",
-            where=f"experiment {self.experiment}",
-            fix=f"take another name (--set experiment=NAME), or restore it: {place}"
-            f"mlflow experiments restore --experiment-id {found.experiment_id}",
-        )
-
-    def _connect(self) -> MlflowClient:
-        """A client whose server is there: MLflow itself would try for two minutes, silently."""
-        from mlflow import MlflowClient
-
-        address = urlsplit(self.tracking_uri)
-        if address.scheme in ("http", "https") and address.hostname:
-            proxy = proxy_of(self.tracking_uri)
-            asked = urlsplit(proxy.address) if proxy else address
-            try:
-                port = asked.port or (443 if asked.scheme == "https" else 80)
-                socket.create_connection((asked.hostname or "", port), timeout=10).close()
-            except (OSError, ValueError) as error:
-                through = f" (asked through the proxy in {proxy.source})" if proxy else ""
-                raise UserError(
-                    f"MLflow does not answer{through}: {error}",
-                    where=f"MLFLOW_TRACKING_URI, {address.netloc.rpartition('@')[2]}",
-                    expected="a running MLflow server",
-                    fix="start it (staple up starts one here), or unset MLFLOW_TRACKING_URI to "
-                    "keep the record in a file",
-                ) from None
-        return MlflowClient(tracking_uri=self.tracking_uri)
+    def _verified(self) -> dict[Path, tuple[int, int]]:
+        """File → its size and time of change when its digest was last found right."""
+        return {}
 
     # The experiment and its iterations ------------------------------------------------------
 
@@ -725,17 +600,6 @@ def _changes(tags: Mapping[str, str]) -> dict[str, Any]:
 
 def _within(file: str, name: str) -> bool:
     return file == name or file.startswith(f"{name}/")
-
-
-def _create(client: MlflowClient, experiment: str) -> None:
-    """Another machine may create it in the same moment."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_experiment(experiment)
-    except MlflowException:
-        if client.get_experiment_by_name(experiment) is None:
-            raise
 
 
 def _give_up(client: MlflowClient, run_id: str, error: BaseException) -> None:

@@ -1,0 +1,113 @@
+"""An experiment's place in MLflow: the client, and the MLflow experiment of its name."""
+
+from __future__ import annotations
+
+import socket
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from constitutions.errors import UserError
+from models.endpoint.proxies import proxy_of
+from tasks.record import database
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment
+
+
+class Connection:
+    """One experiment in MLflow. Opening it creates what is missing; several processes may.
+
+    Args:
+        experiment: the experiment's name.
+        home: where partial work and fetched artefacts are kept.
+        tracking_uri: None takes MLFLOW_TRACKING_URI, or SQLite in the working directory.
+    """
+
+    def __init__(self, experiment: str, home: Path, tracking_uri: str | None = None) -> None:
+        self.experiment = experiment
+        self.home = home
+        self.tracking_uri = tracking_uri or database.tracking_uri()
+
+    @cached_property
+    def client(self) -> MlflowClient:
+        """The MLflow client; what is missing is created, under a lock (two creators break it).
+
+        Raises:
+            UserError: the experiment was deleted, or the record cannot be used.
+        """
+        from filelock import FileLock
+
+        self.home.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.home / "mlflow.lock"):
+            database.ready(self.tracking_uri)
+            client = self._connect()
+            if self._find(client) is None:
+                _create(client, self.experiment)
+        return client
+
+    @cached_property
+    def experiment_id(self) -> str:
+        """MLflow's identifier of the experiment."""
+        found = self._find(self.client)
+        assert found is not None, "the client creates it"
+        return str(found.experiment_id)
+
+    def exists(self) -> bool:
+        """Whether anything was ever recorded under this name (creates nothing).
+
+        Raises:
+            UserError: the experiment was deleted, or the record cannot be used.
+        """
+        file = database.sqlite_file(self.tracking_uri)
+        if file is not None and not database.is_whole(file):
+            return False
+        return self._find(self._connect()) is not None
+
+    def _find(self, client: MlflowClient) -> Experiment | None:
+        """The MLflow experiment; None where there is none of this name."""
+        found = client.get_experiment_by_name(self.experiment)
+        if found is None or found.lifecycle_stage != "deleted":
+            return found
+        place = "" if "@" in self.tracking_uri else f"MLFLOW_TRACKING_URI={self.tracking_uri} "
+        raise UserError(
+            "this experiment was deleted in MLflow",
+            where=f"experiment {self.experiment}",
+            fix=f"take another name (--set experiment=NAME), or restore it: {place}"
+            f"mlflow experiments restore --experiment-id {found.experiment_id}",
+        )
+
+    def _connect(self) -> MlflowClient:
+        """A client whose server is there: MLflow itself would try for two minutes, silently."""
+        from mlflow import MlflowClient
+
+        address = urlsplit(self.tracking_uri)
+        if address.scheme in ("http", "https") and address.hostname:
+            proxy = proxy_of(self.tracking_uri)
+            asked = urlsplit(proxy.address) if proxy else address
+            try:
+                port = asked.port or (443 if asked.scheme == "https" else 80)
+                socket.create_connection((asked.hostname or "", port), timeout=10).close()
+            except (OSError, ValueError) as error:
+                through = f" (asked through the proxy in {proxy.source})" if proxy else ""
+                raise UserError(
+                    f"MLflow does not answer{through}: {error}",
+                    where=f"MLFLOW_TRACKING_URI, {address.netloc.rpartition('@')[2]}",
+                    expected="a running MLflow server",
+                    fix="start it (staple up starts one here), or unset MLFLOW_TRACKING_URI to "
+                    "keep the record in a file",
+                ) from None
+        return MlflowClient(tracking_uri=self.tracking_uri)
+
+
+def _create(client: MlflowClient, experiment: str) -> None:
+    """Another machine may create it in the same moment."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_experiment(experiment)
+    except MlflowException:
+        if client.get_experiment_by_name(experiment) is None:
+            raise
