@@ -87,7 +87,7 @@ class Experiment:
             mode,
             self.look,
             made=self.made,
-            shard_size=self.settings.shard_size,
+            shard_size=self.settings_at(iteration).shard_size,
         )
 
     def _mode(self, iteration: int, stage: str) -> Mode:

@@ -340,8 +340,10 @@ def _follows(error: Any, found: Sequence[Any]) -> bool:
 
 
 def _explain_one(error: Any, source: str, settings: type[Settings]) -> UserError:
-    parts = map(str, error["loc"])  # those of a union name its types as well
-    path = [part for part in parts if part.isidentifier() or part.isdecimal()]
+    *parts, last = map(str, error["loc"] or ("",))
+    path = [part for part in parts if part.isidentifier() or part.isdecimal()]  # no union's types
+    if error["type"] == "extra_forbidden" or last.isidentifier() or last.isdecimal() or not path:
+        path.append(last)  # an unknown setting is named as it was written
     where = f"{f'{source}, ' * bool(source)}setting '{'.'.join(path)}'"
     if error["type"] == "extra_forbidden":
         _, fix = GONE.get(".".join(filter(str.isidentifier, path)), (None, ""))

@@ -122,7 +122,7 @@ def _check_place(settings: ExperimentSettings, stage: str, iteration: int) -> No
 
 def _check_changes(stage: str, changes: Mapping[str, Any]) -> None:
     """Refuse changes of settings that the stage does not read."""
-    own = {stage, "policy"} | ({"score"} if stage == "evaluate" else set())
+    own = {stage, "policy", "shard_size"} | ({"score"} if stage == "evaluate" else set())
     others = [name for name in changes if name.partition(".")[0] not in own]
     if others:
         raise UserErrors(

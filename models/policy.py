@@ -190,7 +190,7 @@ class PolicySettings(Settings):
     """The policy that is improved, and how it is held in memory."""
 
     model: str = "planted"
-    """A transformers model directory, a hub name, or a model of the embedded world: "planted", and
+    """A transformers model directory, a hub name, or a model of an embedded world: "planted", and
     for SAMI "planted-sami" and the smaller "planted-sami-small"."""
     revision: str | None = None
     """Commit of a hub model; needed for a repeatable run."""

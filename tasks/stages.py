@@ -141,7 +141,7 @@ class StageSettings(Settings):
     cluster: Annotated[
         ClusterSettings,
         Stage(
-            about="the constitution",
+            about="the constitution; what is trained on it becomes stale",
             reads=("filter", "score", "train", "cluster", "review"),
             writes={"labelled": Labelled, "clusters": ClusterRow},
             publishes=("constitution.yaml", "map.png"),

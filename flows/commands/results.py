@@ -14,6 +14,7 @@ from flows.experiment import record_of
 from flows.methods import method_of
 from flows.publish import iteration_metrics
 from flows.schema import ExperimentSettings
+from flows.settings import without_gone
 from flows.states import State, stage_states
 from models.worlds.registry import WORLDS
 from tasks.record.store import Attempt
@@ -192,8 +193,8 @@ def show_status(settings: ExperimentSettings) -> None:
             shown = f"{name} {iteration}: {word.by} accepted changed code at {word.when}: {changed}"
             console.print(Text(shown))
     for iteration, changes in record_of(settings.experiment).all_changes().items():
-        shown = ", ".join(f"{name}={value}" for name, value in changes.items())
-        console.print(Text(f"changed for iteration {iteration} alone: {shown}"))
+        if shown := ", ".join(f"{n}={value}" for n, value in without_gone(changes).items()):
+            console.print(Text(f"changed for iteration {iteration} alone: {shown}"))
 
 
 def _state_cell(state: State | None) -> Text | str:

@@ -299,9 +299,10 @@ async def _open(endpoint: Endpoint, settings: PolicySettings, adapter: Path | No
             return ServerPolicy(endpoint, base, support, settings=settings)
         served = ServedAdapter.of(adapter, base)
         await served.load(connection)
-        policy = ServerPolicy(endpoint, base, support, served, settings)
+    policy = ServerPolicy(endpoint, base, support, served, settings)
+    async with endpoint.connect() as connection:  # a server may warm a new adapter for minutes
         await _check_adapter(policy, served, connection)
-        return policy
+    return policy
 
 
 async def _check_adapter(

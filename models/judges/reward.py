@@ -100,18 +100,15 @@ def _load(
 
 def _placement(settings: PolicySettings) -> dict[str, Any]:
     import torch
-    from transformers import BitsAndBytesConfig
+
+    from models.training.bases import nf4_config
 
     wanted = settings.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     placed: dict[str, Any] = {"device_map": "auto" if wanted == "cuda" else {"": "cpu"}}
     if settings.quantization == "nf4":  # of all linear layers but the head
-        placed["quantization_config"] = cast(Any, BitsAndBytesConfig)(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
-        )
+        placed["quantization_config"] = nf4_config(getattr(torch, settings.dtype))
     return placed
 
 

@@ -60,6 +60,13 @@ class Planted(World):
         return seen + _sample("held", half, seed, "eval", "held")
 
     @property
+    def wording(self) -> str:
+        """The terse templates."""
+        from models.prompts import TERSE, TERSE_CONSTITUTION
+
+        return f"{TERSE} {TERSE_CONSTITUTION}"
+
+    @property
     def oracle(self) -> Oracle:
         """Reads the truth back from text."""
         from models.planted import oracle

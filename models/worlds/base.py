@@ -95,6 +95,11 @@ class World(ABC):
         return ()
 
     @property
+    def wording(self) -> str:
+        """The templates that its models are taught, as one text."""
+        return ""
+
+    @property
     def oracle(self) -> Oracle | None:
         """The judge that knows the truth; None where only the golds can tell."""
         return None

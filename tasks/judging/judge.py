@@ -39,8 +39,9 @@ def judge_notes(settings: JudgeSettings, home: Path | None = None) -> dict[str, 
 
 def judge_uses(settings: JudgeSettings) -> tuple[str, ...]:
     """The modules whose code decides what a judge says: its kind's, and its model's."""
-    own = settings.judge_type.__module__
-    return (own, settings.policy.answered_by) if settings.policy else (own,)
+    kind, policy = settings.judge_type, settings.policy
+    engine = (policy.answered_by,) if policy and kind.generates else ()
+    return (kind.__module__, *engine)
 
 
 def noted(at: Slot, settings: JudgeSettings | None) -> Slot:

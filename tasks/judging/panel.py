@@ -50,26 +50,26 @@ class Judges:
     def judge(self, settings: JudgeSettings) -> Judge:
         """The judge, with its model in memory; asked for twice in a row, it is opened once."""
         if self._judge is None or self._judge[0] != settings:
-            self._judge = None
             here = located(settings, self.where)
             if settings.judge_type.needs_model:
-                self._free_other(here)
+                self._free(keep=here.policy if settings.judge_type.generates else None)
             self._judge = settings, settings.on(self.oracle).open(here, self)
         return self._judge[1]
 
     def model(self, settings: JudgeSettings) -> Policy:
         """The model of an LLM judge: judges that differ in their rubric alone share it."""
         here = located(settings, self.where)
-        self._free_other(here)
-        if self._model is None:
+        if self._model is None or self._model[0] != here.policy:
+            self._free(keep=None)
             self._model = here.policy, self.open_policy(here)
         return self._model[1]
 
-    def _free_other(self, settings: JudgeSettings) -> None:
-        """Free the memory of another judge's model."""
-        if self._model is not None and self._model[0] != settings.policy:
-            self._judge = self._model = None
-            gc.collect()
+    def _free(self, keep: PolicySettings | None) -> None:
+        """Free the memory of judges' models before another is opened; a model may have cycles."""
+        self._judge = None
+        if self._model is not None and self._model[0] != keep:
+            self._model = None
+        gc.collect()
 
     @property
     def similarity(self) -> tuple[Similarity, str]:

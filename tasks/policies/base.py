@@ -134,7 +134,9 @@ def _kept_world_model(model: str, seed: int, home: Path, record: Record) -> Base
 
 
 def _recorded_name(model: str, seed: int) -> str:
-    return f"{model}-{seed}-{code_version(WORLD_MODELS[model].pretraining)[:12]}"
+    world = WORLD_MODELS[model]
+    version = text_sha256(code_version(world.pretraining) + world.wording)
+    return f"{model}-{seed}-{version[:12]}"
 
 
 def make_world_model(model: str, seed: int, home: Path) -> Path:

@@ -30,7 +30,7 @@ APART = (
 """Modules and packages that do not count because something imports them. The first two lines keep
 and show results, find and check a model's files, and say what else a result depends on: they
 change none. The others are chosen by settings: a stage names one where it uses it (`Slot.uses`),
-and so it is with every module that a `registry` lists."""
+and every module that a `registry` lists. Of a registry itself only the functions count."""
 TEXTS = ("Rubric", "Templates", "ConstitutionWording")
 """Classes whose module-level objects are texts: a stage notes the digest of those it uses."""
 
@@ -121,6 +121,9 @@ def _read(module: str) -> _Module:
     if source is None:
         return _Module("", frozenset())
     tree = ast.parse(source.read_bytes())
+    if module.endswith(".registry"):  # what it lists may grow; what it does counts
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        tree = ast.Module(list(functions), [])
     tree.body = [node for node in tree.body if not _is_noted(node)]
     found: set[str] = set()
     for node in ast.walk(tree):
@@ -130,12 +133,13 @@ def _read(module: str) -> _Module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(body := getattr(node, "body", None), list):
             node.body = [n for n in body if not _is_text(n)]  # type: ignore[attr-defined]
-    return _Module(text_sha256(ast.dump(tree)), frozenset(filter(_counts, found)))
+    counts = () if module.endswith(".registry") else filter(_counts, found)
+    return _Module(text_sha256(ast.dump(tree)), frozenset(counts))
 
 
 def _counts(module: str) -> bool:
     """Whether an imported module is code of the project that changes what is computed."""
-    if not _is_of_project(module) or module.endswith(".registry"):
+    if not _is_of_project(module):
         return False
     apart = any(module == name or module.startswith(f"{name}.") for name in APART)
     return not apart and _source(module) is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -55,3 +56,10 @@ class Acceptance(NamedTuple):
     when: str
     """ISO 8601, in UTC."""
     modules: list[str]
+
+    @classmethod
+    def read(cls, tag: str) -> Acceptance | None:
+        """An acceptance from its tag; None where somebody else wrote something else there."""
+        with suppress(ValueError, TypeError):
+            return cls(**json.loads(tag))
+        return None

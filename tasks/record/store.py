@@ -261,9 +261,9 @@ class Record(Connection):
             reused=reused,
             record=self,
             accepted={
-                key.removeprefix(ACCEPTED): Acceptance(**json.loads(value))
+                key.removeprefix(ACCEPTED): acceptance
                 for key, value in tags.items()
-                if key.startswith(ACCEPTED)
+                if key.startswith(ACCEPTED) and (acceptance := Acceptance.read(value))
             },
         )
 
@@ -433,7 +433,7 @@ class Slot:
     uses: tuple[str, ...] = ()
     """Modules that the settings chose from a registry: their code counts like the stage's own."""
     shard_size: int = 64
-    """Prompts that are computed and saved together; no result depends on it."""
+    """Prompts that are computed and saved together; it is in no fingerprint."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """What is worth knowing of an attempt and changes nothing: who asked for it."""
 

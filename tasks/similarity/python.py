@@ -7,8 +7,9 @@ variable STAPLE_RUN_CODE=1 allows it.
 
 from __future__ import annotations
 
+import hashlib
+import numbers
 import os
-import runpy
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,6 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from constitutions.errors import UserError
-from models.files import file_sha256
 from tasks.record.store import Slot
 from tasks.similarity.base import EMPTY, Chosen, Score, Similarity
 
@@ -59,8 +59,10 @@ class Function(Similarity[FunctionSettings]):
         """
         self.check(Path())
         file, name = self._place
+        names: dict[str, object] = {"__name__": file.stem, "__file__": str(file)}
         try:
-            found = runpy.run_path(str(file)).get(name)
+            exec(compile(self._source, str(file), "exec"), names)
+            found = names.get(name)
         except Exception as error:
             raise self._wrong(f"the file fails: {type(error).__name__}: {error}") from error
         if not callable(found):
@@ -73,18 +75,20 @@ class Function(Similarity[FunctionSettings]):
             raise self._wrong(
                 "code of a file of yours would be run", f"set {ALLOWED}=1 to allow it"
             )
-        self._digest()
+        _ = self._source
         return f"{super().check(home)} ({self.settings.function})"
 
     def noted(self, at: Slot) -> Slot:
         """See `Similarity.noted`: the scores depend on what the file holds."""
-        return super().noted(at).using(function=self._digest())
+        return super().noted(at).using(function=hashlib.sha256(self._source).hexdigest())
 
-    def _digest(self) -> str:
+    @cached_property
+    def _source(self) -> bytes:
+        """The file, read once: what is noted is what runs. Modules that it imports do not count."""
         file, _ = self._place
         if not file.is_file():
             raise self._wrong("there is no such file")
-        return file_sha256(file)
+        return file.read_bytes()
 
     def compare(self, gold: str, texts: Sequence[str]) -> list[Score]:
         """See `Similarity.compare`. A text for which the function fails is unscored."""
@@ -101,8 +105,9 @@ class Function(Similarity[FunctionSettings]):
             raise
         except Exception as error:
             return Score(None, f"the function fails: {type(error).__name__}: {error}")
-        if isinstance(value, int | float) and 0 <= value <= 1:
-            return Score(float(value), None)
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if is_number and 0 <= (number := float(value)) <= 1:  # type: ignore[arg-type]
+            return Score(number, None)
         return Score(None, f"the function returns no number from 0 to 1: {value!r:.80}")
 
     def _wrong(self, what: str, fix: str = "") -> UserError:

@@ -133,7 +133,7 @@ def test_a_disk_that_fills_up_is_said_without_a_traceback(
 ) -> None:
     """`/dev/full` is a device on which every write finds no space left."""
     from flows import preflight
-    from flows.commands import cli
+    from flows.commands.failures import explained
 
     def write(*_: object) -> None:
         with Path("/dev/full").open("w") as full:
@@ -145,8 +145,8 @@ def test_a_disk_that_fills_up_is_said_without_a_traceback(
     assert "disk is full" in ran.err
     assert "Traceback" not in ran.err
     wrapped = RuntimeError("(sqlite3.OperationalError) database or disk is full")
-    assert "disk is full" in str(cli._explain(wrapped))
-    assert cli._explain(RuntimeError("something else")) is None
+    assert "disk is full" in str(explained(wrapped))
+    assert explained(RuntimeError("something else")) is None
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_one_file_with_its_traces(
     attempts = [record.needs(stage, t) for stage, t in (("mine", 1), ("evaluate", 0), ("train", 1))]
     for attempt in attempts:
         assert attempt.run_id in text and attempt.fingerprint in text
-        assert attempt.provenance().code in text
+        assert attempt.provenance().code_digest in text
     assert attempts[0].provenance().notes["base"] in text
     files = {f.path for f in record.client.list_artifacts(record.iteration_run(SUMMARY))}
     assert {"win_rate.png", "previous.png", "constitution.png", "costs.png"} <= files

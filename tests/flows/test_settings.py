@@ -72,6 +72,21 @@ def test_a_file_that_is_no_mapping(tmp_path: Path, content: str) -> None:
         load_settings(str(file))
 
 
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("my-key: 1", "setting 'my-key'"),
+        ("'': 1", "setting ''"),
+        ("train: {learning-rate: 1}", "did you mean 'learning_rate'"),
+        ("policy: {pool: {gpu-s: 1}}", "setting 'policy.pool.gpu-s'"),
+    ],
+)
+def test_an_unknown_name_is_shown_as_it_was_written(text: str, named: str) -> None:
+    with pytest.raises(UserErrors) as caught:
+        load_settings("mine.yaml", text=f"extends: planted\n{text}")
+    assert named in str(caught.value) and "unknown setting" in str(caught.value)
+
+
 def test_a_setting_of_an_optional_part_can_be_set_and_misspelt() -> None:
     judge = ["score.similarity=judge", "score.judge.kind=absolute", "score.judge.policy.model=m"]
     settings = load_settings("planted", judge)

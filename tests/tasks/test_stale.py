@@ -34,6 +34,8 @@ CHANGES: dict[str, tuple[str, str, str]] = {
     "how the planted model is pretrained": ("models/planted/pretrain.py", '"before."', '"ago."'),
     "the turns of mine": ("tasks/mine.py", "annotations\n", "annotations\nX = 1\n"),
     "a word of the chat templates": ("models/prompts.py", "Rewrite your", "Write your"),
+    "a word of the terse templates": ("models/prompts.py", 'propose="why?"', 'propose="but why?"'),
+    "how a judge is opened": ("models/judges/registry.py", '" or ".join', '" and ".join'),
     "a CUDA graph": ("models/engine/graphs.py", "SETTLED = 2", "SETTLED = 3"),
     "how tokens are drawn": ("models/engine/sampling.py", "0x9E37", "0x9E38"),
     "an endpoint's retry": ("models/endpoint/client.py", "sleep(pause)", "sleep(2 * pause)"),
