@@ -201,7 +201,7 @@ def _by_ray(settings: ExperimentSettings) -> list[PoolSettings]:
     """The pools that are not this process: the policy's and the judges'."""
     judges = [settings.score.judge, *settings.evaluate.all_judges]
     policies = [settings.policy, *(judge.policy for judge in judges if judge)]
-    return [p.pool for p in policies if p and p.pool.kind == "ray" and not p.endpoint]
+    return [p.pool for p in policies if p and p.in_ray]
 
 
 def _pools(settings: ExperimentSettings) -> str:

@@ -268,6 +268,11 @@ class PolicySettings(Settings):
         return "models.endpoint.server" if self.endpoint else "models.engine.local"
 
     @property
+    def in_ray(self) -> bool:
+        """Whether the workers of a Ray cluster answer."""
+        return self.pool.kind == "ray" and not self.endpoint
+
+    @property
     def loading(self) -> dict[str, Any]:
         """The arguments of `models.training.bases.load_base`."""
         names = ("quantization", "dtype", "device", "revision")

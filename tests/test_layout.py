@@ -79,3 +79,12 @@ def test_help_says_what_there_is() -> None:
     print(f"--help took {time.monotonic() - started:.2f} s")
     for command in ("run", "plan", "stage", "status", "constitution", "ask", "validate"):
         assert command in shown
+
+
+def test_no_two_public_classes_share_a_name() -> None:
+    places: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert not {name: found for name, found in places.items() if len(found) > 1}

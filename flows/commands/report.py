@@ -28,7 +28,7 @@ from flows.states import stage_states
 from models.files import write_text
 from tasks.record.store import Attempt
 from tasks.report.document import page, table
-from tasks.report.recorded import Recorded, Stage
+from tasks.report.recorded import Recorded, RecordedStage
 
 PACKAGE = "staple-em"
 """The distribution whose dependencies are listed."""
@@ -106,7 +106,7 @@ def packages() -> dict[str, str]:
     return {"Python": platform.python_version()} | {n: metadata.version(n) for n in sorted(names)}
 
 
-def _stages(settings: ExperimentSettings) -> list[Stage]:
+def _stages(settings: ExperimentSettings) -> list[RecordedStage]:
     """Every stage that the settings ask for, in the loop's order.
 
     Where nothing can be held against the settings (the base model is gone), all that was finished.
@@ -114,9 +114,11 @@ def _stages(settings: ExperimentSettings) -> list[Stage]:
     try:
         states = stage_states(settings)
     except UserError as error:
-        return [Stage(*place, "not checked", str(error), a) for place, a in _current(settings)]
+        return [
+            RecordedStage(*place, "not checked", str(error), a) for place, a in _current(settings)
+        ]
     return [
-        Stage(*place, state.standing, "; ".join(state.since), state.attempt)
+        RecordedStage(*place, state.standing, "; ".join(state.since), state.attempt)
         for place, state in states.items()
     ]
 

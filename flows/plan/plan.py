@@ -32,7 +32,7 @@ COPIES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class StageCost:
     """The work of one stage in one iteration; tokens are expected values, except `at_most`."""
 
     stage: str
@@ -54,7 +54,7 @@ class Iterations:
 
     first: int
     last: int
-    work: tuple[Work, ...]
+    work: tuple[StageCost, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ class Plan:
     """What was assumed, and what is left out."""
 
     def total(self, figure: str) -> float:
-        """A figure of `Work` over all stages and iterations."""
+        """A figure of `StageCost` over all stages and iterations."""
         return sum(
             (part.last - part.first + 1) * (getattr(work, figure) or 0.0)
             for part in self.iterations
@@ -189,7 +189,7 @@ class _Estimate:
                 work = (*self._improved(first), *self._evaluated(first))
                 yield Iterations(first=first, last=end, work=work)
 
-    def _improved(self, iteration: int) -> Iterator[Work]:
+    def _improved(self, iteration: int) -> Iterator[StageCost]:
         sizes = self.settings.prompts
         prompts = sizes.first if iteration == 1 else sizes.later
         if explored := self.workload.explored():
@@ -197,7 +197,7 @@ class _Estimate:
         yield from map(self._judgements, self.workload.graded(prompts))
         yield self._training(prompts * self.workload.accepted)
 
-    def _evaluated(self, iteration: int) -> Iterator[Work]:
+    def _evaluated(self, iteration: int) -> Iterator[StageCost]:
         s, benchmarks = self.settings, self.workload.benchmarks
         prompts = s.prompts.held_out + sum(benchmarks.values())
         yield self._answers("evaluate", prompts, self.workload.answered())
@@ -205,11 +205,11 @@ class _Estimate:
             yield self._answers("information", prompts, turns)
         yield from map(self._judgements, self.workload.judged(iteration))
 
-    def _answers(self, stage: str, prompts: int, turns: Sequence[SampledTurn]) -> Work:
+    def _answers(self, stage: str, prompts: int, turns: Sequence[SampledTurn]) -> StageCost:
         hours = self._hours(self.settings.policy, prompts, turns)
         return self._sampled(stage, prompts, turns, hours)
 
-    def _judgements(self, asked: JudgeTurns) -> Work:
+    def _judgements(self, asked: JudgeTurns) -> StageCost:
         """A judge in process has the GPU to itself."""
         assert asked.judge.policy is not None, "JudgeSettings sees to it"
         hours = self._hours(asked.judge.policy, asked.prompts, [asked.turn])
@@ -217,9 +217,9 @@ class _Estimate:
 
     def _sampled(
         self, stage: str, prompts: int, turns: Sequence[SampledTurn], hours: float | None
-    ) -> Work:
+    ) -> StageCost:
         at_most = prompts * sum(turn.samples * turn.limit for turn in turns)
-        return Work(
+        return StageCost(
             stage=stage,
             prompts=prompts,
             samples=prompts * sum(turn.samples for turn in turns),
@@ -254,7 +254,7 @@ class _Estimate:
         rows = rows or max(1, held.rows_that_fit(turn.cached(turn.limit)))
         return min(rows, self.settings.shard_size * turn.samples)
 
-    def _training(self, examples: float) -> Work:
+    def _training(self, examples: float) -> StageCost:
         s = self.settings.train
         length, loss = self.workload.learned()
         tokens = s.tokens or examples * self.workload.rows * s.epochs * length
@@ -266,7 +266,7 @@ class _Estimate:
             checkpointing=s.gradient_checkpointing,
         )
         hours = seconds * (1 + self._ahead(length)) / s.processes / 3600
-        return Work(stage="train", prompts=examples, trained=tokens, hours=hours)
+        return StageCost(stage="train", prompts=examples, trained=tokens, hours=hours)
 
     def _ahead(self, length: float) -> float:
         """What SAMI's further forward passes add, as a share: see `models.training.sami`.

@@ -61,7 +61,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class WantedSamples:
     """Prompts as token ids, their requests, and the numbers of the samples still to be made."""
 
     prompts: Sequence[Tokens]
@@ -103,7 +103,7 @@ class Engine(ABC):
 
         while any(wanted):
             try:
-                self._make(Work(prompts, requests, wanted, end))
+                self._make(WantedSamples(prompts, requests, wanted, end))
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -128,7 +128,7 @@ class Engine(ABC):
         return (states.sum(1) / lengths).cpu().numpy()
 
     @abstractmethod
-    def _make(self, work: Work) -> None:
+    def _make(self, work: WantedSamples) -> None:
         """Make the wanted samples, `fitted` rows at once."""
 
     @abstractmethod
@@ -136,7 +136,11 @@ class Engine(ABC):
         """`score` by the number of the pair, in passes of at most so many tokens."""
 
     def _append(
-        self, work: Work, samples: Sequence[Sample], tokens: Tokens, logprobs: Sequence[float]
+        self,
+        work: WantedSamples,
+        samples: Sequence[Sample],
+        tokens: Tokens,
+        logprobs: Sequence[float],
     ) -> None:
         """Give each row that has not ended its token; report those that end with it."""
         for sample, token, logprob in zip(samples, tokens, logprobs, strict=True):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from models.engine.base import Decoding, Engine, Pairs, Tokens, Work
+from models.engine.base import Decoding, Engine, Pairs, Tokens, WantedSamples
 from models.engine.decoding import Decoder
 from models.engine.plain import Plain, length_dependent
 
@@ -44,7 +44,7 @@ class ByLength(Engine):
         )
         self.short.longest = self.limit = limit
 
-    def _make(self, work: Work) -> None:
+    def _make(self, work: WantedSamples) -> None:
         pairs = zip(work.prompts, work.requests, strict=True)
         for engine, numbers in self._split([len(p) + r.max_tokens for p, r in pairs]):
             own = set(numbers)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from models.engine.base import PASS_TOKENS, Decoding, Engine, Pairs, Sample, Tokens, Work
+from models.engine.base import PASS_TOKENS, Decoding, Engine, Pairs, Sample, Tokens, WantedSamples
 from models.engine.families import Family, PromptSamples, families, within
 from models.engine.graphs import Steps
 from models.engine.output_layer import output_only
@@ -106,7 +106,7 @@ class Decoder(Engine):
         self.windows: dict[int, int | None] = {}
         """The window that each layer used in the last pass over rows."""
 
-    def _make(self, work: Work) -> None:
+    def _make(self, work: WantedSamples) -> None:
         left = families(work.prompts, work.wanted)
         longest = max(
             len(ask.tail) + work.requests[ask.request].max_tokens for f in left for ask in f.asks
@@ -125,7 +125,7 @@ class Decoder(Engine):
 
     # One batch ------------------------------------------------------------------------------
 
-    def _serve(self, waiting: deque[Family], work: Work) -> None:
+    def _serve(self, waiting: deque[Family], work: WantedSamples) -> None:
         batch: _Batch | None = None
         while waiting or batch:
             free = self.fitted - (len(batch.going) if batch else 0)
@@ -135,7 +135,7 @@ class Decoder(Engine):
                 batch = self._step(batch, work)
 
     def _refilled(
-        self, batch: _Batch | None, waiting: deque[Family], work: Work, room: int
+        self, batch: _Batch | None, waiting: deque[Family], work: WantedSamples, room: int
     ) -> _Batch | None:
         """The batch with as many of the waiting families as there is room for."""
         chosen: list[Family] = []
@@ -158,7 +158,7 @@ class Decoder(Engine):
         parts[0].join(parts[1:])
         return parts[0]
 
-    def _begin(self, chosen: Sequence[Family], work: Work) -> _Batch:
+    def _begin(self, chosen: Sequence[Family], work: WantedSamples) -> _Batch:
         """Compute the families' prompts: each prefix once, each tail once, a row per sample."""
         cache, asks = self._seated(chosen)
         tails = [ask.tail for ask in asks]
@@ -169,7 +169,7 @@ class Decoder(Engine):
             cache.select(index)
         return _Batch(cache, samples, work.requests, logits[index])
 
-    def _step(self, batch: _Batch, work: Work) -> _Batch | None:
+    def _step(self, batch: _Batch, work: WantedSamples) -> _Batch | None:
         """One more token for every row; None when the last one ended."""
         self.steps += 1
         chosen, tokens, logprobs = batch.choose()

@@ -21,7 +21,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from models.engine.base import PASS_TOKENS, Decoding, Engine, Pairs, Sample, Tokens, Work
+from models.engine.base import PASS_TOKENS, Decoding, Engine, Pairs, Sample, Tokens, WantedSamples
 from models.engine.output_layer import output_only
 from models.engine.sampling import choose, seed_of
 
@@ -50,7 +50,7 @@ class Plain(Engine):
         self.batching = batching
         self._ropes = length_dependent(model)
 
-    def _make(self, work: Work) -> None:
+    def _make(self, work: WantedSamples) -> None:
         samples = [Sample(i, n) for i, some in enumerate(work.wanted) for n in sorted(some)]
         lengths = [len(work.prompts[sample.request]) for sample in samples]
         longest = max(len(work.prompts[s.request]) + work.requests[s.request].max_tokens
@@ -59,7 +59,7 @@ class Plain(Engine):
         for part in self._parts(lengths, self.fitted, PREFILLED):
             self._generate([samples[i] for i in part], work)
 
-    def _generate(self, samples: Sequence[Sample], work: Work) -> None:
+    def _generate(self, samples: Sequence[Sample], work: WantedSamples) -> None:
         rows = [work.prompts[sample.request] for sample in samples]
         longest = max(map(len, rows))
         self.prompt_tokens += sum(map(len, rows))
@@ -133,7 +133,7 @@ class Plain(Engine):
 class _Batch(LogitsProcessor):
     """The rows of one `generate`: it masks every token but the one that is sampled."""
 
-    def __init__(self, engine: Plain, samples: Sequence[Sample], work: Work) -> None:
+    def __init__(self, engine: Plain, samples: Sequence[Sample], work: WantedSamples) -> None:
         self.engine, self.samples, self.work = engine, samples, work
         self.requests = [work.requests[sample.request] for sample in samples]
         self.step = 0

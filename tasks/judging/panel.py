@@ -139,7 +139,7 @@ class Panel:
         """All judges of this process share a pool; of a cluster's workers, those with one model.
         Only the last pool stays open."""
         policy = settings.policy
-        own = policy if policy and policy.pool.kind == "ray" and not policy.endpoint else None
+        own = policy if policy and policy.in_ray else None
         if self._pool is None or self._pool[0] != own:
             self.__exit__()
             opener = partial(

@@ -75,7 +75,7 @@ class PolicySource:
 
     def pool(self) -> Pool[Policy]:
         """Engines of the policy, where the settings ask for them."""
-        if self.settings.pool.kind == "local" or self.settings.endpoint:
+        if not self.settings.in_ray:
             return LocalPool(self.load)
         models = [self.model, *([str(self.adapter_path)] if self.adapter else [])]
         return open_pool(self.settings, partial(_load_there, self.settings, models), models=models)

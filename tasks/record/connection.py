@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment
 
 
-class Connection:
+class RecordConnection:
     """One experiment in MLflow. Opening it creates what is missing; several processes may.
 
     Args:

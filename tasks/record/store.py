@@ -27,7 +27,7 @@ from models.policy import FINGERPRINT
 from models.settings import Settings
 from tasks.record import kept, locks
 from tasks.record.code import code_versions
-from tasks.record.connection import Connection
+from tasks.record.connection import RecordConnection
 from tasks.record.progress import say
 from tasks.record.provenance import Acceptance, Provenance, Source
 from tasks.record.tables import read_rows
@@ -120,7 +120,7 @@ Attempts = dict[AttemptKey, Attempt]
 """What a run has made or found so far, and feeds on."""
 
 
-class Record(Connection):
+class Record(RecordConnection):
     """An experiment's runs in MLflow, and their files."""
 
     @cached_property

@@ -23,7 +23,7 @@ from tasks.report import sami
 from tasks.report.exhibits import MAP_HEIGHT, MAP_WIDTH, AnswerExhibit, Map, examples, principle_map
 from tasks.report.figures import figures, stage_seconds, stage_tokens, svg
 from tasks.report.movement import movement
-from tasks.report.recorded import Cell, Recorded, Stage, cell, cells, number
+from tasks.report.recorded import Cell, Recorded, RecordedStage, cell, cells, number
 from tasks.rows import Answer, ClusterRow, Comparison, Labelled, Prompt
 from tasks.stages import STAGES
 
@@ -366,7 +366,7 @@ def _examples(e: Recorded) -> tuple[int, int, list[AnswerExhibit]]:
 class Made(NamedTuple):
     """A stage's attempt: what it was made from and where it is kept."""
 
-    stage: Stage
+    stage: RecordedStage
     run_id: str
     fingerprint: str
     code: str

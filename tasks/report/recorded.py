@@ -15,7 +15,7 @@ from tasks.report.figures import History
 
 
 @dataclass(frozen=True)
-class Stage:
+class RecordedStage:
     """A stage of an iteration as the record has it."""
 
     name: str
@@ -41,7 +41,7 @@ class Recorded:
     """YAML, as `staple run` reads it."""
     seed: int
     iterations: int
-    stages: Sequence[Stage]
+    stages: Sequence[RecordedStage]
     """All that the experiment asks for, in the loop's order."""
     attempts: Mapping[int, Mapping[str, Attempt]]
     """Iteration → stage → what it wrote."""

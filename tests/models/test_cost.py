@@ -171,7 +171,7 @@ def test_rows_are_those_that_the_engine_takes(
     monkeypatch.setattr(engine, "free_bytes", lambda _: int(GIB / 2 - held.weights))
     request = Request(messages="", key="k", n=300, max_tokens=5000)
     monkeypatch.setattr(decoder, "_serve", lambda *_: None)
-    decoder._make(engine.Work([[1] * 601], [request], [range(300)], lambda _: None))
+    decoder._make(engine.WantedSamples([[1] * 601], [request], [range(300)], lambda _: None))
     assert decoder.fitted == held.rows_that_fit(5001 + 600 / 300) < 256
 
 

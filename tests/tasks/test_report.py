@@ -9,7 +9,7 @@ import pytest
 
 from tasks.record.store import Attempt
 from tasks.report.document import best_iteration, budget, page, results, table
-from tasks.report.recorded import Recorded, Stage
+from tasks.report.recorded import Recorded, RecordedStage
 
 WIN = "win_rate/refined_vs_initial_0"
 HISTORY: dict[int, dict[str, float]] = {
@@ -94,9 +94,9 @@ def test_budgets_are_sums_of_what_was_recorded() -> None:
 @pytest.fixture
 def missing() -> str:
     stages = [
-        Stage("prompts", 1, "finished", "", None),
-        Stage("mine", 1, "failed", "OSError: <b>no & space</b>", None),
-        Stage("cluster", 1, "missing", "", None),
+        RecordedStage("prompts", 1, "finished", "", None),
+        RecordedStage("mine", 1, "failed", "OSError: <b>no & space</b>", None),
+        RecordedStage("cluster", 1, "missing", "", None),
     ]
     return page([recorded({}, stages=stages, attempts={})], {"Python": "3.11"})
 
