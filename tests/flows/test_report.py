@@ -158,7 +158,7 @@ def test_the_base_model_may_be_gone(at_home: ExperimentSettings) -> None:
         (["lineage", "only-noted"], "experiment only-noted: nothing of it was ever finished"),
         (["lineage", "--out", "nowhere/at/all.html"], "there is no folder nowhere/at"),
         (["lineage", "--out", "."], "--out .: this is a folder"),
-        (["lineage", "--out", "rows.jsonl/report.html"], "there is no directory rows.jsonl"),
+        (["lineage", "--out", "rows.jsonl/report.html"], "there is no folder rows.jsonl"),
     ],
 )
 def test_mistakes_are_messages(
