@@ -88,7 +88,7 @@ def test_the_higher_reward_wins_and_equal_answers_tie(model: RewardModel) -> Non
     won, lost, tied = model.compare(pairs, done.append)
     assert (won.outcome, lost.outcome, tied.outcome) == (1.0, 0.0, 0.5)
     assert won.our_score == pytest.approx(rewards[high], abs=1e-5)
-    assert sum(done) == 3 and not model.ordered and won.verdicts == ()
+    assert sum(done) == 3 and not model.both_orders and won.verdicts == ()
 
 
 def rows() -> list[tuple[tuple[Message, ...], str]]:
