@@ -24,6 +24,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy constitutions flows models tasks benchmarks docker/from_packages.py
+	$(BIN)/mypy --explicit-package-bases --namespace-packages tests
 
 bench: $(VENV)/.dev  ## each figure beside what a user would pick instead
 	$(BIN)/python -m benchmarks

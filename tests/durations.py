@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Generator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -52,13 +53,14 @@ class Durations:
 
     def __init__(self, out: Path) -> None:
         self.out, self.before = out, used()
-        self.processor, self.passed, self.tests = Counter[str](), Counter[str](), Counter[str]()
+        self.processor, self.passed = defaultdict[str, float](float), defaultdict[str, float](float)
+        self.tests = Counter[str]()
 
     def pytest_runtest_logstart(self) -> None:
         self.before = used()
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self) -> Iterator[None]:
+    def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
         before, self.before = self.before, used()
         report.user_properties.append(("processor", self.before - before))
@@ -66,7 +68,7 @@ class Durations:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         file = report.nodeid.partition("::")[0]
-        self.processor[file] += dict(report.user_properties).get("processor", 0.0)
+        self.processor[file] += cast(float, dict(report.user_properties).get("processor", 0.0))
         self.passed[file] += report.duration
         self.tests[file] += report.when == "call"
 

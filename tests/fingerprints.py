@@ -52,7 +52,7 @@ def fingerprints() -> Fingerprints:
         name = _recorded_name(settings.model, seed) if of_world else settings.model
         return BaseModelFiles("model", name)
 
-    flows.experiment.kept_model = kept_model
+    flows.experiment.kept_model = kept_model  # type: ignore[attr-defined, assignment]
     shutil.copy(ROOT / "tests" / "fingerprints.py", "rows.jsonl")  # its digest is all that counts
     found: Fingerprints = {}
     for name, source in EXPERIMENTS.items():

@@ -126,7 +126,7 @@ class _Engine:
 
     def remove(self, body: dict[str, Any]) -> Response:
         name = body.get("lora_name")
-        if self.adapters.pop(name, None) is None:
+        if self.adapters.pop(name, None) is None:  # type: ignore[arg-type]
             return _error(404, f"The lora adapter '{name}' cannot be found.", "NotFoundError")
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 

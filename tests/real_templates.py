@@ -239,9 +239,13 @@ FORGETFUL = (
 )
 """One that shows no earlier answers."""
 
-IM = {"eos": "<|im_end|>", "end": "<|im_end|>", "control": ("<|im_start|>", "<|endoftext|>")}
-THINK = {"words": ("<think>", "</think>")}
-OLD = {"bos": "<s>", "eos": "</s>", "end": "</s>"}
+IM: dict[str, Any] = {
+    "eos": "<|im_end|>",
+    "end": "<|im_end|>",
+    "control": ("<|im_start|>", "<|endoftext|>"),
+}
+THINK: dict[str, Any] = {"words": ("<think>", "</think>")}
+OLD: dict[str, Any] = {"bos": "<s>", "eos": "</s>", "end": "</s>"}
 DEEPSEEK: dict[str, Any] = {
     "bos": "<｜begin▁of▁sentence｜>",
     "eos": "<｜end▁of▁sentence｜>",

@@ -18,6 +18,7 @@ from models.judges.registry import JudgeSettings
 from models.policy import (
     Completion,
     Message,
+    Messages,
     Policy,
     PolicySettings,
     Progress,
@@ -39,6 +40,12 @@ ENGINE: dict[str, Any] = {"dtype": "float32", "device": "cpu", "threads": 1, "qu
 HELD_OUT = 7
 
 
+def turns_of(request: Request) -> Messages:
+    """The turns of a request that is a chat, not a text to continue."""
+    assert not isinstance(request.messages, str)
+    return request.messages
+
+
 class Script:
     """A policy that says what `say` makes of the messages."""
 
@@ -52,7 +59,7 @@ class Script:
         self.asked += requests
         if progress:
             progress(len(requests))
-        texts = [self.say(r.messages) for r in requests]
+        texts = [self.say(turns_of(r)) for r in requests]
         return [[Completion(text=t, tokens=3, logprob=-1.0, finish="stop")] for t in texts]
 
     def logprobs(self, pairs: Sequence[tuple[tuple[Message, ...], str]]) -> list[Scoring]:
@@ -88,7 +95,7 @@ class ScriptedSource(PolicySource):
 
     script: Policy = field(default_factory=talker)
 
-    def load(self) -> Policy:  # type: ignore[override]
+    def load(self) -> Policy:
         """The script."""
         return self.script
 

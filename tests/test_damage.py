@@ -24,7 +24,7 @@ from flows.settings import load_settings
 from tasks.record import locks
 from tasks.record.store import SUMMARY
 
-Damage = Callable[[Path], None]
+Damage = Callable[[Path], object]
 
 
 def empty(path: Path) -> None:

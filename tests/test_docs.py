@@ -249,7 +249,7 @@ def test_quoted_messages_are_the_codes() -> None:
     headings = [found[i + 1] for i, t in enumerate(found) if t.type == "heading_open" and t.tag == "h3"]  # fmt: skip
     assert len(headings) >= 20
     for heading in headings:
-        (quoted,) = heading.children or ()
+        (quoted,) = heading.children or []
         assert quoted.type == "code_inline"
         assert quoted.content in templates(), quoted.content
 

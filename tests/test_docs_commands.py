@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small_loop
@@ -50,10 +51,11 @@ def place(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> 
         ]
         Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
         given["prompts"]["later"] = 6  # random letters must come near to some golds
-        for name, how in {
+        changes: dict[str, dict[str, Any]] = {
             "planted": {"iterations": 2},
             "planted.star": {"method": "star", "iterations": 0},
-        }.items():
+        }
+        for name, how in changes.items():
             Path(f"{name}.yaml").write_text(yaml.safe_dump({**given, **how, "experiment": name}))
             small_loop.finished(name)
         (mine,) = fences(README, "yaml")

@@ -422,7 +422,7 @@ def test_the_clock_is_set_back(workplace: Path, monkeypatch: pytest.MonkeyPatch)
     at = slot(workplace / "home")
     first = count(at, numbers(1))
     real = time.time_ns
-    monkeypatch.setattr(store.time, "time_ns", lambda: real() - 3600 * 10**9)
+    monkeypatch.setattr(time, "time_ns", lambda: real() - 3600 * 10**9)
     second = count(replace(at, seed=1), numbers(2))
     assert at.record.needs("count", 1).run_id == second.run_id
     count(at, numbers(1))

@@ -20,7 +20,7 @@ from servers import Server, mlflow_server, prefect_api
 
 from flows.experiment import note_settings
 from flows.schema import ExperimentSettings
-from flows.server.services import deploy
+from flows.server.pools import deploy
 from flows.settings import load_settings
 from tasks.record.work import JOURNAL
 

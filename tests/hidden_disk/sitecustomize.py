@@ -10,4 +10,4 @@ def _isdir(path: str) -> bool:
     return not os.fspath(path).startswith(_hidden) and _is_folder(path)
 
 
-os.path.isdir = _isdir
+os.path.isdir = _isdir  # type: ignore[assignment]

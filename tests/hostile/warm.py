@@ -36,7 +36,9 @@ def main(database: Path, place: Path, results: Path) -> None:
     warm()
     from hostile import tables
 
-    waiting, running, done = list(tables.CASES), {}, {}
+    waiting = list(tables.CASES)
+    running: dict[int, tuple[Any, Path, float]] = {}
+    done: dict[str, Any] = {}
     while waiting or running:
         while waiting and len(running) < AT_ONCE:
             case = waiting.pop(0)

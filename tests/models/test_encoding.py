@@ -27,7 +27,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     return {
         name: AutoTokenizer.from_pretrained(
-            build_chat_model(tmp_path_factory.mktemp(name), name, layers=1)  # type: ignore[arg-type]
+            build_chat_model(tmp_path_factory.mktemp(name), name, layers=1)
         )
         for name in ("llama", "qwen2", "granite", "planted")
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -144,7 +144,11 @@ def test_a_window_that_is_not_told_is_caught_before_a_text_is_that_long(
 ) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    windows = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 0}
+    windows: dict[str, Any] = {
+        "use_sliding_window": True,
+        "sliding_window": 4096,
+        "max_window_layers": 0,
+    }
     model: Any = Qwen2ForCausalLM(Qwen2Config(**SHAPE, **windows)).eval()
     monkeypatch.setattr(comparison, "AFFORDABLE", {})
     assert exact.find(model, "auto").way == "shared"  # its layers tell the window
@@ -190,7 +194,12 @@ def test_a_model_without_attention_is_sampled_by_the_plain_engine(
     directory = build_chat_model(tmp_path / "model", "llama")
     (directory / "model.safetensors").unlink()
     torch.manual_seed(0)
-    tiny = {"vocab_size": 600, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 1}
+    tiny: dict[str, Any] = {
+        "vocab_size": 600,
+        "hidden_size": 32,
+        "state_size": 4,
+        "num_hidden_layers": 1,
+    }
     MambaForCausalLM(MambaConfig(**tiny, initializer_range=0.3)).save_pretrained(directory)
     asking = Request(messages="Why?", key="k", n=2, temperature=0, max_tokens=8)
     monkeypatch.setattr(exact, "_reported", set())
@@ -200,7 +209,7 @@ def test_a_model_without_attention_is_sampled_by_the_plain_engine(
     ((first, second),) = policy.generate([asking])
     ids = torch.tensor([policy.tokenizer("Why?", add_special_tokens=False)["input_ids"]])
     expected = policy.model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :]  # type: ignore[operator]
-    assert first.text == second.text == policy.tokenizer.decode(expected).strip()
+    assert first.text == second.text == cast(str, policy.tokenizer.decode(expected)).strip()
     with pytest.raises(UserError, match=r"MambaForCausalLM.*no attention"):
         load_policy(SETTINGS.model_copy(update={"engine": "shared"}), directory, None)
 

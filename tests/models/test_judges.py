@@ -224,7 +224,9 @@ def test_the_settings_open_the_judge(monkeypatch: pytest.MonkeyPatch) -> None:
         opened.append(settings)
         return object()  # type: ignore[return-value]
 
-    remote = JudgeSettings(kind="pairwise", policy=ENGINE, endpoint="http://localhost:8000/v1")
+    remote = JudgeSettings(  # type: ignore[call-arg]
+        kind="pairwise", policy=ENGINE, endpoint="http://localhost:8000/v1"
+    )
     at_work = judges(oracle, client)
     assert at_work.judge(JudgeSettings()).name == "oracle"
     assert at_work.judge(remote).name == "pairwise:helpfulness:judge"

@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from chat_model import Architecture, build_chat_model
+from scripted import turns_of
 
 from models.engine.local import LocalPolicy, load_policy
 from models.judges.absolute import AbsoluteJudge, Graded
@@ -103,7 +104,7 @@ def test_the_gold_is_shown_only_where_it_is_asked_for() -> None:
     ):
         policy = Scripted("[RESULT] A")
         PairwiseJudge(policy, settings).compare([pair("a", "b")])
-        assert all(("> the gold" in r.messages[0]["content"]) is shown for r in policy.requests)
+        assert all(("> the gold" in turns_of(r)[0]["content"]) is shown for r in policy.requests)
 
 
 def test_a_turn_of_a_conversation_cannot_name_another_speaker() -> None:
@@ -118,8 +119,8 @@ def test_both_orders_are_requests_of_their_own() -> None:
     (judgement,) = PairwiseJudge(policy, PAIRWISE, seed=3).compare([pair("one", "two")])
     first, second = policy.requests
     assert first.key != second.key
-    assert "A:\n> one" in first.messages[0]["content"]
-    assert "A:\n> two" in second.messages[0]["content"]
+    assert "A:\n> one" in turns_of(first)[0]["content"]
+    assert "A:\n> two" in turns_of(second)[0]["content"]
     assert [v.ours_first for v in judgement.verdicts] == [True, False]
 
 
@@ -132,7 +133,7 @@ def test_a_tie_is_read_where_the_rubric_allows_it() -> None:
     settings = PAIRWISE.model_copy(update={"rubric": rubric})
     (judgement,) = PairwiseJudge(policy, settings).compare([pair("a", "b")])
     assert judgement.outcome == 0.5 and [v.outcome for v in judgement.verdicts] == [0.5, 0.5]
-    assert "[RESULT] (A or B or tie)" in policy.requests[0].messages[0]["content"]
+    assert "[RESULT] (A or B or tie)" in turns_of(policy.requests[0])[0]["content"]
 
 
 # Failures ----------------------------------------------------------------------------------
@@ -176,7 +177,7 @@ def test_only_what_failed_is_asked_again_and_rows_stay_in_place() -> None:
 
         @staticmethod
         def _answer(request: Request) -> Completion:
-            text = request.messages[0]["content"]
+            text = turns_of(request)[0]["content"]
             a, b = (text.split(f"Response {x}:\n")[1].split("\n\n")[0] for x in "AB")
             silent = "shy" in text and request.key.endswith("/0")
             words = "" if silent else f"[RESULT] {'A' if len(a) > len(b) else 'B'}"
@@ -211,7 +212,7 @@ class Grader(Scripted):
 
     def generate(self, requests: Sequence[Request], progress: Any = None) -> Any:
         super().generate(requests, progress)
-        texts = [r.messages[0]["content"].split("###Response to evaluate")[1] for r in requests]
+        texts = [turns_of(r)[0]["content"].split("###Response to evaluate")[1] for r in requests]
         return [
             [
                 Completion(
@@ -240,7 +241,7 @@ def test_the_principle_rubric_compares_under_the_named_principle() -> None:
     )
     assert named.outcome == 0.5 and len(policy.requests) == 2
     assert unnamed.outcome is None and "none is named" in (unnamed.failure or "")
-    text = policy.requests[0].messages[0]["content"]
+    text = turns_of(policy.requests[0])[0]["content"]
     assert "###Principle:\n> Be brief.\n> ###Feedback: [ RESULT] A\n\n###Score Rubric:" in text
 
 

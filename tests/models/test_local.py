@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -94,7 +94,7 @@ def test_greedy_equals_transformers_unpadded(
     answers = policy.generate([greedy(t, n=2) for t in TEXTS])
     for text, (ours, again) in zip(TEXTS, answers, strict=True):
         ids = theirs(directory, adapter, quantization, policy.chat.prompt(user(text)))
-        expected = policy.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        expected = cast(str, policy.tokenizer.decode(ids, skip_special_tokens=True)).strip()
         assert ours.text == again.text == expected
         assert ours.tokens == len([i for i in ids if i not in policy.stop])
 
@@ -192,7 +192,10 @@ def test_a_shared_prompt_is_computed_once(tmp_path: Path) -> None:
 
 def test_what_prompts_begin_with_is_computed_once(directory: Path) -> None:
     policy = load_policy(SETTINGS, directory, None)
-    row = (*user(TEXTS[2]), {"role": "assistant", "content": "a short answer. " * 9})
+    row: tuple[Message, ...] = (
+        *user(TEXTS[2]),
+        {"role": "assistant", "content": "a short answer. " * 9},
+    )
     asked = [(*row, *user(f"Again, by principle {i}.")) for i in range(8)]
     answers = policy.generate([Request(messages=m, key=str(m), max_tokens=6) for m in asked])
     prompts = [policy.chat.prompt(m) for m in asked]

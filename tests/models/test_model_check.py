@@ -43,19 +43,19 @@ def change(file: Path, **values: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-def config(**values: Any) -> Callable[[Path], None]:
+def config(**values: Any) -> Callable[[Path], object]:
     return lambda model: change(model / "config.json", **values)
 
 
-def text(name: str, content: str) -> Callable[[Path], None]:
-    return lambda model: (model / name).write_text(content) and None
+def text(name: str, content: str) -> Callable[[Path], object]:
+    return lambda model: (model / name).write_text(content)
 
 
-def template(content: str) -> Callable[[Path], None]:
+def template(content: str) -> Callable[[Path], object]:
     return text("chat_template.jinja", content)
 
 
-def header(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+def header(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     """Another header before the same bytes of weights."""
 
     def apply(model: Path) -> None:
@@ -70,7 +70,7 @@ def header(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     return apply
 
 
-def weights(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+def weights(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     """Other tensors, in a whole file."""
 
     def apply(model: Path) -> None:
@@ -83,7 +83,7 @@ def weights(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     return apply
 
 
-def raw(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+def raw(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
     def apply(model: Path) -> None:
         file = model / "model.safetensors"
         file.write_bytes(change(file.read_bytes()))
@@ -91,7 +91,7 @@ def raw(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     return apply
 
 
-def index(shard: str) -> Callable[[Path], None]:
+def index(shard: str) -> Callable[[Path], object]:
     """The weights in shards, one tensor of which is said to be in `shard`."""
 
     def apply(model: Path) -> None:
@@ -103,7 +103,7 @@ def index(shard: str) -> Callable[[Path], None]:
     return apply
 
 
-def only(*names: str) -> Callable[[Path], None]:
+def only(*names: str) -> Callable[[Path], object]:
     """Files of other kinds in place of the weights."""
 
     def apply(model: Path) -> None:
@@ -114,7 +114,7 @@ def only(*names: str) -> Callable[[Path], None]:
     return apply
 
 
-def added_tokens(*names: str) -> Callable[[Path], None]:
+def added_tokens(*names: str) -> Callable[[Path], object]:
     def apply(model: Path) -> None:
         from transformers import AutoTokenizer
 
@@ -125,7 +125,7 @@ def added_tokens(*names: str) -> Callable[[Path], None]:
     return apply
 
 
-def pipe(name: str) -> Callable[[Path], None]:
+def pipe(name: str) -> Callable[[Path], object]:
     def apply(model: Path) -> None:
         (model / name).unlink(missing_ok=True)
         os.mkfifo(model / name)
@@ -133,7 +133,7 @@ def pipe(name: str) -> Callable[[Path], None]:
     return apply
 
 
-def link(name: str, to: str) -> Callable[[Path], None]:
+def link(name: str, to: str) -> Callable[[Path], object]:
     def apply(model: Path) -> None:
         (model / name).unlink(missing_ok=True)
         (model / name).symlink_to(to)
@@ -150,7 +150,7 @@ def first(told: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     # files
     "an adapter": (only("adapter_config.json", "adapter_model.safetensors"), "holds an adapter"),
     "GGUF": (only("model.gguf"), "GGUF"),

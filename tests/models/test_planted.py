@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from constitutions.errors import UserError
 from models import prompts
 from models.planted import oracle, pretrain, world
+from models.policy import Messages
 
 TINY = pretrain.Recipe(
     hidden=32, layers=1, heads=2, intermediate=64, words=64, clean=64, noisy=64, rows=16
@@ -25,7 +27,7 @@ def pairs(example: world.PlantedExample) -> set[tuple[str, str]]:
     return {(chore, other) for other in example.needed - {chore}}
 
 
-def user(text: str) -> prompts.Messages:
+def user(text: str) -> Messages:
     return ({"role": "user", "content": text},)
 
 
@@ -145,7 +147,7 @@ def test_the_tokenizer_keeps_every_text_of_the_world() -> None:
 
 def test_pretraining_sees_the_chat_template_of_the_method() -> None:
     """The rows that the model learns from are what inference later renders."""
-    tokenizer = pretrain.build_tokenizer()
+    tokenizer: Any = pretrain.build_tokenizer()
     encode = pretrain.RowEncoder(tokenizer)
     kinds = set()
     for turns in pretrain.conversations(replace(TINY, words=0), seed=0):
@@ -234,7 +236,7 @@ def test_pretraining_is_reproducible_and_learns(tmp_path: Path) -> None:
     for name in ("first", "second"):
         pretrain.pretrain(recipe, 0, tmp_path / name)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        weights.append(model.get_input_embeddings().weight.detach())
+        weights.append(model.get_input_embeddings().weight.detach())  # type: ignore[operator]
     assert torch.equal(*weights)
     assert _loss(model, recipe) < 0.7 * _loss(_untrained(recipe), recipe)
 

@@ -72,7 +72,7 @@ def nodes(disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node
         import ray
         from ray.cluster_utils import Cluster
 
-        own = {"num_cpus": 2, "object_store_memory": 100 << 20}
+        own: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 100 << 20}
         made = Cluster(initialize_head=True, head_node_args={**own, "include_dashboard": False})
         made.add_node(**own, env_vars=hidden)
         try:

@@ -163,7 +163,8 @@ def test_a_models_own_scaling_of_its_logits_counts() -> None:
 
 
 def test_training_memorises_and_reports_its_curve(llama: Path, tmp_path: Path) -> None:
-    model, finished = new_adapter(base(llama, "nf4"), SETTINGS, seed=0), []
+    model = new_adapter(base(llama, "nf4"), SETTINGS, seed=0)
+    finished: list[int] = []
     before = loss(model, *EXAMPLES)
     curve = train(
         model, EXAMPLES, SETTINGS.model_copy(update={"epochs": 20}),
@@ -210,7 +211,7 @@ def test_an_adapter_is_the_same_wherever_its_base_lies(llama: Path, tmp_path: Pa
     assert names == sorted(p.name for p in there.iterdir())
     for name in names:
         assert (here / name).read_bytes() == (there / name).read_bytes(), name
-    continued = continue_adapter(base(moved), here)
+    continued: Any = continue_adapter(base(moved), here)
     assert continued.active_peft_config.base_model_name_or_path == str(moved), "nobody asks a hub"
 
 

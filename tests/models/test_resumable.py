@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from models.files import write_sealed
 from models.training import resumable
 
 
@@ -16,7 +17,7 @@ def checkpoint(folder: Path, step: int, *, sealed: bool = True) -> Path:
     (made / "optimizer.pt").write_bytes(b"moments" * 20)
     (made / "inside" / "weights").write_bytes(b"weights" * 20)
     if sealed:
-        resumable.write_sealed(made / resumable.SEAL, resumable._digests(made))
+        write_sealed(made / resumable.SEAL, resumable._digests(made))
     return made
 
 

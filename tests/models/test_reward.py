@@ -70,8 +70,8 @@ def test_a_reward_is_what_transformers_gives_the_conversation_alone(
     tokenizer = AutoTokenizer.from_pretrained(directory)
     grades = model.score([(user("Why?"), text) for text in TEXTS])
     for text, grade in zip(TEXTS, grades, strict=True):
-        turns = [*user("Why?"), {"role": "assistant", "content": text}]
-        ids = tokenizer.apply_chat_template(
+        turns: list[Any] = [*user("Why?"), {"role": "assistant", "content": text}]
+        ids: Any = tokenizer.apply_chat_template(
             turns, return_tensors="pt", return_dict=True, chat_template=model.chat.template
         )  # of a fixed day
         with torch.no_grad():
@@ -120,7 +120,7 @@ def test_four_bits_leave_the_head_alone(tmp_path: Path) -> None:
     build(tmp_path)
     exact = load_reward_model(settings(tmp_path)).score(rows())
     rough = load_reward_model(settings(tmp_path, quantization="nf4"))
-    assert type(rough.model.score) is torch.nn.Linear  # type: ignore[union-attr]
+    assert type(rough.model.score) is torch.nn.Linear
     grades = [g.score for g in rough.score(rows())]
     assert grades == pytest.approx([g.score for g in exact], abs=0.5)
     assert grades != [g.score for g in exact]

@@ -191,7 +191,7 @@ def test_five_hundred_requests_survive_faults_and_a_restart(
     replies = {prompt_of(body): reply for body, reply in proxy.answered if not is_probe(body)}
     assert len(proxy.answered) == len(replies) == 500, "each was answered once"
     for request, (completion,) in zip(requests, answers, strict=True):
-        reply = replies[request.messages[0]["content"]]  # type: ignore[index, typeddict-item]
+        reply = replies[request.messages[0]["content"]]  # type: ignore[index]
         assert reply["choices"][0]["message"]["content"].strip() == completion.text
 
 
@@ -216,7 +216,7 @@ def test_a_pairwise_judge_on_a_real_server(
 ) -> None:
     """A model that was taught to prefer the first answer: every pair is a tie, for that reason."""
     directory = first_is_better(tmp_path / "judge")
-    judged = JudgeSettings(
+    judged = JudgeSettings(  # type: ignore[call-arg]
         kind="pairwise", endpoint=transformers.url, policy=engine(directory), max_tokens=20
     )
     assert judged.policy

@@ -131,7 +131,8 @@ def test_adapter_and_cache_are_the_real_ones(directory: Path, shape: Shape) -> N
     cache = DynamicCache(config=base.config)
     with torch.inference_mode():
         base(input_ids=torch.arange(2 * 7).reshape(2, 7), past_key_values=cache, use_cache=True)
-    real = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    layers: Any = cache.layers
+    real = sum(t.nbytes for layer in layers for t in (layer.keys, layer.values))
     assert 2 * 7 * shape.cache_bytes("float32") == real
 
     adapted = new_adapter(base, AdapterSettings(lora_rank=5), seed=0)

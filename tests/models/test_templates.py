@@ -90,7 +90,7 @@ def test_what_was_sampled_is_told_apart_shown_and_trained(name: str) -> None:
     assert all(text in shown for text in SAID[:2]) and "oven" not in shown
 
     encoder = Encoder(tokenizer, 4096, settings_of(name))
-    thoughts = {PRINCIPLE: "", REFINED: told.thoughts}
+    thoughts = {PRINCIPLE: "", REFINED: told.thoughts}  # type: ignore[attr-defined]
     *_, last = encoder.encode(TURNS, (PRINCIPLE, REFINED), thoughts=thoughts)
     end = list(chat.end_of_turn)
     if real.thoughts:
@@ -188,7 +188,7 @@ def test_a_small_vocabulary_that_cannot_spell_the_tried_words_is_no_fault_of_the
 
     tokenizer = pretrain.build_tokenizer()  # of lower-case words; all others are <unk>
     chat = check_template(tokenizer, PolicySettings(), TERSE)
-    assert tokenizer.decode(chat.end_of_turn) == tokenizer.eos_token
+    assert tokenizer.decode(list(chat.end_of_turn)) == tokenizer.eos_token
 
 
 CASES = Path(__file__).parents[3] / "shared" / "cases" / "thinking-templates"

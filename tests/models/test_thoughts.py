@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from chat_model import build_chat_model
@@ -166,7 +166,7 @@ def test_an_answer_about_the_tags_is_not_cut_in_silence(directory: Path) -> None
 def test_a_given_response_is_scored_after_an_empty_thought(directory: Path) -> None:
     policy = policy_of(directory)
     prompt, answer = policy.chat.answered(USER, "Fig.")
-    assert policy.tokenizer.decode(prompt).endswith("<think>\n\n</think>\n\n")
+    assert cast(str, policy.tokenizer.decode(prompt)).endswith("<think>\n\n</think>\n\n")
     scored = policy.logprobs([(USER, "Fig.")])[0]
     assert scored.tokens == len(answer)
     off = policy_of(directory, template_arguments={"enable_thinking": False})
@@ -258,7 +258,7 @@ def test_tokens_that_a_server_does_not_count_are_estimated() -> None:
 
 def test_every_chat_request_tells_the_template_its_arguments() -> None:
     given = {"enable_thinking": False, "budget": 3}
-    more = {"template_arguments": given, "thought_tokens": 7}
+    more: dict[str, Any] = {"template_arguments": given, "thought_tokens": 7}
     with answering({"content": "Fig."}, **more) as (policy, proxy):
         policy.generate([Request(messages=USER, key="k", max_tokens=9)])
     assert {json.dumps(b.get("chat_template_kwargs")) for b in proxy.bodies} == {json.dumps(given)}

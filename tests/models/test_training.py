@@ -76,9 +76,9 @@ def test_the_loss_is_trls_completion_only_loss_on_the_same_rows(
         {"prompt": "Cite a source where a number is given; say so", "completion": " when."},
         {"prompt": "How", "completion": " do I make bread at home without an oven?"},
     ]
-    trainer = trl.SFTTrainer(
+    trainer = trl.SFTTrainer(  # type: ignore[attr-defined]
         base(model),
-        trl.SFTConfig(
+        trl.SFTConfig(  # type: ignore[attr-defined]
             output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to="none",
             gradient_checkpointing=False, per_device_train_batch_size=3,
         ),
@@ -259,7 +259,8 @@ def test_all_weights_are_trained_sampled_from_and_trained_further(
     assert changed == {name for name, _ in untrained.named_parameters()}, (
         "embeddings and norms, too"
     )
-    assert trained.generate(torch.arange(40, 60)[None], max_new_tokens=4).shape == (1, 24)
+    said = trained.generate(torch.arange(40, 60)[None], max_new_tokens=4)  # type: ignore[operator]
+    assert said.shape == (1, 24)
 
     second = run(job(model, tmp_path / "2", settings=full, previous=first.out), EXAMPLES)
     assert second[0].loss < 0.9 * curve[0].loss

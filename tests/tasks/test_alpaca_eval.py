@@ -168,7 +168,7 @@ def test_a_missing_generator_is_the_callers_to_name(tmp_path: Path) -> None:
         ae.read_outputs(path)
 
 
-BAD = {
+BAD: dict[str, list[tuple[object, str]]] = {
     "output": [(None, "null"), (7, "a number"), ("\udc80", "broken")],
     "generator": [("  ", "blank")],
     "instruction": [(3, "a number")],

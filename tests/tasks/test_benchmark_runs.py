@@ -39,7 +39,7 @@ PROMPTS = {
     "pair-v2-multi-turn": ("pairwise", PLAYED_TWICE),
     "pair-math-v1-multi-turn": ("pairwise", "Reference: {ref_answer_2}\n" + PLAYED_TWICE),
 }
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {"question_id": 81, "category": "writing", "turns": ["Write a line.", "Now another."]},
     {"question_id": 82, "category": "roleplay", "turns": ["Be a cat.", "Be a dog."]},
     {"question_id": 111, "category": "math", "turns": ["What is 1+1?", "And times 3?"]},

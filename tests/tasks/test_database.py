@@ -67,7 +67,7 @@ def initial_tables(file: Path) -> None:
     engine.dispose()
 
 
-HALF_MADE: dict[str, Callable[[Path], None]] = {
+HALF_MADE: dict[str, Callable[[Path], object]] = {
     "empty": lambda file: file.write_bytes(b""),
     "no tables": lambda file: change(file, "create table t (x)", "drop table t"),
     "the first tables": initial_tables,
@@ -76,7 +76,7 @@ HALF_MADE: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("make", HALF_MADE.values(), ids=HALF_MADE)
 def test_half_made_without_data_is_no_database(
-    tmp_path: Path, make: Callable[[Path], None]
+    tmp_path: Path, make: Callable[[Path], object]
 ) -> None:
     make(tmp_path / "mlflow.db")
     assert not is_whole(tmp_path / "mlflow.db")
@@ -109,7 +109,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncate, "is damaged"),
     "cut in its first page": (lambda file: os.truncate(file, 50), "is damaged"),
     "another file": (lambda file: file.write_text("a note\n" * 500), "is damaged"),
-    "a folder": (lambda file: (file.unlink(), file.mkdir()), "cannot be opened"),
+    "a folder": (lambda file: (file.unlink(), file.mkdir()), "cannot be opened"),  # type: ignore[func-returns-value]
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scripted import compare
+from scripted import compare, turns_of
 
 from constitutions.errors import UserError
 from models.judges.base import Grade, Judge, Judgement, Pair, Resources
@@ -51,7 +51,7 @@ class ScriptedPolicy:
         self.batches.append(list(requests))
         if progress:
             progress(len(requests))
-        return [[self._complete(r.messages)] for r in requests]
+        return [[self._complete(turns_of(r))] for r in requests]
 
     def _complete(self, messages: Sequence[Message]) -> Completion:
         said = [m["content"] for m in messages if m["role"] == "assistant"]
@@ -139,7 +139,7 @@ def test_answer_takes_three_batches_and_chains_the_turns() -> None:
 def test_answer_never_shows_the_gold_response() -> None:
     policy = ScriptedPolicy()
     generation().ask(policy, PROMPTS)
-    shown = [m["content"] for batch in policy.batches for r in batch for m in r.messages]
+    shown = [m["content"] for batch in policy.batches for r in batch for m in turns_of(r)]
     assert not any("GOLD" in text for text in shown)
 
 

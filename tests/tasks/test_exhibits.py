@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -23,7 +24,7 @@ from tasks.rows import Answer, ClusterRow, Comparison, Labelled, Prompt
 words = st.lists(st.sampled_from(["a", "b", "c,", "é", "(d)", "e\n"]), max_size=12).map(" ".join)
 
 
-def plain(pieces: list[tuple[str, str]]) -> list[str]:
+def plain(pieces: Sequence[tuple[str, str]]) -> list[str]:
     return "".join(text for _, text in pieces).split()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from tasks.report.figures import figures, stage_tokens, svg
+from tasks.report.figures import History, figures, stage_tokens, svg
 
 HISTORY = {
     0: {"win_rate/refined_vs_initial_0": 0.4},
@@ -170,6 +170,7 @@ def test_information_has_its_error_and_its_limit() -> None:
 
 
 def test_what_is_not_there_is_not_drawn() -> None:
-    for history in ({}, {0: {}, 1: {}}):
+    histories: tuple[History, ...] = ({}, {0: {}, 1: {}})
+    for history in histories:
         for figure in figures(history, told=True).values():
             assert svg(figure).startswith(b"<?xml")

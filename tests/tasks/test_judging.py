@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import KeysView
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from tasks.score import ScoreSettings
 ENGINE = PolicySettings(model="owner/judge", revision="abc", device="cuda")
 HUB = JudgeSettings(kind="absolute", policy=ENGINE)
 ABOUT_PRINCIPLES = HUB.about_principles()
-REMOTE = JudgeSettings(kind="pairwise", policy=ENGINE, endpoint="http://localhost:8000/v1")
+REMOTE = JudgeSettings(  # type: ignore[call-arg]
+    kind="pairwise", policy=ENGINE, endpoint="http://localhost:8000/v1"
+)
 
 
 def at(model: Path | str, device: str = "cpu") -> JudgeSettings:
@@ -56,7 +59,7 @@ def test_a_directory_is_known_by_what_its_files_hold(tmp_path: Path) -> None:
 def test_only_the_chosen_kind_s_code_counts(tmp_path: Path) -> None:
     slot = Slot(Record("an-experiment", tmp_path), 1, seed=0)
 
-    def counted(**chosen: Any) -> set[str]:
+    def counted(**chosen: Any) -> KeysView[str]:
         settings = EvaluateSettings.model_validate(chosen)
         uses = noted_judges(slot, settings, ScoreSettings()).uses
         return code_versions("tasks.evaluate", *uses).keys()
@@ -89,7 +92,7 @@ def test_a_model_that_is_not_there_is_reported_as_the_judge_s(tmp_path: Path) ->
 
 
 def test_a_judge_whose_key_is_missing_is_told_before_it_is_asked() -> None:
-    locked = JudgeSettings(
+    locked = JudgeSettings(  # type: ignore[call-arg]
         kind="pairwise", policy=ENGINE, endpoint="http://localhost:1", key_variable="NO_SUCH_KEY"
     )
     with pytest.raises(UserError, match=r"judge: .*NO_SUCH_KEY is not set"):

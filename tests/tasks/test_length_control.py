@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,12 +184,12 @@ def test_ten_thousand_resamples_take_seconds() -> None:
 
 
 def compared(said: Sequence[float | None], at: Lengths, **more: object) -> list[Comparison]:
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "iteration": 2, "answer": "refined", "against": 0, "reference": "refined", "judge": "j",
         "our_score": None, "their_score": None, **more,
     }  # fmt: skip
     return [
-        Comparison(  # type: ignore[arg-type]
+        Comparison(
             prompt_id=str(i),
             ours="x" * a,
             theirs="y" * b,

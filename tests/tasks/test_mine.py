@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 from chat_model import build_chat_model
+from scripted import turns_of
 
 from models.engine.local import LocalPolicy, load_policy
-from models.policy import Completion, PolicySettings, Request
+from models.policy import Completion, Messages, PolicySettings, Request
 from models.prompts import CHAT
 from tasks.mine import MineSettings, mine, requests_each
 from tasks.rows import Mined, Prompt, prompt_id
@@ -44,7 +45,10 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> LocalPolicy:
 def prompts(*texts: str) -> list[Prompt]:
     rows = []
     for i, text in enumerate(texts):
-        turns = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": text})
+        turns: Messages = (
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": text},
+        )
         rows.append(
             Prompt(prompt_id=prompt_id(turns), prompt=turns, gold=f"GOLD-{i}", source=f"f:{i}")
         )
@@ -67,13 +71,13 @@ def test_only_the_principle_is_hinted(policy: LocalPolicy) -> None:
     (mined,) = mine(SETTINGS, CHAT, "0/1", listening, prompts("How do I bake bread?"))  # type: ignore[arg-type]
 
     def seen(role: str) -> list[str]:
-        return ["\n".join(m["content"] for m in r.messages) for r in listening.role(role)]
+        return ["\n".join(m["content"] for m in turns_of(r)) for r in listening.role(role)]
 
     assert all("GOLD-0" in text for text in seen("principle"))
     for role in ("initial", "critique", "refined"):
         assert seen(role)
         assert not any("GOLD-0" in text for text in seen(role))
-    first = listening.role("refined")[0].messages
+    first = turns_of(listening.role("refined")[0])
     assert [m["role"] for m in first[-2:]] == ["assistant", "user"]
     assert mined.candidates[0].critique == first[-2]["content"]
     assert mined.candidates[0].principle in seen("refined")[0]
@@ -115,8 +119,8 @@ def test_without_principles_refinements_see_the_first_response_alone(policy: Loc
     asked = listening.role("unguided")
     assert [r.n for r in asked] == [3, 3]
     for row, request in zip(mined, asked, strict=True):
-        *_, first, turn = request.messages
+        *_, first, turn = turns_of(request)
         assert first["content"] == row.initial and turn["content"] == CHAT.improve
-        assert not any(row.gold in m["content"] for m in request.messages)
+        assert not any(row.gold in m["content"] for m in turns_of(request))
         assert [c.sample for c in row.candidates] == [0, 1, 2]
         assert all(c.principle == c.critique == "" and c.tokens > 0 for c in row.candidates)

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from scripted import turns_of
 
 from constitutions.errors import UserError
 from models.judges.llm import Asker
@@ -31,8 +32,8 @@ class Reader:
     def generate(
         self, requests: Sequence[Request], progress: Progress | None = None
     ) -> list[list[Completion]]:
-        self.read += [r.messages for r in requests]
-        texts = [self.say(r.messages[-1]["content"]) for r in requests]
+        self.read += [turns_of(r) for r in requests]
+        texts = [self.say(turns_of(r)[-1]["content"]) for r in requests]
         return [[Completion(text=t, tokens=1, logprob=0.0, finish=self.finish)] for t in texts]
 
     def logprobs(self, pairs: Sequence[tuple[tuple[Message, ...], str]]) -> list[Scoring]:

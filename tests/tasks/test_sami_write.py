@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from review_world import clustered_attempt
-from scripted import Script, ScriptedSource
+from scripted import Script, ScriptedSource, turns_of
 
 from constitutions.constitution import Constitution, Principle, load, save
 from constitutions.errors import UserError
@@ -56,7 +56,7 @@ class Writer(Script):
         if role == "principle":
             said = self.principle(int(number))
         else:
-            said = self.antithesis(int(number), request.messages[1]["content"])
+            said = self.antithesis(int(number), turns_of(request)[1]["content"])
         return said if isinstance(said, Completion) else completion(said)
 
     def asked_for(self, role: str) -> list[Request]:
@@ -92,9 +92,9 @@ def test_each_principle_is_asked_for_its_antithesis_on_its_topic() -> None:
     assert not found.rejected
     assert sum(ticks) == len(writer.asked) == 6
     first, second, third, *opposed = writer.asked
-    assert [("law" in r.messages[0]["content"]) for r in (first, second, third)] == [0, 1, 0]
-    assert [m["content"] for m in opposed[1].messages[:2]] == [
-        second.messages[0]["content"],
+    assert [("law" in turns_of(r)[0]["content"]) for r in (first, second, third)] == [0, 1, 0]
+    assert [m["content"] for m in turns_of(opposed[1])[:2]] == [
+        turns_of(second)[0]["content"],
         "Be brief.",
     ]
     assert {(r.temperature, r.max_tokens, r.n) for r in writer.asked} == {(0.7, 9, 1)}

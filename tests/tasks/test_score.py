@@ -14,6 +14,7 @@ import pytest
 from chat_model import build_chat_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted import turns_of
 
 from constitutions.errors import UserError
 from models.engine.local import LocalPolicy
@@ -314,7 +315,7 @@ class Grading:
 
     @staticmethod
     def response(request: Request) -> str:
-        text = request.messages[0]["content"]
+        text = turns_of(request)[0]["content"]
         return text.split("###Response to evaluate:\n> ")[1].split("\n\n###")[0]
 
     def logprobs(self, pairs: Sequence[tuple[tuple[Message, ...], str]]) -> list[Scoring]:
@@ -346,7 +347,7 @@ def test_grades_become_scores_in_the_order_of_the_responses() -> None:
 def test_the_judge_reads_the_prompt_and_the_gold_of_every_response() -> None:
     policy = Grading(a="[RESULT] 1", b="[RESULT] 2")
     judged(policy, [mined("a", "b", gold="on the mat"), mined("b", gold="in the hat")])
-    texts = [request.messages[0]["content"] for request in policy.requests]
+    texts = [turns_of(request)[0]["content"] for request in policy.requests]
     assert all("###The instruction to evaluate:\n> Where was the cat?" in text for text in texts)
     golds = [text.split("###Reference Answer (Score 5):\n> ")[1].split("\n")[0] for text in texts]
     assert golds == ["on the mat", "on the mat", "in the hat"]

@@ -62,7 +62,7 @@ class Thinker(Script):
     ) -> list[list[Completion]]:
         return [
             [
-                dataclasses.replace(c, thoughts=f"<think>\n{r.messages[-1]}\n</think>\n\n")  # type: ignore[index]
+                dataclasses.replace(c, thoughts=f"<think>\n{r.messages[-1]}\n</think>\n\n")
                 for c in some
             ]
             for some, r in zip(super().generate(requests, progress), requests, strict=True)
@@ -107,7 +107,7 @@ def test_mining_keeps_thoughts_apart_and_shows_them_to_no_later_turn() -> None:
     assert "GOLD." in found.principle_thoughts and "GOLD." not in found.refined_thoughts
     said = (row.initial, found.principle, found.critique, found.refined)
     assert said == ("Turn 1.", "Turn 3.", "Turn 5.", "Turn 7.")
-    assert not any("<think>" in m["content"] for r in thinker.asked for m in r.messages)  # type: ignore[index]
+    assert not any("<think>" in m["content"] for r in thinker.asked for m in r.messages)
 
 
 GENERATION = Generation(templates=CHAT, settings=AnswerSettings(), seed=0, iteration=0)
@@ -150,13 +150,13 @@ def scored(**change: Any) -> Scored:
         "sample": 0, "principle": "Name one.", "critique": "", "refined": "A fig.",
         "finish": "stop", "tokens": 9, "score": 0.9, "unscored": None,
     }  # fmt: skip
-    row = {"initial": "A fruit.", "initial_thoughts": "", "initial_finish": "stop"}
+    row: dict[str, Any] = {"initial": "A fruit.", "initial_thoughts": "", "initial_finish": "stop"}
     found = ScoredCandidate(**{**candidate, **{k: v for k, v in change.items() if k not in row}})
     row |= {k: v for k, v in change.items() if k in row}
     return Scored(
         **fields(PROMPT), **row, initial_tokens=3, candidates=(found,), initial_score=0.1,
         initial_unscored=None,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,9 @@ def test_sami_tells_responses_apart_without_their_thoughts() -> None:
     (group,) = groups_of(rows, encoder, CHAT_CONSTITUTION, end_token=True).groups
     decode = encoder.chat.tokenizer.decode
     assert [decode(list(ids)) for ids in group.responses] == ["Yes.<|im_end|>", "No.<|im_end|>"]
-    assert all(decode(list(p)).endswith("<think>\n\n</think>\n\n") for p in group.prompts)
+    assert all(
+        cast(str, decode(list(p))).endswith("<think>\n\n</think>\n\n") for p in group.prompts
+    )
 
 
 def test_how_the_template_is_used_is_part_of_a_fingerprint() -> None:

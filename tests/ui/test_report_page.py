@@ -149,7 +149,7 @@ def opened(browser: Any, file: Path, width: int = 1280, **how: Any) -> Watched:
     context.on("request", lambda request: watched.requests.append(request.url))
     page.on("console", lambda message: watched.said.append(message.text))
     page.on("pageerror", lambda error: watched.said.append(str(error)))
-    page.on("dialog", lambda dialog: (watched.said.append(dialog.message), dialog.dismiss()))
+    page.on("dialog", lambda dialog: (watched.said.append(dialog.message), dialog.dismiss()))  # type: ignore[func-returns-value]  # fmt: skip
     page.route("**/*", lambda route: route.continue_() if route.request.url == file.as_uri() else route.abort())  # fmt: skip
     page.goto(file.as_uri())
     return watched
