@@ -8,13 +8,13 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-
 
 .PHONY: demo test test-quick test-servers lint bench install clean
 
-demo: $(VENV)/.run  ## the whole loop on the planted world: about three minutes on two cores
+demo: $(VENV)/.run  ## the whole loop on the planted world: five to seven minutes on two cores
 	$(BIN)/staple run planted
 
 test: $(VENV)/.dev  ## everything, on a CPU, without a network
 	$(PYTEST)
 
-test-quick: $(VENV)/.dev  ## a broad part of it, in two minutes
+test-quick: $(VENV)/.dev  ## the files of tests that were measured to take seconds
 	$(PYTEST) -m "not slow"
 
 test-servers: $(VENV)/.dev  ## the whole loop through servers with passwords, on Debian's Postgres

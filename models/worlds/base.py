@@ -105,5 +105,9 @@ class World(ABC):
         return None
 
     def pretrain(self, model: str, seed: int, cache: Path, progress: Steps) -> Path:
-        """The directory of one of `models`, below `cache`; it is made the first time."""
-        raise NotImplementedError(f"the world {self.name} has no models")
+        """The directory of one of `models`, below `cache`; it is made the first time.
+
+        Raises:
+            LookupError: the world has no models of its own.
+        """
+        raise LookupError(f"the world {self.name} has no models")

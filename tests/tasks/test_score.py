@@ -545,14 +545,15 @@ def test_unscored_responses_of_a_real_judge_are_counted(
     assert score_stage(slot, by_model(judge_model), rows).reused and asked.total() == 10
 
 
-def test_a_killed_scoring_goes_on_at_the_first_missing_shard(
+def kill_after_eight(
     slot: Slot,
+    settings: ScoreSettings,
     rows: Attempt,
-    judge_model: Path,
     asked: Counter[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    counted, settings = LocalPolicy.generate, by_model(judge_model)
+    """Score until the judge has been asked eight times, then interrupt it."""
+    counted = LocalPolicy.generate
 
     def killed(self: LocalPolicy, requests: Sequence[Request], *rest: Any) -> Any:
         if asked.total() == 8:
@@ -563,6 +564,17 @@ def test_a_killed_scoring_goes_on_at_the_first_missing_shard(
         patch.setattr(LocalPolicy, "generate", killed)
         with pytest.raises(KeyboardInterrupt):
             score_stage(slot, settings, rows)
+
+
+def test_a_killed_scoring_goes_on_at_the_first_missing_shard(
+    slot: Slot,
+    rows: Attempt,
+    judge_model: Path,
+    asked: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = by_model(judge_model)
+    kill_after_eight(slot, settings, rows, asked, monkeypatch)
     assert asked.total() == 8
     resumed = score_stage(slot, settings, rows)
     assert len(asked) == asked.total() == 10, "nothing was asked twice"
@@ -590,17 +602,8 @@ def test_a_scoring_goes_on_in_shards_of_another_size(
     asked: Counter[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    counted, settings = LocalPolicy.generate, by_model(judge_model)
-
-    def killed(self: LocalPolicy, requests: Sequence[Request], *rest: Any) -> Any:
-        if asked.total() == 8:
-            raise KeyboardInterrupt
-        return counted(self, requests, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LocalPolicy, "generate", killed)
-        with pytest.raises(KeyboardInterrupt):
-            score_stage(slot, settings, rows)
+    settings = by_model(judge_model)
+    kill_after_eight(slot, settings, rows, asked, monkeypatch)
     resumed = score_stage(replace(slot, shard_size=3), settings, rows)
     assert [row.prompt_id for row in resumed.read("scored", Scored)] == [f"p{i}" for i in range(5)]
     whole = score_stage(replace(slot, mode=lambda _: "force"), settings, rows)
