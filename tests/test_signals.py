@@ -21,6 +21,7 @@ from flows.commands.program import GRACE_SECONDS
 from tasks.record.work import JOURNAL
 
 ROOT = Path(__file__).parent.parent
+Process = subprocess.Popen[bytes]
 LONG = 400  # seconds that nothing here takes unless it hangs
 
 
@@ -37,7 +38,7 @@ PROGRAM = (
 )
 
 
-def staple(folder: Path, *arguments: str, grace: float = GRACE_SECONDS) -> subprocess.Popen[bytes]:
+def staple(folder: Path, *arguments: str, grace: float = GRACE_SECONDS) -> Process:
     """Start the program as a shell does, in a process group of its own.
 
     Args:
@@ -75,7 +76,7 @@ def processes(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def until(is_so: Callable[[], object], process: subprocess.Popen[bytes] | None = None) -> None:
+def until(is_so: Callable[[], object], process: Process | None = None) -> None:
     deadline = time.monotonic() + LONG
     while not is_so():
         assert process is None or process.poll() is None, "it ended before"
@@ -89,7 +90,7 @@ def events(folder: Path, name: str) -> list[dict[str, object]]:
     return [line for line in map(json.loads, lines) if line["event"] == name]
 
 
-def ended(folder: Path, process: subprocess.Popen[bytes]) -> str:
+def ended(folder: Path, process: Process) -> str:
     """Wait for its end: the one line that it says, after which nothing of it is left."""
     process.wait(timeout=LONG)
     assert not processes(folder)
@@ -137,15 +138,30 @@ def test_ctrl_c_while_the_server_starts(folder: Path) -> None:
     assert process.returncode == 130
 
 
+def mining(folder: Path, experiment: str, *, grace: float = GRACE_SECONDS) -> Process:
+    """A run of a new experiment that has finished its first shard, of six that take seconds each.
+
+    It imports libraries before that, and torch ignores an interrupt that falls into its import.
+    """
+    before = mined(folder)
+    settings = [f"experiment={experiment}", "shard_size=1", "mine.max_response_tokens=200"]
+    changes = [argument for setting in settings for argument in ("--set", setting)]
+    process = staple(folder, "run", "lineage.yaml", *changes, grace=grace)
+    until(lambda: mined(folder) > before, process)
+    return process
+
+
+def mined(folder: Path) -> int:
+    """The shards of mining that the journal of all experiments lists."""
+    return len([event for event in events(folder, "shard") if "mined" in str(event["name"])])
+
+
 def test_what_is_kept_is_told_and_marked(folder: Path) -> None:
-    settings = ["--set", "shard_size=1", "--set", "mine.max_response_tokens=200"]
-    process = staple(folder, "run", "lineage.yaml", *settings, grace=LONG)
-    until(lambda: any("mined" in str(e["name"]) for e in events(folder, "shard")), process)
+    process = mining(folder, "lineage", grace=LONG)
     os.killpg(process.pid, signal.SIGINT)
     line = ended(folder, process)
     assert process.returncode == 130
-    shards = len([e for e in events(folder, "shard") if "mined" in str(e["name"])])
-    assert f"stopped: {shards} of 6 shards of mine 1 are kept" in line
+    assert f"stopped: {mined(folder)} of 6 shards of mine 1 are kept" in line
     assert "go on with: staple run lineage --resume" in line
     with sqlite3.connect(folder / "mlflow.db") as database:
         (status,) = database.execute("SELECT status FROM runs WHERE name = 'mine 1'").fetchone()
@@ -158,18 +174,14 @@ def test_what_is_kept_is_told_and_marked(folder: Path) -> None:
 
 
 def test_sigterm_to_the_program_alone(folder: Path) -> None:
-    before = len(events(folder, "begun"))
-    process = staple(folder, "run", "lineage", "--resume", grace=LONG)
-    until(lambda: len(events(folder, "begun")) > before, process)
+    process = mining(folder, "second")
     process.terminate()
-    assert "kept; go on with: staple run lineage --resume" in ended(folder, process)
+    assert "kept; go on with: staple run second --resume" in ended(folder, process)
     assert process.returncode == 143
 
 
 def test_sigkill_leaves_no_server(folder: Path) -> None:
-    before = len(events(folder, "begun"))
-    process = staple(folder, "run", "lineage", "--resume")
-    until(lambda: len(events(folder, "begun")) > before, process)
+    process = mining(folder, "third")
     process.kill()
     process.wait()
     until(lambda: not processes(folder))
