@@ -56,18 +56,19 @@ def publish_experiment(experiment: Experiment, done: Sequence[Attempts]) -> None
     history = {t: iteration_metrics(attempts) for t, attempts in enumerate(done)}
     for t, metrics in history.items():
         record.log_metrics(run_id, metrics, step=t)
-    log_figures(record, history, told=method_of(experiment.settings).constitutional)
+    constitutional = method_of(experiment.settings).constitutional
+    log_figures(record, history, constitutional=constitutional)
     _mark(record, SUMMARY, _every(done))
 
 
-def log_figures(record: Record, history: History, *, told: bool) -> None:
+def log_figures(record: Record, history: History, *, constitutional: bool) -> None:
     """The pictures of an experiment, on its summary run; they take the place of earlier ones.
 
     Args:
-        told: as `figures` has it.
+        constitutional: see `figures`.
     """
     run_id = record.iteration_run(SUMMARY)
-    for name, figure in figures(history, told=told).items():
+    for name, figure in figures(history, constitutional=constitutional).items():
         record.client.log_figure(run_id, figure, f"{name}.png")
 
 

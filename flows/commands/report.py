@@ -65,7 +65,7 @@ def report(experiments: list[str], out: Path) -> Path:
             raise  # no mistake of the user's
         raise unwritable(out, error.strerror or str(error)) from None
     for e in recorded:
-        log_figures(record_of(e.name), e.history, told=e.told)
+        log_figures(record_of(e.name), e.history, constitutional=e.constitutional)
     if rows := table(recorded):
         create_table_artifact(
             table=rows,

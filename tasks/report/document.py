@@ -71,13 +71,13 @@ def page(experiments: Sequence[Recorded], packages: Mapping[str, str]) -> str:
 
 
 HEADLINE = "win_rate/{final}"
-"""Stands for the metric that `Recorded.untold` names."""
+"""Stands for the metric `Recorded.held_out_rate`."""
 COLUMNS = (
     Column("Held-out win rate", HEADLINE),
-    Column("… combinations never mined", HEADLINE.replace("/", "/planted-held/")),
+    Column("Held-out win rate, combinations never mined", "win_rate/planted-held/{final}"),
     Column("Follows its constitution", "win_rate/constitution_vs_0"),
     Column("… at equal lengths", "win_rate/constitution_vs_0_length_controlled"),
-    Column("… principles held out", "win_rate/held_out_vs_0"),
+    Column("… of held-out principles", "win_rate/held_out_vs_0"),
     *benchmark_columns(),
 )
 """The paper's benchmarks in its order, after our own held-out prompts and SAMI's measure."""
@@ -148,7 +148,7 @@ def _chosen(e: Recorded) -> dict[int, tuple[str, ...]]:
 
 
 def _metric(e: Recorded, column: Column) -> str:
-    return column.metric.format(final=e.untold.removeprefix("win_rate/"))
+    return column.metric.format(final=e.held_out_rate.removeprefix("win_rate/"))
 
 
 def _cell(e: Recorded, t: int, column: Column) -> Cell:
@@ -185,7 +185,7 @@ def budget(e: Recorded) -> Budget:
         method=e.method,
         prompts=total("prompts"),
         generated=total("generated_tokens"),
-        trained=None if e.told else total("train/trained_tokens"),
+        trained=None if e.constitutional else total("train/trained_tokens"),
         read=total("train/tokens"),
         answered=sum(parts.get("evaluate", 0) for parts in tokens.values()),
         seconds=sum(sum(parts.values()) for parts in seconds.values()),
@@ -206,7 +206,7 @@ def _chapter(number: int, e: Recorded) -> dict[str, Any]:
         "base": _base(e),
         "provenance": list(_provenance(e)),
         "commands": _commands(e),
-        **(sami.parts(e) if e.told else _parts(e)),
+        **(sami.parts(e) if e.constitutional else _parts(e)),
     }
 
 
@@ -268,7 +268,7 @@ def _pictures(e: Recorded) -> list[Picture]:
     """The figures; where the stage that makes the numbers is missing, the reason."""
     there = {name for t, stages in e.attempts.items() if t for name in stages}
     found = []
-    for name, figure in figures(e.history, told=e.told).items():
+    for name, figure in figures(e.history, constitutional=e.constitutional).items():
         needed = _NEEDS.get(name)
         if needed and needed not in there:
             found.append(Picture("", f"{_ALT[name]} Not drawn. {e.why_missing(needed)}"))
@@ -309,7 +309,7 @@ def _costs(e: Recorded) -> Iterator[tuple[str, list[tuple[str, str]]]]:
 def _judge(e: Recorded) -> tuple[str, list[tuple[str, str]]]:
     """The judges of the last evaluated iteration, and figures on how well they judged."""
     last = e.last_evaluated
-    if last is None or (e.told and not last):  # the initial policy's responses meet no others
+    if last is None or (e.constitutional and not last):  # iteration 0 is compared with nothing
         return "", []
     rows = e.attempts[last]["evaluate"].read("comparisons", Comparison)
     known = {k: v for k, v in sorted(e.history[last].items()) if k.startswith("judge/")}

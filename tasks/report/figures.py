@@ -3,8 +3,8 @@
 `flows.publish` keeps them in MLflow, `tasks.report.document` puts them on its page.
 
 Drawn with matplotlib's own objects, without `pyplot`'s global state, so that worker threads may
-draw at the same time. The colours are Okabe and Ito's, which any colour vision tells apart; the
-markers differ too.
+draw at the same time. The colours are Okabe and Ito's, which people with any colour vision can
+distinguish; the markers differ too.
 """
 
 from __future__ import annotations
@@ -47,19 +47,20 @@ _SHARES = (
     _Curve("refinement_rate", "refinement rate", BLUE, "o"),
     _Curve("discovery_rate", "discovery rate", ORANGE, "s"),
 )
-_TOLD = (
-    _Curve("win_rate/principles_vs_0", "told principles", BLUE, "o"),
-    _Curve("win_rate/antitheses_vs_0", "told antitheses", ORANGE, "s"),
-    _Curve("win_rate/held_out_vs_0", "told held-out ones, of both kinds", GREEN, "^", "--"),
-)
 ARMS = {
-    "principles": "told principles",
-    "antitheses": "told antitheses",
-    "held_out_principles": "told held-out principles",
-    "held_out_antitheses": "told held-out antitheses",
-    "plain": "told nothing",
+    "principles": "with principles",
+    "antitheses": "with antitheses",
+    "held_out_principles": "with held-out principles",
+    "held_out_antitheses": "with held-out antitheses",
+    "plain": "without constitution",
 }
-"""What SAMI's held-out responses are given under: `tasks.sami.evaluate.ARMS`, in words."""
+"""The kinds of constitutions that SAMI's responses are sampled under, `tasks.sami.evaluate.ARMS`,
+as labels."""
+_SAME_CONSTITUTION = (
+    _Curve("win_rate/principles_vs_0", ARMS["principles"], BLUE, "o"),
+    _Curve("win_rate/antitheses_vs_0", ARMS["antitheses"], ORANGE, "s"),
+    _Curve("win_rate/held_out_vs_0", "with held-out principles or antitheses", GREEN, "^", "--"),
+)
 _MARKS = (
     (BLUE, "o", "-"),
     (ORANGE, "s", "-"),
@@ -68,24 +69,25 @@ _MARKS = (
     (_INK, "D", ":"),
 )
 _LENGTHS = tuple(
-    _Curve(f"answers/{arm}_characters", told, *mark)
-    for (arm, told), mark in zip(ARMS.items(), _MARKS, strict=True)
+    _Curve(f"answers/{arm}_characters", label, *mark)
+    for (arm, label), mark in zip(ARMS.items(), _MARKS, strict=True)
 )
 _INFORMATION = _Curve("mi/per_token", "estimate ± standard error", BLUE, "o")
 
 
-def figures(history: History, *, told: bool = False) -> dict[str, Figure]:
-    """Every picture of an experiment by its name; each draws what `history` has.
+def figures(history: History, *, constitutional: bool = False) -> dict[str, Figure]:
+    """Every figure of an experiment by its name; each draws the metrics that `history` has.
 
-    Iteration 0 has costs; its answers are what the others are compared with.
+    Iteration 0 has costs, but no win rates: the other iterations are compared with it.
 
     Args:
-        told: its policies are told a constitution (SAMI); else they find principles.
+        constitutional: whether the policies answer with a constitution in the prompt (SAMI);
+            otherwise they name principles themselves.
     """
     measured = {t: metrics for t, metrics in history.items() if t > 0}
-    if told:
+    if constitutional:
         return {
-            "win_rate": _rates(measured, _TOLD, "Win rate under the same constitution"),
+            "win_rate": _rates(measured, _SAME_CONSTITUTION, "Win rate with the same constitution"),
             "information": _information(history),
             "lengths": _lengths(history),
             "costs": _costs(history),

@@ -35,8 +35,8 @@ class Recorded:
     method: str
     headline: str
     """The win rate that its iterations are compared by: the method's final answer against the
-    initial policy's first one; of SAMI, the response to a constitution against the initial
-    policy's to the same one."""
+    initial policy's first one; for SAMI, the response with a constitution against the initial
+    policy's response with the same one."""
     settings: str
     """YAML, as `staple run` reads it."""
     seed: int
@@ -55,17 +55,17 @@ class Recorded:
         return self._final.startswith("initial")
 
     @property
-    def told(self) -> bool:
-        """Whether the policy is told a constitution (SAMI); else it finds a principle, or none."""
+    def constitutional(self) -> bool:
+        """Whether the policy answers with a constitution in the prompt, as SAMI's does."""
         return self._final.startswith("constitution")
 
     @property
-    def untold(self) -> str:
-        """The win rate of the final answer to a prompt alone: the measure that all methods share.
+    def held_out_rate(self) -> str:
+        """The metric that all methods share: the win rate of the final answer to the prompt alone.
 
-        SAMI's is its response without a constitution.
+        For SAMI that is the response without a constitution.
         """
-        return "win_rate/plain_vs_0" if self.told else self.headline
+        return "win_rate/plain_vs_0" if self.constitutional else self.headline
 
     @property
     def _final(self) -> str:

@@ -21,15 +21,11 @@ from tasks.sami.draw import pool_of
 EXAMPLES = 10
 
 _FIGURES = (
-    Column("told principles, vs iteration 0", "win_rate/principles_vs_0"),
-    Column("told antitheses, vs iteration 0", "win_rate/antitheses_vs_0"),
-    Column("both, vs iteration 0", "win_rate/constitution_vs_0"),
+    Column("with constitution, vs iteration 0", "win_rate/constitution_vs_0"),
     Column("… at equal lengths", "win_rate/constitution_vs_0_length_controlled"),
-    Column("both, vs previous", "win_rate/constitution_vs_previous"),
-    Column("told held-out principles, vs iteration 0", "win_rate/held_out_principles_vs_0"),
-    Column("told held-out antitheses, vs iteration 0", "win_rate/held_out_antitheses_vs_0"),
-    Column("both held-out kinds, vs iteration 0", "win_rate/held_out_vs_0"),
-    Column("told nothing, vs iteration 0", "win_rate/plain_vs_0"),
+    Column("with constitution, vs previous", "win_rate/constitution_vs_previous"),
+    Column("with held-out principles or antitheses, vs iteration 0", "win_rate/held_out_vs_0"),
+    *(Column(f"{label}, vs iteration 0", f"win_rate/{arm}_vs_0") for arm, label in ARMS.items()),
     Column("information, of mean log-probabilities per token, nats", "mi/per_token", form="nats"),
     Column("information, of whole responses, nats", "mi/whole", form="nats"),
     *(
@@ -106,16 +102,16 @@ def headline(e: Recorded) -> str:
     beside = "; ".join(f"{rate(name)} {words}" for name, words in more.items() if name in metrics)
     held_out = e.history.get(0, {}).get("prompts", 0)
     said = (
-        f"After iteration {last}, told a constitution of principles or of antitheses, the policy's "
-        f"response has a win rate of {rate(e.headline)} against the initial policy's, told the "
-        f"same, on {held_out:,.0f} held-out prompts"
+        f"After iteration {last}, with a constitution of principles or of antitheses, the policy's "
+        f"response has a win rate of {rate(e.headline)} against the initial policy's response with "
+        f"the same constitution, on {held_out:,.0f} held-out prompts"
     )
-    untold = (
-        f" Told nothing, its answer has {rate(e.untold)} against the initial policy's."
-        if e.untold in metrics
+    plain = (
+        f" Without constitution, it has {rate(e.held_out_rate)} against the initial policy's answer."
+        if e.held_out_rate in metrics
         else ""
     )
-    return f"{said}{f' ({beside})' if beside else ''}; 50\u00a0% is parity.{untold}"
+    return f"{said}{f' ({beside})' if beside else ''}; 50\u00a0% is parity.{plain}"
 
 
 def constitution(e: Recorded) -> list[PrinciplePair]:

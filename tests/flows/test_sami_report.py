@@ -52,7 +52,7 @@ def test_two_measures_are_not_one(taught: ExperimentSettings) -> None:
     shown = words(page([type(e)(**{**vars(e), "history": {0: e.history[0], 1: metrics}})], {}))
     row = shown[shown.index("SAMI taught 1") :]
     assert row.index("12.3 %") < row.index("87.7 %"), "held-out win rate, then follows"
-    (headline,) = re.findall(r"After iteration 1, told a constitution.*?50 % is parity\.", shown)
+    (headline,) = re.findall(r"After iteration 1, with a constitution.*?50 % is parity\.", shown)
     assert "87.7 %" in headline and "12.3 %" not in headline
 
 
@@ -68,7 +68,7 @@ def test_constitution_and_examples(taught: ExperimentSettings) -> None:
     part = shown[shown.index("Before and after The policy of iteration 1") :]
     assert part.count("Trained policy’s response") == len(prompts), "fewer than ten: all"
     for arm in ("principles", "antitheses", "held-out principles", "held-out antitheses"):
-        assert f", told {arm} " in part, "in turn"
+        assert f", with {arm} " in part, "in turn"
     responses = {
         t: {
             (r.prompt_id, r.arm): " ".join(r.response.split())
@@ -94,7 +94,7 @@ def test_beside_staple(taught: ExperimentSettings, at_home: ExperimentSettings) 
 
 def test_its_pictures_are_logged(taught: ExperimentSettings) -> None:
     e, record = gather(taught), record_of("taught")
-    log_figures(record, e.history, told=e.told)
+    log_figures(record, e.history, constitutional=e.constitutional)
     files = {f.path for f in record.client.list_artifacts(record.iteration_run(SUMMARY))}
     assert {"win_rate.png", "information.png", "lengths.png", "costs.png"} <= files
     assert "constitution.png" not in files

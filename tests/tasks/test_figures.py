@@ -123,7 +123,7 @@ def test_the_same_figure_has_the_same_bytes() -> None:
     assert b"<svg" in image and b"background" not in image
 
 
-TOLD = {
+SAMI = {
     0: {"mi/per_token": 0.1, "mi/per_token_error": 0.02, "answers/plain_characters": 40.0},
     1: {
         "prompts": 30.0,
@@ -143,20 +143,20 @@ TOLD = {
 
 
 def test_sami_has_pictures_of_its_own() -> None:
-    assert [*figures(TOLD, told=True)] == ["win_rate", "information", "lengths", "costs"]
+    assert [*figures(SAMI, constitutional=True)] == ["win_rate", "information", "lengths", "costs"]
     assert "constitution" in figures(HISTORY) and "information" not in figures(HISTORY)
-    drawn = figures(TOLD, told=True)
+    drawn = figures(SAMI, constitutional=True)
     assert curves(drawn["win_rate"]) == {
-        "told principles": [0.8],
-        "told held-out ones, of both kinds": [0.6],
+        "with principles": [0.8],
+        "with held-out principles or antitheses": [0.6],
     }
     lengths = curves(drawn["lengths"])
-    assert lengths == {"told principles": [70.0], "told nothing": [40.0, 50.0]}
-    assert stage_tokens(TOLD)[1] == {"sample": 900.0, "train": 5000.0}
+    assert lengths == {"with principles": [70.0], "without constitution": [40.0, 50.0]}
+    assert stage_tokens(SAMI)[1] == {"sample": 900.0, "train": 5000.0}
 
 
 def test_information_has_its_error_and_its_limit() -> None:
-    figure = figures(TOLD, told=True)["information"]
+    figure = figures(SAMI, constitutional=True)["information"]
     assert curves(figure) == {"estimate ± standard error": [0.1, 0.4]}
     axes: Any = figure.axes[0]
     ((_, (segments,)),) = [(c, c.lines[2]) for c in axes.containers]
@@ -165,12 +165,12 @@ def test_information_has_its_error_and_its_limit() -> None:
     (limit,) = [text for text in axes.texts if "log C" in text.get_text()]
     assert limit.get_position()[1] == pytest.approx(math.log(4)), "120 responses to 30 prompts"
     assert axes.get_ylim()[1] > math.log(4)
-    untrained = figures({0: TOLD[0]}, told=True)["information"]
+    untrained = figures({0: SAMI[0]}, constitutional=True)["information"]
     assert not untrained.axes[0].texts, "C is not known before anything was sampled"
 
 
 def test_what_is_not_there_is_not_drawn() -> None:
     histories: tuple[History, ...] = ({}, {0: {}, 1: {}})
     for history in histories:
-        for figure in figures(history, told=True).values():
+        for figure in figures(history, constitutional=True).values():
             assert svg(figure).startswith(b"<?xml")

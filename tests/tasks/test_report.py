@@ -79,8 +79,8 @@ def test_a_column_appears_where_any_experiment_has_it() -> None:
     rows = table([recorded(HISTORY), other])
     assert rows[1]["MT-Bench"] == "7.71" and rows[-1]["MT-Bench"] == "–"
     assert rows[-1]["Held-out win rate"] == "70.0\u00a0%", "of an SFT, its first answer"
-    assert rows[-1]["… combinations never mined"] == "25.0\u00a0%"
-    assert rows[1]["… combinations never mined"] == "–"
+    assert rows[-1]["Held-out win rate, combinations never mined"] == "25.0\u00a0%"
+    assert rows[1]["Held-out win rate, combinations never mined"] == "–"
     assert "AlpacaEval win rate" not in rows[0]
     assert (rows[-1]["method"], rows[-1]["iteration"]) == ("SFT on gold", "1 (best, last)")
 
