@@ -228,7 +228,7 @@ def finished_units(lines: Sequence[Line]) -> Counter[tuple[str, str]]:
 
 def digests(folder: Path, experiment: str) -> Mapping[Place, str]:
     """The digest of every stage's current outputs."""
-    from tasks.record.store import Record
+    from tasks.record.record import Record
 
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     record = Record(experiment, folder / ".staple", uri)

@@ -21,7 +21,7 @@ from tasks.evaluate import evaluate_stage
 from tasks.filter import filter_stage
 from tasks.mine import mine_stage
 from tasks.prompts import prompts_stage
-from tasks.record.store import Attempt
+from tasks.record.record import Attempt
 from tasks.review import review_stage
 from tasks.score import score_stage
 from tasks.train import train_stage

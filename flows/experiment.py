@@ -29,7 +29,8 @@ from models.files import Damaged
 from tasks.policies.base import BaseModelFiles, kept_model, resolve_model
 from tasks.policies.opening import PolicySource
 from tasks.record.progress import say
-from tasks.record.store import Attempt, Attempts, Looker, Mode, Record, Slot
+from tasks.record.record import Attempt, Attempts, Record
+from tasks.record.slot import Looker, Mode, Slot
 from tasks.record.writer import made
 from tasks.record.writer import writing as hold
 from tasks.review import ReviewDecision, ReviewSettings, recorded_verdict

@@ -17,7 +17,7 @@ from prefect.context import FlowRunContext
 from constitutions.constitution import load, markdown
 from flows.experiment import Experiment
 from flows.methods import method_of
-from tasks.record.store import SUMMARY, Attempt, Record
+from tasks.record.record import SUMMARY, Attempt, Record
 from tasks.record.work import Metrics
 from tasks.report.figures import History, figures
 from tasks.stages import STAGES

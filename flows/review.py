@@ -20,7 +20,8 @@ from constitutions.constitution import Constitution, Principle, load, markdown_t
 from constitutions.errors import UserError
 from constitutions.review import Decision
 from flows.experiment import Experiment
-from tasks.record.store import Attempt, Slot
+from tasks.record.record import Attempt
+from tasks.record.slot import Slot
 from tasks.review import ReviewDecision, ReviewSettings, review, review_stage
 from tasks.rows import Labelled
 

@@ -10,7 +10,7 @@ from functools import partial
 
 from flows.experiment import Experiment
 from tasks.prompts import prompts_stage
-from tasks.record.store import Attempt
+from tasks.record.record import Attempt
 from tasks.sami.evaluate import evaluate_stage
 from tasks.sami.sample import sample_stage
 from tasks.sami.train import train_stage

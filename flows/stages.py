@@ -26,7 +26,7 @@ from flows.schema import ExperimentSettings
 from flows.server.prefect_server import at_hand
 from flows.settings import with_changes, without_gone
 from flows.states import stage_states
-from tasks.record.store import Attempt
+from tasks.record.record import Attempt
 
 
 def run_stage(

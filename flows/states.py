@@ -17,7 +17,7 @@ from flows.publish import Attempts, is_published
 from flows.schema import ExperimentSettings
 from flows.settings import without_gone
 from tasks.record.provenance import Acceptance, Provenance
-from tasks.record.store import Attempt, Record, finished
+from tasks.record.record import Attempt, Record, finished
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -17,7 +17,7 @@ from flows.schema import ExperimentSettings
 from flows.server.prefect_server import at_hand
 from flows.settings import following
 from flows.states import unchanged
-from tasks.record.store import Attempt
+from tasks.record.record import Attempt
 
 
 class Followed(NamedTuple):

@@ -28,8 +28,9 @@ from tasks.clustering.features import Distinct, Features, distinct_principles, i
 from tasks.clustering.picture import figure, map_principles
 from tasks.clustering.support import measured
 from tasks.policies.opening import PolicySource
+from tasks.record.record import Attempt
+from tasks.record.slot import Slot
 from tasks.record.stage import stage
-from tasks.record.store import Attempt, Slot
 from tasks.record.work import Metrics, Workspace
 from tasks.rows import ClusterRow, Labelled, Scored, Trajectory, fields
 

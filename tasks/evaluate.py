@@ -40,8 +40,9 @@ from tasks.judging.rates import (
 from tasks.judging.truth import faithfulness_metrics, truth_metrics, world_of
 from tasks.policies.answers import AnswerSettings, Generation, Respondent, answer_metrics
 from tasks.policies.opening import PolicySource
+from tasks.record.record import Attempt
+from tasks.record.slot import Slot
 from tasks.record.stage import stage
-from tasks.record.store import Attempt, Slot
 from tasks.record.work import Metrics, Workspace
 from tasks.rows import Answer, Labelled, Prompt, Scored
 from tasks.score import ScoreSettings

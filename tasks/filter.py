@@ -18,8 +18,9 @@ from pydantic import Field
 
 from models.policy import NO_ANSWER, UNFINISHED
 from models.settings import Settings
+from tasks.record.record import Attempt
+from tasks.record.slot import Slot
 from tasks.record.stage import stage
-from tasks.record.store import Attempt, Slot
 from tasks.record.work import Metrics, Workspace
 from tasks.rows import Prompt, Rejected, Scored, ScoredCandidate, Trajectory
 

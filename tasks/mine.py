@@ -19,8 +19,9 @@ from models.policy import Completion, Messages, Policy, Progress, Request, finis
 from models.prompts import Templates
 from models.settings import Settings
 from tasks.policies.opening import PolicySource
+from tasks.record.record import Attempt
+from tasks.record.slot import Slot
 from tasks.record.stage import stage
-from tasks.record.store import Attempt, Slot
 from tasks.record.work import Metrics, Workspace
 from tasks.rows import Candidate, Mined, Prompt, fields
 

@@ -18,8 +18,9 @@ from models.settings import Settings
 from models.worlds.base import Oracle, World, WorldPrompt
 from models.worlds.registry import WORLDS
 from tasks.corpus.prompts import CorpusSettings, load_corpus, shuffle_golds, source_digests, split
+from tasks.record.record import Attempt
+from tasks.record.slot import Slot
 from tasks.record.stage import stage
-from tasks.record.store import Attempt, Slot
 from tasks.record.work import Metrics, Workspace
 from tasks.rows import Prompt, Rejected, prompt_id
 

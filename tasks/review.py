@@ -23,8 +23,9 @@ from constitutions.review import Decision, apply, described, effective
 from models.files import write_text
 from models.settings import Settings
 from tasks.clustering.support import measured
+from tasks.record.record import Attempt, Record
+from tasks.record.slot import Slot
 from tasks.record.stage import stage
-from tasks.record.store import Attempt, Record, Slot
 from tasks.record.work import Metrics, Workspace
 from tasks.rows import Labelled, Rejected
 

@@ -18,8 +18,9 @@ from constitutions.errors import UserError
 from models.policy import Progress
 from models.pools.base import Finished
 from tasks.record.progress import progress
+from tasks.record.record import Attempt
+from tasks.record.slot import Slot
 from tasks.record.stage import stage
-from tasks.record.store import Attempt, Slot
 from tasks.record.work import Metrics, Workspace, shards
 from tasks.rows import Mined, Scored, ScoredCandidate, fields
 from tasks.similarity.base import Similarity, not_empty, responses

@@ -24,8 +24,9 @@ from models.training.adapter import AdapterSettings, TrainingStep, plan_batches
 from models.training.encoding import EncodedExample, Encoder, EncodingError, Group
 from tasks.policies.opening import PolicySource
 from tasks.record.progress import progress
+from tasks.record.record import Attempt
+from tasks.record.slot import Slot
 from tasks.record.stage import stage
-from tasks.record.store import Attempt, Slot
 from tasks.record.work import Metrics, Workspace
 from tasks.rows import Labelled, Prompt, Rejected, Trajectory
 

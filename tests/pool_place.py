@@ -15,7 +15,8 @@ from tasks.corpus.prompts import CorpusSettings
 from tasks.mine import MineSettings, mine_stage
 from tasks.policies.opening import PolicySource
 from tasks.prompts import PromptSettings, prompts_stage
-from tasks.record.store import Attempt, Record, Slot
+from tasks.record.record import Attempt, Record
+from tasks.record.slot import Slot
 from tasks.record.work import Metrics, Workspace
 
 LOCAL = PoolSettings()

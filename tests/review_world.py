@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from constitutions.constitution import Constitution, Principle, save
 from models.settings import Settings
-from tasks.record.store import Attempt, Slot
+from tasks.record.record import Attempt
+from tasks.record.slot import Slot
 from tasks.record.work import Metrics, Workspace
 from tasks.rows import Labelled
 

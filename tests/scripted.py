@@ -32,7 +32,8 @@ from tasks.evaluate import EvaluateSettings, evaluate
 from tasks.judging.pairs import AnswerPair, answer_pairs
 from tasks.judging.panel import Judges, judge_pairs
 from tasks.policies.opening import PolicySource
-from tasks.record.store import Attempt, Slot
+from tasks.record.record import Attempt
+from tasks.record.slot import Slot
 from tasks.rows import Answer, Comparison, Prompt
 from tasks.score import ScoreSettings
 

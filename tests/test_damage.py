@@ -22,7 +22,7 @@ from command import staple
 from flows.experiment import note_settings, record_of
 from flows.settings import load_settings
 from tasks.record import locks
-from tasks.record.store import SUMMARY
+from tasks.record.record import SUMMARY
 
 Damage = Callable[[Path], object]
 

@@ -17,7 +17,7 @@ from command import staple
 from constitutions.constitution import load
 from flows.settings import load_settings
 from flows.states import stage_states
-from tasks.record.store import SUMMARY, Record
+from tasks.record.record import SUMMARY, Record
 from tasks.rows import Labelled, Mined, Prompt, Rejected, Scored, Trajectory
 
 pytestmark = pytest.mark.usefixtures("prefect_server")

@@ -68,7 +68,8 @@ def test_a_world(tmp_path: Path) -> None:
 
 SCORED = """
 from pathlib import Path
-from tasks.record.store import Record, Slot
+from tasks.record.record import Record
+from tasks.record.slot import Slot
 from tasks.rows import Candidate, Mined, Scored
 from tasks.score import ScoreSettings, score_stage
 

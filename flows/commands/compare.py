@@ -16,7 +16,7 @@ from flows.commands.tables import table
 from flows.experiment import Experiment, open_experiment, recorded_settings
 from flows.methods import method_of
 from flows.publish import constitution_of, iteration_metrics
-from tasks.record.store import Attempt
+from tasks.record.record import Attempt
 from tasks.record.work import Metrics
 
 REFERENCE = "EXPERIMENT, EXPERIMENT:ITERATION or EXPERIMENT:ITERATION:STAGE[@ATTEMPT]"

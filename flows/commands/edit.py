@@ -23,7 +23,7 @@ from flows.experiment import (
 )
 from flows.review import record_review
 from tasks.record.progress import say
-from tasks.record.store import Attempt
+from tasks.record.record import Attempt
 from tasks.review import ReviewDecision, recorded_review
 
 FILE = "constitution.yaml"

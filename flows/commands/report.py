@@ -26,7 +26,7 @@ from flows.server.prefect_server import at_hand
 from flows.settings import dump_settings
 from flows.states import stage_states
 from models.files import write_text
-from tasks.record.store import Attempt
+from tasks.record.record import Attempt
 from tasks.report.document import page, table
 from tasks.report.recorded import Recorded, RecordedStage
 

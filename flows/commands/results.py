@@ -17,7 +17,7 @@ from flows.schema import ExperimentSettings
 from flows.settings import without_gone
 from flows.states import State, stage_states
 from models.worlds.registry import WORLDS
-from tasks.record.store import Attempt
+from tasks.record.record import Attempt
 from tasks.record.work import Metrics
 from tasks.stages import STAGES
 

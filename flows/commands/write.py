@@ -33,7 +33,7 @@ from models.worlds.registry import WORLD_MODELS
 from tasks.policies.base import make_world_model, open_model
 from tasks.policies.opening import PolicySource
 from tasks.record.progress import progress
-from tasks.record.store import Attempt
+from tasks.record.record import Attempt
 from tasks.review import recorded_review
 from tasks.sami.write import WriteSettings, Written, oppose, write_pairs
 

@@ -12,7 +12,7 @@ from models.files import text_sha256
 from models.judges import llm
 from models.judges.registry import JudgeSettings
 from tasks.policies.base import check_model, folder_digest, open_model
-from tasks.record.store import Slot
+from tasks.record.slot import Slot
 
 
 def judge_notes(settings: JudgeSettings, home: Path | None = None) -> dict[str, str]:

@@ -19,7 +19,7 @@ from models.pools.weights import file_hashes
 from models.worlds.registry import WORLD_MODELS
 from tasks.record.code import code_version
 from tasks.record.progress import progress, say
-from tasks.record.store import SUMMARY, Record
+from tasks.record.record import SUMMARY, Record
 
 
 @dataclass(frozen=True)

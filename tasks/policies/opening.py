@@ -16,7 +16,8 @@ from models.pools.base import Pool, Where
 from models.pools.local import LocalPool
 from models.pools.opening import open_pool
 from models.prompts import CONSTITUTION_WORDINGS, TEMPLATES, ConstitutionWording, Templates
-from tasks.record.store import Attempt, Slot
+from tasks.record.record import Attempt
+from tasks.record.slot import Slot
 
 TEMPLATE = ("chat_template", "template_arguments", "thought_tags", "thought_tokens")
 """Settings that say how the chat template is used."""

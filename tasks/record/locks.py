@@ -19,6 +19,8 @@ from tasks.record import private
 from tasks.record.progress import say
 
 HEARTBEAT_SECONDS = 10.0
+BEATS_MISSED = 6
+"""So many heartbeats late, by this machine's clock, another machine's process looks dead."""
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Concatenate, ParamSpec
 
-from tasks.record.store import Attempt, Slot
+from tasks.record.record import Attempt
+from tasks.record.slot import Slot
 
 P = ParamSpec("P")
 Stage = Callable[Concatenate[Slot, P], Attempt]

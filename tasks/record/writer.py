@@ -18,7 +18,7 @@ from typing import Any
 from models.files import text_sha256
 from tasks.record import locks
 from tasks.record.progress import say
-from tasks.record.store import BEATS_MISSED, Attempts, Record
+from tasks.record.record import Attempts, Record
 
 CLAIM = "writer."
 """Tags of the MLflow experiment: who writes it, or wants to; one tag each."""
@@ -146,7 +146,7 @@ class _Claim:
         """Whether its heartbeat goes on, whatever the two clocks say; here we hold its lock."""
         if said["place"] == self._said["place"]:
             return False
-        now, missed = time.monotonic(), BEATS_MISSED * locks.HEARTBEAT_SECONDS
+        now, missed = time.monotonic(), locks.BEATS_MISSED * locks.HEARTBEAT_SECONDS
         beat, since = self._seen.get(tag, (None, now))
         if beat != said["beat"]:
             since = now

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tasks.benchmarks.base import Column
-from tasks.record.store import Attempt
+from tasks.record.record import Attempt
 from tasks.report.figures import History
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from constitutions.constitution import Principle, load
 from constitutions.errors import UserError
-from tasks.record.store import Attempt
+from tasks.record.record import Attempt
 
 
 class DrawnConstitution(NamedTuple):

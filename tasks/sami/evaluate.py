@@ -35,8 +35,9 @@ from tasks.judging.rates import (
 from tasks.judging.truth import obedience_metrics, world_of
 from tasks.policies.answers import Given
 from tasks.policies.opening import PolicySource
+from tasks.record.record import Attempt
+from tasks.record.slot import Slot
 from tasks.record.stage import stage
-from tasks.record.store import Attempt, Slot
 from tasks.record.work import Metrics, Workspace
 from tasks.rows import Comparison, Draw, Prompt, Response, Sampled
 from tasks.sami.draw import DrawnConstitution, PrinciplePool, mixed, pool_of

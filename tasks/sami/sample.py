@@ -19,8 +19,9 @@ from models.policy import Completion, Policy, Progress, Request
 from models.prompts import ConstitutionWording, under_constitution
 from models.settings import Settings
 from tasks.policies.opening import PolicySource
+from tasks.record.record import Attempt
+from tasks.record.slot import Slot
 from tasks.record.stage import stage
-from tasks.record.store import Attempt, Slot
 from tasks.record.work import Metrics, Workspace
 from tasks.rows import Draw, Prompt, Sampled, fields
 from tasks.sami.draw import DrawnConstitution, draw, pool_of

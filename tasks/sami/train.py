@@ -14,8 +14,9 @@ from models.prompts import ConstitutionWording, under_constitution
 from models.training.encoding import Encoder, EncodingError, Group
 from tasks.policies.opening import PolicySource
 from tasks.record.progress import progress
+from tasks.record.record import Attempt
+from tasks.record.slot import Slot
 from tasks.record.stage import stage
-from tasks.record.store import Attempt, Slot
 from tasks.record.work import Metrics, Workspace
 from tasks.rows import Rejected, Sampled
 from tasks.train import (

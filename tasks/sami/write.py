@@ -40,8 +40,9 @@ from models.prompts import (
 from models.settings import Settings
 from tasks.policies.opening import PolicySource
 from tasks.record.progress import progress
+from tasks.record.record import Attempt
+from tasks.record.slot import Slot
 from tasks.record.stage import stage
-from tasks.record.store import Attempt, Slot
 from tasks.record.work import Metrics, Workspace
 from tasks.rows import Rejected, prompt_id
 from tasks.sami.draw import HELD_OUT

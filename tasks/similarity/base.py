@@ -15,7 +15,7 @@ from models.policy import PolicySettings, Progress
 from models.pools.base import E, Opener, Pool, Where
 from models.pools.opening import open_pool
 from models.settings import Settings
-from tasks.record.store import Slot
+from tasks.record.slot import Slot
 from tasks.rows import Mined
 
 EMPTY = "the text is empty"

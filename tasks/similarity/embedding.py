@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from models.embedders import check_embedder, sentence_embedder
-from tasks.record.store import Slot
+from tasks.record.slot import Slot
 from tasks.similarity.base import EMPTY, Chosen, Score, Similarity
 
 REMEMBERED = 4096

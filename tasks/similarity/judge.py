@@ -15,7 +15,7 @@ from models.judges.registry import JudgeSettings, judge_pool, located, open_poli
 from models.policy import Progress
 from models.pools.base import E, Opener, Pool
 from tasks.judging.judge import check_judge, noted
-from tasks.record.store import Slot
+from tasks.record.slot import Slot
 from tasks.rows import Mined
 from tasks.similarity.base import EMPTY, Chosen, Score, Similarity, not_empty, responses
 

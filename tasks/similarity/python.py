@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from constitutions.errors import UserError
-from tasks.record.store import Slot
+from tasks.record.slot import Slot
 from tasks.similarity.base import EMPTY, Chosen, Score, Similarity
 
 ALLOWED = "STAPLE_RUN_CODE"

@@ -21,9 +21,9 @@ from flows.schema import ExperimentSettings
 from flows.settings import with_changes
 from flows.states import stage_states
 from models import prompts
-from tasks.record import store
+from tasks.record import slot
 from tasks.record.code import code_versions
-from tasks.record.store import Attempt
+from tasks.record.record import Attempt
 from tasks.rows import Labelled, Rejected
 
 AFTER_MINE = [("score", 1), ("filter", 1), ("cluster", 1), ("train", 1), ("evaluate", 1)]
@@ -156,7 +156,7 @@ def test_other_code_changes_its_stage(
         edited = {module: "edited"} if module == f"tasks.{stage}" else {}
         return code_versions(module, *others) | edited
 
-    monkeypatch.setattr(store, "code_versions", versions)
+    monkeypatch.setattr(slot, "code_versions", versions)
     found = stale(at_home)
     assert set(found) == set(reached)
     assert f"code of tasks.{stage} changed" in found[stage, 1]

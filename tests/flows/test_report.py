@@ -20,7 +20,7 @@ from flows.experiment import note_settings, open_experiment, record_of, recorded
 from flows.publish import iteration_metrics
 from flows.schema import ExperimentSettings
 from flows.settings import with_changes
-from tasks.record.store import SUMMARY
+from tasks.record.record import SUMMARY
 from tasks.record.work import JOURNAL
 from tasks.report.document import page, results
 from tasks.rows import Answer, ClusterRow

@@ -24,7 +24,7 @@ from constitutions.review import Decision
 from flows.experiment import note_settings, open_experiment, recorded_settings
 from flows.review import ReviewForm, ask, examples_of, form_of, verdict_of
 from flows.schema import ExperimentSettings
-from tasks.record.store import Attempt
+from tasks.record.record import Attempt
 from tasks.review import ReviewDecision, recorded_review, recorded_verdict
 
 NAME = "an-experiment"

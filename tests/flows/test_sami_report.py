@@ -13,7 +13,7 @@ from flows.experiment import note_settings, record_of
 from flows.publish import iteration_metrics, log_figures
 from flows.schema import ExperimentSettings
 from flows.settings import with_changes
-from tasks.record.store import SUMMARY
+from tasks.record.record import SUMMARY
 from tasks.report.document import page
 from tasks.rows import Prompt, Response
 from tasks.sami.draw import pool_of

@@ -18,7 +18,7 @@ from flows.schema import ExperimentSettings
 from models.planted import pretrain
 from models.planted.oracle import behaviour_of
 from models.policy import PolicySettings
-from tasks.record.store import Attempt
+from tasks.record.record import Attempt
 from tasks.review import ReviewDecision
 
 HELD: dict[str, Any] = {

@@ -33,7 +33,7 @@ from models.pools import ray_cluster as cluster
 from models.pools.local import LocalPool
 from models.pools.opening import open_pool
 from tasks.evaluate import EvaluateSettings, evaluate_stage
-from tasks.record.store import Attempt
+from tasks.record.record import Attempt
 from tasks.score import ScoreSettings, score_stage
 
 TESTS = Path(__file__).parent.parent

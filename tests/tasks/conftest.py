@@ -11,7 +11,8 @@ from scripted import HELD_OUT, Place
 
 from tasks.corpus.prompts import CorpusSettings
 from tasks.prompts import PromptSettings, prompts_stage
-from tasks.record.store import Record, Slot
+from tasks.record.record import Record
+from tasks.record.slot import Slot
 
 
 @pytest.fixture(scope="session")

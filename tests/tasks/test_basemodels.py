@@ -13,7 +13,7 @@ from constitutions.errors import UserError
 from models.planted import pretrain
 from models.policy import PolicySettings
 from tasks.policies.base import folder_digest, kept_model, resolve_model
-from tasks.record.store import Record
+from tasks.record.record import Record
 
 PLANTED = PolicySettings(model="planted")
 

@@ -20,7 +20,7 @@ from tasks.benchmarks.mt_bench.data import read_answers, read_games, read_rating
 from tasks.benchmarks.mt_bench.run import TEMPERATURES
 from tasks.benchmarks.registry import BenchmarkSettings, columns
 from tasks.benchmarks.rows import read_records, spread
-from tasks.record.store import Attempt
+from tasks.record.record import Attempt
 from tasks.rows import Answer, DialogueAnswer
 
 RATED = "[Question]\n{question}\n\n[The Start of Answer]\n{answer}\n[The End of Answer]"

@@ -18,7 +18,7 @@ from sqlalchemy import create_engine
 
 from constitutions.errors import UserError
 from tasks.record.database import is_whole, ready, sqlite_file
-from tasks.record.store import Record
+from tasks.record.record import Record
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,7 +17,8 @@ from models.policy import PolicySettings
 from tasks.evaluate import EvaluateSettings, noted_judges
 from tasks.judging.judge import check_judge, judge_notes, noted
 from tasks.record.code import code_versions
-from tasks.record.store import Record, Slot
+from tasks.record.record import Record
+from tasks.record.slot import Slot
 from tasks.score import ScoreSettings
 
 ENGINE = PolicySettings(model="owner/judge", revision="abc", device="cuda")

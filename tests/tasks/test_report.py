@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tasks.record.store import Attempt
+from tasks.record.record import Attempt
 from tasks.report.document import best_iteration, budget, page, results, table
 from tasks.report.recorded import Recorded, RecordedStage
 

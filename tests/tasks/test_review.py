@@ -14,7 +14,8 @@ from review_world import clustered_attempt, clustering
 from constitutions.constitution import Constitution, load, principle_id
 from constitutions.errors import UserError
 from constitutions.review import Decision
-from tasks.record.store import Attempt, Record, Slot
+from tasks.record.record import Attempt, Record
+from tasks.record.slot import Slot
 from tasks.review import (
     BY,
     NOTE,

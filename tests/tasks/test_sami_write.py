@@ -21,7 +21,8 @@ from models.planted import world
 from models.planted.oracle import behaviour_of
 from models.policy import Completion, Message, Policy, PolicySettings, Progress, Request
 from models.prompts import CHAT_CONSTITUTION, TERSE_CONSTITUTION
-from tasks.record.store import Record, Slot
+from tasks.record.record import Record
+from tasks.record.slot import Slot
 from tasks.rows import Rejected, prompt_id
 from tasks.sami.write import (
     WriteSettings,

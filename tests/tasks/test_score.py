@@ -26,7 +26,8 @@ from models.judges.rubrics import PRINCIPLE
 from models.judges.similarity import GoldSimilarity
 from models.policy import Completion, Message, PolicySettings, Progress, Request, Scoring
 from tasks.corpus.prompts import CorpusSettings, load_corpus
-from tasks.record.store import Attempt, Record, Slot
+from tasks.record.record import Attempt, Record
+from tasks.record.slot import Slot
 from tasks.record.work import Metrics, Workspace
 from tasks.rows import Candidate, Mined, Scored, from_table, to_table
 from tasks.score import ScoreSettings, score, score_stage

@@ -12,7 +12,8 @@ from in_turn import in_turn
 
 from constitutions.errors import UserError
 from models.settings import Settings
-from tasks.record.store import Attempt, Record, Slot
+from tasks.record.record import Attempt, Record
+from tasks.record.slot import Slot
 from tasks.record.work import Metrics, Workspace, shards
 
 

@@ -19,7 +19,7 @@ from tasks.filter import FilterSettings, filter_rows
 from tasks.mine import MineSettings, mine
 from tasks.policies.answers import AnswerSettings, Generation
 from tasks.policies.opening import PolicySource
-from tasks.record.store import Slot
+from tasks.record.slot import Slot
 from tasks.rows import (
     Answer,
     Draw,

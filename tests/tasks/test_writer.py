@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 
 from tasks.record import locks
-from tasks.record.store import Record
+from tasks.record.record import Record
 from tasks.record.writer import CLAIM, _Claim, made, writing
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys, time
 from pathlib import Path
-from tasks.record.store import Record
+from tasks.record.record import Record
 from tasks.record.writer import writing
 with writing(Record("e", Path(sys.argv[1])), "staple run e"):
     print("held", flush=True)

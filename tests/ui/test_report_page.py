@@ -22,7 +22,7 @@ from flows.experiment import note_settings, open_experiment, record_of
 from flows.schema import ExperimentSettings
 from flows.settings import load_settings, with_changes
 from models.settings import Settings
-from tasks.record.store import Attempt, Record
+from tasks.record.record import Attempt, Record
 from tasks.record.work import Metrics, Workspace
 from tasks.report.exhibits import best_examples
 from tasks.rows import Answer, ClusterRow, Comparison, Labelled, Prompt

@@ -27,7 +27,7 @@ from constitutions.constitution import load
 from flows.experiment import note_settings
 from flows.server.services import MARK
 from flows.settings import load_settings
-from tasks.record.store import Record
+from tasks.record.record import Record
 from tasks.rows import Rejected
 
 T = TypeVar("T")

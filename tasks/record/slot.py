@@ -1,0 +1,211 @@
+"""Where a stage runs: `Slot.attempt` finds its outputs by their fingerprint, or computes them.
+
+An attempt counts only when its run is FINISHED and its manifest was written, last. Work of a killed
+process that is whole, shard by shard, is found again (`tasks.record.work`).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from models.engine.threads import pinned
+from models.policy import FINGERPRINT
+from models.settings import Settings
+from tasks.record import kept, locks
+from tasks.record.artifacts import MANIFEST
+from tasks.record.code import code_versions
+from tasks.record.progress import say
+from tasks.record.provenance import Provenance, Source
+from tasks.record.record import ASKED, HEARTBEAT, PROVENANCE, Attempt, Attempts, Record, runs_of
+from tasks.record.work import Done, Metrics, Workspace, manifest_digest
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+Mode = Literal["ask", "take", "force"]
+"""How a stage gets its outputs: found by fingerprint or computed; the current ones, whatever they
+were made from; computed even when the record has them."""
+
+
+class Looker(Protocol):
+    """What stands in for computing when one only looks; `flows.states` has one."""
+
+    def __call__(self, wanted: Provenance) -> Attempt: ...
+
+    def attempt(self, stage: str, iteration: int) -> Attempt: ...
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a stage runs: an experiment's record, an iteration, a seed; and how it gets on.
+
+    `look`: nothing is computed, the looker answers.
+    """
+
+    record: Record
+    iteration: int
+    seed: int
+    mode: Callable[[str], Mode] = lambda _stage: "ask"
+    look: Looker | None = None
+    device: str = "cpu"
+    """What the stage computes on: an accelerator is held while it does."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """What else the outputs depend on, by name: the base model's digest."""
+    made: Attempts = field(default_factory=dict)
+    """What the run has made or found so far: it goes on from that, whatever is current by now."""
+    uses: tuple[str, ...] = ()
+    """Modules that the settings chose from a registry: their code counts like the stage's own."""
+    shard_size: int = 64
+    """Prompts that are computed and saved together; it is in no fingerprint."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """What is worth knowing of an attempt and changes nothing: who asked for it."""
+
+    def using(self, *modules: str, **notes: str) -> Slot:
+        """The slot with what else the outputs depend on: modules, and notes by name."""
+        return replace(self, uses=(*self.uses, *modules), notes={**self.notes, **notes})
+
+    def needs(self, stage: str, iteration: int) -> Attempt:
+        """What this run made, found or read first; else the current attempt, from now on.
+
+        Raises:
+            UserError: it was never finished.
+        """
+        key = self.record.experiment, stage, iteration
+        if key not in self.made:
+            self.made[key] = self.record.needs(stage, iteration)
+        return self.made[key]
+
+    def attempt(
+        self,
+        stage: str,
+        settings: Settings,
+        inputs: Mapping[str, Attempt],
+        compute: Callable[[Workspace], Metrics],
+    ) -> Attempt:
+        """The stage's outputs: found by fingerprint, or computed and recorded.
+
+        `compute` writes into the workspace and returns the attempt's metrics.
+        """
+        wanted = Provenance(
+            stage=stage,
+            iteration=self.iteration,
+            seed=self.seed,
+            code=code_versions(compute.__module__, *self.uses),
+            settings=settings.model_dump(mode="json", context=FINGERPRINT),
+            inputs={n: Source(a.stage, a.iteration, a.digest) for n, a in inputs.items()},
+            notes=dict(self.notes),
+        )
+        if self.look:
+            return self.look(wanted)
+        lock = self.record.lock(wanted.fingerprint)
+        what = f"{stage} of iteration {self.iteration} of {self.record.experiment}"
+        with locks.held(lock, what):
+            work = Workspace(lock.with_suffix(""), self.shard_size)
+            self._end_interrupted(wanted)
+            found = None if self.mode(stage) == "force" else self._find(wanted)
+            if found is not None:
+                work.remove()
+                return found
+            return self._compute(wanted, compute, work, what)
+
+    def _find(self, wanted: Provenance) -> Attempt | None:
+        for place, attempt in enumerate(self.record.attempts(*wanted.place)):
+            if attempt.stands_for(wanted.fingerprint):
+                if place > 0:
+                    self.record.touch(attempt)
+                return attempt
+        return None
+
+    def _end_interrupted(self, wanted: Provenance) -> None:
+        """Mark what dead processes left running: only one process writes an experiment, and here
+        it holds the fingerprint's lock."""
+        same = f"{runs_of(*wanted.place)} and tags.fingerprint = '{wanted.fingerprint}'"
+        for run in self.record.runs(f"{same} and attributes.status = 'RUNNING'"):
+            self.record.client.set_tag(run.info.run_id, "failure", "interrupted")
+            self.record.client.set_terminated(run.info.run_id, "KILLED")
+
+    def _compute(
+        self,
+        wanted: Provenance,
+        compute: Callable[[Workspace], Metrics],
+        work: Workspace,
+        what: str,
+    ) -> Attempt:
+        client, run_id = self.record.client, self._begin(wanted)
+        work.note("begun", stage=wanted.stage, iteration=wanted.iteration, run_id=run_id)
+        kept.tell(stage=f"{wanted.stage} {wanted.iteration}", parts="")
+        try:
+            with locks.heartbeat(lambda: client.set_tag(run_id, HEARTBEAT, f"{time.time():.1f}")):
+                done = work.finished() or self._work(compute, work, what)
+                self._log(run_id, work.outputs, done)
+        except BaseException as error:
+            _give_up(client, run_id, error)
+            raise
+        client.set_terminated(run_id, "FINISHED")
+        kept.tell(stage="")
+        work.note("recorded", stage=wanted.stage, iteration=wanted.iteration, run_id=run_id)
+        work.remove()
+        return self.record.attempt(client.get_run(run_id), reused=False)
+
+    def _work(self, compute: Callable[[Workspace], Metrics], work: Workspace, what: str) -> Done:
+        with locks.device(self.device, what), pinned(load=False):
+            started = time.monotonic()
+            metrics = compute(work)
+        return work.finish(metrics, time.monotonic() - started)
+
+    def _begin(self, wanted: Provenance) -> str:
+        """A RUNNING run under the iteration's, with what it is made from."""
+        from mlflow.entities import Param
+
+        sources = {f"input.{n}": ":".join(map(str, s)) for n, s in wanted.inputs.items()}
+        run = self.record.client.create_run(
+            self.record.experiment_id,
+            run_name=f"{wanted.stage} {self.iteration}",
+            tags={
+                "kind": "stage",
+                "stage": wanted.stage,
+                "iteration": str(self.iteration),
+                "fingerprint": wanted.fingerprint,
+                "mlflow.parentRunId": self.record.iteration_run(self.iteration),
+                "place": locks.place(self.record.home),
+                HEARTBEAT: f"{time.time():.1f}",
+                ASKED: self.record.stamp(),
+                **sources,
+                **self.tags,
+            },
+        )
+        run_id = str(run.info.run_id)
+        shown = [Param(k, json.dumps(v)[:500]) for k, v in wanted.settings.items()]
+        self.record.client.log_batch(run_id, params=shown)
+        self.record.client.log_dict(run_id, asdict(wanted), PROVENANCE)
+        return run_id
+
+    def _log(self, run_id: str, outputs: Path, done: Done) -> None:
+        client = self.record.client
+        figures = {**done.metrics, "seconds": done.seconds}
+        self.record.log_metrics(run_id, figures, step=max(self.iteration, 0))
+        client.log_artifacts(run_id, str(outputs))
+        client.log_dict(run_id, done.manifest, MANIFEST)  # last: without it the attempt is litter
+        for key, value in (
+            ("digest", manifest_digest(done.manifest)),
+            ("seconds", f"{done.seconds:.3f}"),
+            (ASKED, self.record.stamp()),
+            ("complete", "true"),
+        ):
+            client.set_tag(run_id, key, value)
+
+
+def _give_up(client: MlflowClient, run_id: str, error: BaseException) -> None:
+    """Say why an attempt failed or who stopped it, unless the record itself is what failed."""
+    stopped = not isinstance(error, Exception)  # Ctrl-C, or a signal that Prefect makes one of
+    why = "interrupted" if stopped else f"{type(error).__name__}: {error}"[:4000]
+    try:
+        client.set_tag(run_id, "failure", why)
+        client.set_terminated(run_id, "KILLED" if stopped else "FAILED")
+    except Exception as second:
+        say(f"the failure could not be recorded either: {second}")
