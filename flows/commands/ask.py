@@ -1,6 +1,6 @@
 """`staple ask`: a trained policy's y1, z and y2, and the rank of z in the constitution.
 
-A policy that SAMI trained answers under principles instead, and once more without any.
+A policy that SAMI trained answers twice instead: with a constitution and without one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tasks.sami.draw import pool_of
 
 @dataclass(frozen=True)
 class PolicyAnswer:
-    """The answer, and the entry of the constitution that its principle is or comes nearest to."""
+    """The answer, and the entry of the constitution that is most similar to its principle."""
 
     iteration: int
     answer: Answer
@@ -39,22 +39,22 @@ class PolicyAnswer:
 
 @dataclass(frozen=True)
 class ConstitutionAnswers:
-    """Responses to one prompt: under principles, and without any."""
+    """Two responses to one prompt: with a constitution, and without one."""
 
     iteration: int
     principles: tuple[str, ...]
-    response: str
-    plain: str
+    with_constitution: str
+    without_constitution: str
 
 
 def ask_policy(settings: ExperimentSettings, prompt: str, iteration: int | None) -> PolicyAnswer:
-    """Let a policy answer and refine.
+    """Ask a policy for its first answer, its principle and its refined answer.
 
     Args:
-        iteration: 0 is the initial policy; None the newest that was trained.
+        iteration: 0 is the initial policy; None is the newest trained policy.
 
     Raises:
-        UserError: the prompt is empty, or nothing was trained yet.
+        UserError: the prompt is empty, or no policy is trained yet.
     """
     turns, at = _turns(prompt), _iteration(settings, iteration)
     experiment = open_experiment(settings)
@@ -70,18 +70,19 @@ def ask_policy(settings: ExperimentSettings, prompt: str, iteration: int | None)
     return PolicyAnswer(at, answered, *_entry(constitution, answered.principle))
 
 
-def tell_policy(
+def ask_with_constitution(
     settings: ExperimentSettings, prompt: str, iteration: int | None, principles: Sequence[str]
 ) -> ConstitutionAnswers:
-    """Let a policy of SAMI answer under principles, and without.
+    """Ask a policy of SAMI for two responses: with a constitution, and without one.
 
     Args:
-        iteration: as `ask_policy` has it.
-        principles: what it is told; where there are none, the first that it was trained on, as many
-            as a training constitution holds.
+        iteration: 0 is the initial policy; None is the newest trained policy.
+        principles: the constitution. Empty: the first principles of training, as many as a
+            training constitution holds.
 
     Raises:
-        UserError: another method; the prompt or a principle is empty; nothing was trained yet.
+        UserError: the method is not SAMI; the prompt or a principle is empty; no policy is trained
+            yet.
     """
     if not method_of(settings).constitutional:
         raise UserError(
@@ -95,9 +96,9 @@ def tell_policy(
     turns, at = _turns(prompt), _iteration(settings, iteration)
     experiment = open_experiment(settings)
     source = experiment.policy(at)
-    told = tuple(p.strip() for p in principles) or _first_trained(experiment)
+    constitution = tuple(p.strip() for p in principles) or _first_trained(experiment)
     asked: dict[str, Messages] = {
-        "principles": under_constitution(source.wording, told, turns),
+        "principles": under_constitution(source.wording, constitution, turns),
         "plain": turns,
     }
     requests = [
@@ -109,8 +110,8 @@ def tell_policy(
         )
         for arm, messages in asked.items()
     ]
-    under, plain = (_text(some[0]) for some in source.load().generate(requests))
-    return ConstitutionAnswers(at, told, under, plain)
+    answers = (_text(samples[0]) for samples in source.load().generate(requests))
+    return ConstitutionAnswers(at, constitution, *answers)
 
 
 def _first_trained(experiment: Experiment) -> tuple[str, ...]:
@@ -133,7 +134,7 @@ def _turns(prompt: str) -> tuple[Message, ...]:
 
 
 def _iteration(settings: ExperimentSettings, iteration: int | None) -> int:
-    """0 where nothing is trained or the initial policy is asked; else one that was trained."""
+    """0 for the initial policy, which is the only one without training; else a trained one."""
     if iteration == 0 or not settings.iterations:
         return 0
     return newest(settings, "train", iteration).iteration
@@ -155,30 +156,35 @@ def _entry(constitution: Constitution, principle: str) -> tuple[Principle | None
 
 
 def show_asked(reply: PolicyAnswer) -> None:
-    """Print y1 → z → y2, and where z stands in the constitution."""
-    answer, at = reply.answer, f"Iteration {reply.iteration}:"
-    shown = {"first answer": answer.initial, "principle": answer.principle}
-    shown["refined answer"] = answer.refined
-    panels({title: text for title, text in shown.items() if text or title != "principle"})
+    """Print y1, z and y2, and the rank of z in the constitution."""
+    answer = reply.answer
+    principle = {"principle": answer.principle} if answer.principle else {}
+    panels({"first answer": answer.initial, **principle, "refined answer": answer.refined})
     if reply.iteration == 0:
-        why = f"{at} the initial policy; no constitution yet."
+        note = "the initial policy; it has no constitution yet."
     elif not answer.principle:
-        why = f"{at} this method has no principles."
+        note = "this method has no principles."
     elif reply.entry is None:
-        why = f"{at} nothing in its constitution is like this principle."
+        note = "no principle of the constitution is similar."
     else:
-        how = "is a wording of" if reply.exact else "comes nearest to"
-        why = (
-            f"{at} the principle {how} no. {reply.rank} of the constitution, "
+        how = "is a wording of" if reply.exact else "is most similar to"
+        note = (
+            f"the principle {how} no. {reply.rank} of the constitution, "
             f"“{reply.entry.text}” ({reply.entry.support} trajectories)."
         )
-    console.print(Text(why))
+    console.print(Text(f"Iteration {reply.iteration}: {note}"))
 
 
-def show_told(reply: ConstitutionAnswers) -> None:
-    """Print a response under principles, beside the one without."""
-    told = "\n".join(f"{n}. {text}" for n, text in enumerate(reply.principles, start=1))
-    panels({"told": told, "answer": reply.response, "answer when it is told nothing": reply.plain})
+def show_with_constitution(reply: ConstitutionAnswers) -> None:
+    """Print a constitution, and the responses with and without it."""
+    numbered = (f"{n}. {text}" for n, text in enumerate(reply.principles, start=1))
+    panels(
+        {
+            "constitution": "\n".join(numbered),
+            "with constitution": reply.with_constitution,
+            "without constitution": reply.without_constitution,
+        }
+    )
     console.print(
         f"Iteration {reply.iteration}{'.' if reply.iteration else ': the initial policy.'}"
     )

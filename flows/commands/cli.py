@@ -1,7 +1,7 @@
 """`staple`: the commands and their options.
 
-What a command does, and what it prints, is in a module of its own beside this one. The command
-imports it when it is called, so that `--help` is quick.
+Another module of this folder does the work of a command and prints its result. The command imports
+that module only when it runs, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ Seed = Annotated[
     int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same result.")
 ]
 Port = Annotated[
-    int | None, typer.Option(min=1, max=65535, help="Default: the usual one, or a free one.")
+    int | None,
+    typer.Option(min=1, max=65535, help="Default: the usual port, or a free one."),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Compute again, even what is recorded.")]
+Force = Annotated[bool, typer.Option("--force", help="Compute again what the record has.")]
 Name = Annotated[str, typer.Argument(help="The experiment's name.")]
+Experiment = Annotated[str, typer.Option(help="The experiment's name.")]
 Source = Annotated[str, typer.Argument(help="A preset's name or a YAML file.")]
 Iteration = Annotated[int | None, typer.Option(min=1, max=100, help="Default: the newest.")]
 
@@ -54,15 +56,15 @@ def run(
     set_: Set = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Continue: compute what is stale or missing."),
+        typer.Option("--resume", help="Continue an experiment: compute what is stale or missing."),
     ] = False,
     start: Annotated[
         str,
-        typer.Option("--from", help="Compute again from this stage on, as in cluster:2."),
+        typer.Option("--from", help="Compute this stage and all later ones again: cluster:2."),
     ] = "",
     force: Force = False,
 ) -> None:
-    """Run all iterations of an experiment, then print a table. Recorded results are reused."""
+    """Run all iterations of an experiment and print tables. Recorded results are reused."""
     from flows.experiment import note_settings, parse_place, recorded_settings, writing
     from flows.settings import load_settings, parse_overrides
 
@@ -79,7 +81,7 @@ def run(
     results.show_beginning(settings, check_all(settings))
     with ExitStack() as held:
         held.enter_context(writing(settings.experiment, f"staple run {settings.experiment}"))
-        if recorded:  # as a run that was waited for has left them
+        if recorded:  # the run that held the lock may have changed them
             settings = recorded_settings(source, set_ or [])
         note_settings(settings, list(parse_overrides(set_ or [])) if recorded else None)
         kept.tell(command=f"staple run {settings.experiment} --resume")
@@ -91,7 +93,7 @@ def run(
         results.show_ending(settings, done)
         if followed := go_on(settings, done, resume=recorded, force=force):
             results.show_ending(followed.settings, followed.done)
-            say(f"Both in one report: {followed.report}")
+            say(f"One report of both experiments: {followed.report}")
 
 
 @app.command()
@@ -103,12 +105,12 @@ def baselines(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change a setting of all, or of one as in star:mine.samples=8."),
+        typer.Option("--set", help="Change a setting of all, or of one: star:mine.samples=8."),
     ] = None,
 ) -> None:
     """Run an experiment and its baselines: Self-Refine, STaR, SFT on gold, no clusters.
 
-    All have the same stages and prompts, and train on the same number of tokens.
+    All of them mine the same prompts and train on the same number of tokens.
     """
     from flows.baselines import BASELINES, check_names, run_baselines, split_overrides
     from flows.commands import results
@@ -141,14 +143,14 @@ class StageCommand(typer.core.TyperCommand):
 @app.command(cls=StageCommand)
 def stage(
     name: Annotated[str, typer.Argument(help="The stage's name, as listed below.")],
-    experiment: Annotated[str, typer.Option(help="The experiment's name.")],
+    experiment: Experiment,
     iteration: Annotated[int, typer.Option(min=0, max=100, help="The EM iteration.")],
     set_: Set = None,
     force: Force = False,
 ) -> None:
-    """Run one stage by itself, from the recorded outputs of the stages before it.
+    """Run one stage alone, on the recorded outputs of the stages before it.
 
-    A setting that you change here stays changed for this iteration.
+    A setting that you change here stays changed in this iteration.
     """
     from flows.commands import results
     from flows.experiment import recorded_settings
@@ -161,7 +163,7 @@ def stage(
 
 @app.command()
 def status(experiment: Name) -> None:
-    """Print the state of every stage: finished, stale (since which change), failed or missing."""
+    """Print the state of every stage: finished, stale and why, running, failed or missing."""
     from flows.commands import results
     from flows.experiment import recorded_settings
 
@@ -171,14 +173,14 @@ def status(experiment: Name) -> None:
 @app.command()
 def accept(
     place: Annotated[str, typer.Argument(help="The stage and its iteration, as in mine:1.")],
-    experiment: Annotated[str, typer.Option(help="The experiment's name.")],
+    experiment: Experiment,
     by: Annotated[
         str | None, typer.Option(help="Who accepts it. Default: your login name.")
     ] = None,
 ) -> None:
-    """Record that a change of code leaves a stage's outputs valid: it is no longer stale.
+    """Record that a stage's outputs are valid although its code changed: it is not stale any more.
 
-    To undo it, compute the stage again: staple stage STAGE --force.
+    To undo this, compute the stage again: staple stage STAGE --force.
     """
     from constitutions.parse import whole
     from flows.commands.edit import login_name
@@ -195,9 +197,9 @@ def constitution_show(
     experiment: Name,
     iteration: Iteration = None,
 ) -> None:
-    """Print the principles that the policy discovered, the best supported first.
+    """Print the principles that the policy discovered, those of most trajectories first.
 
-    With SAMI: the principles and antitheses that it was trained on, and those held out.
+    With SAMI: the principles and antitheses of training, and those held out.
     """
     from flows.commands.constitution import show_constitution
 
@@ -214,14 +216,14 @@ def constitution_edit(
     by: Annotated[str | None, typer.Option(help="The reviewer. Default: your login name.")] = None,
     note: Annotated[str, typer.Option(help="The reason; the record keeps it.")] = "",
 ) -> None:
-    """Reword, merge, drop or add principles before training; an unchanged file approves them."""
+    """Reword, merge, drop or add principles before training. An unchanged file approves all."""
     from flows.commands.edit import edit
 
     done = edit(experiment, iteration, file, by, note)
     for change in done.changes or ["approved as it is"]:
         say(f"  {change}")
     t = done.reviewed.iteration
-    say(f"Recorded as the review of iteration {t}, by {done.verdict.by}.")
+    say(f"Recorded the review of iteration {t} by {done.verdict.by}.")
     say(f"Next: staple run {experiment} --resume")
 
 
@@ -245,7 +247,7 @@ def constitution_write(
         ),
     ] = "",
     endpoint: Annotated[
-        str, typer.Option(help="An OpenAI-compatible server that answers for the model.")
+        str, typer.Option(help="The URL of an OpenAI-compatible server with this model.")
     ] = "",
     seed: Seed = 0,
     set_: Annotated[
@@ -259,7 +261,7 @@ def constitution_write(
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("constitution.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
 ) -> None:
-    """Have a model write principles and their antitheses, for SAMI; check and save them."""
+    """Let a model write principles and antitheses for SAMI; check them and save them."""
     from flows.commands.write import show_written, write_constitution
     from flows.settings import parse_overrides
 
@@ -271,13 +273,13 @@ def constitution_write(
     }
     given = parse_overrides(set_ or []) | {name: o for name, o in options.items() if o}
     show_written(write_constitution(out, given, experiment=source, seed=seed, force=force))
-    say(f"Wrote {out}: edit it as you like.")
+    say(f"Wrote {out}. You can edit it.")
 
 
 @app.command()
 def compare(
-    left: Annotated[str, typer.Argument(help="EXPERIMENT, or E:2, E:2:cluster, E:2:cluster@1")],
-    right: Annotated[str, typer.Argument(help="The other one, in the same form.")],
+    left: Annotated[str, typer.Argument(help="EXPERIMENT, or E:2, E:2:cluster, E:2:cluster@1.")],
+    right: Annotated[str, typer.Argument(help="What to compare it with, in the same form.")],
 ) -> None:
     """Compare two experiments, iterations or attempts: settings, figures and principles."""
     from flows.commands import compare as comparing
@@ -289,10 +291,10 @@ def compare(
 def report(
     experiments: Annotated[list[str], typer.Argument(help="The experiments' names.")],
     out: Annotated[
-        Path | None, typer.Option(help="The file. Default: report-EXPERIMENTS.html, here.")
+        Path | None, typer.Option(help="The file. Default: report-EXPERIMENTS.html in this folder.")
     ] = None,
 ) -> None:
-    """Write one HTML file: figures, table, map of principles, examples. It needs no network."""
+    """Write a report as one HTML file: figures, tables, a map of principles, examples."""
     from flows.commands.report import write_report
 
     path = write_report(experiments, out)
@@ -304,13 +306,15 @@ def export(
     experiment: Name,
     iteration: Iteration = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="A complete model in bfloat16, not a PEFT adapter.")
+        bool,
+        typer.Option("--merge", help="Write a whole model in bfloat16, not an adapter."),
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="A new directory. Default: EXPERIMENT-ITERATION, here.")
+        Path | None,
+        typer.Option(help="A new directory. Default: EXPERIMENT-ITERATION, here."),
     ] = None,
 ) -> None:
-    """Write a trained policy for transformers, peft and vLLM, with a card; check its logits."""
+    """Write a trained policy for transformers, peft and vLLM, with a model card."""
     from flows.commands.export import export_policy, show_exported
 
     show_exported(export_policy(experiment, iteration, merge=merge, out=out))
@@ -319,30 +323,29 @@ def export(
 @app.command()
 def ask(
     experiment: Name,
-    prompt: Annotated[str, typer.Argument(help="What to ask the policy.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
     iteration: Annotated[
         int | None, typer.Option(min=0, max=100, help="Default: the newest.")
     ] = None,
     principle: Annotated[
         list[str] | None,
-        typer.Option(
-            help="SAMI: a principle for the prompt. Default: those of training. Repeatable."
-        ),
+        typer.Option(help="SAMI: a principle of the constitution. Default: training's."),
     ] = None,
 ) -> None:
-    """Ask the newest policy: its first answer, the principle it finds, its refined answer.
+    """Ask a trained policy: print its first answer, its principle and its refined answer.
 
-    With SAMI: its answer with principles in the prompt, and its answer without.
+    With SAMI: its answer with a constitution, and its answer without one.
     """
-    from flows.commands.ask import ask_policy, show_asked, show_told, tell_policy
+    from flows.commands import ask as asking
     from flows.experiment import recorded_settings
     from flows.methods import method_of
 
     settings = recorded_settings(experiment)
     if method_of(settings).constitutional or principle:
-        show_told(tell_policy(settings, prompt, iteration, principle or []))
+        given = asking.ask_with_constitution(settings, prompt, iteration, principle or [])
+        asking.show_with_constitution(given)
     else:
-        show_asked(ask_policy(settings, prompt, iteration))
+        asking.show_asked(asking.ask_policy(settings, prompt, iteration))
 
 
 @app.command()
@@ -357,15 +360,13 @@ def judge(
     ] = None,
     seed: Seed = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Write the comparisons too: a .parquet or .json file.")
+        Path | None, typer.Option(help="Also write the comparisons to this .parquet or .json file.")
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Judge again, even what is judged.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Judge all pairs again.")] = False,
 ) -> None:
-    """Judge two response files: which policy follows the constitutions in them better?
+    """Judge two response files: which policy follows their constitutions better?
 
-    With --set judge.kind=pairwise --set judge.policy.model=NAME [--set judge.endpoint=URL].
+    Name a judge: --set judge.kind=pairwise --set judge.policy.model=NAME.
     """
     from flows.commands.judge import judge_files, show_judged
 
@@ -379,7 +380,7 @@ def validate(
     file: Annotated[str, typer.Argument(help="An experiment's YAML, a preset, or a data file.")],
     set_: Set = None,
 ) -> None:
-    """Check settings, data and model before anything is computed; report every mistake."""
+    """Check settings, data and models, and report every mistake. Nothing is computed."""
     from flows.commands.plan import show_checked
     from flows.preflight import ask_server, check_all, check_data
     from flows.settings import load_settings, presets
@@ -400,11 +401,11 @@ def plan(
         str, typer.Option(help="rtx-4090, l4, l40s, a100-40, a100-80, h100, h200 or b200.")
     ] = "h100",
     like: Annotated[
-        str, typer.Option(help="Assume this recorded experiment's lengths and acceptance.")
+        str, typer.Option(help="Use the lengths and the acceptance of this recorded experiment.")
     ] = "",
     filled: Annotated[
         float | None,
-        typer.Option(min=0.01, max=1, help="Share of its token limit that a turn uses."),
+        typer.Option(min=0.01, max=1, help="Share of its token limit that a turn takes."),
     ] = None,
     accepted: Annotated[
         float | None,
@@ -412,7 +413,7 @@ def plan(
     ] = None,
     set_: Set = None,
 ) -> None:
-    """Estimate tokens, GPU memory, disk and hours; loads and fetches nothing."""
+    """Estimate tokens, GPU memory, disk and hours. No model is loaded or downloaded."""
     from dataclasses import replace
 
     from flows.commands.plan import show_plan
@@ -436,34 +437,34 @@ def up(
     port: Port = None,
     mlflow_port: Port = None,
 ) -> None:
-    """Start Prefect, MLflow and workers on this machine: schedules, forms and runs in a browser."""
+    """Start Prefect, MLflow and workers on this machine, for schedules and runs in a browser."""
     from flows.server import services
 
-    kept.tell(all="nothing that it had started is left")
+    kept.tell(all="the services that it had started are stopped")
     found = services.up(port, mlflow_port)
-    say(f"Prefect  {found.prefect}  runs, schedules and every stage's form")
+    say(f"Prefect  {found.prefect}  runs, schedules and a form for each stage")
     if found.login:
-        say(f"Login    {found.login}  Prefect's page asks each browser for it once")
+        say(f"Login    {found.login}  Prefect's page asks for it once in each browser")
     if services.login_file().exists():
         say(f"         kept in {services.login_file()}, which only you can read")
     for run in found.ended:
-        say(f"Crashed  {run}: its worker is dead; its pool takes the next run")
+        say(f"Crashed  {run}: its worker is dead. The pool is free for the next run")
     say(f"MLflow   {found.mlflow}  experiments side by side")
-    say(f"Logs     {found.folder}" if found.started else "All of it was up already.")
+    say(f"Logs     {found.folder}" if found.started else "All services were running already.")
 
 
 @app.command()
 def down() -> None:
-    """End what `staple up` started, and nothing else."""
+    """Stop the services that `staple up` started, and nothing else."""
     from flows.server import services
 
-    kept.tell(all="what still runs is noted")
-    say(f"Ended: {', '.join(services.down()) or 'nothing, nothing was up'}.")
+    kept.tell(all="some services may still run")
+    say(f"Stopped: {', '.join(services.down()) or 'nothing, as no service was running'}.")
 
 
 @app.callback()
 def adopt(command: typer.Context) -> None:
-    """Use the servers that `staple up` started, where there are any."""
+    """Use the servers that `staple up` started, if they run."""
     from flows.server import services
 
     if command.invoked_subcommand not in ("up", "down"):
@@ -478,31 +479,31 @@ def main() -> None:
     _environment()
     clean_logs()
     try:
-        ended = app(standalone_mode=False)
-        if ended == 130:  # what Typer makes of a Ctrl-C
+        code = app(standalone_mode=False)
+        if code == 130:  # Typer returns this after a Ctrl-C
             raise KeyboardInterrupt
-        if ended:
-            sys.exit(ended)
+        if code:
+            sys.exit(code)
     except UserError as error:
         _fail(str(error), 2)
     except typer.TyperException as error:
-        said = error.format_message()  # empty where it was the help, which is printed
-        _fail(str(UserError(said, fix="see --help")) if said else "", error.exit_code)
+        message = error.format_message()  # empty after the help was printed
+        _fail(str(UserError(message, fix="see --help")) if message else "", error.exit_code)
     except KeyboardInterrupt:
-        _fail("stopped; what was finished is kept, the same command goes on from there", 130)
+        _fail("stopped; finished work is kept, and the same command continues it", 130)
     except Exception as error:
         from flows.commands.failures import explained
 
-        told = explained(error)
-        if told is None:
+        explanation = explained(error)
+        if explanation is None:
             raise
-        _fail(*told)
+        _fail(*explanation)
 
 
 def _environment() -> None:
-    """Turn telemetry off, reach loopback without a proxy, and give Prefect's first start time.
+    """Turn telemetry off, reach loopback without a proxy, allow Prefect a slow first start.
 
-    Each of three levels of runs retries a server that is gone for 15 seconds.
+    A flow, its subflow and a task each retry an absent server for 15 seconds.
     """
     defaults = {
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -11,14 +11,15 @@ from flows.schema import ExperimentSettings
 from tasks.sami.draw import pool_of
 
 
-def test_a_policy_is_told_principles(
+def test_a_policy_answers_with_and_without_a_constitution(
     taught: ExperimentSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = staple(capsys, "ask", "taught", "What is 3?")
     assert own.code == 0, own.err
     pool = pool_of(record_of("taught").needs("write", 0))
     assert all(p.text in own.out for p in pool.trained[:2])
-    assert pool.trained[2].text not in own.out and "told nothing" in own.out
+    assert pool.trained[2].text not in own.out
+    assert "─ with constitution" in own.out and "─ without constitution" in own.out
     given = staple(
         capsys,
         *("ask", "taught", "What is 3?", "--iteration", "0"),
@@ -30,7 +31,7 @@ def test_a_policy_is_told_principles(
     assert empty.code == 2 and "the principle is empty" in empty.err
 
 
-def test_another_method_is_told_none(
+def test_another_method_takes_no_principles(
     at_home: ExperimentSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused = staple(capsys, "ask", "lineage", "What is 3?", "--principle", "Sing.")
