@@ -1,6 +1,6 @@
 """The methods that an experiment is compared with, on the same stages, record and budget.
 
-Each is the experiment with other settings, in an MLflow experiment of its own: E.star beside E.
+Each is the experiment with other settings, recorded as another experiment: E.star for E.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def run_baselines(
     names: Sequence[str] = tuple(BASELINES),
     changes: Changes | None = None,
 ) -> list[Run]:
-    """The experiment, then its baselines.
+    """Run the experiment, then its baselines.
 
     In each iteration every method trains on the same number of tokens: `train.tokens`, or else the
-    experiment's own average. The table shows what each method generated and trained on.
+    experiment's average. The table shows how many tokens each method generated and trained on.
 
     Raises:
-        UserError: a baseline is unknown; changes name one that is not run.
+        UserError: a baseline is unknown; changes name one that does not run; the method is SAMI.
     """
     check_names(names, changes or {})
     if method_of(settings).constitutional:
@@ -116,7 +116,7 @@ def check_names(names: Sequence[str], changes: Changes) -> None:
 
 
 def row(run: Run) -> dict[str, str]:
-    """A line of the table: win rates against the initial policy's plain answers, and the costs."""
+    """A line of the table: win rates against the initial policy's first answers, and tokens."""
     history = [iteration_metrics(attempts) for attempts in run.done]
     method = method_of(run.settings)
     headline = method.headline

@@ -1,8 +1,8 @@
-"""The flows that `prefect.yaml` deploys: the experiment, and every stage by itself.
+"""The flows that `prefect.yaml` deploys: the experiment, and each stage alone.
 
-Their parameters are forms of Prefect's UI; what they run is what the command line runs. Where the
-record already has everything, a run ends in the state "Unchanged". `python -m flows.deployments`
-writes the stages' entries of `prefect.yaml` anew.
+Their parameters are forms in Prefect's UI; they run what the command line runs. A run for which the
+record has every result ends in the state "Unchanged". `python -m flows.deployments` writes the
+stages' entries in `prefect.yaml`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flows.schema import ExperimentSettings
 from flows.settings import load_settings, presets, with_changes
 from flows.stages import run_stage
 from flows.states import stage_states, unchanged
-from flows.together import go_on
+from flows.together import run_following
 from tasks.stages import STAGES, Stage, settings_of
 
 DEPLOYED = tuple(name for name, stage in STAGES.items() if stage.deployed)
@@ -38,7 +38,7 @@ UNCHANGED = ExperimentForm()
 def with_form(
     form: type[SettingsForm], name: str, run_name: str
 ) -> Callable[[Callable[..., State[Any]]], Flow[..., State[Any]]]:
-    """Make a flow of a function whose parameter `settings` is a form that is made at run time."""
+    """Make a flow of a function whose parameter `settings` has this form, which code generates."""
 
     def decorate(run: Callable[..., State[Any]]) -> Flow[..., State[Any]]:
         run.__annotations__["settings"] = form
@@ -54,15 +54,15 @@ def experiment(
     resume: bool = True,
     force: bool = False,
 ) -> State[Any]:
-    """Run an experiment: T iterations. What the record has is not computed again.
+    """Run an experiment of T iterations. Recorded results are reused.
 
     Args:
-        source: A preset's name, a YAML file where the worker runs, or the name of an experiment
-            that was run before.
-        settings: What to change. A field that stays empty is as the source has it.
-        resume: Where the source names an experiment that was run before, go on with the settings
-            that are recorded, and with those that were changed for single iterations. Without it
-            the preset or file holds in every iteration.
+        source: A preset's name, a YAML file on the worker's machine, or the name of a recorded
+            experiment.
+        settings: Settings to change. An empty field keeps the source's value.
+        resume: If the record has an experiment of this name, continue it with its settings, and
+            with the settings of its single iterations. Otherwise use the preset or file in every
+            iteration.
         force: Compute again what the record has.
     """
     wanted = changes(settings)
@@ -71,15 +71,15 @@ def experiment(
     chosen = with_changes(given, wanted)
     check_all(chosen)
     with writing(chosen.experiment, f"the form of {chosen.experiment}"):
-        if known:  # as a run that was waited for has left them
+        if known:  # the run that held the lock may have changed them
             chosen = with_changes(recorded_settings(source), wanted)
         note_settings(chosen, list(wanted) if resume else None)
         found = None if force else unchanged(chosen)
         if found is None:
             ask_server(chosen)
-        # in this very run, which the review can suspend
+        # not as a subflow: a review can suspend only the deployment's own run
         done = em_experiment.fn(chosen, force) if found is None else found
-        followed = go_on(chosen, done, resume=resume, force=force)
+        followed = run_following(chosen, done, resume=resume, force=force)
     if found is not None and not (followed and followed.computed):
         stages = sum(map(len, found))
         return _unchanged(f"all {stages} stages of {chosen.experiment} are as recorded")
@@ -98,13 +98,13 @@ def stage_flow(stage: str) -> Flow[..., State[Any]]:
         settings: SettingsForm = empty,
         force: bool = False,
     ) -> State[Any]:
-        """Run one stage of one iteration by itself, from the recorded outputs before it.
+        """Run one stage of one iteration, on the recorded outputs of the stages before it.
 
         Args:
-            experiment: The name of an experiment that was run before.
+            experiment: The name of a recorded experiment.
             iteration: The iteration; 0 is the initial policy's.
-            settings: What to change for this iteration, from now on. A field that stays empty is as
-                the experiment has it.
+            settings: Settings to change in this iteration, from now on. An empty field keeps the
+                experiment's value.
             force: Compute again what the record has.
         """
         attempt = run_stage(experiment, stage, iteration, changes(settings, stage), force)
@@ -148,7 +148,7 @@ def _entry(name: str, stage: Stage) -> str:
 
 
 def _was_run(source: str) -> bool:
-    """Whether an experiment of this name was run; a deleted one hides no preset or file."""
+    """Whether the record has this experiment; a deleted one does not hide a preset or file."""
     try:
         return is_recorded(source)
     except UserError:

@@ -1,8 +1,8 @@
-"""The EM loop, and what its baselines leave out of it, on one screen.
+"""The EM loop of STaPLe and its baselines, on one screen.
 
-`steps` is the one wiring of the stages: the loop runs all of it, `flows.stages` one stage of it,
-`flows.states` only looks. Every stage looks into the record first and computes only what is not
-there.
+`steps` is the one wiring of the stages: the loop runs all of them, `flows.stages` one of them, and
+`flows.states` none: it asks for their states. A stage reuses its result from the record if nothing
+changed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tasks.train import train_stage
 
 
 def steps(e: Experiment, t: int) -> Iterator[Attempt]:
-    """One EM iteration, stage by stage; it ends early where a person has to review first.
+    """One EM iteration, stage by stage; it ends early if a person has to review first.
 
     E-step (mine, score, filter), constitution (cluster, review), M-step (train), evaluation: each
     method has some of them (`flows.methods`). In iteration 0 the initial policy answers the
@@ -70,15 +70,15 @@ def steps(e: Experiment, t: int) -> Iterator[Attempt]:
 def em_experiment(
     settings: ExperimentSettings, force: bool = False, start: Place | None = None
 ) -> list[Attempts]:
-    """Iteration 0 (the initial policy answers), then T iterations, under the writer's lock.
+    """Iteration 0 (the initial policy answers), then T iterations, under the write lock.
 
     Returns:
-        The attempts of every iteration. Where a person has to review and this run cannot ask, the
-        list ends with the iteration that waits, whose attempts lack "train".
+        The attempts of every iteration. If a person has to review and this run cannot ask, the list
+        ends with the waiting iteration, whose attempts lack "train".
 
     Args:
         force: compute again what the record has.
-        start: compute again from this stage on; earlier stages are taken from the record.
+        start: compute again from this stage on; earlier stages come from the record.
     """
     with writing(settings.experiment, f"staple run {settings.experiment}"):
         experiment = open_experiment(settings, force=force, start=start)
@@ -98,7 +98,7 @@ def em_experiment(
 def em_iteration(
     settings: ExperimentSettings, iteration: int, force: bool = False, start: Place | None = None
 ) -> Attempts:
-    """One iteration: stage → its attempt; without "train" where a person has to review first."""
+    """One iteration: stage → its attempt; without "train" if a person has to review first."""
     experiment = open_experiment(settings, force=force, start=start)
     attempts = {attempt.stage: attempt for attempt in steps(experiment, iteration)}
     return publish_iteration(experiment, iteration, attempts)

@@ -1,7 +1,7 @@
-"""An experiment opened for running: its settings, its record, its base model.
+"""An open experiment: its settings, its record, its base model.
 
-Flows and the CLI make one with `open_experiment`; it knows which attempt feeds which stage, and
-which settings hold in which iteration: the experiment's, with what was changed for that one alone.
+Flows and the CLI make one with `open_experiment`. It knows which attempt feeds which stage, and the
+settings of each iteration: the experiment's, with those changed for that iteration alone.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ Place = tuple[int, str]
 class Experiment:
     """What every flow of one experiment shares.
 
-    `only` is the one stage to run, `start` the first to compute again: all before it are taken as
-    the record has them. `force` computes again what the record has.
+    `only` is the one stage to run, `start` the first to compute again; the stages before come from
+    the record. `force` computes again what the record has. `look` notes stages' states instead.
     """
 
     settings: ExperimentSettings
@@ -57,11 +57,11 @@ class Experiment:
     start: Place | None = None
     look: Looker | None = None
     made: Attempts = field(default_factory=dict, compare=False, repr=False)
-    """The attempts of this run: it reads them, even where another run has newer ones by now."""
+    """The attempts that this run uses, although another run may record newer ones."""
 
     @cached_property
     def model(self) -> BaseModelFiles:
-        """The base model; the planted one is fetched from the record, or made the first time."""
+        """The base model; a world's is fetched from the record, or pretrained the first time."""
         if self.look:
             return kept_model(self.settings.policy, self.settings.seed, home(), self.record)
         return resolve_model(self.settings.policy, self.settings.seed, home(), self.record)
@@ -100,22 +100,22 @@ class Experiment:
         return "force" if self.force else "ask"
 
     def needs(self, stage: str, iteration: int) -> Attempt:
-        """The attempt of a stage that this run made, found or read first, else the current one.
+        """The attempt of a stage that this run uses, else the current one.
 
-        When one only looks, a placeholder where there is none.
+        With `look`, a placeholder if there is none.
 
         Raises:
-            UserError: it was never finished.
+            UserError: the stage is not finished.
         """
         if self.look:
             return self.look.attempt(stage, iteration)
         return self.slot(iteration).needs(stage, iteration)
 
     def policy(self, iteration: int, t: int | None = None) -> PolicySource:
-        """The policy that an iteration's training left, held as iteration `t` (or it) asks.
+        """The policy that an iteration trained, with the model settings of iteration `t` (or its).
 
         Raises:
-            UserError: the iteration was never trained.
+            UserError: the iteration is not trained.
         """
         settings = self.settings_at(iteration if t is None else t).policy
         method = method_of(self.settings)
@@ -128,7 +128,7 @@ class Experiment:
         )
         if iteration:
             return initial.trained(self.needs("train", iteration))
-        begun = self.before if t else None  # nobody's adapter answers as the initial policy
+        begun = self.before if t else None  # as a result of 0, it has no adapter
         return initial.trained(begun.newest("train")) if begun else initial
 
     @cached_property
@@ -136,8 +136,8 @@ class Experiment:
         """The finished experiment that `after` names; None without one.
 
         Raises:
-            UserError: there is none of this name, it discovered nothing or trained nothing, or it
-                improves another model.
+            UserError: it does not exist, has no constitution or no trained policy, or has another
+                base model.
         """
         if not self.settings.after:
             return None
@@ -148,10 +148,10 @@ class Experiment:
         return found
 
     def newest(self, stage: str) -> Attempt:
-        """The attempt of the newest iteration that finished a stage, as this run found it first.
+        """The attempt of the newest iteration that finished a stage, the same for the whole run.
 
         Raises:
-            UserError: none did.
+            UserError: no iteration finished it.
         """
         key = self.settings.experiment, f"newest {stage}", 0
         if key not in self.made:
@@ -159,7 +159,7 @@ class Experiment:
         return self.made[key]
 
     def discovered(self) -> Attempt | None:
-        """The constitution that the experiment before this one ended with."""
+        """The last constitution of the experiment that `after` names."""
         if self.before is None or self.settings_at(0).write.constitution:
             return None
         return self.before.constitution(self.before.newest("train").iteration)
@@ -175,18 +175,18 @@ class Experiment:
         return PolicySource(settings, model.path, model.digest, constitutional=True)
 
     def constitution(self, iteration: int) -> Attempt:
-        """The attempt whose constitution an iteration trains on: reviewed, where that is asked."""
+        """The attempt with the constitution that an iteration trains on: reviewed or clustered."""
         if method_of(self.settings).constitutional:
             return self.needs("write", 0)
         reviewed = self.settings_at(iteration).review.enabled
         return self.needs("review" if reviewed else "cluster", iteration)
 
     def earlier_constitutions(self, iteration: int) -> dict[str, Attempt]:
-        """The constitutions of all iterations before."""
+        """The constitutions of all earlier iterations."""
         return {f"constitution_{t}": self.constitution(t) for t in range(1, iteration)}
 
     def verdict(self, iteration: int, clustered: Attempt) -> ReviewDecision | None:
-        """A person's decisions on exactly this constitution; None: nobody has decided yet."""
+        """A person's decisions on exactly this constitution; None before a review."""
         found = recorded_verdict(self.record, iteration, clustered)
         return found or (ReviewDecision() if self.look else None)
 
@@ -200,7 +200,7 @@ class Experiment:
 
 
 def home() -> Path:
-    """Where partial work and made models are kept: $STAPLE_HOME, or .staple here."""
+    """The folder of partial work and pretrained models: $STAPLE_HOME, or .staple here."""
     return Path(os.environ.get("STAPLE_HOME", ".staple"))
 
 
@@ -221,11 +221,11 @@ def writing(experiment: str, command: str) -> AbstractContextManager[None]:
 
 
 def note_settings(settings: ExperimentSettings, keep_changes: Sequence[str] | None = None) -> None:
-    """Write the settings down as the experiment's own.
+    """Record the settings as the experiment's.
 
     Args:
-        keep_changes: None drops what was changed for single iterations; else only the settings
-            that are named here are the experiment's own again in every iteration.
+        keep_changes: None drops all settings of single iterations; else only those named here are
+            dropped.
     """
     record = record_of(settings.experiment)
     text = dump_settings(settings)
@@ -242,10 +242,10 @@ def note_settings(settings: ExperimentSettings, keep_changes: Sequence[str] | No
 
 
 def recorded_settings(experiment: str, overrides: Sequence[str] = ()) -> ExperimentSettings:
-    """The settings that the experiment was last run with, changed by overrides.
+    """The settings of the experiment's last run, changed by overrides.
 
     Raises:
-        UserError: nothing was ever recorded under this name.
+        UserError: the record has no such experiment, or its settings are damaged or wrong.
     """
     try:
         text = record_of(experiment).read_text(SETTINGS_FILE) if is_recorded(experiment) else None
@@ -254,13 +254,13 @@ def recorded_settings(experiment: str, overrides: Sequence[str] = ()) -> Experim
             error.what,
             where=error.where,
             expected="the settings as they were recorded",
-            fix=f"restore the file, or run the experiment with its settings once more, which "
-            f"writes it again: staple run FILE --set experiment={experiment}",
+            fix="restore the file, or write it again by running the experiment with its settings: "
+            f"staple run FILE --set experiment={experiment}",
         ) from error
     if text is None:
         could_be = re.fullmatch(NAME, experiment)
         raise UserError(
-            "nothing was ever recorded under this name",
+            "nothing is recorded under this name",
             where=f"experiment {experiment}",
             expected="" if could_be else NAMES,
             fix=f"run: staple run PRESET --set experiment={experiment}" if could_be else "",
@@ -269,13 +269,12 @@ def recorded_settings(experiment: str, overrides: Sequence[str] = ()) -> Experim
 
 
 def is_recorded(experiment: str) -> bool:
-    """Whether anything was ever recorded under a name, which may be none that one could have."""
+    """Whether the record has an experiment of this name; no if the name is not valid."""
     return bool(re.fullmatch(NAME, experiment)) and record_of(experiment).exists()
 
 
 def parse_place(place: str, settings: ExperimentSettings) -> Place:
-    """ "cluster:2" as (2, "cluster"); without a number, the first iteration that has the stage,
-    and of "prompts" and "evaluate", which all have, iteration 1.
+    """ "cluster:2" as (2, "cluster"). Without a number: iteration 1, or 0 for a stage of 0 alone.
 
     Raises:
         UserError: there is no such stage or iteration.
@@ -296,10 +295,10 @@ def parse_place(place: str, settings: ExperimentSettings) -> Place:
 
 
 def check_discovers(settings: ExperimentSettings) -> None:
-    """Refuse an experiment without a constitution of its own discovery.
+    """Refuse an experiment that discovers no constitution.
 
     Raises:
-        UserError: its method has none.
+        UserError: its method does not.
     """
     method = method_of(settings)
     if not method.guided:
@@ -307,17 +306,17 @@ def check_discovers(settings: ExperimentSettings) -> None:
             f"method {method.name} discovers no constitution",
             where=f"experiment {settings.experiment}",
             expected="an experiment with method: staple",
-            fix="SAMI's constitution is changed by write.constitution: a name or a file"
+            fix="change SAMI's constitution with write.constitution: a name or a file"
             if method.constitutional
             else "",
         )
 
 
 def newest(settings: ExperimentSettings, stage: str, iteration: int | None) -> Attempt:
-    """The current attempt of a stage, of an iteration or of the newest that finished it.
+    """The current attempt of a stage, in an iteration or in the newest that finished it.
 
     Raises:
-        UserError: it was never finished.
+        UserError: the stage is not finished.
     """
     record = record_of(settings.experiment)
     if iteration is not None:

@@ -86,8 +86,8 @@ def _field(name: str, field: FieldInfo) -> tuple[Any, Any]:
         inner = form_of(kind)
         return inner, Field(default_factory=inner, title=name, description=field.description)
     about = " ".join((field.description or "").split())
-    told = field.default not in (None, ()) and not field.is_required()
-    shown = f" Default: {_shown(field.default)}." if told else ""
+    has_default = field.default not in (None, ()) and not field.is_required()
+    shown = f" Default: {_shown(field.default)}." if has_default else ""
     kind = _in_forms(kind)
     limited: Any = Annotated[(kind, *field.metadata)] if field.metadata else kind
     description = f"{about}{shown}".strip()

@@ -1,4 +1,4 @@
-"""What is checked before any compute is spent: settings, models, data, benchmarks, disk.
+"""Checks before anything is computed: settings, models, data, benchmarks, disk.
 
 All mistakes are reported together.
 """
@@ -37,10 +37,10 @@ LEAST_FREE_BYTES = 512 << 20
 
 
 def check_all(settings: ExperimentSettings) -> dict[str, str]:
-    """`check` of the experiment, and of the one that its setting `then` describes.
+    """`check` the experiment, and the one that its setting `then` describes.
 
     Raises:
-        UserErrors: everything that is wrong.
+        UserErrors: all mistakes.
     """
     found = check(settings)
     if then := following(settings):
@@ -52,13 +52,13 @@ def check_all(settings: ExperimentSettings) -> dict[str, str]:
 
 
 def check(settings: ExperimentSettings, *, follows: bool = False) -> dict[str, str]:
-    """What will be run, by name, as text for people.
+    """Check an experiment; what it runs with, as texts by name.
 
     Args:
-        follows: the experiment that `after` names is still to be run.
+        follows: the experiment that `after` names runs before this one.
 
     Raises:
-        UserErrors: everything that is wrong.
+        UserErrors: all mistakes.
     """
     problems: list[UserError] = []
     sami = method_of(settings).constitutional
@@ -86,12 +86,12 @@ def check(settings: ExperimentSettings, *, follows: bool = False) -> dict[str, s
 
 
 def ask_server(settings: ExperimentSettings) -> None:
-    """See that the policy's endpoint answers, and loads adapters where any are trained.
+    """Check that the policy's endpoint answers, and that it loads adapters if any are trained.
 
-    Apart from `check`, because a run that finds everything in the record needs no server.
+    `check` leaves this out, because a run that reuses everything from the record needs no server.
 
     Raises:
-        UserError: it does not.
+        UserError: the endpoint does not answer, or cannot load adapters.
     """
     if settings.policy.endpoint:
         check_server(settings.policy, adapters=settings.iterations > 0, limits=Limits(start=10))
@@ -107,7 +107,7 @@ def _model(settings: ExperimentSettings) -> str:
 
 
 def _beyond_endpoints(settings: ExperimentSettings) -> Iterator[UserError]:
-    """The settings that need more of the policy than its endpoint gives."""
+    """Errors about settings that need more than an endpoint offers."""
     clusters = settings.policy.endpoint and method_of(settings).guided and settings.iterations
     if clusters and "hidden" in settings.cluster.features:
         yield _beyond("features", "hidden states", 'leave "hidden" out')
@@ -124,10 +124,10 @@ def _beyond(setting: str, needed: str, instead: str) -> UserError:
 
 
 def check_data(path: str) -> dict[str, str]:
-    """What a data file holds.
+    """Check a data file; its numbers of rows, as texts by name.
 
     Raises:
-        UserErrors: the rows that cannot be used.
+        UserErrors: the rows that are not usable.
     """
     try:
         source = CorpusSettings(path=path)
@@ -140,7 +140,7 @@ def check_data(path: str) -> dict[str, str]:
 def _prompts(settings: ExperimentSettings) -> str:
     last = prompt_sets(settings.prompts, settings.seed, settings.iterations)
     if settings.prompts.world and settings.iterations:
-        prompt_sets(settings.prompts, settings.seed, 0)  # a corpus is split in one go
+        prompt_sets(settings.prompts, settings.seed, 0)  # a corpus needs no second check
     mined = [settings.prompts.first] + [settings.prompts.later] * (settings.iterations - 1)
     rejected = f"; {len(last.rejected):,} rows rejected" if last.rejected else ""
     counts = " + ".join(f"{size:,}" for size in mined if settings.iterations) or "none"
@@ -149,10 +149,10 @@ def _prompts(settings: ExperimentSettings) -> str:
 
 
 def _constitution(settings: ExperimentSettings, follows: bool) -> str:
-    """Where the principles come from, and that there are mixtures enough of them."""
+    """Where the principles come from; they are checked to have enough mixtures."""
     write = settings.write
     if settings.after and not follows:
-        assert open_experiment(settings).before, "it is there, and fits"
+        assert open_experiment(settings).before, "it exists and fits"
     if write.constitution is None:
         if not settings.after:
             pool = [Principle(text=f"{n}", antithesis=f"not {n}") for n in range(write.principles)]
@@ -198,7 +198,7 @@ def _judges(settings: ExperimentSettings) -> str:
 
 
 def _by_ray(settings: ExperimentSettings) -> list[PoolSettings]:
-    """The pools that are not this process: the policy's and the judges'."""
+    """The policy's and the judges' pools that Ray runs."""
     judges = [settings.score.judge, *settings.evaluate.all_judges]
     policies = [settings.policy, *(judge.policy for judge in judges if judge)]
     return [p.pool for p in policies if p and p.in_ray]

@@ -1,6 +1,6 @@
-"""What people look at: the top-level MLflow run of an iteration, and the experiment's summary.
+"""The top-level MLflow run of an iteration, and the experiment's summary run, for people to read.
 
-Nothing here is computed; it gathers what the stages recorded.
+They gather what the stages recorded; nothing is computed here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tasks.stages import STAGES
 Attempts = dict[str, Attempt]
 
 PUBLISHED = "published"
-"""Tag: the attempts that a run shows, so that an unchanged rerun adds no points to its curves."""
+"""Tag: the attempts that a run shows. An unchanged rerun adds no points to its curves."""
 
 
 @task(name="publish", cache_policy=NO_CACHE)
@@ -62,7 +62,7 @@ def publish_experiment(experiment: Experiment, done: Sequence[Attempts]) -> None
 
 
 def log_figures(record: Record, history: History, *, constitutional: bool) -> None:
-    """The pictures of an experiment, on its summary run; they take the place of earlier ones.
+    """Log the figures of an experiment on its summary run; they replace earlier ones.
 
     Args:
         constitutional: see `figures`.
@@ -91,13 +91,12 @@ def iteration_metrics(attempts: Mapping[str, Attempt]) -> Metrics:
 
 
 def constitution_of(attempts: Mapping[str, Attempt]) -> Attempt | None:
-    """The attempt with an iteration's constitution: as a person approved it, as it was clustered;
-    or as it was written, for SAMI."""
+    """The attempt with an iteration's constitution: reviewed, else clustered; for SAMI, written."""
     return attempts.get("review") or attempts.get("cluster") or attempts.get("write")
 
 
 def rate_text(metrics: Mapping[str, float], name: str) -> str:
-    """A rate with its interval, as tables show it: "0.95 [0.92, 0.97]"; a dash where it is not."""
+    """A rate with its interval: "0.95 [0.92, 0.97]"; a dash if it was not measured."""
     if name not in metrics:
         return "–"
     return f"{metrics[name]:.2f} [{metrics[f'{name}_low']:.2f}, {metrics[f'{name}_high']:.2f}]"
@@ -106,10 +105,10 @@ def rate_text(metrics: Mapping[str, float], name: str) -> str:
 def register_adapter(
     record: Record, iteration: int, trained: Attempt, metrics: Mapping[str, float]
 ) -> None:
-    """A version of the registered model; "champion" moves only to a policy that beats the last.
+    """Register a version of the model; "champion" moves only to a policy that beats the last one.
 
-    That is: the interval of the refined answers (SAMI: of those under a constitution) against the
-    previous iteration lies above parity.
+    It does if the 95 % interval of its win rate against the previous iteration lies above 0.5: of
+    refined answers, or for SAMI of answers with constitution.
     """
     from mlflow.exceptions import MlflowException
 
@@ -128,7 +127,7 @@ def register_adapter(
 
 
 def _files(attempts: Mapping[str, Attempt]) -> list[Path]:
-    """In this order: a reviewed constitution takes the place of the clustered one."""
+    """In the loop's order: a reviewed constitution replaces the clustered one."""
     there = [(attempts[name], stage) for name, stage in STAGES.items() if name in attempts]
     return [attempt.path(name) for attempt, stage in there for name in stage.publishes]
 

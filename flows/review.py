@@ -1,7 +1,7 @@
 """The review of a constitution in Prefect's UI: a suspended run whose form lists the principles.
 
-`flows.em` calls `ask` after `cluster` where `review.enabled` is set. `flows.commands.edit` is the
-same without a UI.
+`flows.em` calls `ask` after `cluster` if `review.enabled` is set. `flows.commands.edit` is the review
+in an editor.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Examples = Mapping[str, Labelled]
 
 
 class PrincipleForm(BaseModel):
-    """What a person may do with one principle; untouched, it is approved.
+    """A person's decision on one principle; unchanged, the form approves it.
 
     No drop-downs: those of Prefect 3.8's UI close at once in the dialogue that resumes a run.
     """
@@ -45,30 +45,30 @@ class PrincipleForm(BaseModel):
 
 
 class ReviewForm(RunInput):
-    """What a person is asked: their name, and a `PrincipleForm` for each principle, by number."""
+    """The whole form: the person's name, and a `PrincipleForm` for each principle, by number."""
 
     by: str = Field(title="Your name", pattern=r"\S")
-    note: str = Field("", title="Note", description="Why, if there is something to say.")
+    note: str = Field("", title="Note", description="The reason, if you want to give one.")
     added: list[str] = Field(
         [],
         title="Principles to add",
-        description="No trajectory carries them: nothing is trained on them.",
+        description="No trajectory has them as its principle: nothing is trained on them.",
     )
 
 
 def can_ask() -> bool:
-    """Whether this is the run of a deployment itself: only that can be suspended."""
+    """Whether this is a deployment's own run: Prefect can suspend no other."""
     context = FlowRunContext.get()
     run = context.flow_run if context else None
     return bool(run and run.deployment_id and not run.parent_task_run_id)
 
 
 def ask(experiment: Experiment, t: int, clustered: Attempt) -> Attempt:
-    """Have a person decide on a constitution; the review attempt that came of it.
+    """Let a person decide on a constitution, and record the review.
 
-    Only where `can_ask`. This suspends the run, frees its process, and returns in the process that
-    goes on after the form was sent. Decisions that contradict one another are shown above the form,
-    which is asked again with what was filled in.
+    Call it only if `can_ask`. It suspends the run and ends its process. After the person sent the
+    form, it returns in the process that resumes the run. If the decisions contradict one another,
+    it shows the form again, with the contradictions and the person's entries.
     """
     constitution = load(clustered.path("constitution.yaml"))
     labelled = clustered.read("labelled", Labelled)
@@ -91,19 +91,19 @@ def ask(experiment: Experiment, t: int, clustered: Attempt) -> Attempt:
 def record_review(
     experiment: Experiment, t: int, clustered: Attempt, verdict: ReviewDecision
 ) -> Attempt:
-    """Apply and record a verdict, whatever stage was asked for.
+    """Apply and record a review, whichever stage the command runs.
 
     Raises:
-        UserError: it cannot be followed, or leaves nothing to train on.
+        UserError: the decisions contradict one another, or leave nothing to train on.
     """
     at = Slot(experiment.record, t, experiment.settings.seed)
-    if experiment.settings.review.which == "last":  # it may not stay the last one
+    if experiment.settings.review.which == "last":  # more iterations may follow
         experiment.record.change(t, {"review.which": "each"})
     return review_stage(at, ReviewSettings(enabled=True), clustered, verdict)
 
 
 def examples_of(constitution: Constitution, labelled: Sequence[Labelled]) -> Examples:
-    """For each principle the trajectory of its example's prompt that it improved most."""
+    """For each principle, the trajectory of its example prompt with the largest gain."""
     best: dict[tuple[int, str], Labelled] = {}
     for row in labelled:
         place = row.cluster, row.prompt_id
@@ -120,9 +120,9 @@ def form_of(
     filled_in: ReviewForm | None = None,
     mistakes: str = "",
 ) -> type[ReviewForm]:
-    """The form for a constitution, perhaps with what was filled in before and what is wrong in it.
+    """The form for a constitution, with earlier entries and their mistakes, if there are any.
 
-    What one entry can get wrong is in its schema: Prefect's server refuses to resume the run.
+    An entry's schema says what is valid: Prefect's server refuses to resume the run with a mistake.
     """
     fields: dict[str, Any] = {}
     for number, principle in enumerate(constitution.principles, start=1):
@@ -132,17 +132,17 @@ def form_of(
         fields[_field(number)] = entry, Field(entry(), title=title)
     asked = {name: copy(field) for name, field in ReviewForm.model_fields.items()}
     # Prefect's UI squeezes the form's own description to nothing above a long form.
-    asked["by"].description = _said(mistakes) + "Who decides; kept in the record."
+    asked["by"].description = _mistakes_text(mistakes) + "Who decides; kept in the record."
     if filled_in:
         asked["note"].default, asked["added"].default = filled_in.note, filled_in.added
     who: dict[str, Any] = {name: (field.annotation, field) for name, field in asked.items()}
     form = create_model("Review", __base__=ReviewForm, **who, **fields)
-    form._description = _said(mistakes) + _description(constitution, examples, t)
+    form._description = _mistakes_text(mistakes) + _description(constitution, examples, t)
     return form
 
 
 def verdict_of(answer: ReviewForm, constitution: Constitution) -> ReviewDecision:
-    """What the answer to a form says."""
+    """The decisions in a form that a person sent."""
     decisions = []
     for number, principle in enumerate(constitution.principles, start=1):
         entry = _entry(answer, number)
@@ -161,7 +161,7 @@ def verdict_of(answer: ReviewForm, constitution: Constitution) -> ReviewDecision
 def _entry_model(
     number: int, constitution: Constitution, examples: Examples, before: PrincipleForm
 ) -> type[BaseModel]:
-    """The part of the form for one principle: an `PrincipleForm`, as its schema can check it."""
+    """The `PrincipleForm` of one principle, with a schema that checks it."""
     principle = constitution.principles[number - 1]
     rule: dict[str, Any] = {
         "properties": {"into": {"not": {"const": number}}},
@@ -194,17 +194,17 @@ def _entry(answer: ReviewForm, number: int) -> PrincipleForm:
     return PrincipleForm(**getattr(answer, _field(number)).model_dump())
 
 
-def _said(mistakes: str) -> str:
-    """What is wrong in the decisions, as Markdown paragraphs (Prefect's UI joins single lines)."""
+def _mistakes_text(mistakes: str) -> str:
+    """The mistakes as Markdown paragraphs: Prefect's UI joins single lines."""
     lines = "".join(f"• {markdown_text(line)}\n\n" for line in mistakes.splitlines())
-    return f"**This could not be done as you sent it:**\n\n{lines}" if mistakes else ""
+    return f"**These decisions cannot be applied:**\n\n{lines}" if mistakes else ""
 
 
 def _description(constitution: Constitution, examples: Examples, t: int) -> str:
-    """What stands above the form, in Markdown."""
+    """The text above the form, in Markdown."""
     head = (
         f"**{markdown_text(constitution.experiment)}**, iteration {t}: reword, merge or drop "
-        "principles; what you leave alone is approved. Training starts when you send the form."
+        "principles. You approve what you do not change. Training starts when you send the form."
     )
     table = ["| # | principle | trajectories | share | example |", "|--:|---|--:|--:|---|"]
     for number, p in enumerate(constitution.principles, start=1):
@@ -218,7 +218,7 @@ def _description(constitution: Constitution, examples: Examples, t: int) -> str:
 
 
 def _facts(principle: Principle, example: Labelled | None) -> str:
-    """A principle's support, and what it did to one answer."""
+    """A principle's support, and an answer before and after its refinement."""
     support = f"{principle.support:,} trajectories, {principle.share:.1%} of the weight."
     if principle.antithesis:
         opposite = markdown_text(principle.antithesis)

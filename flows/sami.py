@@ -20,8 +20,8 @@ from tasks.sami.write import write_stage
 def steps(e: Experiment, t: int) -> Iterator[Attempt]:
     """One iteration on fresh queries, stage by stage.
 
-    Iteration 0: the constitution is read or written, and the untouched policy answers the held-out
-    prompts under it.
+    Iteration 0: the constitution is read or written, and the initial policy answers the held-out
+    prompts with it.
     """
     at, settings = e.slot(t), e.settings_at(t)
     mixtures = e.settings_at(0).sample  # all policies are measured on the same constitutions

@@ -31,8 +31,8 @@ GONE = {
     "filter.leak_words": (6, "leave it out; 6 consecutive words of the gold are a leak"),
     "prompts.sources.max_characters": (20_000, "leave it out; a text has at most 20,000"),
 }
-"""Settings of earlier versions: the value that is fixed now (ANY: it changes no result), and what
-to do about it. A record may have them, a file of the user's may not."""
+"""Settings of earlier versions: their fixed value now (ANY: it changes no result), and what to do.
+A record may have them; a user's file may not."""
 MOST_PARTS = 16
 """Parts of a setting's name, as in evaluate.judge.policy.model."""
 
@@ -327,9 +327,10 @@ def explain(
         settings: the class that was validated.
     """
     found = error.errors(include_url=False, include_context=False)
-    told = [_explain_one(e, source, settings) for e in found[:REPORTED] if not _follows(e, found)]
-    more = len(found) - REPORTED
-    return [*told, *([UserError(f"{more:,} more are wrong", where=source)] if more > 0 else [])]
+    errors = [_explain_one(e, source, settings) for e in found[:REPORTED] if not _follows(e, found)]
+    if (more := len(found) - REPORTED) > 0:
+        errors.append(UserError(f"{more:,} more are wrong", where=source))
+    return errors
 
 
 def _follows(error: Any, found: Sequence[Any]) -> bool:

@@ -1,7 +1,7 @@
-"""One stage by itself: what `staple stage` and Prefect's UI re-run.
+"""One stage alone, as `staple stage` and Prefect's UI run it.
 
-It reads the current outputs upstream from the record and writes a new attempt; what follows
-becomes stale, visibly, and is not touched.
+It reads the current outputs of earlier stages and records a new attempt. Later stages become stale,
+and are not computed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flows.experiment import (
 from flows.methods import method_of
 from flows.publish import publish_iteration
 from flows.schema import ExperimentSettings
-from flows.server.prefect_server import at_hand
+from flows.server.prefect_server import running_server
 from flows.settings import with_changes, without_gone
 from flows.states import stage_states
 from tasks.record.record import Attempt
@@ -36,17 +36,16 @@ def run_stage(
     changes: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Attempt:
-    """Run one stage of one iteration, from the recorded outputs of the stages before it.
+    """Run one stage of one iteration on the recorded outputs of the stages before it.
 
-    While another run writes the experiment, it waits.
+    It waits while another run writes the experiment.
 
     Args:
-        changes: settings that hold in this iteration from now on: "cluster.max_principles" → 8.
+        changes: settings of this iteration from now on: "cluster.max_principles" → 8.
         force: compute again what the record has.
 
     Raises:
-        UserError: no such experiment, stage or setting; something that it reads was never
-            finished.
+        UserError: no such experiment, stage or setting; a stage before it is not finished.
     """
     _check_place(recorded_settings(experiment), stage, iteration)
     _check_changes(stage, changes or {})
@@ -58,22 +57,22 @@ def run_stage(
 def _run_stage(
     experiment: str, stage: str, iteration: int, changes: Mapping[str, Any] | None, force: bool
 ) -> Attempt:
-    settings = recorded_settings(experiment)  # once they are nobody else's to change
+    settings = recorded_settings(experiment)  # under the lock, nobody else changes them
     if changes:
         record = record_of(experiment)
         before = without_gone(record.changes(iteration))
-        with_changes(settings, {**before, **changes})  # refuses what is wrong
+        with_changes(settings, {**before, **changes})  # raises on a mistake
         record.change(iteration, changes)
     state = stage_states(settings, iteration).get((stage, iteration))
     if state is None:
         raise UserError(
-            f"the constitution of iteration {iteration} goes to training without a review",
+            f"iteration {iteration} trains without a review of its constitution",
             where=f"experiment {experiment}",
             fix=f"staple constitution edit {experiment} --iteration {iteration}",
         )
     if state.standing == "finished" and state.attempt and not force:
         return state.attempt
-    with at_hand():
+    with running_server():
         return one_stage(settings, stage, iteration, force)
 
 
@@ -81,7 +80,11 @@ def _run_stage(
 def one_stage(
     settings: ExperimentSettings, stage: str, iteration: int, force: bool = False
 ) -> Attempt:
-    """Run the stage that `run_stage` found to be wanted."""
+    """Run a stage that is not finished.
+
+    Raises:
+        UserError: the constitution has no review yet.
+    """
     experiment = open_experiment(settings, force=force, only=(iteration, stage))
     for attempt in steps(experiment, iteration):
         if attempt.stage == stage:

@@ -1,7 +1,7 @@
-"""Where every stage of an experiment stands: finished, stale, running, failed, missing.
+"""The state of every stage of an experiment: finished, stale, running, failed, missing.
 
-It goes through the very wiring that runs the experiment and computes nothing: each stage's current
-attempt is held against what the stage would compute now.
+It uses the wiring that runs the experiment (`flows.em.steps`) and computes nothing: it compares
+each stage's current attempt with what the stage would compute now.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Standing = Literal["finished", "stale", "running", "failed", "missing"]
 
 @dataclass(frozen=True)
 class State:
-    """How a stage stands.
+    """The state of a stage.
 
     `since` says which changes made it stale, or why it failed; `attempt` is the current one, and
-    `wanted` says what the stage would be computed from now.
+    `wanted` is the provenance of what the stage would compute now.
     """
 
     standing: Standing
@@ -40,7 +40,7 @@ class State:
 
     @property
     def accepted(self) -> Acceptance | None:
-        """Who declared the attempt valid although code of the stage has changed since."""
+        """The note of a person who accepted the attempt after the stage's code changed."""
         if self.attempt and self.wanted:
             return self.attempt.accepted.get(self.wanted.fingerprint)
         return None
@@ -56,12 +56,12 @@ def stage_states(
     experiment = open_experiment(settings, look=look)
     for t in range((settings.iterations if last is None else last) + 1):
         for _ in steps(experiment, t):
-            pass  # the looker notes what it is asked
+            pass  # `look` notes each stage's state
     return look.states
 
 
 def unchanged(settings: ExperimentSettings) -> list[Attempts] | None:
-    """The attempts of every iteration, where nothing is left to compute or to publish."""
+    """The attempts of every iteration; None if there is something to compute or to publish."""
     states = stage_states(settings)
     done: list[Attempts] = [{} for _ in range(settings.iterations + 1)]
     for (stage, t), state in states.items():
@@ -72,7 +72,7 @@ def unchanged(settings: ExperimentSettings) -> list[Attempts] | None:
 
 
 class Look:
-    """Answers for the stages instead of computing, and notes how each stands."""
+    """Takes the place of computing a stage, and notes its state."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
@@ -124,7 +124,7 @@ def differences(old: Provenance, new: Provenance) -> Iterator[str]:
     read = {(s.stage, s.iteration): s.digest for s in old.inputs.values()}
     for source in new.inputs.values():
         if source.digest.startswith("missing "):
-            continue  # said already
+            continue  # another difference names it
         before = read.get((source.stage, source.iteration))
         if before is None:
             yield f"{source.stage} {source.iteration} was not read before"

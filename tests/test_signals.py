@@ -116,7 +116,7 @@ def test_in_the_first_seconds(folder: Path, seconds: float, number: signal.Signa
     until(lambda: listens(process.pid), process)
     time.sleep(seconds)
     os.killpg(process.pid, number)
-    assert "go on with: staple run" in ended(folder, process)
+    assert "continue with: staple run" in ended(folder, process)
     assert process.returncode == 128 + number
 
 
@@ -134,7 +134,7 @@ def test_ctrl_c_while_the_server_starts(folder: Path) -> None:
         process,
     )
     os.killpg(process.pid, signal.SIGINT)
-    assert "go on with: staple run lineage --resume" in ended(folder, process)
+    assert "continue with: staple run lineage --resume" in ended(folder, process)
     assert process.returncode == 130
 
 
@@ -162,7 +162,7 @@ def test_what_is_kept_is_told_and_marked(folder: Path) -> None:
     line = ended(folder, process)
     assert process.returncode == 130
     assert f"stopped: {mined(folder)} of 6 shards of mine 1 are kept" in line
-    assert "go on with: staple run lineage --resume" in line
+    assert "continue with: staple run lineage --resume" in line
     with sqlite3.connect(folder / "mlflow.db") as database:
         (status,) = database.execute("SELECT status FROM runs WHERE name = 'mine 1'").fetchone()
     assert status == "KILLED"
@@ -176,7 +176,7 @@ def test_what_is_kept_is_told_and_marked(folder: Path) -> None:
 def test_sigterm_to_the_program_alone(folder: Path) -> None:
     process = mining(folder, "second")
     process.terminate()
-    assert "kept; go on with: staple run second --resume" in ended(folder, process)
+    assert "kept; continue with: staple run second --resume" in ended(folder, process)
     assert process.returncode == 143
 
 
@@ -216,7 +216,7 @@ def test_a_library_that_hears_nothing_is_ended() -> None:
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=LONG)
     assert process.returncode == 130
-    assert said.startswith("staple: stopped: what was finished is kept; go on with: staple")
+    assert said.startswith("staple: stopped: what was finished is kept; continue with: staple")
 
 
 def test_a_second_ctrl_c_ends_at_once() -> None:

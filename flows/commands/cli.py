@@ -74,9 +74,9 @@ def run(
     from flows.commands import results
     from flows.em import em_experiment
     from flows.preflight import ask_server, check_all
-    from flows.server.prefect_server import at_hand
+    from flows.server.prefect_server import running_server
     from flows.states import unchanged
-    from flows.together import go_on
+    from flows.together import run_following
 
     results.show_beginning(settings, check_all(settings))
     with ExitStack() as held:
@@ -88,10 +88,10 @@ def run(
         done = None if force or place else unchanged(settings)
         if done is None:
             ask_server(settings)
-            held.enter_context(at_hand())
+            held.enter_context(running_server())
             done = em_experiment(settings, force, place)
         results.show_ending(settings, done)
-        if followed := go_on(settings, done, resume=recorded, force=force):
+        if followed := run_following(settings, done, resume=recorded, force=force):
             results.show_ending(followed.settings, followed.done)
             say(f"One report of both experiments: {followed.report}")
 
@@ -115,7 +115,7 @@ def baselines(
     from flows.baselines import BASELINES, check_names, run_baselines, split_overrides
     from flows.commands import results
     from flows.preflight import ask_server, check
-    from flows.server.prefect_server import at_hand
+    from flows.server.prefect_server import running_server
     from flows.settings import load_settings
 
     own, changes = split_overrides(set_ or [])
@@ -124,7 +124,7 @@ def baselines(
     settings = load_settings(source, own)
     results.show_beginning(settings, check(settings))
     ask_server(settings)
-    with at_hand():
+    with running_server():
         results.show_baselines(run_baselines(settings, names, changes))
 
 

@@ -28,7 +28,7 @@ class Side:
 
     name: str
     settings: Mapping[str, str]
-    """Setting, input or other ingredient → its value as text."""
+    """Setting or input → its value as text."""
     metrics: Metrics
     constitution: Attempt | None
 
@@ -53,8 +53,7 @@ def compare(left: str, right: str) -> Compared:
     """Compare what two references name; each has the form of `REFERENCE`.
 
     Raises:
-        UserError: a reference is malformed or names nothing that is recorded, or the two are of
-            different kinds.
+        UserError: a reference is malformed or not in the record, or the two are of different kinds.
     """
     a, b = _side(left), _side(right)
     if left.count(":") != right.count(":"):
@@ -117,7 +116,7 @@ def _whole(reference: str, e: Experiment) -> Side:
 def _iteration(reference: str, e: Experiment, t: int) -> Side:
     attempts = _current(e, t)
     if not attempts:
-        raise UserError("nothing of this iteration was ever finished", where=reference)
+        raise UserError("no stage of this iteration is finished", where=reference)
     settings = e.settings_at(t).model_dump(mode="json", exclude={"experiment"})
     return Side(reference, _flat(settings), iteration_metrics(attempts), constitution_of(attempts))
 
@@ -150,7 +149,7 @@ def _attempt(e: Experiment, stage: str, t: int, number: int | None) -> Attempt:
 
 
 def started(attempt: Attempt) -> int:
-    """When an attempt began: the order in which `@1`, `@2` … count."""
+    """When an attempt began, by which `@1`, `@2` … are numbered."""
     return int(attempt.record.client.get_run(attempt.run_id).info.start_time)
 
 

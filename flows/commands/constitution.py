@@ -13,13 +13,13 @@ from tasks.sami.draw import pool_of
 
 
 def show_constitution(experiment: str, iteration: int | None) -> None:
-    """Print the principles of an iteration's constitution; of SAMI, with those that are held out.
+    """Print the principles of an iteration's constitution; for SAMI, also which are held out.
 
     Raises:
-        UserError: there is no such experiment, or nothing was clustered yet.
+        UserError: there is no such experiment, or it has no constitution yet.
     """
     settings = recorded_settings(experiment)
-    one = method_of(settings).constitutional  # for all iterations
+    one = method_of(settings).constitutional  # one constitution for all iterations
     t = 0 if one else newest(settings, "cluster", iteration).iteration
     done = open_experiment(settings).constitution(t)
     found = load(done.path("constitution.yaml"))

@@ -31,7 +31,7 @@ FILE = "constitution.yaml"
 
 @dataclass(frozen=True)
 class Edited:
-    """What was recorded, and what changed against the clustered constitution, a line each."""
+    """The recorded review, and what it changed in the clustered constitution, a line each."""
 
     reviewed: Attempt
     verdict: ReviewDecision
@@ -45,18 +45,18 @@ def edit(
     by: str | None = None,
     note: str = "",
 ) -> Edited:
-    """Let a person edit the constitution of an iteration, and record what they decided.
+    """Let a person edit the constitution of an iteration, and record their decisions.
 
-    The file shows the constitution as it stands: reviewed where it was reviewed, else as it was
-    clustered. Unchanged, it is approved. From now on the iteration has a review.
+    The file shows the constitution of the last review, else the clustered one. An unchanged file
+    approves it. From now on the iteration has a review.
 
     Args:
-        iteration: None is the newest that was clustered.
+        iteration: None is the newest with a constitution.
         file: an edited constitution; None opens $VISUAL or $EDITOR on one.
-        by: who decides; None is the user's login name.
+        by: the reviewer; None is the user's login name.
 
     Raises:
-        UserError: nothing was clustered; no editor; the edit is not valid (the file is kept).
+        UserError: there is no constitution or no editor; the edit is not valid (the file is kept).
     """
     opened = open_experiment(recorded_settings(experiment))
     check_discovers(opened.settings)
@@ -76,7 +76,7 @@ def edit(
             reviewed = record_review(opened, t, clustered, verdict)
         except UserError as error:
             again = f"{command} --file {file}" if file else command
-            raise UserError(str(error), fix=f"mend {source}, then: {again}") from None
+            raise UserError(str(error), fix=f"correct {source}, then: {again}") from None
         if not opened.settings_at(t).review.enabled:
             opened.record.change(t, {"review.enabled": True})
     if source.absolute() == draft.absolute():
@@ -88,7 +88,7 @@ def edit(
 def _verdict(
     clustered: Attempt, standing: Path, source: Path, by: str, note: str
 ) -> ReviewDecision:
-    """What the edited file says of the clustered constitution."""
+    """The decisions that lead from the clustered constitution to the edited file."""
     old, shown = load(clustered.path(FILE)), load(standing)
     decisions, added = decisions_between(old, load_draft(source), shown)
     return ReviewDecision(decisions=tuple(decisions), added=tuple(added), by=by, note=note)
@@ -117,7 +117,7 @@ def _open_editor(path: Path, command: str) -> None:
         raise UserError(f"the editor cannot be started: {error}", where=editor) from None
     if ended:
         raise UserError(
-            f"the editor ended with {ended}, nothing was recorded",
+            f"the editor ended with code {ended}; nothing was recorded",
             where=editor,
             fix=f"{command} continues with {path}",
         )

@@ -1,4 +1,4 @@
-"""What an unexpected error means: damage, an unusable path, an outage, or a defect of ours."""
+"""The cause of an unexpected error: damage, an unusable path, an outage, or a defect of staple."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ UNUSABLE = (
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR),
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
 )
-"""What the system says of a path that a person gave, or of a folder that nobody may write to."""
+"""Errors of a path that the user can correct."""
 
 
 def explained(error: BaseException) -> tuple[str, int] | None:
-    """Message and exit code: 2 for what the user can mend, 1 for an outage; None for a defect."""
+    """Message and exit code: 2 if the user can correct it, 1 for an outage; None for a defect."""
     from tasks.record.database import damage_behind
 
     if damage := damage_behind(error):
@@ -27,12 +27,12 @@ def explained(error: BaseException) -> tuple[str, int] | None:
                 str(cause.strerror),
                 where=os.fsdecode(cause.filename),
                 expected="a path that this user can read and write",
-                fix="make it so or move it away, then give the same command again",
+                fix="change its permissions or move it away, then repeat the command",
             )
             return str(refused), 2
     for cause in _causes(error):
-        if said := _outage(cause):
-            return f"{said}; what was finished is kept: staple run EXPERIMENT --resume", 1
+        if outage := _outage(cause):
+            return f"{outage}; finished work is kept: staple run EXPERIMENT --resume", 1
     return None
 
 
@@ -50,17 +50,15 @@ def _outage(error: BaseException) -> str:
         return "the disk is full; free some space"
     first_line = text.strip().partition("\n")[0][:200]
     if library in ("httpx", "httpcore") or "reach API at" in text:
-        said = first_line + _proxy("PREFECT_API_URL")
-        return f"Prefect's server does not answer ({said})"
+        return f"Prefect's server does not answer ({first_line}{_proxy('PREFECT_API_URL')})"
     broken = any(sign in text for sign in ("Max retries", "onnection"))
     if broken and library in ("mlflow", "requests", "sqlalchemy", "urllib3"):
-        said = first_line + _proxy("MLFLOW_TRACKING_URI")
-        return f"MLflow stopped answering ({said})"
+        return f"MLflow stopped answering ({first_line}{_proxy('MLFLOW_TRACKING_URI')})"
     return ""
 
 
 def _proxy(variable: str) -> str:
-    """The proxy through which the server in the variable is asked, for a message."""
+    """Part of a message: the proxy on the way to the server that the variable names."""
     from models.endpoint.proxies import proxy_of
 
     proxy = proxy_of(os.environ.get(variable, ""))

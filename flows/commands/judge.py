@@ -1,7 +1,7 @@
 """`staple judge`: two policies' response files (SAMI's format), judged under their constitutions.
 
-The judges, settings and figures are those of `evaluate`. The judgements are kept below the home,
-so that a killed run continues.
+The judges, settings and figures are those of `evaluate`. Judgements are kept in $STAPLE_HOME, so
+that a killed run continues.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from tasks.score import ScoreSettings
 
 T = TypeVar("T")
 SETTINGS = ("judge", "max_failed", "resamples", "shard_size")
-"""The settings that have a part here: of `evaluate`, and `shard_size`."""
+"""The settings that this command reads: those of `evaluate`, and `shard_size`."""
 FORMATS = (".parquet", ".json")
 EXAMPLE = "--set judge.kind=pairwise --set judge.policy.model=NAME --set judge.endpoint=URL"
 
@@ -68,13 +68,13 @@ class Judged:
     judge: str
     rows: Sequence[JudgedRow]
     rejected: Sequence[Rejected]
-    """Rows that no pair could be made of."""
+    """Rows without a partner."""
     rate: WinRate
     controlled: LengthControlled | None
     confounded: str
     """Why there is no length-controlled rate; empty where there is one."""
     lengths: tuple[float, float]
-    """Mean characters of our answers and of theirs."""
+    """Mean characters of the first policy's answers, and of the second's."""
     orders: Metrics
     """`judge/bias`, `judge/consistency` of a judge that reads both orders; else empty."""
 
@@ -90,18 +90,17 @@ def judge_files(
 ) -> Judged:
     """Judge every pair of responses to the same question under the same constitution.
 
-    An LLM judge says which follows the constitution better: a rubric that shows no principle is
-    replaced by "principle". A reward model reads the constitution at the head of the request.
+    An LLM judge says which response follows the constitution better; the rubric "principle"
+    replaces one that shows no principle. A reward model reads the constitution in the prompt.
 
     Args:
         overrides: settings of `evaluate` as "judge.kind=pairwise"; see SETTINGS.
         seed: of the bootstrap, and of a sampled judge.
-        out: where the comparisons are written as well, as Parquet or JSON by its suffix.
-        force: judge again what was judged already.
+        out: a .parquet or .json file for the comparisons.
+        force: judge all pairs again.
 
     Raises:
-        UserErrors: everything that is wrong with settings, judge, files and `out`, before anything
-            is judged.
+        UserErrors: all mistakes in settings, judge, files and `out`, before anything is judged.
         UserError: the judge cannot be opened, or more than `max_failed` of its judgements failed.
     """
     problems: list[UserError] = []
@@ -115,27 +114,27 @@ def judge_files(
 
     chosen = attempt(lambda: judging_settings(overrides))
     left, right = (attempt(partial(read_responses, path)) for path in (ours, theirs))
-    met = attempt(partial(response_pairs_of, left, right)) if left and right else None
+    pairs = attempt(partial(response_pairs_of, left, right)) if left and right else None
     if out:
         attempt(partial(check_output, out, FORMATS))
-    if problems or chosen is None or met is None:
+    if problems or chosen is None or pairs is None:
         raise UserErrors(problems)
     settings = chosen.evaluate
-    rows = _kept(settings, met, (ours, theirs), seed, force, chosen.shard_size)
-    found = _measured(settings, met, rows, seed, (ours, theirs))
+    rows = _judged(settings, pairs, (ours, theirs), seed, force, chosen.shard_size)
+    found = _measured(settings, pairs, rows, seed, (ours, theirs))
     if out:
         _write(out, found.rows)
     return found
 
 
 def judging_settings(overrides: Sequence[str]) -> ExperimentSettings:
-    """Settings with a judge (`evaluate.judge`) that can judge by a constitution alone.
+    """Settings with a judge (`evaluate.judge`) that needs only a constitution.
 
     Raises:
-        UserErrors: names and values that are wrong, settings that have no part in judging files,
-            a judge that needs the gold, or one whose model is not there.
+        UserErrors: wrong names and values, settings that have no effect here, a judge that needs
+            the gold, or one whose model does not exist.
     """
-    problems = [p for override in overrides if (p := _without_part(override))]
+    problems = [p for override in overrides if (p := _without_effect(override))]
     if problems:
         raise UserErrors(problems)
     try:
@@ -160,12 +159,12 @@ def judging_settings(overrides: Sequence[str]) -> ExperimentSettings:
 
 
 def _able(judge: type[Judge]) -> bool:
-    """Whether a kind of judge can do without a gold response and an embedded world."""
+    """Whether a kind of judge needs neither a gold response nor an embedded world."""
     kind = judge.on(oracle=None)
     return not (kind.needs_gold or kind.needs_oracle)
 
 
-def _without_part(override: str) -> UserError | None:
+def _without_effect(override: str) -> UserError | None:
     try:
         name, _ = parse_override(override)
     except UserError as error:
@@ -180,7 +179,7 @@ def _without_part(override: str) -> UserError | None:
 
 
 def _as_given(error: UserError) -> UserError:
-    """The error with the setting's name as it was given."""
+    """The error with the setting's name as the user wrote it."""
     where = error.where.replace("setting 'evaluate.", "setting '")
     return UserError(error.what, where=where, expected=error.expected, fix=error.fix)
 
@@ -188,26 +187,26 @@ def _as_given(error: UserError) -> UserError:
 # Judging ------------------------------------------------------------------------------------
 
 
-def _kept(
+def _judged(
     settings: EvaluateSettings,
-    met: ResponsePairs,
+    pairs: ResponsePairs,
     paths: tuple[Path, Path],
     seed: int,
     force: bool,
     shard_size: int,
 ) -> list[Comparison]:
-    """A row for every pair; what an earlier run of the same judged is not judged again."""
+    """A row for every pair; what an earlier run judged is reused."""
     policy, what = settings.judge.policy, f"staple judge {paths[0].name} {paths[1].name}"
     folder = home() / "judged" / _digest(settings, paths, seed)
     with locks.held(folder.with_suffix(".lock"), what):
         if force:
             shutil.rmtree(folder, ignore_errors=True)
         with locks.device(policy.answers_on if policy else "cpu", what):
-            return _compared(settings, met.pairs, Workspace(folder, shard_size), seed)
+            return _compared(settings, pairs.pairs, Workspace(folder, shard_size), seed)
 
 
 def _digest(settings: EvaluateSettings, paths: tuple[Path, Path], seed: int) -> str:
-    """Names what is judged, by whom and how; not where the files are."""
+    """Identifies files, judge and seed, but not where the files are."""
     dump = settings.judge.model_dump(mode="json", context=FINGERPRINT)
     facts = {
         "files": [(path.name, file_sha256(path)) for path in paths],  # the record has the names
@@ -221,9 +220,10 @@ def _digest(settings: EvaluateSettings, paths: tuple[Path, Path], seed: int) -> 
 
 
 def _compared(
-    settings: EvaluateSettings, met: Sequence[AnswerPair], work: Workspace, seed: int
+    settings: EvaluateSettings, pairs: Sequence[AnswerPair], work: Workspace, seed: int
 ) -> list[Comparison]:
-    told = met if settings.judge.judge_type.reads_principle else [with_constitution(m) for m in met]
+    if not settings.judge.judge_type.reads_principle:
+        pairs = [with_constitution(pair) for pair in pairs]
     with Panel(
         oracle=None,
         scoring=ScoreSettings(),
@@ -235,12 +235,12 @@ def _compared(
         max_failed=settings.max_failed,
         open_policy=_open,
     ) as panel:
-        (rows,) = panel.compare("comparisons", told, [settings.judge])
+        (rows,) = panel.compare("comparisons", pairs, [settings.judge])
     return rows
 
 
 def _open(judge: JudgeSettings) -> Policy:
-    """The judge's model; of one at an endpoint it is known in seconds whether it answers."""
+    """The judge's model; an endpoint that does not answer is reported within seconds."""
     if judge.policy and judge.policy.endpoint:
         check_server(judge.policy, adapters=False, limits=Limits(start=10))
     return open_policy(judge)
@@ -251,7 +251,7 @@ def _open(judge: JudgeSettings) -> Policy:
 
 def _measured(
     settings: EvaluateSettings,
-    met: ResponsePairs,
+    pairs: ResponsePairs,
     rows: Sequence[Comparison],
     seed: int,
     paths: tuple[Path, Path],
@@ -268,8 +268,8 @@ def _measured(
         ours=paths[0],
         theirs=paths[1],
         judge=rows[0].judge,
-        rows=judged_rows(met, rows),
-        rejected=met.rejected,
+        rows=judged_rows(pairs, rows),
+        rejected=pairs.rejected,
         rate=rate,
         controlled=controlled,
         confounded=confounded,
@@ -286,7 +286,7 @@ def _write(out: Path, rows: Sequence[JudgedRow]) -> None:
 
 
 def show_judged(found: Judged) -> None:
-    """Print win rate and lengths of two response files, and what the judge is worth."""
+    """Print the win rate and lengths of two response files, and the judge's position bias."""
     rate, controlled = found.rate, found.controlled
     rows = {
         "ours": found.ours.name,
@@ -300,16 +300,16 @@ def show_judged(found: Judged) -> None:
         "mean characters": f"{found.lengths[0]:,.1f} ours, {found.lengths[1]:,.1f} theirs",
     }
     orders = {"judge/bias": "position bias", "judge/consistency": "consistency of orders"}
-    rows |= {told: f"{found.orders[n]:.2f}" for n, told in orders.items() if n in found.orders}
-    title = "who follows the constitution better? 95 % intervals"
+    rows |= {name: f"{found.orders[n]:.2f}" for n, name in orders.items() if n in found.orders}
+    title = "which policy follows the constitution better? 95 % intervals"
     cells = [(name, Text(value)) for name, value in rows.items()]
     made = table(title, ("figure", "value"), cells, texts=range(2))
     made.columns[1].overflow = "fold"
     console.print(made)
     if found.rejected:
         console.print(f"{len(found.rejected):,} rows are in no pair:")
-    for lone in found.rejected[:10]:
-        console.print(Text(f"  {lone.source}: {lone.reason}; {lone.detail}"))
+    for row in found.rejected[:10]:
+        console.print(Text(f"  {row.source}: {row.reason}; {row.detail}"))
     if len(found.rejected) > 10:
         console.print("  …")
 

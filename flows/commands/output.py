@@ -29,5 +29,5 @@ def check_output(path: Path, suffixes: tuple[str, ...] = ()) -> None:
 
 
 def unwritable(path: Path, why: str) -> UserError:
-    """The error of a file that cannot be written."""
+    """The error about a file that cannot be written."""
     return UserError(why, where=f"--out {path}", expected="a file in a folder that can be written")

@@ -15,14 +15,14 @@ from flows.plan.plan import Plan
 
 
 def show_checked(source: str, found: Mapping[str, str]) -> None:
-    """A validation that found nothing wrong."""
+    """Print what `staple validate` found, where it found no mistake."""
     console.print(Text(f"{source} can be run.", "green"), soft_wrap=True)
     for name, what in found.items():
         console.print(f"  {name:<9} {what}")
 
 
 def show_plan(found: Plan) -> None:
-    """Tokens and hours of every stage, memory and disk, and what all of it rests on."""
+    """Print tokens and hours of every stage, memory, disk and the assumptions."""
     what = f"{found.settings.policy.model}, {_count(found.parameters)} parameters"
     console.print(Text(f"An estimate: {what}, on one {found.gpu.name}. Nothing was loaded."))
     console.print(_tokens(found))
@@ -30,8 +30,8 @@ def show_plan(found: Plan) -> None:
         console.print(_memory(found))
     for memory in found.memory:
         if memory.remedy:
-            told = f"{memory.title}: too much for one {found.gpu.name}; {memory.remedy}"
-            console.print(Text(told, "yellow"))
+            problem = f"{memory.title}: too much for one {found.gpu.name}; {memory.remedy}"
+            console.print(Text(problem, "yellow"))
     disk = ", ".join(f"{name} {_size(size)}" for name, size in found.disk.items() if size)
     console.print(Text(f"disk: {disk}"))
     for note in found.notes:

@@ -3,7 +3,7 @@
 A signal must take effect within seconds, but a library in a long computation does not react to one.
 So the process that the shell started only waits. At a signal it interrupts the child, waits
 `GRACE_SECONDS` for an orderly end, then kills the child and its descendants, and says what is kept.
-It imports almost nothing, so that it handles signals before anything else is imported.
+It imports almost nothing, so that it handles signals from the start.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Stopped(KeyboardInterrupt):
-    """This process was asked to end (SIGTERM, SIGHUP): libraries treat it as they do Ctrl-C."""
+    """SIGTERM or SIGHUP arrived: libraries treat it like Ctrl-C."""
 
 
 def main() -> None:
@@ -49,40 +49,40 @@ def _command_line() -> None:
 def _watched(work: Callable[[], None]) -> int:
     """Run `work` in a child; this process's exit code."""
     stops: list[int] = []
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who started us may not have waited for anyone
-    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the parent may have ignored it
+    handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     parent = os.getpid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, heard)  # until both processes have their handlers
+    signal.pthread_sigmask(signal.SIG_BLOCK, handled)  # until both processes have their handlers
     child = os.fork()
     if child == 0:
-        _listen(heard)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
+        _handle(handled)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
         _end_with(parent)
         _work(work)
-    for number in heard:
+    for number in handled:
         signal.signal(number, lambda number, _: _stop(stops, number))
-    with suppress(_Heard):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
+    with suppress(_FirstSignal):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
         return _exit_code(os.waitpid(child, 0)[1])
     return _end(child, stops)
 
 
-class _Heard(BaseException):
-    """The first signal."""
+class _FirstSignal(BaseException):
+    """The first signal has arrived."""
 
 
 def _stop(stops: list[int], number: int) -> None:
     stops.append(number)
     if len(stops) == 1:
-        raise _Heard
+        raise _FirstSignal
 
 
 def _end(child: int, stops: list[int]) -> int:
-    """End the child and all that it started, say what is kept; the exit code."""
+    """End the child and its descendants, and print what is kept; the exit code."""
     deadline = time.monotonic() + GRACE_SECONDS
     family = _family(child)
     with suppress(ProcessLookupError):
-        os.kill(child, signal.SIGINT)  # from a terminal it has it already, and heeds the first
+        os.kill(child, signal.SIGINT)  # a terminal sent it already: the child ignores the second
     status, again = None, time.monotonic() + 0.3
     while status is None and time.monotonic() < deadline:
         if len(stops) > 1 and time.monotonic() > again:  # a second Ctrl-C
@@ -97,7 +97,7 @@ def _end(child: int, stops: list[int]) -> int:
         os.waitpid(child, 0)
     _kill(family)
     if status is not None and _exit_code(status) == 0:
-        return 0  # it was finished in that moment
+        return 0  # it finished at that moment
     _say(kept.words(), kept.told().get("command") or shlex.join(["staple", *sys.argv[1:]]))
     return 128 + stops[0]
 
@@ -105,7 +105,7 @@ def _end(child: int, stops: list[int]) -> int:
 def _say(what: str, command: str) -> None:
     with suppress(OSError):  # the terminal may be gone
         show_cursor = "\r\x1b[K\x1b[?25h" if sys.stderr.isatty() else ""
-        print(f"{show_cursor}staple: stopped: {what}; go on with: {command}", file=sys.stderr)
+        print(f"{show_cursor}staple: stopped: {what}; continue with: {command}", file=sys.stderr)
 
 
 def _family(child: int) -> set[psutil.Process]:
@@ -135,9 +135,8 @@ def _exit_code(status: int) -> int:
 # The child ---------------------------------------------------------------------------------
 
 
-def _listen(heard: Sequence[int]) -> None:
-    """The first signal interrupts what runs; later ones are ignored while it closes."""
-
+def _handle(handled: Sequence[int]) -> None:
+    """Let the first signal interrupt this process; ignore later ones while it closes its record."""
     stopped = list[int]()
 
     def stop(number: int, _: FrameType | None) -> None:
@@ -147,12 +146,12 @@ def _listen(heard: Sequence[int]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # interrupted libraries print tracebacks
         raise KeyboardInterrupt if number == signal.SIGINT else Stopped
 
-    for number in heard:
+    for number in handled:
         signal.signal(number, stop)
 
 
 def _end_with(parent: int) -> None:
-    """Make this process end when its parent ends, for whatever reason."""
+    """End this process when its parent ends, for whatever reason."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     else:

@@ -22,7 +22,7 @@ from flows.experiment import record_of, recorded_settings
 from flows.methods import method_of
 from flows.publish import Attempts, iteration_metrics, log_figures
 from flows.schema import ExperimentSettings
-from flows.server.prefect_server import at_hand
+from flows.server.prefect_server import running_server
 from flows.settings import dump_settings
 from flows.states import stage_states
 from models.files import write_text
@@ -35,34 +35,38 @@ PACKAGE = "staple-em"
 
 
 def write_report(experiments: Sequence[str], out: Path | None = None) -> Path:
-    """Write the report of some experiments; where it lies.
+    """Write the report of some experiments, and return its path.
 
     Args:
         out: the HTML file; by default report-<experiments>.html in the working directory.
 
     Raises:
-        UserError: there is no such experiment, nothing of one was ever finished, or the file
-            cannot be written.
+        UserError: there is no such experiment, one has no finished stage, or the file cannot be
+            written.
     """
     names = list(dict.fromkeys(experiments))
     for name in names:
         _check_begun(recorded_settings(name))
     path = out or _default(names)
     check_output(path)
-    with at_hand():
+    with running_server():
         return report(names, path)
 
 
 @flow(name="report", flow_run_name="report of {experiments}")
 def report(experiments: list[str], out: Path) -> Path:
-    """What `write_report` found to be possible: the file, the figures, the artifact."""
+    """Write the file, the figures and the artifact, as `write_report` checked.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     recorded = [gather(recorded_settings(name)) for name in experiments]
     text = page(recorded, packages())
     try:
         write_text(out, text)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise  # no mistake of the user's
+            raise  # a full disk, which is reported as an outage
         raise unwritable(out, error.strerror or str(error)) from None
     for e in recorded:
         log_figures(record_of(e.name), e.history, constitutional=e.constitutional)
@@ -76,7 +80,7 @@ def report(experiments: list[str], out: Path) -> Path:
 
 
 def gather(settings: ExperimentSettings) -> Recorded:
-    """What the record has of an experiment."""
+    """All that the record has of an experiment."""
     method, stages = method_of(settings), _stages(settings)
     attempts: defaultdict[int, Attempts] = defaultdict(dict)
     for stage in stages:
@@ -109,7 +113,7 @@ def packages() -> dict[str, str]:
 def _stages(settings: ExperimentSettings) -> list[RecordedStage]:
     """Every stage that the settings ask for, in the loop's order.
 
-    Where nothing can be held against the settings (the base model is gone), all that was finished.
+    Where the states cannot be checked (the base model is gone), all finished stages.
     """
     try:
         states = stage_states(settings)
@@ -124,7 +128,7 @@ def _stages(settings: ExperimentSettings) -> list[RecordedStage]:
 
 
 def _current(settings: ExperimentSettings) -> Iterator[tuple[tuple[str, int], Attempt]]:
-    """(stage, iteration) and what was finished last, in the loop's order."""
+    """(stage, iteration) and its current attempt, in the loop's order."""
     record = record_of(settings.experiment)
     for t in range(settings.iterations + 1):
         for stage in method_of(settings).stages(t):
@@ -135,7 +139,7 @@ def _current(settings: ExperimentSettings) -> Iterator[tuple[tuple[str, int], At
 def _check_begun(settings: ExperimentSettings) -> None:
     if next(_current(settings), None) is None:
         raise UserError(
-            "nothing of it was ever finished",
+            "no stage of it is finished",
             where=f"experiment {settings.experiment}",
             fix=f"run: staple run {settings.experiment} --resume",
         )

@@ -25,7 +25,7 @@ History = Mapping[int, Metrics]
 
 
 def show_beginning(settings: ExperimentSettings, found: Mapping[str, str]) -> None:
-    """What is about to be run."""
+    """The experiment that is about to run."""
     facts = "\n".join(f"{name:<8} {what}" for name, what in found.items())
     of = "" if method_of(settings).constitutional else "EM "
     title = f"experiment {settings.experiment}: {settings.iterations} {of}iterations"
@@ -33,7 +33,7 @@ def show_beginning(settings: ExperimentSettings, found: Mapping[str, str]) -> No
 
 
 def show_ending(settings: ExperimentSettings, done: Sequence[Mapping[str, Attempt]]) -> None:
-    """The closing tables, and what to try next."""
+    """The tables of results, and the commands to try next."""
     history = {t: iteration_metrics(attempts) for t, attempts in enumerate(done)}
     if method_of(settings).constitutional:
         _show_sami(settings, history)
@@ -42,9 +42,12 @@ def show_ending(settings: ExperimentSettings, done: Sequence[Mapping[str, Attemp
     for world in WORLDS:
         if any(f"{world}/nmi" in metrics for metrics in history.values()):
             _show_truth(world, history)
-    timed = {name for metrics in history.values() for name in metrics}
-    ran = [s for s in STAGES if s != "prompts" and f"seconds/{s}" in timed]
-    seconds = [(stage, figure(f"seconds/{stage}", ".1f")) for stage in ran]
+    measured = {name for metrics in history.values() for name in metrics}
+    seconds = [
+        (stage, figure(f"seconds/{stage}", ".1f"))
+        for stage in STAGES
+        if stage != "prompts" and f"seconds/{stage}" in measured
+    ]
     console.print(by_iteration("seconds", seconds, history))
     reused = sum(a.reused for attempts in done for a in attempts.values())
     total = sum(len(attempts) for attempts in done)
@@ -73,39 +76,41 @@ def _accepted(metrics: Metrics) -> str:
 
 
 def _show_sami(settings: ExperimentSettings, history: History) -> None:
-    """How a policy follows a constitution, against the initial policy under the same one; then the
-    information, mean lengths, and what an embedded world's oracle knows of the answers."""
-    columns = {
+    """How the policy follows a constitution, and how long and how informative its answers are."""
+    rates = {
         "principles": "principles_vs_0",
         "antitheses": "antitheses_vs_0",
         "held out": "held_out_vs_0",
         "equal lengths": "constitution_vs_0_length_controlled",
     }
-    rates = [(title, rate(f"win_rate/{name}")) for title, name in columns.items()]
     title = "win rates against iteration 0 under the same constitution"
     title = f"experiment {settings.experiment}: {title}"
-    console.print(by_iteration(title, rates, history, first="it.", narrow=True))
-    shown = [
-        ("I(Y;C|X)", "mi/per_token", ".3f"),
-        ("±", "mi/per_token_error", ".3f"),
-        ("characters", "answers/principles_characters", ".0f"),
-        ("untold", "answers/plain_characters", ".0f"),
-    ]
+    columns = [(name, rate(f"win_rate/{metric}")) for name, metric in rates.items()]
+    console.print(by_iteration(title, columns, history, first="it.", narrow=True))
+    tables = {
+        "information in nats per token; mean characters of the answers": (
+            ("I(Y;C|X)", "mi/per_token", ".3f"),
+            ("±", "mi/per_token_error", ".3f"),
+            ("with constitution", "answers/principles_characters", ".0f"),
+            ("without constitution", "answers/plain_characters", ".0f"),
+        )
+    }
     for world in WORLDS:
-        shown += [
+        tables[f"{world} world: share of principles followed, of the prompt's content kept"] = (
             ("principles", f"{world}/obeyed_principles", ".2f"),
             ("antitheses", f"{world}/obeyed_antitheses", ".2f"),
-            ("core", f"{world}/core_principles", ".2f"),
-            ("untold", f"{world}/core_plain", ".2f"),
-        ]
-    there = {name for metrics in history.values() for name in metrics}
-    figures = [(title, figure(name, style)) for title, name, style in shown if name in there]
-    title = "information in nats, mean lengths, shares obeyed and kept"
-    console.print(by_iteration(title, figures, history, first="it.", narrow=True))
+            ("content with constitution", f"{world}/core_principles", ".2f"),
+            ("content without constitution", f"{world}/core_plain", ".2f"),
+        )
+    measured = {name for metrics in history.values() for name in metrics}
+    for title, figures in tables.items():
+        columns = [(name, figure(metric, f)) for name, metric, f in figures if metric in measured]
+        if columns:
+            console.print(by_iteration(title, columns, history, first="it.", narrow=True))
 
 
 def _show_truth(world: str, history: History) -> None:
-    """How well the constitution recovers the behaviours of an embedded world."""
+    """How well the constitution names the behaviours of an embedded world."""
     names = ("recall", "precision", "nmi", "ari")
     columns = [(name, figure(f"{world}/{name}", ".2f")) for name in names]
     columns.append(("faithful", figure("faithfulness/label", ".2f")))
@@ -118,31 +123,31 @@ def _ask_for_review(name: str, iteration: int) -> None:
     edit = f"staple constitution edit {name} --iteration {iteration}"
     next_commands(
         (edit, "approve, reword, merge, drop"),
-        (f"staple run {name} --resume", "train on what you approved"),
+        (f"staple run {name} --resume", "train on the approved constitution"),
     )
 
 
 def _show_next(settings: ExperimentSettings) -> None:
     name, method = settings.experiment, method_of(settings)
-    console.print("\nNext:")
-    commands = {f"staple constitution show {name}": "the principles it learned"}
-    if not (method.guided and settings.iterations):
-        commands = {}
-    commands[f'staple ask {name} "…"'] = "its answer, the principle, the refined answer"
+    show, ask = f"staple constitution show {name}", f'staple ask {name} "…"'
+    commands = [(ask, "its first answer, its principle, its refined answer")]
     if method.constitutional:
-        commands = {
-            f"staple constitution show {name}": "what it was taught",
-            f'staple ask {name} "…" --principle "…"': "its answer when it is told that",
-        }
+        commands = [
+            (show, "the constitution of its training"),
+            (f'{ask} --principle "…"', "its answers with and without this constitution"),
+        ]
+    elif method.guided and settings.iterations:
+        commands.insert(0, (show, "the principles that it learned"))
+    console.print("\nNext:")
     next_commands(
-        *commands.items(),
+        *commands,
         (f"staple status {name}", "every stage of every iteration"),
-        ("staple up", "Prefect's and MLflow's pages: every run, iterations side by side"),
+        ("staple up", "all runs and experiments in Prefect's and MLflow's pages"),
     )
 
 
 def show_baselines(runs: Sequence[Run]) -> None:
-    """Methods side by side, and what each of them spent: what fits on 80 columns."""
+    """The methods' win rates and tokens, on 80 columns."""
     shown = {
         "experiment": "experiment",
         "best iteration": "best",
@@ -157,7 +162,7 @@ def show_baselines(runs: Sequence[Run]) -> None:
     console.print(made)
     console.print("\nNext:")
     names = " ".join(run.settings.experiment for run in runs)
-    next_commands((f"staple report {names}", "one page that shows all of them"))
+    next_commands((f"staple report {names}", "one page with all of them"))
 
 
 def show_attempt(done: Attempt) -> None:
@@ -169,7 +174,7 @@ def show_attempt(done: Attempt) -> None:
 
 
 def show_status(settings: ExperimentSettings) -> None:
-    """Iterations by stages, what is stale and why, what was changed for single iterations."""
+    """A line for each iteration; then why stages are stale, and settings of single iterations."""
     states = stage_states(settings)
     columns = [name for name in STAGES if any(stage == name for stage, _ in states)]
     title = f"experiment {settings.experiment}: seconds, principles, win rate against iteration 0"

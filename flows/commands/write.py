@@ -1,6 +1,7 @@
 """Write a constitution of principles and antitheses to a file: `staple constitution write`.
 
-Nothing is recorded: the file is for people to edit, and for an experiment's `write.constitution`.
+The record keeps nothing of it. People edit the file, and an experiment names it in
+`write.constitution`.
 """
 
 from __future__ import annotations
@@ -49,33 +50,33 @@ def write_constitution(
     seed: int = 0,
     force: bool = False,
 ) -> Written:
-    """Have a principle writer word a constitution, and save it.
+    """Let a model write a constitution, and save it.
 
     Args:
         given: settings of `WriteSettings` by name, as in {"topics": […], "writer.model": "small"}.
-            Without `writer.model` it is the experiment's policy, or `DEFAULT_WRITER`.
-        experiment: words the antitheses of the newest constitution that it discovered, as a person
-            approved it where one did; empty: words principles too.
-        seed: of the noise; the same one writes the same constitution.
-        force: replace the file, where there is one.
+            Without `writer.model` the writer is the experiment's policy, or `DEFAULT_WRITER`.
+        experiment: write antitheses for its newest constitution, reviewed if it has a review;
+            empty: write principles too.
+        seed: the same one writes the same constitution.
+        force: replace an existing file.
 
     Raises:
-        UserError: a setting is wrong, there is such a file already, nothing was discovered, the
-            model cannot be loaded, or words too few pairs.
+        UserError: a setting is wrong, the file exists, there is no constitution, the model cannot
+            be loaded, or it writes too few pairs.
     """
     check_output(out)
     if out.exists() and not force:
         raise UserError(
             "there is such a file already",
             where=f"--out {out}",
-            fix="name another one, or replace it: --force",
+            fix="choose another file, or replace it: --force",
         )
     opened = open_experiment(recorded_settings(experiment)) if experiment else None
     settings, writer = _settings(given or {}, opened)
     discovered = _newest_constitution(opened) if opened else None
     if discovered is not None and "principles" in (given or {}):
         raise UserError(
-            "there is no such choice: the principles are those that were discovered",
+            "the experiment's constitution has the principles: their number is fixed",
             where=f"--principles, --from {experiment}",
             fix="leave one of them out",
         )
@@ -93,7 +94,7 @@ def write_constitution(
 
 
 def _newest_constitution(opened: Experiment) -> Attempt:
-    """The newest that was discovered, reviewed where it was reviewed."""
+    """The newest discovered constitution, reviewed if it has a review."""
     check_discovers(opened.settings)
     clustered = newest(opened.settings, "cluster", None)
     return recorded_review(opened.record, clustered.iteration, clustered) or clustered
@@ -102,7 +103,7 @@ def _newest_constitution(opened: Experiment) -> Attempt:
 def _settings(
     given: Mapping[str, Any], opened: Experiment | None
 ) -> tuple[WriteSettings, PolicySettings]:
-    """The settings that hold, and the writer's among them."""
+    """The effective settings, and the writer's among them."""
     own = "writer."
     values = {name: value for name, value in given.items() if not name.startswith(own)}
     writer = {n.removeprefix(own): value for n, value in given.items() if n.startswith(own)}
@@ -118,14 +119,15 @@ def _settings(
         settings = WriteSettings.model_validate({**values, "writer": writer})
     except ValidationError as error:
         raise UserErrors(explain(error, "", WriteSettings)) from None
-    if vain := [name for name in ("constitution", "held_out") if name in values]:
-        raise UserErrors([UserError("it changes nothing here", where=f"'{name}'") for name in vain])
+    unused = [name for name in ("constitution", "held_out") if name in values]
+    if unused:
+        raise UserErrors([UserError("it has no effect here", where=f"'{n}'") for n in unused])
     assert settings.writer is not None, "it was given"
     return settings, settings.writer
 
 
 def _load(writer: PolicySettings, seed: int, opened: Experiment | None) -> Policy:
-    """The writer, ready to be asked; its files are found or made first."""
+    """Load the writer; its files are found or made first."""
     if writer.endpoint:
         path = writer.model
     elif opened and writer.model == opened.settings_at(0).policy.model:
@@ -136,10 +138,10 @@ def _load(writer: PolicySettings, seed: int, opened: Experiment | None) -> Polic
 
 
 def model_path(writer: PolicySettings, seed: int) -> str:
-    """Where the writer's files are; a world's model is pretrained here the first time.
+    """Where the writer's files are; a world's model is pretrained the first time.
 
     Raises:
-        UserError: the model cannot be sampled from exactly.
+        UserError: staple cannot sample from the model exactly.
     """
     if writer.model not in WORLD_MODELS:
         open_model(writer, home(), "sampled")
@@ -148,7 +150,7 @@ def model_path(writer: PolicySettings, seed: int) -> str:
 
 
 def show_written(found: Written) -> None:
-    """Print the pairs of a constitution that was just written, and why others were rejected."""
+    """Print the pairs of the constitution, and why others were rejected."""
     rows = [
         (str(number), Text(entry.text), Text(entry.antithesis))
         for number, entry in enumerate(found.constitution.principles, start=1)

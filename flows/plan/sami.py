@@ -1,4 +1,4 @@
-"""What SAMI asks of its models: see `flows.plan.workload`."""
+"""The turns of SAMI's stages: see `flows.plan.workload`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SamiWorkload(Workload):
     @property
     def given(self) -> float:
         """Tokens of the constitution that a prompt holds."""
-        return self._constitution(fmean) if self.assumed.told is None else self.assumed.told
+        return self._constitution(fmean) if self.assumed.given is None else self.assumed.given
 
     def _constitution(self, of: Callable[[Iterable[float]], float]) -> float:
         """The same, of the mean or the longest principles."""
@@ -86,7 +86,7 @@ class SamiWorkload(Workload):
         ]
 
     def informed(self) -> list[SampledTurn]:
-        """What its estimate of the information samples, and then reads; an endpoint tells none."""
+        """What its estimate of the information samples, and then scores; not behind an endpoint."""
         if self.settings.policy.endpoint:
             return []
         size, limit = self.rows, self.settings.evaluate.max_response_tokens
@@ -105,13 +105,13 @@ class SamiWorkload(Workload):
     def at_limits(self) -> Workload:
         """With the longest principles as well."""
         longest = super().at_limits()
-        return replace(longest, assumed=replace(longest.assumed, told=self._constitution(max)))
+        return replace(longest, assumed=replace(longest.assumed, given=self._constitution(max)))
 
     def judged(self, iteration: int) -> Iterator[JudgeTurns]:
-        """Every kind of response meets the initial policy's and the previous one's; those without
-        a constitution by the first judge alone."""
-        s, met = self.settings, len({0, max(iteration - 1, 0)} - {iteration})
-        for number, judge in enumerate(s.evaluate.judges if met else ()):
+        """Every kind of response is compared with the initial policy's and the previous one's;
+        only the first judge reads responses without a constitution."""
+        s, opponents = self.settings, len({0, max(iteration - 1, 0)} - {iteration})
+        for number, judge in enumerate(s.evaluate.judges if opponents else ()):
             if judge.policy:
-                turn = self._pairs(judge, met * (self.arms + (number == 0)))
+                turn = self._pairs(judge, opponents * (self.arms + (number == 0)))
                 yield JudgeTurns(stage="judge", judge=judge, prompts=s.prompts.held_out, turn=turn)

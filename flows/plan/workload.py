@@ -53,7 +53,7 @@ class Assumed:
     """Trajectories that are kept for each mined prompt; None: `Workload.accepted`."""
     prompt: float | None = None
     """Tokens of a prompt; None: by its characters."""
-    told: float | None = None
+    given: float | None = None
     """SAMI: tokens of a constitution in a prompt; None: by its characters."""
     like: str = ""
     """The experiment that these figures were measured on; empty: they are assumed."""
@@ -243,13 +243,13 @@ class Workload:
         answered = self.prompt + y1
         if not self.guided:
             return [*turns, turn(limit=s.max_response_tokens, shared=answered + words["refine"])]
-        asked, told = answered + words["propose"], z + words["refine"]
+        asked, own = answered + words["propose"], z + words["refine"]
         hinted = asked if gold is None else answered + words["hint"] + gold
         turns.append(turn(limit=s.max_principle_tokens, shared=hinted))
         if critique:
             turns.append(turn(limit=critique, shared=asked, own=z + words["critique"]))
-            told += words["critique"] + c
-        return [*turns, turn(limit=s.max_response_tokens, shared=asked, own=told)]
+            own += words["critique"] + c
+        return [*turns, turn(limit=s.max_response_tokens, shared=asked, own=own)]
 
     def learned(self) -> tuple[float, float]:
         """Tokens of a row that is trained on, and how many of them have loss."""
@@ -278,8 +278,8 @@ class Workload:
     def judged(self, iteration: int) -> Iterator[JudgeTurns]:
         """What the judges of an iteration's answers are asked, where they are models."""
         s, held_out = self.settings.evaluate, self.settings.prompts.held_out
-        met = sum(len(arms(iteration, t)) for t in {iteration, 0, max(iteration - 1, 0)})
-        asked = [("judge", j, held_out, self._pairs(j, met)) for j in s.judges if j.policy]
+        pairs = sum(len(arms(iteration, t)) for t in {iteration, 0, max(iteration - 1, 0)})
+        asked = [("judge", j, held_out, self._pairs(j, pairs)) for j in s.judges if j.policy]
         if s.principle_judge and self.guided:
             turn = self._pairs(s.principle_judge, 1)
             asked.append(("principle", s.principle_judge, held_out, turn))
@@ -295,9 +295,9 @@ class Workload:
         chosen = self.settings.evaluate.benchmarks.chosen
         return {name: run.turns_asked for name, run in chosen.items()}
 
-    def _pairs(self, judge: JudgeSettings, met: int) -> SampledTurn:
+    def _pairs(self, judge: JudgeSettings, pairs: int) -> SampledTurn:
         """A pair is read in both orders, or one answer after the other."""
-        return self._questions(judge, 2 * met, 2 if judge.judge_type.both_orders else 1)
+        return self._questions(judge, 2 * pairs, 2 if judge.judge_type.both_orders else 1)
 
     def _questions(self, judge: JudgeSettings, count: int, answers: int) -> SampledTurn:
         (y,) = self._expected(self.settings.evaluate.max_response_tokens)

@@ -1,7 +1,7 @@
-"""What `staple up` keeps in Prefect's server: work pools, deployments, and the states of dead runs.
+"""What `staple up` creates in Prefect's server: work pools and deployments; and it ends dead runs.
 
-A run brings only its parameters. Command, environment and working directory are the pool's
-(`pool.json`): whoever may start a run cannot start another program.
+A run has only parameters. Command, environment and working directory come from the pool
+(`pool.json`), so that a person who may start a run cannot start another program.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ RUN_ID = "PREFECT__FLOW_RUN_ID"
 
 
 def client_of(url: str, login: str | None = None) -> SyncPrefectClient:
-    """Prefect's own client of the server at an API's URL: it asks again when that is busy."""
+    """Prefect's client for the server at an API's URL; it repeats a request to a busy server."""
     from prefect.client.orchestration import SyncPrefectClient
 
     return SyncPrefectClient(url, auth_string=login)
 
 
 def deploy(url: str, environment: Mapping[str, str]) -> None:
-    """Make the pools and deployments of `prefect.yaml` in the Prefect server at an API's URL.
+    """Create the pools and deployments of `prefect.yaml` in the Prefect server at an API's URL.
 
-    A deployment's parameters are closed: the server then refuses one that it does not know, where
-    Prefect by itself would crash the run. Schedules that were changed in the UI stay as they are.
+    The server is made to refuse unknown parameters of a deployment; by default it accepts them, and
+    the run crashes. Schedules that were changed in the UI stay as they are.
 
     Raises:
         UserError: Prefect refused them.
@@ -69,12 +69,12 @@ def deploy(url: str, environment: Mapping[str, str]) -> None:
 
 
 def end_dead_runs(client: SyncPrefectClient, dead: Collection[str], *, alone: bool) -> list[str]:
-    """Mark runs whose process is gone as crashed, which frees their pools' slots; their names.
+    """Mark runs without a process as crashed, which frees their pools' slots; the runs' names.
 
     Args:
-        dead: names of this machine's workers that are dead.
-        alone: whether the server is this machine's own. A run without a worker's name, taken a
-            moment before everything died, is then dead too, unless another worker is online.
+        dead: names of this machine's dead workers.
+        alone: whether only this machine uses the server. Then a run without a worker's name, which
+            was taken just before a crash, is dead too, unless another worker is online.
     """
     runs = _unfinished(client, work_pools={"name": {"any_": list(POOLS)}})
     if not runs:
@@ -100,7 +100,7 @@ def _crash(client: SyncPrefectClient, run: Mapping[str, Any], why: str) -> None:
 
     for below in _unfinished(client, flow_runs={"parent_flow_run_id": {"any_": [run["id"]]}}):
         _crash(client, below, why)
-    crashed: State[Any] = Crashed(message=f"Nobody runs this any more: {why}.")
+    crashed: State[Any] = Crashed(message=f"No process runs this any more: {why}.")
     client.set_flow_run_state(UUID(run["id"]), crashed, force=True)
 
 
@@ -114,7 +114,7 @@ def _unfinished(
 
 
 def processes() -> Iterator[tuple[psutil.Process, Mapping[str, str]]]:
-    """This machine's processes whose environment this user may read, each with it."""
+    """This machine's processes with their environments, as far as this user may read them."""
     import psutil
 
     for process in psutil.process_iter():
@@ -159,7 +159,7 @@ def _restore_schedules(
 
 
 def online(client: SyncPrefectClient, pool: str) -> set[str]:
-    """The names of the workers of which the server has heard lately."""
+    """The names of the pool's workers that sent the server a recent heartbeat."""
     found = client.request(
         "POST",
         "/work_pools/{work_pool_name}/workers/filter",

@@ -1,6 +1,6 @@
-"""Creates Prefect's own database in one process at a time: two servers at once would break it.
+"""Creates Prefect's database in one process at a time: two servers at once would break it.
 
-A kill does no harm: each of Prefect's migrations is one transaction, and the next start goes on.
+A kill does no harm: each of Prefect's migrations is one transaction, and the next start continues.
 """
 
 from __future__ import annotations

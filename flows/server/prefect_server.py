@@ -1,8 +1,8 @@
-"""A Prefect server on loopback that answers only its own pages and clients with its password.
+"""A Prefect server on loopback that answers only its own pages, and clients with its password.
 
 Prefect alone checks neither the Host header nor the Origin: any page in a browser of this machine
-could use it, for instance by rebinding its own name to 127.0.0.1. `staple up` runs this module as a
-process; `at_hand` does so for a single command.
+could use the server, for instance by rebinding its own name to 127.0.0.1. `staple up` runs this
+module as a process; `running_server` does so for a single command.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from flows.server import prefect_database
 
 HOST = "127.0.0.1"
 NAMES = ("127.0.0.1", "localhost", "[::1]")
-"""The names of this machine in its own browsers, through a tunnel too, at any port."""
+"""This machine's names in a browser, also through a tunnel, at any port."""
 NAMED = (b"host", b"origin")
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 600
-"""How long a server may take to answer: a first start makes a database, sometimes for minutes."""
+"""How long a server may take to answer: the first start creates a database, which takes minutes."""
 STOP_SECONDS = 5
 KEEP_ALIVE_SECONDS = 75
 """How long an unused connection stays open.
@@ -143,10 +143,10 @@ def new_login() -> str:
 
 
 @contextmanager
-def at_hand() -> Iterator[None]:
+def running_server() -> Iterator[None]:
     """A Prefect server for the flows in this block: the configured one, or a temporary one.
 
-    The temporary one ends with the block or with this process. It has a session of its own, which a
+    The temporary one ends with the block or with this process. It runs in another session, which a
     Ctrl-C in the terminal does not reach, so that runs can still report.
 
     Raises:
@@ -166,15 +166,15 @@ def at_hand() -> Iterator[None]:
         try:
             yield
         finally:
-            _send_what_waits()
+            _send_queued()
             for name, value in before.items():
                 os.environ.pop(name)
                 os.environ.update({} if value is None else {name: value})
             prefect.context.refresh_global_settings_context()
 
 
-def _send_what_waits() -> None:
-    """Send the log lines and events that wait in this process, while the server is still there."""
+def _send_queued() -> None:
+    """Send this process's queued log lines and events while the server still runs."""
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 
@@ -184,7 +184,7 @@ def _send_what_waits() -> None:
 
 @contextmanager
 def _started() -> Iterator[dict[str, str]]:
-    """A temporary server; what its clients need in their environment."""
+    """A temporary server; environment variables for its clients."""
     with socket.socket() as listening:
         listening.bind((HOST, 0))
         listening.listen(128)
@@ -229,7 +229,7 @@ def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
         + (f" (exit code {process.returncode})" if process.poll() is not None else ""),
         where=f"its database, {_database()}",
         expected=f"an answer within {START_SECONDS} s",
-        fix="see what it says: prefect server start; or move its database away",
+        fix="read the error of: prefect server start; or move the database away",
     )
 
 

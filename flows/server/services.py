@@ -1,9 +1,9 @@
 """The services of `staple up`: Prefect's server, MLflow's server, and a worker for each pool.
 
-Each is a process whose environment carries a mark, which its children inherit: a process with the
-mark is ours, whatever ids were given again since, and `staple down` ends exactly those. The home
-has a note of the services, which the other commands read (`adopt`), and Prefect's password, which
-reaches processes in their environment and never as an argument.
+Each is a process with a mark in its environment, which its children inherit. `staple down` ends
+exactly the processes with a mark, even if the system has reused their ids. $STAPLE_HOME keeps a
+list of the services, which other commands read (`adopt`), and Prefect's password, which processes
+get in their environment, never as an argument.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ URL = "STAPLE_SERVICE_URL"
 HOST = "127.0.0.1"
 PORTS = {"prefect": 4200, "mlflow": 5000}
 START_SECONDS = 180
-"""How long a service may take to answer: a first start makes its database."""
+"""How long a service may take to answer: the first start creates its database."""
 STOP_SECONDS = 20
 """How long a service may take to end before it is killed."""
 
@@ -64,7 +64,7 @@ class Service:
     log: str
     url: str = ""
     host: str = ""
-    """The machine that it was started on: several may share a home."""
+    """The machine that started it: several machines may share $STAPLE_HOME."""
 
     @property
     def is_here(self) -> bool:
@@ -72,7 +72,7 @@ class Service:
         return self.host in ("", platform.node())
 
     def is_alive(self) -> bool:
-        """Whether the process runs: another process with its id does not have its mark."""
+        """Whether the process runs; another process with the same id has no such mark."""
         import psutil
 
         try:
@@ -90,9 +90,9 @@ class Up:
     started: tuple[str, ...]
     folder: Path
     login: str = ""
-    """The login for Prefect's page that this call made; "" where there was one."""
+    """The login for Prefect's page, if this call created it."""
     ended: tuple[str, ...] = ()
-    """Flow runs of dead workers, which this call marked as crashed."""
+    """Flow runs of dead workers that this call marked as crashed."""
 
 
 def adopt() -> None:
@@ -107,20 +107,20 @@ def adopt() -> None:
 
 
 def api_url(service: Service) -> str:
-    """The URL of a service's API; `url` is the page that people open."""
+    """The URL of a service's API; `url` is its web page."""
     return f"{service.url}/api" if service.name == "prefect" else service.url
 
 
 def up(prefect_port: int | None = None, mlflow_port: int | None = None) -> Up:
     """Start the services that do not run yet, and wait until all of them answer.
 
-    A Prefect or MLflow server that the environment names takes the place of our own.
+    A Prefect or MLflow server that the environment names is used instead of starting one.
 
     Args:
-        prefect_port, mlflow_port: None takes the usual port, or a free one where that is taken.
+        prefect_port, mlflow_port: None is the usual port, or a free one if that is taken.
 
     Raises:
-        UserError: a port is taken, or a service ended at its start.
+        UserError: a port is taken, or a service ends at its start.
     """
     with _alone():
         noted = _noted()
@@ -130,19 +130,21 @@ def up(prefect_port: int | None = None, mlflow_port: int | None = None) -> Up:
         try:
             return _up(starting, prefect_port, mlflow_port)
         except BaseException as error:
-            hurried = not isinstance(error, Exception)  # a signal is answered within seconds
+            hurried = not isinstance(error, Exception)  # a signal must take effect within seconds
             _end(starting.started, patience=1 if hurried else STOP_SECONDS)
             _note([*others, *running.values()])
             raise
 
 
 def down() -> list[str]:
-    """End what `up` started: the workers with their runs, then the servers; the names of all."""
+    """End what `up` started: workers with their runs, then servers; the names of all."""
     with _alone():
         services = _noted()
         ended = [s.name for s in services if s.is_alive()]
         _end(services)
-        _note(s for s in services if s.name in POOLS or not s.is_here)  # for their runs' sake
+        _note(
+            s for s in services if s.name in POOLS or not s.is_here
+        )  # `up` still has to end their runs
         return ended
 
 
@@ -161,7 +163,7 @@ def _up(starting: _Starting, prefect_port: int | None, mlflow_port: int | None) 
 
         from tasks.record import database
 
-        with FileLock(_home() / "mlflow.lock"):  # two that make its database at once break it
+        with FileLock(_home() / "mlflow.lock"):  # two processes would break its database
             database.ready(database.tracking_uri())
             starting.server("mlflow", mlflow_port, _mlflow_server)
             starting.wait_for("mlflow", _answers)
@@ -187,16 +189,16 @@ def _up(starting: _Starting, prefect_port: int | None, mlflow_port: int | None) 
 
 
 class _Starting:
-    """The running services, and those that this call started; each is noted at once."""
+    """The running services, and those that this call started; each is written down at once."""
 
     def __init__(self, running: dict[str, Service], others: Sequence[Service]) -> None:
         self.running = dict(running)
         self.started: list[Service] = []
         self.others = list(others)
-        """Dead services and another machine's: they stay noted until their runs are ended."""
+        """Dead services and another machine's: they stay listed until their runs are ended."""
 
     def forget(self, marks: set[str]) -> None:
-        """Remove dead services from the note, once their runs are ended."""
+        """Remove dead services from the list, once their runs are ended."""
         self.others = [s for s in self.others if s.mark not in marks]
         _note([*self.others, *self.running.values()])
 
@@ -206,7 +208,7 @@ class _Starting:
         port: int | None,
         command: Callable[[int], tuple[list[str], dict[str, str]]],
     ) -> None:
-        """Start a server on its port, or on a free one where none was asked for."""
+        """Start a server on its port, or on a free one if `port` is None."""
         if there := self.running.get(name):
             if port and not there.url.endswith(f":{port}"):
                 raise UserError(
@@ -218,7 +220,7 @@ class _Starting:
         self._start(name, _new_mark(name), *command(at), url=f"http://{HOST}:{at}")
 
     def worker(self, pool: str, client: Mapping[str, str]) -> None:
-        """Start the worker of a pool, in this directory and with this record."""
+        """Start the worker of a pool in this directory, with this record."""
         if pool in self.running:
             return
         environment = {
@@ -231,7 +233,7 @@ class _Starting:
         self._start(pool, mark, [*command, "--name", mark], environment)
 
     def wait_for(self, name: str, is_ready: Callable[[Service], bool]) -> None:
-        """Wait until a service that was just started is ready.
+        """Wait until a service that this call started is ready.
 
         Raises:
             UserError: it ended, or takes too long; with the last lines of its log.
@@ -268,7 +270,7 @@ class _Starting:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C in this terminal is not for it
+                start_new_session=True,  # so that a Ctrl-C in this terminal does not reach it
             )
         service = Service(name, mark, process.pid, str(log), url, platform.node())
         self.running[name] = service
@@ -299,7 +301,7 @@ def _mlflow_server(port: int) -> tuple[list[str], dict[str, str]]:
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment, without what keeps the command line's own log short."""
+    """This process's environment, without the settings that shorten the command line's log."""
     quiet = ("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "PREFECT_LOGGING_LEVEL")
     kept = {name: value for name, value in os.environ.items() if name not in quiet}
     return {**kept, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
@@ -308,16 +310,16 @@ def _environment() -> dict[str, str]:
 # Prefect's password ------------------------------------------------------------------------------
 
 GIVEN_LOGIN = "PREFECT_SERVER_API_AUTH_STRING"
-"""Environment variable with a login that takes the place of our own."""
+"""Environment variable with a login that replaces the generated one."""
 
 
 def login_file() -> Path:
-    """Where Prefect's login of `staple up` is kept: a name, a colon, a password."""
+    """The file with Prefect's login of `staple up`: a name, a colon, a password."""
     return _folder() / "prefect-login"
 
 
 def _login() -> str:
-    """The login of our Prefect server; "" where it has none."""
+    """The login of this machine's Prefect server; "" if it has none."""
     if given := os.environ.get(GIVEN_LOGIN):
         return given
     try:
@@ -328,7 +330,7 @@ def _login() -> str:
 
 
 def _make_login() -> str:
-    """Make and keep a login of our own; "" where there is one already."""
+    """Generate and keep a login; "" if there is one already."""
     given = os.environ.get(GIVEN_LOGIN)
     if not given and _login():
         return ""
@@ -345,7 +347,7 @@ def _make_login() -> str:
 
 
 def _port(name: str, asked: int | None) -> int:
-    """The port that was asked for; else the usual one, or a free one where that is taken."""
+    """The requested port; else the usual one, or a free one if that is taken."""
     usual = asked or PORTS[name]
     if (free := _bound(usual)) is not None:
         return free
@@ -353,13 +355,13 @@ def _port(name: str, asked: int | None) -> int:
         raise UserError(
             f"port {asked} is taken{_holder(asked)}",
             where=f"staple up, {name}",
-            fix="give another port, or none: then a free one is found",
+            fix="choose another port, or leave the option out",
         )
     return _bound(0) or usual
 
 
 def _bound(port: int) -> int | None:
-    """The port that a listener gets on loopback for `port` (0: any free one); None: it is taken."""
+    """The port on loopback that a listener gets for `port` (0: any free one); None: it is taken."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -370,7 +372,7 @@ def _bound(port: int) -> int | None:
 
 
 def _holder(port: int) -> str:
-    """ " by python (process 123)", where the system tells."""
+    """ " by python (process 123)", if the system shows it."""
     import psutil
 
     try:
@@ -411,7 +413,7 @@ def _new_mark(name: str) -> str:
 
 
 def _noted() -> list[Service]:
-    """The noted services; where the note is damaged, those whose processes carry our mark."""
+    """The listed services; if the list is damaged, those whose processes have a mark."""
     path = _folder() / "services.json"
     try:
         return [Service(**entry) for entry in json.loads(path.read_bytes())]
@@ -420,15 +422,15 @@ def _noted() -> list[Service]:
     except UNREADABLE as error:
         found = list(_marked())
         names = ", ".join(service.name for service in found) or "nothing"
-        say(f"{path} is damaged ({error}); of its services {names} runs, which is noted anew")
-        with suppress(OSError):  # what cannot be noted can be ended all the same
+        say(f"{path} is damaged ({error}) and written again; running services: {names}")
+        with suppress(OSError):  # without the list, `down` still ends the services
             remove(path)
             _note(found)
         return found
 
 
 def _marked() -> Iterator[Service]:
-    """The services of this home among the processes that run."""
+    """The services of this $STAPLE_HOME among the running processes."""
     import psutil
 
     for process, own in processes():
@@ -478,5 +480,5 @@ def _end(services: Sequence[Service], patience: float = STOP_SECONDS) -> None:
 
 
 def _of(mark: str) -> list[psutil.Process]:
-    """Every process that carries a mark, wherever it stands in the tree by now."""
+    """Every process with this mark, whatever its parent is now."""
     return [process for process, own in processes() if own.get(MARK) == mark]

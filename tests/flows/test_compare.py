@@ -60,8 +60,8 @@ def test_an_interval_stands_beside_its_figure(at_home: ExperimentSettings) -> No
         ("lineage", "lineage:1", "different kinds"),
         ("lineage:1:clutser", "lineage:1:cluster", "no stage 'clutser'"),
         ("lineage:1:cluster@9", "lineage:1:cluster", "no attempt 9"),
-        ("lineage:9", "lineage:1", "nothing of this iteration"),
-        ("nobody", "lineage", "nothing was ever recorded"),
+        ("lineage:9", "lineage:1", "no stage of this iteration"),
+        ("nobody", "lineage", "nothing is recorded"),
         ("lineage:one", "lineage:1", "not a reference"),
     ],
 )

@@ -229,8 +229,8 @@ OPPOSED = tuple(Principle(text="p" * 20 + n, antithesis="a" * 20 + n) for n in "
 def taught_workload(*changes: str) -> SamiWorkload:
     small = ["sample.max_response_tokens=20", "evaluate.max_response_tokens=20"]
     settings = load_settings("sami-tldr", ["write.held_out=0.5", *small, *changes])
-    told = MARKS + (len(CHAT_CONSTITUTION.given) + 2 * (4 + 21)) / CHARACTERS
-    return SamiWorkload(settings, KNOWN, Assumed(filled=1.0, told=told))
+    given = MARKS + (len(CHAT_CONSTITUTION.given) + 2 * (4 + 21)) / CHARACTERS
+    return SamiWorkload(settings, KNOWN, Assumed(filled=1.0, given=given))
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -391,7 +391,7 @@ def test_an_experiment_that_never_ran_tells_nothing(
     capsys: pytest.CaptureFixture[str], workplace: Path
 ) -> None:
     ran = staple(capsys, "plan", "planted", "--like", "nobody")
-    assert ran.code == 2 and "nothing was ever recorded" in ran.err
+    assert ran.code == 2 and "nothing is recorded" in ran.err
 
 
 # One GPU or another -------------------------------------------------------------------------

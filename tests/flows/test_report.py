@@ -154,8 +154,8 @@ def test_the_base_model_may_be_gone(at_home: ExperimentSettings) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nobody"], "experiment nobody: nothing was ever recorded under this name"),
-        (["lineage", "only-noted"], "experiment only-noted: nothing of it was ever finished"),
+        (["nobody"], "experiment nobody: nothing is recorded under this name"),
+        (["lineage", "only-noted"], "experiment only-noted: no stage of it is finished"),
         (["lineage", "--out", "nowhere/at/all.html"], "there is no folder nowhere/at"),
         (["lineage", "--out", "."], "--out .: this is a folder"),
         (["lineage", "--out", "rows.jsonl/report.html"], "there is no folder rows.jsonl"),

@@ -303,4 +303,4 @@ def test_without_an_editor_the_file_is_named(
 def test_what_was_never_clustered_cannot_be_edited(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "nothing was ever recorded" in staple(capsys, "constitution", "edit", "nobody").err
+    assert "nothing is recorded" in staple(capsys, "constitution", "edit", "nobody").err

@@ -107,6 +107,6 @@ def test_what_runs_is_found_though_its_note_is_damaged(
             process.kill()
             process.wait()
     said = capsys.readouterr().err
-    assert "services.json is damaged" in said and "prefect runs, which is noted anew" in said
+    assert "services.json is damaged" in said and "running services: prefect" in said
     assert services.down() == []
     assert "damaged" not in capsys.readouterr().err

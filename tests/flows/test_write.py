@@ -107,11 +107,11 @@ def test_a_file_is_not_replaced_unasked(capsys: pytest.CaptureFixture[str]) -> N
         (("--set", "writer.templates=odd"), "setting 'writer.templates': got 'odd'"),
         (("--set", "writer.nope=1"), "'writer.nope': unknown setting; expected one of model,"),
         (("--set", "similarity=1"), "'similarity': unknown setting; expected one of constitution,"),
-        (("--set", "held_out=0.5"), "'held_out': it changes nothing here"),
+        (("--set", "held_out=0.5"), "'held_out': it has no effect here"),
         (("--topic", " "), "setting 'topics.0'"),
         (("--model", "./nowhere"), "there is no such directory"),
         (("--endpoint", "nowhere"), "setting 'writer.endpoint'"),
-        (("--from", "nobody"), "nothing was ever recorded under this name"),
+        (("--from", "nobody"), "nothing is recorded under this name"),
     ],
 )
 def test_a_mistake_is_one_message(

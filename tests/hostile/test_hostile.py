@@ -68,7 +68,7 @@ def test_there_are_inputs_of_all_kinds() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["status", "a\x1b[31mb"], "nothing was ever recorded"),
+        (["status", "a\x1b[31mb"], "nothing is recorded"),
         (["up", "--port", "99999"], "65535"),
         (["validate", "a[/green].yaml"], "a[/green].yaml"),
         (["validate", "planted", "--set", "policy.endpoint=http://h:99999/"], "Port"),

@@ -243,7 +243,7 @@ def test_a_mistaken_name_fails_with_a_message(place: Place) -> None:
     asked(place, f"{place.deployment('filter')}/create_flow_run", {"parameters": parameters})
     run = eventually(lambda: ended(place, "filter"))
     assert run["state"]["type"] == "FAILED"
-    assert "experiment nosuch: nothing was ever recorded" in run["state"]["message"]
+    assert "experiment nosuch: nothing is recorded" in run["state"]["message"]
 
 
 def test_up_again_starts_only_what_is_not_running(place: Place) -> None:
