@@ -13,13 +13,12 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 
 from constitutions.errors import UserError
-from flows.em import em_experiment
-from flows.experiment import note_settings, writing
+from flows.experiment import writing
 from flows.methods import method_of
 from flows.publish import Attempts, iteration_metrics, rate_text
+from flows.run import run_experiment
 from flows.schema import ExperimentSettings
 from flows.settings import parse_override, with_changes
-from flows.states import unchanged
 from tasks.record.work import Metrics
 
 BASELINES: Mapping[str, Mapping[str, Any]] = {
@@ -134,9 +133,7 @@ def row(run: Run) -> dict[str, str]:
 
 def _run(settings: ExperimentSettings) -> list[Attempts]:
     with writing(settings.experiment, f"staple baselines ({settings.experiment})"):
-        note_settings(settings)
-        found = unchanged(settings)
-        return em_experiment(settings) if found is None else found
+        return run_experiment(settings)
 
 
 def _trained_tokens(done: Sequence[Attempts]) -> int | None:

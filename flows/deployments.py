@@ -16,16 +16,15 @@ from prefect.states import Completed
 from pydantic import Field
 
 from constitutions.errors import UserError
-from flows.em import em_experiment
-from flows.experiment import is_recorded, note_settings, recorded_settings, writing
+from flows.experiment import is_recorded, recorded_settings, writing
 from flows.forms import SettingsForm, changes, form_of
 from flows.methods import METHODS
-from flows.preflight import ask_server, check_all
+from flows.preflight import check_all
+from flows.run import run_experiment, run_following
 from flows.schema import ExperimentSettings
 from flows.settings import load_settings, presets, with_changes
 from flows.stages import run_stage
-from flows.states import stage_states, unchanged
-from flows.together import run_following
+from flows.states import stage_states
 from tasks.stages import STAGES, Stage, settings_of
 
 DEPLOYED = tuple(name for name, stage in STAGES.items() if stage.deployed)
@@ -73,15 +72,12 @@ def experiment(
     with writing(chosen.experiment, f"the form of {chosen.experiment}"):
         if known:  # the run that held the lock may have changed them
             chosen = with_changes(recorded_settings(source), wanted)
-        note_settings(chosen, list(wanted) if resume else None)
-        found = None if force else unchanged(chosen)
-        if found is None:
-            ask_server(chosen)
-        # not as a subflow: a review can suspend only the deployment's own run
-        done = em_experiment.fn(chosen, force) if found is None else found
+        keep = list(wanted) if resume else None
+        done = run_experiment(chosen, keep_changes=keep, force=force, subflow=False)
         followed = run_following(chosen, done, resume=resume, force=force)
-    if found is not None and not (followed and followed.computed):
-        stages = sum(map(len, found))
+    every = [*done, *(followed.done if followed else ())]
+    if all(attempt.reused for attempts in every for attempt in attempts.values()):
+        stages = sum(map(len, done))
         return _unchanged(f"all {stages} stages of {chosen.experiment} are as recorded")
     return Completed(message=f"{chosen.experiment}: {chosen.iterations} iterations")
 

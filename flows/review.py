@@ -1,7 +1,7 @@
 """The review of a constitution in Prefect's UI: a suspended run whose form lists the principles.
 
-`flows.em` calls `ask` after `cluster` if `review.enabled` is set. `flows.commands.edit` is the review
-in an editor.
+`flows.em` calls `ask` after `cluster` if `review.enabled` is set. `flows.commands.edit` does the
+same in an editor.
 """
 
 from __future__ import annotations

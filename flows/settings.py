@@ -142,7 +142,7 @@ def following(settings: ExperimentSettings) -> ExperimentSettings | None:
     if not settings.then:
         return None
     name, prompts = settings.experiment, settings.prompts
-    values = _dotted(settings.then)
+    values = dotted(settings.then)
     held_out = values.get("prompts.held_out")
     fewer = prompts.held_out - held_out if isinstance(held_out, int) else 0
     mined = prompts.first + prompts.later * (settings.iterations - 1) + max(0, fewer)
@@ -207,12 +207,12 @@ def check_succession(before: ExperimentSettings, then: ExperimentSettings) -> No
         raise UserErrors(found)
 
 
-def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"train": {"epochs": 2}} as {"train.epochs": 2}."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         path = f"{prefix}{name}"
-        found |= _dotted(value, f"{path}.") if isinstance(value, dict) else {path: value}
+        found |= dotted(value, f"{path}.") if isinstance(value, dict) else {path: value}
     return found
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +41,7 @@ Port = Annotated[
     typer.Option(min=1, max=65535, help="Default: the usual port, or a free one."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Compute again what the record has.")]
+By = Annotated[str | None, typer.Option(help="Your name. Default: your login name.")]
 Name = Annotated[str, typer.Argument(help="The experiment's name.")]
 Experiment = Annotated[str, typer.Option(help="The experiment's name.")]
 Source = Annotated[str, typer.Argument(help="A preset's name or a YAML file.")]
@@ -65,31 +65,23 @@ def run(
     force: Force = False,
 ) -> None:
     """Run all iterations of an experiment and print tables. Recorded results are reused."""
-    from flows.experiment import note_settings, parse_place, recorded_settings, writing
+    from flows.experiment import parse_place, recorded_settings, writing
     from flows.settings import load_settings, parse_overrides
 
     recorded = resume or bool(start)
     settings = (recorded_settings if recorded else load_settings)(source, set_ or [])
     place = parse_place(start, settings) if start else None
     from flows.commands import results
-    from flows.em import em_experiment
-    from flows.preflight import ask_server, check_all
-    from flows.server.prefect_server import running_server
-    from flows.states import unchanged
-    from flows.together import run_following
+    from flows.preflight import check_all
+    from flows.run import run_experiment, run_following
 
     results.show_beginning(settings, check_all(settings))
-    with ExitStack() as held:
-        held.enter_context(writing(settings.experiment, f"staple run {settings.experiment}"))
+    with writing(settings.experiment, f"staple run {settings.experiment}"):
         if recorded:  # the run that held the lock may have changed them
             settings = recorded_settings(source, set_ or [])
-        note_settings(settings, list(parse_overrides(set_ or [])) if recorded else None)
+        keep = list(parse_overrides(set_ or [])) if recorded else None
         kept.tell(command=f"staple run {settings.experiment} --resume")
-        done = None if force or place else unchanged(settings)
-        if done is None:
-            ask_server(settings)
-            held.enter_context(running_server())
-            done = em_experiment(settings, force, place)
+        done = run_experiment(settings, keep_changes=keep, force=force, start=place)
         results.show_ending(settings, done)
         if followed := run_following(settings, done, resume=recorded, force=force):
             results.show_ending(followed.settings, followed.done)
@@ -174,9 +166,7 @@ def status(experiment: Name) -> None:
 def accept(
     place: Annotated[str, typer.Argument(help="The stage and its iteration, as in mine:1.")],
     experiment: Experiment,
-    by: Annotated[
-        str | None, typer.Option(help="Who accepts it. Default: your login name.")
-    ] = None,
+    by: By = None,
 ) -> None:
     """Record that a stage's outputs are valid although its code changed: it is not stale any more.
 
@@ -213,7 +203,7 @@ def constitution_edit(
     file: Annotated[
         Path | None, typer.Option(help="An edited file. Default: opens $VISUAL or $EDITOR.")
     ] = None,
-    by: Annotated[str | None, typer.Option(help="The reviewer. Default: your login name.")] = None,
+    by: By = None,
     note: Annotated[str, typer.Option(help="The reason; the record keeps it.")] = "",
 ) -> None:
     """Reword, merge, drop or add principles before training. An unchanged file approves all."""

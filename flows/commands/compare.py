@@ -16,6 +16,7 @@ from flows.commands.tables import table
 from flows.experiment import Experiment, open_experiment, recorded_settings
 from flows.methods import method_of
 from flows.publish import constitution_of, iteration_metrics
+from flows.settings import dotted
 from tasks.record.record import Attempt
 from tasks.record.work import Metrics
 
@@ -124,7 +125,7 @@ def _iteration(reference: str, e: Experiment, t: int) -> Side:
 def _one(reference: str, attempt: Attempt) -> Side:
     made_from = attempt.provenance()
     ingredients = {
-        **_flat(dict(made_from.settings)),
+        **_flat(made_from.settings),
         "seed": str(made_from.seed),
         "code": made_from.code_digest[:12],
         **{f"input {name}": source.digest[:12] for name, source in made_from.inputs.items()},
@@ -189,14 +190,8 @@ def _at(t: int, name: str) -> str:
     return f"{name} · {t}"
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = str(value)
-    return flat
+def _flat(values: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in dotted(values).items()}
 
 
 def _constitutions(left: Attempt | None, right: Attempt | None) -> Changes | None:

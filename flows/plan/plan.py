@@ -193,31 +193,26 @@ class _Estimate:
         sizes = self.settings.prompts
         prompts = sizes.first if iteration == 1 else sizes.later
         if explored := self.workload.explored():
-            yield self._answers(explored[0], prompts, explored[1])
-        yield from map(self._judgements, self.workload.graded(prompts))
+            yield self._sampled(explored[0], self.settings.policy, prompts, explored[1])
+        yield from map(self._judged, self.workload.graded(prompts))
         yield self._training(prompts * self.workload.accepted)
 
     def _evaluated(self, iteration: int) -> Iterator[StageCost]:
         s, benchmarks = self.settings, self.workload.benchmarks
         prompts = s.prompts.held_out + sum(benchmarks.values())
-        yield self._answers("evaluate", prompts, self.workload.answered())
+        yield self._sampled("evaluate", s.policy, prompts, self.workload.answered())
         if turns := self.workload.informed():
-            yield self._answers("information", prompts, turns)
-        yield from map(self._judgements, self.workload.judged(iteration))
+            yield self._sampled("information", s.policy, prompts, turns)
+        yield from map(self._judged, self.workload.judged(iteration))
 
-    def _answers(self, stage: str, prompts: int, turns: Sequence[SampledTurn]) -> StageCost:
-        hours = self._hours(self.settings.policy, prompts, turns)
-        return self._sampled(stage, prompts, turns, hours)
-
-    def _judgements(self, asked: JudgeTurns) -> StageCost:
-        """A judge in process has the GPU to itself."""
-        assert asked.judge.policy is not None, "JudgeSettings sees to it"
-        hours = self._hours(asked.judge.policy, asked.prompts, [asked.turn])
-        return self._sampled(asked.stage, asked.prompts, [asked.turn], hours)
+    def _judged(self, asked: JudgeTurns) -> StageCost:
+        assert asked.judge.policy is not None, "JudgeSettings checks it"
+        return self._sampled(asked.stage, asked.judge.policy, asked.prompts, [asked.turn])
 
     def _sampled(
-        self, stage: str, prompts: int, turns: Sequence[SampledTurn], hours: float | None
+        self, stage: str, model: PolicySettings, prompts: int, turns: Sequence[SampledTurn]
     ) -> StageCost:
+        """The turns of one model, which has the GPU to itself."""
         at_most = prompts * sum(turn.samples * turn.limit for turn in turns)
         return StageCost(
             stage=stage,
@@ -226,7 +221,7 @@ class _Estimate:
             generated=self.workload.assumed.filled * at_most,
             at_most=at_most,
             prefilled=prompts * sum(turn.prefilled for turn in turns),
-            hours=hours,
+            hours=self._hours(model, prompts, turns),
         )
 
     def _hours(
