@@ -326,16 +326,10 @@ def ask(
 
     With SAMI: its answer with a constitution, and its answer without one.
     """
-    from flows.commands import ask as asking
+    from flows.commands.ask import ask_policy, show_reply
     from flows.experiment import recorded_settings
-    from flows.methods import method_of
 
-    settings = recorded_settings(experiment)
-    if method_of(settings).constitutional or principle:
-        given = asking.ask_with_constitution(settings, prompt, iteration, principle or [])
-        asking.show_with_constitution(given)
-    else:
-        asking.show_asked(asking.ask_policy(settings, prompt, iteration))
+    show_reply(ask_policy(recorded_settings(experiment), prompt, iteration, principle or []))
 
 
 @app.command()

@@ -239,11 +239,11 @@ def at_work(what: str, call: Callable[[], Any], says: str) -> Case:
 
 def asked(prompt: str, *principles: str) -> Callable[[], Any]:
     def ask() -> Any:
-        from flows.commands.ask import ask_policy, ask_with_constitution
+        from flows.commands.ask import ask_policy
         from flows.settings import load_settings
 
         if principles:
-            return ask_with_constitution(load_settings("planted-sami"), prompt, 0, principles)
+            return ask_policy(load_settings("planted-sami"), prompt, 0, principles)
         return ask_policy(load_settings("planted"), prompt, 0)
 
     return ask
