@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,28 +21,55 @@ class Merge:
     distance: float
 
 
+EXACT_ROWS = 16_384
+"""Up to so many rows are linked one by one, more through micro-clusters."""
+CELL_ROWS = 4_096
+"""Rows at most among which micro-clusters are sought together."""
+
+
 @pinned()
 def group(features: Features, threshold: float, at_most: int | None = None) -> np.ndarray:
     """Cluster numbers (n,), 0 … k-1 in order of first appearance.
 
     Average linkage on cosine distance up to `threshold`, and beyond it while more than `at_most`
-    clusters are left. Rows without a vector stay alone, and do not count.
+    clusters are left. Rows without a vector stay alone, and do not count. Above `EXACT_ROWS` the
+    linkage is that of `micro_clusters`, each as heavy as it has rows.
     """
     (placed,) = np.nonzero(features.present)
+    vectors = features.vectors[placed]
     limit = math.inf if at_most else threshold
-    merges = sorted(agglomerate(features.vectors[placed], limit), key=lambda m: m.distance)
-    surplus = len(placed) - at_most if at_most else 0
-    parents = np.arange(len(features.present))
-    for done, merge in enumerate(merges):
-        if merge.distance > threshold and done >= surplus:
-            break
-        left, right = _root(parents, placed[merge.left]), _root(parents, placed[merge.right])
-        parents[max(left, right)] = min(left, right)
-    roots = [_root(parents, item) for item in range(len(parents))]
-    return np.unique(roots, return_inverse=True)[1]
+    micro = micro_clusters(vectors, limit)
+    means, sizes = _means(vectors, micro)
+    merges = sorted(agglomerate(means, limit, sizes), key=lambda m: m.distance)
+    surplus = len(means) - at_most if at_most else 0
+    done = sum(m.distance <= threshold for m in merges)
+    numbers = _united(len(means), merges[: max(done, surplus)])[micro]
+    alone = numbers.max(initial=-1) + 1 + np.arange(len(features.present))
+    alone[placed] = numbers
+    return _by_first(alone)
 
 
-def agglomerate(vectors: np.ndarray, threshold: float = math.inf, block: int = 512) -> list[Merge]:
+def micro_clusters(vectors: np.ndarray, threshold: float = math.inf) -> np.ndarray:
+    """Numbers (n,) of the micro-clusters that rows are linked through; up to `EXACT_ROWS`, of rows.
+
+    Average linkage within cells of near rows. Of all cells' merges the nearest come first, until
+    `EXACT_ROWS` micro-clusters are left or no two of a cell lie within `threshold`.
+    """
+    surplus = max(len(vectors) - EXACT_ROWS, 0)
+    merges = [
+        Merge(left=int(rows[m.left]), right=int(rows[m.right]), distance=m.distance)
+        for rows in (_cells(vectors) if surplus else ())
+        for m in agglomerate(vectors[rows], threshold)
+    ]
+    return _united(len(vectors), sorted(merges, key=lambda m: m.distance)[:surplus])
+
+
+def agglomerate(
+    vectors: np.ndarray,
+    threshold: float = math.inf,
+    sizes: np.ndarray | None = None,
+    block: int = 512,
+) -> list[Merge]:
     """Exact average linkage on cosine distance, in O(n·d) memory.
 
     For unit vectors the mean pairwise cosine of two clusters is the dot product of their means, so
@@ -52,15 +79,17 @@ def agglomerate(vectors: np.ndarray, threshold: float = math.inf, block: int = 5
     nearest lies beyond the threshold is final.
 
     Args:
-        vectors: (n, d) unit rows.
+        vectors: (n, d) unit rows, or means of unit rows.
         threshold: the largest distance, in [0, 2], at which clusters still merge.
+        sizes: (n,) of how many rows each is the mean; None: of one.
         block: rows whose distances to all others are computed together.
 
     Returns:
         At most n - 1 merges, parts before wholes.
     """
     means = np.array(vectors, dtype=np.float32)
-    sizes = np.ones((len(means), 1), dtype=np.float32)
+    weights = np.ones(len(means)) if sizes is None else sizes
+    weights = np.array(weights, dtype=np.float32)[:, None]
     nearest = np.zeros(len(means), dtype=np.intp)
     similarity = np.zeros(len(means), dtype=np.float32)
     alive = np.ones(len(means), dtype=bool)
@@ -71,9 +100,9 @@ def agglomerate(vectors: np.ndarray, threshold: float = math.inf, block: int = 5
         alive[active[1 - similarity[active] > threshold]] = False
         left, right = _reciprocal(np.flatnonzero(alive), nearest, similarity)
         merges += _as_merges(left, right, similarity)
-        total = sizes[left] + sizes[right]
-        means[left] = (sizes[left] * means[left] + sizes[right] * means[right]) / total
-        sizes[left] = total
+        total = weights[left] + weights[right]
+        means[left] = (weights[left] * means[left] + weights[right] * means[right]) / total
+        weights[left] = total
         alive[right] = False
         changed = ~alive
         changed[left] = True
@@ -106,6 +135,54 @@ def members_of(groups: np.ndarray) -> list[np.ndarray]:
     """The items of each group, in order; the groups are numbered without a gap."""
     order = np.argsort(groups, kind="stable")
     return np.split(order, np.cumsum(np.bincount(groups))[:-1]) if len(groups) else []
+
+
+def _cells(vectors: np.ndarray) -> list[np.ndarray]:
+    """All rows in cells of at most `CELL_ROWS`: halved across their widest direction until then."""
+    cells, large = [], [np.arange(len(vectors))]
+    while large:
+        rows = large.pop()
+        if len(rows) <= CELL_ROWS:
+            cells.append(rows)
+            continue
+        sample = vectors[rows[:: len(rows) // CELL_ROWS]]
+        ordered = rows[np.argsort(vectors[rows] @ _widest(sample), kind="stable")]
+        large += np.array_split(ordered, 2)
+    return cells
+
+
+def _widest(vectors: np.ndarray, rounds: int = 16) -> np.ndarray:
+    """The direction (d,) in which the rows differ most, nearly: a few power iterations."""
+    offsets = vectors - vectors.mean(axis=0)
+    direction: np.ndarray = offsets[np.argmax(np.linalg.norm(offsets, axis=1))]
+    for _ in range(rounds):
+        direction = (offsets @ direction) @ offsets
+        direction /= np.linalg.norm(direction) or 1
+    return direction
+
+
+def _means(vectors: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean (k, d) and the number of rows (k,) of each group."""
+    if not len(vectors):
+        return vectors, np.zeros(0)
+    order, sizes = np.argsort(groups, kind="stable"), np.bincount(groups)
+    sums = np.add.reduceat(vectors[order], np.cumsum(sizes) - sizes)
+    return sums / sizes[:, None].astype(np.float32), sizes
+
+
+def _united(count: int, merges: Iterable[Merge]) -> np.ndarray:
+    """Numbers (count,) of what the merges make of so many items, in order of first appearance."""
+    parents = np.arange(count)
+    for merge in merges:
+        left, right = _root(parents, merge.left), _root(parents, merge.right)
+        parents[max(left, right)] = min(left, right)
+    return _by_first(np.array([_root(parents, item) for item in range(count)], dtype=np.intp))
+
+
+def _by_first(groups: np.ndarray) -> np.ndarray:
+    """The same groups, numbered in order of first appearance."""
+    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse]
 
 
 def _root(parents: np.ndarray, item: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,23 @@ from models.engine.threads import pinned
 from tasks.clustering.features import Features
 from tasks.rows import ClusterRow
 
+PLACED = 4_000
+"""Principles at most that get a place on the map: more dots nobody tells apart."""
+
 
 def map_principles(features: Features, how: str = "umap", seed: int = 0) -> np.ndarray:
     """Places in the plane for a picture: (n, 2), NaN for rows without a vector.
 
     UMAP (cosine) where asked for and where there are enough rows for it, else the two leading
-    singular directions; "none": NaN everywhere.
+    singular directions; "none": NaN everywhere. Of more than `PLACED` rows a sample gets a place.
     """
     places = np.full((len(features.present), 2), np.nan)
-    vectors = features.vectors[features.present]
-    if how != "none" and len(vectors):
-        draw = _umap if how == "umap" and len(vectors) >= 5 else _leading_directions
-        places[features.present] = draw(vectors, seed)
+    (rows,) = np.nonzero(features.present)
+    if len(rows) > PLACED:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, PLACED, replace=False))
+    if how != "none" and len(rows):
+        draw = _umap if how == "umap" and len(rows) >= 5 else _leading_directions
+        places[rows] = draw(features.vectors[rows], seed)
     return places
 
 
@@ -50,18 +56,22 @@ def figure(rows: Sequence[ClusterRow], path: str | Path, labels: int = 20) -> No
     for number in range(labels):
         _name_cluster(axes, [row for row in placed if row.cluster == number])
     clusters = len({row.cluster for row in placed})
-    axes.set_title(f"{len(placed):,} principles in {clusters:,} clusters")
+    of = f" of {len(rows):,}" if len(placed) < len(rows) else ""
+    axes.set_title(f"{len(placed):,}{of} principles in {clusters:,} clusters")
     axes.set_axis_off()
     canvas.savefig(path)
 
 
 def _umap(vectors: np.ndarray, seed: int) -> np.ndarray:
+    """UMAP by cosine distances from BLAS: those of few rows UMAP computes pair by pair in Python."""
+    from sklearn.metrics.pairwise import cosine_distances
     from umap import UMAP
 
     neighbours = min(15, len(vectors) - 1)
-    mapper = UMAP(n_neighbors=neighbours, metric="cosine", random_state=seed, n_jobs=1)
-    with pinned():
-        return np.asarray(mapper.fit_transform(vectors))
+    mapper = UMAP(n_neighbors=neighbours, metric="precomputed", random_state=seed, n_jobs=1)
+    with pinned(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "using precomputed metric")
+        return np.asarray(mapper.fit_transform(cosine_distances(vectors)))
 
 
 @pinned()

@@ -9,14 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.cluster.hierarchy import fcluster, linkage
+from sklearn.manifold import trustworthiness
 from sklearn.metrics import adjusted_rand_score
+from threadpoolctl import threadpool_limits
 
 from constitutions.constitution import Constitution, Principle, principle_key
 from models.policy import Completion, Message, Scoring
 from models.prompts import TERSE, ask_refinement
 from tasks.cluster import Clustering, ClusterSettings, cluster, discovery_rate
+from tasks.clustering import agglomeration, picture
 from tasks.clustering import features as blocks
-from tasks.clustering.agglomeration import agglomerate, group, representatives
+from tasks.clustering.agglomeration import agglomerate, group, micro_clusters, representatives
 from tasks.clustering.features import Features, combine, distinct_principles
 from tasks.clustering.picture import figure, map_principles
 from tasks.rows import (
@@ -188,13 +191,13 @@ def test_the_order_of_rows_does_not_matter() -> None:
     assert all(row == by_id[row.prompt_id] for row in second.labelled)
 
 
-@pytest.mark.parametrize("picture", ["none", "svd", "umap"])
+@pytest.mark.parametrize("drawn", ["none", "svd", "umap"])
 @pytest.mark.parametrize("principles", [(), ("be kind",), ("be kind", "warn them")])
-def test_a_handful_of_principles_is_enough(principles: tuple[str, ...], picture: str) -> None:
+def test_a_handful_of_principles_is_enough(principles: tuple[str, ...], drawn: str) -> None:
     kept, scored = _kept(*principles)
-    result = cluster(kept, scored, _settings(picture=picture))
+    result = cluster(kept, scored, _settings(picture=drawn))
     assert len(result.labelled) == len(result.clusters) == len(principles)
-    assert all((row.x is None) == (picture == "none") for row in result.clusters)
+    assert all((row.x is None) == (drawn == "none") for row in result.clusters)
 
 
 def test_spellings_of_one_principle_count_as_one() -> None:
@@ -242,6 +245,68 @@ def test_agglomerate_ends_quickly_where_all_distances_are_equal() -> None:
     for vectors in (np.eye(600), np.ones((600, 1))):
         assert len(agglomerate(vectors)) == 599
     assert len(agglomerate(np.eye(600), threshold=0.5)) == 0
+
+
+def test_a_mean_with_its_size_merges_as_the_rows_that_it_stands_for() -> None:
+    rng = np.random.default_rng(1)
+    vectors = _near_groups(rng, rows=200, groups=8)
+    copies = rng.integers(1, 6, 200)
+    rows = np.repeat(vectors, copies, axis=0)
+    ours = sorted(merge.distance for merge in agglomerate(vectors, sizes=copies))
+    exact = sorted(merge.distance for merge in agglomerate(rows))
+    np.testing.assert_allclose(ours, exact[len(rows) - 200 :], atol=1e-5)
+    np.testing.assert_allclose(exact[: len(rows) - 200], 0, atol=1e-5)
+    alike = sorted(merge.distance for merge in agglomerate(vectors))
+    assert not np.allclose(ours, alike, atol=1e-3)  # sizes matter
+
+
+def test_two_levels_are_exact_where_micro_clusters_are_of_identical_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(2)
+    vectors = _near_groups(rng, rows=300, groups=9)
+    rows = rng.permutation(np.repeat(vectors, rng.integers(1, 9, 300), axis=0))
+    features = Features(rows, np.ones(len(rows), dtype=bool))
+    cuts = [(0.1, None), (0.3, None), (0.6, None), (1e-6, 5), (1e-6, 40)]
+    exact = [group(features, *cut) for cut in cuts]
+    monkeypatch.setattr(agglomeration, "EXACT_ROWS", 340)  # rows of one kind may lie in two cells
+    monkeypatch.setattr(agglomeration, "CELL_ROWS", 128)
+    micro = micro_clusters(rows)
+    assert len(set(micro)) == 340
+    assert all(np.ptp(rows[micro == m], axis=0).max() == 0 for m in range(340))
+    for cut, numbers in zip(cuts, exact, strict=True):
+        np.testing.assert_array_equal(group(features, *cut), numbers)
+
+
+def test_two_levels_find_the_groups_that_one_level_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    rows = _near_groups(rng, rows=2000, groups=40, width=64)
+    features = Features(rows, np.arange(2000) != 7)
+    exact = group(features, 0.7)
+    monkeypatch.setattr(agglomeration, "EXACT_ROWS", 300)
+    monkeypatch.setattr(agglomeration, "CELL_ROWS", 200)
+    found = group(features, 0.7)
+    assert len(set(micro_clusters(rows, 0.7))) == 300
+    assert adjusted_rand_score(exact, found) > 0.98
+    assert (found == found[7]).sum() == 1  # a row without a vector stays alone
+    assert list(dict.fromkeys(found.tolist())) == list(range(found.max() + 1))
+    with threadpool_limits(2):
+        np.testing.assert_array_equal(group(features, 0.7), found)
+
+
+def test_micro_clusters_do_not_reach_beyond_the_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agglomeration, "EXACT_ROWS", 10)
+    monkeypatch.setattr(agglomeration, "CELL_ROWS", 50)
+    assert len(set(micro_clusters(np.eye(200, dtype=np.float32), 0.5))) == 200
+    assert len(set(micro_clusters(np.eye(200, dtype=np.float32)))) == 10
+
+
+def _near_groups(rng: np.random.Generator, rows: int, groups: int, width: int = 12) -> np.ndarray:
+    """Unit rows (rows, width) around so many directions, rather apart."""
+    centres = 2 * rng.standard_normal((groups, width))
+    vectors = rng.standard_normal((rows, width)) + centres[np.arange(rows) % groups]
+    unit: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return unit.astype(np.float32)
 
 
 def test_the_reduction_of_large_blocks_keeps_the_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,6 +407,26 @@ def test_the_map_has_a_place_for_every_row_that_has_a_vector(tmp_path: Path) -> 
     figure([], tmp_path / "empty.png")
     absent = Features(np.eye(3, dtype=np.float32), np.array([True, False, True]))
     assert np.isnan(map_principles(absent, "svd")).any(axis=1).tolist() == [False, True, False]
+
+
+def test_the_map_shows_a_sample_of_many_principles(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(picture, "PLACED", 30)
+    kept, scored, _ = _world()
+    result = cluster(kept, scored, _settings(picture="svd"))
+    placed = [row for row in result.clusters if row.x is not None]
+    assert len(placed) == 30 < len(result.clusters)
+    figure(result.clusters, tmp_path / "map.png")
+    again = cluster(kept, scored, _settings(picture="svd"))
+    assert again.clusters == result.clusters
+
+
+def test_umap_keeps_neighbours_by_cosine() -> None:
+    rows = _near_groups(np.random.default_rng(4), rows=300, groups=6)
+    lengths = np.random.default_rng(5).uniform(0.5, 1, (300, 1)).astype(np.float32)
+    places = map_principles(Features(rows * lengths, np.ones(300, dtype=bool)), "umap")
+    assert trustworthiness(rows, places, metric="cosine") > 0.9
 
 
 def test_cluster_rows_travel_as_a_table() -> None:
