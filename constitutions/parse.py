@@ -275,7 +275,7 @@ def parse_json(text: str, where: str, bounds: Bounds = LARGE, *, expected: str =
     try:
         value = json.loads(
             text,
-            object_pairs_hook=_unique,
+            object_pairs_hook=unique_keys,
             parse_constant=_finite,
             parse_float=_finite,
             parse_int=_whole,
@@ -284,21 +284,26 @@ def parse_json(text: str, where: str, bounds: Bounds = LARGE, *, expected: str =
             raise RecursionError(f"it nests deeper than {DEEPEST} levels")
     except (ValueError, RecursionError) as error:
         raise UserError(f"this is not JSON: {error}", where=where, expected=expected) from None
-    except _RepeatedKeyError as error:
-        said = f"the key {_short(error.args[0])!r} occurs twice"
-        raise UserError(said, where=where, expected="keys that differ") from None
+    except RepeatedKeyError as error:
+        raise UserError(str(error), where=where, expected="keys that differ") from None
     return value
 
 
-class _RepeatedKeyError(Exception):
-    """JSON allows a key twice, and readers drop the first value."""
+class RepeatedKeyError(Exception):
+    """An object of a JSON text has a key twice; readers would silently drop the first value."""
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The `object_pairs_hook` of a `json.loads` that refuses repeated keys.
+
+    Raises:
+        RepeatedKeyError: a key occurs twice.
+    """
     values = dict(pairs)
     if len(values) < len(pairs):
         names = Counter(name for name, _ in pairs)
-        raise _RepeatedKeyError(next(name for name, times in names.items() if times > 1))
+        twice = next(name for name, times in names.items() if times > 1)
+        raise RepeatedKeyError(f"the key {_short(twice)!r} occurs twice")
     return values
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from constitutions.errors import UserError
+from constitutions.parse import RepeatedKeyError, unique_keys
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZERS = (
@@ -132,7 +133,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file, by name.
 
     Raises:
-        UserError: the header is malformed, or does not fit the file.
+        UserError: the header is malformed, names a tensor twice, or does not fit the file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -140,17 +141,18 @@ def read_header(file: Path) -> dict[str, Tensor]:
     try:
         if (size := _header_size(file)) > LONGEST_HEADER:
             raise SafetensorError(f"its header has {size:,} bytes, more than {LONGEST_HEADER:,}")
-        with safe_open(file, framework="numpy") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            return {
-                name: Tensor(part.get_dtype(), tuple(part.get_shape()), file.name)
-                for name, part in slices.items()
-            }
-    except SafetensorError as error:
+        with safe_open(file, framework="numpy"):  # checks all but repeated names
+            header = json.loads(_header(file), object_pairs_hook=unique_keys)
+    except (SafetensorError, RepeatedKeyError) as error:
         reason = str(error).removeprefix("Error while deserializing header: ")[:300]
         raise UserError(
             f"is not a whole safetensors file: {reason}", where=str(file), fix="fetch it again"
         ) from None
+    return {
+        name: Tensor(entry["dtype"], tuple(entry["shape"]), file.name)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def digest_parts(directory: Path) -> Iterator[bytes]:
@@ -159,8 +161,7 @@ def digest_parts(directory: Path) -> Iterator[bytes]:
         size = file.stat().st_size
         yield f"\n{file.relative_to(directory)}:{size}\n".encode()
         if file.suffix == ".safetensors":
-            with file.open("rb") as stream:
-                yield stream.read(8 + min(_header_size(file), LONGEST_HEADER))
+            yield _header(file)
         elif file.suffix in READ_WHOLE:
             yield file.read_bytes()
 
@@ -224,6 +225,11 @@ def _no_weights(directory: Path, names: set[str]) -> UserError:
 def _header_size(file: Path) -> int:
     with file.open("rb") as stream:
         return int.from_bytes(stream.read(8), "little")
+
+
+def _header(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(8 + min(_header_size(file), LONGEST_HEADER))[8:]
 
 
 def _leads_away(name: str) -> bool:

@@ -145,6 +145,14 @@ def q(layer: str = "0") -> str:
     return f"model.layers.{layer}.self_attn.q_proj.weight"
 
 
+def twice(data: bytes) -> bytes:
+    """The weights with a header that gives one tensor's entry twice."""
+    length = struct.unpack("<Q", data[:8])[0]
+    entries = json.loads(data[8 : 8 + length])
+    told = json.dumps(entries)[:-1] + f", {json.dumps(q())}: {json.dumps(entries[q()])}}}"
+    return struct.pack("<Q", len(told)) + told.encode() + data[8 + length :]
+
+
 def first(told: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = told[q()]
     return found
@@ -175,6 +183,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "overlapping": (header(lambda t: first(t).update(data_offsets=t[q("1")]["data_offsets"])), "not a whole safetensors file"),
     "another size": (header(lambda t: first(t).update(shape=[64, 65])), "invalid shape, data type, or offset"),
     "unknown numbers": (header(lambda t: first(t).update(dtype="Q7")), "unknown variant `Q7`"),
+    "a tensor twice": (raw(twice), f"the key '{q()}' occurs twice"),
     "no object": (header(lambda t: t.update({q(): 7})), "invalid type: integer `7`"),
     # shards
     "shard elsewhere": (index("../model-1.safetensors"), "as a file of weights"),
