@@ -1,7 +1,7 @@
-"""Conversations as tokens, by a model's own chat template, thoughts included.
+"""Turns conversations into tokens by a model's own chat template, thoughts included.
 
-The engines ask it for prompts, `models/training/encoding.py` for training examples: one rendering
-for both. The tags around a thought are found by rendering the template (`models/chat_template.py`).
+Policies get their prompts from it and `models/training/encoding.py` its examples, so that training
+and sampling see the same tokens. `models/chat_template.py` renders the template.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class Answered(NamedTuple):
-    """Token ids of a prompt, and of its answer with the end of its turn."""
+    """Token ids of a prompt, and of the answer to it with the end of its turn."""
 
     prompt: list[int]
     answer: list[int]
 
 
 class _Form(NamedTuple):
-    """What a template writes before and after an assistant's thoughts, and in place of them."""
+    """What a template writes before and after an assistant's thoughts, and in place of none."""
 
     opening: str
     closing: str
@@ -36,10 +36,10 @@ class _Form(NamedTuple):
 class Chat(ChatTemplate):
     """A chat template whose model may think before it answers.
 
-    A system turn goes into the first user turn where the template has none.
+    Where the template shows no system turn, its text begins the first user turn.
 
     Raises:
-        UserError: as `ChatTemplate`.
+        UserError: the template cannot be chosen, as in `ChatTemplate`.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Chat(ChatTemplate):
         Raises:
             ChatError: the template refuses it.
         """
-        if isinstance(messages, str):  # the tokenizer decides whether a bos begins it
+        if isinstance(messages, str):  # the tokenizer decides whether a bos token begins it
             return cast("list[int]", self.tokenizer(messages)["input_ids"])
         return self.conversation(messages, ask=True)
 
@@ -72,8 +72,8 @@ class Chat(ChatTemplate):
 
     @cached_property
     def tags(self) -> Tags | None:
-        """The tags of the model's thoughts: as set, else the known ones that the template or the
-        vocabulary has; None where there are none."""
+        """The tags of the model's thoughts: those of the settings, or the usual ones that occur in
+        the template or the vocabulary; None where the model has no thoughts."""
         if isinstance(self._tags, tuple):
             return Tags(*self._tags)
         if self._tags == "none":
@@ -84,14 +84,14 @@ class Chat(ChatTemplate):
         )
 
     def opens_thought(self, prompt: Sequence[int]) -> bool:
-        """Whether a prompt ends inside a thought that its template has opened."""
+        """Whether a prompt ends with the tag that opens a thought."""
         if self.tags is None:
             return False
         room = len(self.tags.open.encode()) + 8
         return self.decode(prompt[-room:], special=True).rstrip().endswith(self.tags.open)
 
     def split(self, tokens: Sequence[int], *, opened: bool) -> SplitText:
-        """Thoughts and answer of sampled tokens, which lack the token that ended them.
+        """The thoughts and the answer of sampled tokens, given without the token that ended them.
 
         Args:
             opened: see `opens_thought`.
@@ -117,16 +117,17 @@ class Chat(ChatTemplate):
         """The tokens of a prompt, and those that were sampled after it.
 
         Args:
+            text: the answer, or the whole sampled text.
             thoughts: what was sampled before the answer ("" for nothing), or a server's
-                `reasoning_content`. None: they are unknown or left out; the answer then follows the
-                template's own empty thought, which is part of the prompt.
+                `reasoning_content`. None: unknown or left out; the answer then follows the
+                template's own empty thought, which becomes part of the prompt.
 
         Raises:
             ChatError: the template refuses it, or has no end of a turn.
         """
         before, end = self.conversation(messages, ask=True), list(self.end_of_turn)
         opened = self.opens_thought(before)
-        if self.tags and not thoughts and self.tags.close in text:  # the text holds them
+        if self.tags and not thoughts and self.tags.close in text:  # the text contains them
             parts = split_text(text, self.tags, opened=opened)
             thoughts, text = (parts.thoughts, parts.answer) if parts.thoughts else (thoughts, text)
         if self.tags and thoughts:
@@ -139,7 +140,7 @@ class Chat(ChatTemplate):
         return Answered(before, rendered or self.words(text) + end)
 
     def _check_answers(self, messages: Sequence[Message], ids: Sequence[int]) -> None:
-        """Refuse an answer that quotes the closing tag and that the template therefore cuts."""
+        """Raise `ChatError` where the template cuts an answer because it quotes the closing tag."""
         close = self.tags.close if self.tags else None
         texts = [m["content"] for m in messages if m["role"] == "assistant"]
         quoting = [text for text in texts if close and close in text]
@@ -156,7 +157,7 @@ class Chat(ChatTemplate):
     def _rendered(
         self, messages: Sequence[Message], text: str, before: list[int]
     ) -> list[int] | None:
-        """The answer's tokens in the template's rendering; None where that changes the text."""
+        """The answer's tokens as the template renders them; None where it changes the text."""
         try:
             through = self.conversation([*messages, assistant(text)])
         except ChatError:
@@ -172,7 +173,7 @@ class Chat(ChatTemplate):
         return answer if same else None
 
     def _continued(self, thoughts: str, *, opened: bool) -> str:
-        """Thoughts with their tags, without the opening one where the prompt ends with it."""
+        """The thoughts with their tags, without the opening tag where the prompt ends with it."""
         assert self.tags is not None
         opening, closing = self._form.opening, self._form.closing
         if self.tags.close not in thoughts:  # a server has removed them
@@ -184,7 +185,7 @@ class Chat(ChatTemplate):
 
     @cached_property
     def _form(self) -> _Form:
-        """The template's own form of thoughts; the usual one where it does not show them."""
+        """How the template writes thoughts; in the usual form where it leaves them out."""
         assert self.tags is not None
         tags, asked = self.tags, [user(ASKED)]
         before = self.render(asked, ask=True)
@@ -204,7 +205,7 @@ class Chat(ChatTemplate):
         return _Form(opening, closing, empty if empty.strip() else "")
 
     def _thinking(self, text: str) -> list[int]:
-        """Token ids of a text with thoughts, whose tags may be control tokens."""
+        """Token ids of a text that begins with thoughts, whose tags may be control tokens."""
         assert self.tags is not None
         special = self.tokenizer.all_special_tokens
         if not any(name in self.tags.open + self.tags.close for name in special):

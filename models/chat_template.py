@@ -1,7 +1,7 @@
-"""A model's own chat template: how it renders conversations, and how it ends a turn.
+"""A model's own chat template: how it renders conversations and ends a turn.
 
-`models/chat.py` adds thoughts. Prompts, golds and responses stay text: where one spells a control
-token of the tokenizer ("<|eot_id|>"), it is encoded as ordinary words and ends no turn.
+`models/chat.py` adds thoughts. Prompts, golds and responses stay plain text: one that spells a
+control token ("<|eot_id|>") is encoded as ordinary words, and so ends no turn.
 """
 
 from __future__ import annotations
@@ -19,34 +19,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TODAY = datetime(2024, 7, 26)
-"""The date for templates that write one. With the real one, prompts and samples would change at
-midnight; Llama 3.1's template falls back to this day."""
+"""The date that templates write. With the real date, prompts and samples would change at midnight;
+Llama 3.1's template falls back to this day."""
 
 _CLOCK = re.compile(r"""strftime_now\(\s*(['"])(?P<format>[^'"]*)\1\s*\)""")
-"""A template's call for the time; transformers offers no way to set its clock."""
-
-
+"""A template's call for the date; transformers offers no way to set its clock."""
 FAULTS = (
     ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError,
     NotImplementedError,
 )  # fmt: skip
-"""Errors of a template, which is a foreign program, other than its own refusal."""
+"""Errors of a template, beside its own refusals: it is a program that somebody else wrote."""
 
 
 class ChatError(ValueError):
-    """A conversation that cannot be rendered; the message is the reason."""
+    """A conversation cannot be rendered; the message says why."""
 
 
 ASKED, SAID, AGAIN, LAST, THOUGHT = "Qaaq", "Abba", "Qbbq", "Acca", "Addda"
-"""Contents of trial turns: letters that no template trims or writes itself."""
+"""Contents of trial turns: letters that no template trims or writes by itself."""
 
 
 class ChatTemplate:
     """A tokenizer's chat template, with the arguments that the settings give it.
 
     Raises:
-        UserError: there is no template of the name that the settings give, or several and none
-            that is called "default".
+        UserError: no template has the name that the settings give, or there are several without a
+            "default".
     """
 
     def __init__(
@@ -75,11 +73,11 @@ class ChatTemplate:
     def end_of_turn(self) -> tuple[int, ...]:
         """The tokens that end an assistant's turn, up to the first control token among them.
 
-        They are what the template writes after the last turn; else, where another turn follows
-        directly, the token that begins it (GLM); else the tokenizer's end of a text.
+        They are what the template writes after the last turn. Where it writes nothing there, they
+        are the token that begins the next turn (GLM), or else the tokenizer's end of a text.
 
         Raises:
-            ChatError: there is none; the template refuses a conversation, or drops a turn's text.
+            ChatError: there is no end, or the template refuses a conversation or drops a turn.
         """
         last, middle = self._tails
         for tail in (last, middle):
@@ -99,7 +97,7 @@ class ChatTemplate:
 
     @property
     def stop_tokens(self) -> frozenset[int]:
-        """The single token that ends a turn; empty where the end is text or is missing."""
+        """The token that ends a turn; empty where a turn ends with text or without an end."""
         try:
             end = self.end_of_turn[-1]
         except ChatError:
@@ -109,7 +107,7 @@ class ChatTemplate:
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
-        """The text that ends a turn where the template writes ordinary tokens ("### End")."""
+        """The text that ends a turn ("### End"); empty where a token ends it."""
         try:
             spelt = not self.stop_tokens and bool(self.end_of_turn)
         except ChatError:
@@ -130,7 +128,7 @@ class ChatTemplate:
     # Rendering -------------------------------------------------------------------------------
 
     def markup(self, text: str) -> list[int]:
-        """Token ids of a template's own text, control tokens included."""
+        """Token ids of the template's own text, in which control tokens count."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
 
     def decode(self, tokens: Sequence[int], *, special: bool) -> str:
@@ -138,7 +136,7 @@ class ChatTemplate:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=not special))
 
     def render(self, turns: Sequence[Message], *, ask: bool = False) -> str:
-        """The text of turns whose contents are not foreign: control tokens in them stay whole.
+        """The text of turns; control tokens in their contents stay whole, so give no foreign ones.
 
         Raises:
             ChatError: the template refuses them.
@@ -146,7 +144,7 @@ class ChatTemplate:
         return cast(str, self._template(turns, ask, tokenize=False))
 
     def rendered(self, turns: Sequence[Message]) -> str:
-        """`render`, or an empty text where the template refuses."""
+        """The result of `render`; "" where the template refuses the turns."""
         try:
             return self.render(turns)
         except ChatError:
@@ -178,7 +176,7 @@ class ChatTemplate:
 
 
 def _chosen(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
-    """The template of that name; "default" unless one is given."""
+    """The tokenizer's template of that name; None: "default"."""
     found = tokenizer.chat_template
     named = found if isinstance(found, dict) else {"default": found or ""}
     if (name or "default") in named:

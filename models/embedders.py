@@ -1,4 +1,4 @@
-"""A sentence-transformers model as a function from texts to vectors."""
+"""Loads a sentence-transformers model as a function from texts to vectors."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Embed = Callable[[Sequence[str]], np.ndarray]
 
 
 def sentence_embedder(model: str, *, device: str = "cpu", batch_size: int = 64) -> Embed:
-    """A sentence-transformers model, from a directory or by its hub name, as a function.
+    """The function of a sentence-transformers model, given as a directory or a hub name.
 
     Raises:
         UserError: the directory is missing or holds no model, or the name cannot be loaded.
-        ValueError: (from the function) a text has no finite, non-zero vector.
+        ValueError: raised by the function: a text has no finite, non-zero vector.
     """
     check_embedder(model)
     from sentence_transformers import SentenceTransformer
@@ -52,7 +52,11 @@ def sentence_embedder(model: str, *, device: str = "cpu", batch_size: int = 64) 
 
 
 def unit_rows(vectors: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-    """The rows scaled to length one; ValueError names the first text that has no direction."""
+    """The rows, one for each text, scaled to length 1.
+
+    Raises:
+        ValueError: a row is zero or not finite; the message quotes the first such text.
+    """
     norms = np.linalg.norm(vectors, axis=1)
     bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
     if bad.size:
@@ -62,7 +66,7 @@ def unit_rows(vectors: np.ndarray, texts: Sequence[str]) -> np.ndarray:
 
 
 def check_embedder(model: str) -> None:
-    """Refuse what names a directory (not a hub's "owner/name") and holds no whole model.
+    """Check that a directory holds a whole embedding model; a hub's "owner/name" passes.
 
     Raises:
         UserError: there is no such directory, or its configuration or weights are malformed.

@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all, with digests that show damage.
+"""Writes files whole or not at all, with digests that show damage.
 
-The record, the caches and the shards of a stage use them.
+The record, the caches and the shards of stages are written with it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def file_sha256(path: Path) -> str:
 
 
 def bytes_sha256(content: bytes) -> str:
-    """sha256 (hex)."""
+    """sha256 (hex) of some bytes."""
     return hashlib.sha256(content).hexdigest()
 
 
@@ -46,7 +46,7 @@ def text_sha256(text: str) -> str:
 
 @contextmanager
 def written(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which becomes `path` at the end of the block, or is deleted."""
+    """A file to write to; it becomes `path` where the block succeeds, and is deleted otherwise."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as sink:
@@ -65,7 +65,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_sealed(path: Path, value: Any) -> None:
-    """Write a JSON value with its digest beside it, whole or not at all."""
+    """Write a JSON value and its digest into one file, whole or not at all."""
     write_text(path, json.dumps({"sha256": _json_sha256(value), "value": value}))
 
 
@@ -74,7 +74,7 @@ def read_sealed(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        Damaged: it cannot be read, or its digest differs.
+        Damaged: the file cannot be read, or its digest differs.
     """
     try:
         found = json.loads(path.read_bytes())
@@ -88,15 +88,15 @@ def read_sealed(path: Path) -> Any:
 
 
 def seal(text: str) -> str:
-    """A text under a line with its digest: a comment in YAML."""
+    """The text below a first line with its digest, which is a comment in YAML."""
     return f"{SEAL}{text_sha256(text)}\n{text}"
 
 
 def unseal(path: Path) -> str:
-    """The text of a file that `seal` made.
+    """The text of a file that holds what `seal` returned.
 
     Raises:
-        Damaged: it cannot be read, or its digest differs.
+        Damaged: the file cannot be read, or its digest differs.
     """
     try:
         line, _, text = path.read_bytes().decode().partition("\n")

@@ -1,4 +1,4 @@
-"""One-line messages for a person; `tasks.record.progress` shows a stage's progress."""
+"""Prints one-line messages for a person; `tasks.record.progress` shows a stage's progress."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The interface between the method and whatever generates text.
 
-A stage builds `Request`s and reads `Completion`s. `models/engine/local.py` implements `Policy` in
-process, `models/endpoint/server.py` behind a server.
+A stage makes `Request`s and reads `Completion`s. `models/engine/local.py` implements `Policy` in
+this process, `models/endpoint/server.py` behind a server.
 """
 
 from __future__ import annotations
@@ -49,38 +49,42 @@ def assistant(content: str) -> Message:
 class Request:
     """One prompt and how to sample from it.
 
-    `key` seeds the noise: completion i of a request depends on (policy, messages, sampling
-    settings, key, i) only, not on the batch, the shard or earlier requests.
+    `key` seeds the noise: completion i of a request depends only on (policy, messages, sampling
+    settings, key, i), not on the batch, the shard or earlier requests.
     """
 
     messages: Messages | str
     """Chat turns, or a text that is continued as it stands, without a chat template."""
     key: str
     n: int = 1
+    """Number of completions, at least 1."""
     temperature: float = 1.0
-    """0 is greedy."""
+    """At least 0; 0 is greedy."""
     top_p: float = 1.0
+    """In (0, 1]."""
     max_tokens: int = 512
+    """Most tokens of a completion; a policy adds its `thought_tokens`."""
     stop: tuple[str, ...] = ()
     """Texts that end the completion: it is cut before the first of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """A sampled response. `logprob` is the sum over its `tokens` (nats, temperature 1); NaN if
-    it is unknown."""
+    """A sampled response."""
 
     text: str
     """The answer alone; empty where its thoughts are not closed."""
     tokens: int
+    """Number of sampled tokens, thoughts included."""
     logprob: float
+    """Sum over its tokens (nats, at temperature 1); NaN where it is unknown."""
     finish: str
     """"stop", "length" (cut at max_tokens, or inside its thoughts), or why there is no text:
     "overflow" (the prompt left no room), "invalid" (the model's logits were not finite) or
     "refused" (the prompt, by the chat template or by a server)."""
     thoughts: str = ""
-    """The sampled text before the answer, with tags and line breaks: thoughts + text is the sampled
-    text. A server may send it without tags."""
+    """The sampled text before the answer, with tags and line breaks: thoughts + text is the whole
+    sampled text. A server may send it without tags."""
 
 
 NO_ANSWER = {
@@ -88,38 +92,40 @@ NO_ANSWER = {
     "invalid": "the model's logits were not finite",
     "refused": "its prompt was refused, by the chat template or by the server",
 }
-"""Why there is no text, by how its generation finished."""
+"""Why a completion has no text, by its finish."""
 UNFINISHED = "its thoughts were not finished"
-"""Why there is no text where there are thoughts."""
+"""Why a completion with thoughts has no text."""
 
 
 def no_answer(finish: str) -> Completion:
-    """A completion without text, for the reason `finish`: see `NO_ANSWER`."""
+    """A completion without text; `finish` is a key of `NO_ANSWER`."""
     return Completion(text="", tokens=0, logprob=0.0, finish=finish)
 
 
 def before(stops: Iterable[str], text: str) -> str:
-    """The text before the first of the stop strings."""
+    """The text before its first stop string; the whole text where it has none."""
     ends = [text.find(stop) for stop in stops if stop in text]
     return text[: min(ends)] if ends else text
 
 
 def finish_of(parts: Iterable[Completion]) -> str:
-    """The finish of an answer in several parts: the gravest of theirs."""
+    """The finish of an answer in several parts: the most serious finish among them."""
     found = {part.finish for part in parts}
     return next((f for f in ("refused", "invalid", "overflow", "length") if f in found), "stop")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scoring:
-    """log p(response | messages), summed over the response's tokens and its end of turn."""
+    """The log-probability of a given response."""
 
     logprob: float
+    """log p(response | messages): sum over the response's tokens and its end of turn, in nats."""
     tokens: int
+    """Number of these tokens."""
 
 
 Progress = Callable[[int], None]
-"""Called with the number of units that were just finished."""
+"""Called with the number of units that have just been finished."""
 
 
 class Policy(Protocol):
@@ -128,13 +134,17 @@ class Policy(Protocol):
     def generate(
         self, requests: Sequence[Request], progress: Progress | None = None
     ) -> list[list[Completion]]:
-        """`n` completions for each request."""
+        """`n` completions of each request; `progress` counts requests.
+
+        Raises:
+            UserError: the policy cannot answer at all.
+        """
 
     def logprobs(self, pairs: Sequence[tuple[Messages, str]]) -> list[Scoring]:
-        """Log-probability of each given response as the next assistant turn."""
+        """The log-probability of each response as the assistant's next turn after its messages."""
 
     def hidden_states(self, texts: Sequence[str]) -> np.ndarray:
-        """Mean last-layer hidden state of each text, shape (texts, hidden size), float32."""
+        """The mean last-layer hidden state of each text: (texts, hidden size), float32."""
 
 
 class PoolSettings(Settings):
@@ -155,33 +165,21 @@ class PoolSettings(Settings):
 
 
 FINGERPRINT = {"for": "fingerprint"}
-"""Context for a dump (`model_dump`) of the settings that results depend on, and no others."""
+"""The context of a `model_dump` that keeps only the settings on which results depend."""
 PLACING = frozenset(
     {"device", "batch_rows", "threads", "engine", "pool", "endpoint", "key_variable"}
 )
-"""Where and how fast a policy runs."""
+"""Settings that say where and how fast a policy runs; results do not depend on them."""
 
 
 Argument = bool | int | float | str
 TAKEN = frozenset(
-    {
-        "conversation",
-        "messages",
-        "tools",
-        "documents",
-        "chat_template",
-        "add_generation_prompt",
-        "tokenize",
-        "padding",
-        "continue_final_message",
-        "truncation",
-        "max_length",
-        "return_tensors",
-        "return_dict",
-        "tokenizer_kwargs",
-        "return_assistant_tokens_mask",
+    (
+        *("conversation", "messages", "tools", "documents", "chat_template", "tokenize", "padding"),
+        *("add_generation_prompt", "continue_final_message", "truncation", "max_length"),
+        *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
         "sanitize_control_tokens",
-    }
+    )
 )
 """Arguments of a chat template that settings cannot set."""
 
@@ -218,21 +216,21 @@ class PolicySettings(Settings):
     """Variables of the chat template beside the conversation, as `{enable_thinking: false}`; an
     endpoint gets them as `chat_template_kwargs`."""
     thought_tags: Literal["auto", "none"] | tuple[str, str] = "auto"
-    """What stands around thoughts, [open, close]; they are kept apart from answers. "auto": of
-    the usual ones ("<think>", "</think>") those that the chat template or the vocabulary has."""
+    """The tags around thoughts, [open, close], by which answers are told from thoughts. "auto":
+    those of the usual tags, such as "<think>", that the chat template or the vocabulary has."""
     thought_tokens: int = Field(0, ge=0, le=131_072)
     """Tokens that an answer may take beyond its own limit where the model thinks first."""
     endpoint: str | None = Field(None, pattern=r"^https?://[^@?#\s]+$")
     """An OpenAI-compatible server that answers for the model; it is still trained in process, and
     the server loads each iteration's adapter (vLLM does). Unset: answers in process, too."""
     key_variable: str | None = Field(None, pattern=r"^[A-Za-z_]\w*$")
-    """Name of the environment variable with the endpoint's key. (Settings are recorded, so the key
-    itself is none.)"""
+    """Name of the environment variable that holds the endpoint's key. The key itself is never a
+    setting, because settings are recorded."""
     served_model: str | None = Field(None, min_length=1)
     """What the server calls the model. Unset: `model`."""
 
     pool: PoolSettings = PoolSettings()
-    """Where its shards are computed: nothing of what comes out depends on it."""
+    """Where its shards are computed; results do not depend on it."""
 
     @field_validator("template_arguments")
     @classmethod
@@ -264,7 +262,7 @@ class PolicySettings(Settings):
 
     @property
     def answered_by(self) -> str:
-        """The module that answers for the policy."""
+        """The name of the module that answers for the policy."""
         return "models.endpoint.server" if self.endpoint else "models.engine.local"
 
     @property
@@ -280,7 +278,7 @@ class PolicySettings(Settings):
 
     @property
     def answers_on(self) -> str:
-        """The device that answering takes here; behind an endpoint it takes no GPU."""
+        """The device that answering takes on this machine: no GPU behind an endpoint."""
         return "cpu" if self.endpoint else self.device
 
     @model_serializer(mode="wrap")

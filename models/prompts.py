@@ -1,4 +1,4 @@
-"""Every wording that a policy is prompted with; it is part of a stage's fingerprint.
+"""All wordings that prompt a policy; a stage's fingerprint contains those that it uses.
 
 The conversation grows turn by turn, so that the prompts of one row share their prefix:
 
@@ -9,8 +9,8 @@ or, where no principle stands between the two responses (STaR, Self-Refine):
 
     user x · assistant y1 · user refine · assistant y2
 
-Only `hint` shows the gold response; `refine` never does, so a refinement cannot copy it (the
-factored proposal p(y2 | x, y1, z) · p(z | x, y1, yG) of STaPLe, section 3).
+Only `hint` shows the gold response, so that a refinement cannot copy it (STaPLe, section 3: the
+factored proposal p(y2 | x, y1, z) · p(z | x, y1, yG)).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from models.policy import Message, Messages, assistant, user
 
 @dataclass(frozen=True, slots=True)
 class Templates:
-    """The user turns between the policy's own.
+    """The user turns between the policy's own turns.
 
-    `hint` holds {gold}; `critique` and `refine` may hold {principle}.
+    `hint` contains {gold}; `critique` and `refine` may contain {principle}.
     """
 
     version: str
@@ -35,7 +35,7 @@ class Templates:
     critique: str
     refine: str
     improve: str
-    """Asks for y2 where no principle was named."""
+    """Asks for y2 where no principle stands between the responses."""
 
     @property
     def guided(self) -> bool:
@@ -43,7 +43,7 @@ class Templates:
         return bool(self.propose)
 
     def unguided(self) -> Templates:
-        """The same conversation without a principle: y2 ~ p(· | x, y1)."""
+        """The turns of the same conversation without a principle: y2 ~ p(· | x, y1)."""
         version = f"{self.version}/unguided"
         return replace(self, version=version, hint="", propose="", critique="", refine=self.improve)
 
@@ -90,7 +90,7 @@ TEMPLATES = {"chat": CHAT, "terse": TERSE}
 
 
 def after_initial(prompt: Sequence[Message], initial: str) -> Messages:
-    """x, y1."""
+    """The conversation x, y1."""
     return (*prompt, assistant(initial))
 
 
@@ -132,9 +132,9 @@ def ask_refinement(
 
 @dataclass(frozen=True, slots=True)
 class ConstitutionWording:
-    """The wording that gives a policy a constitution, and that asks it to write one.
+    """The wording that gives a policy a constitution, and that asks it to write one (SAMI).
 
-    `given` holds {principles}, `item` {number} and {principle}, `write` {topic}.
+    `given` contains {principles}, `item` {number} and {principle}, `write` {topic}.
     """
 
     version: str
@@ -146,7 +146,7 @@ class ConstitutionWording:
 
     @property
     def said(self) -> str:
-        """All of its words, without the placeholders."""
+        """All words of the wording as one text, without the placeholders."""
         parts = " ".join((self.given, self.item, self.separator, self.write, self.oppose))
         return re.sub(r"{\w*}", " ", parts)
 

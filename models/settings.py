@@ -8,10 +8,11 @@ from typing import Any, TypeGuard
 from pydantic import BaseModel, ConfigDict, model_validator
 
 LARGEST = 2**32 - 1
-"""Whole numbers that any setting may have: numpy's seeds end there, and every count before."""
+"""The largest absolute value of a whole number: numpy's seeds end there."""
 UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters and half characters, which no setting's text may hold."""
 LONGEST = 100_000
-"""Characters of a setting's text."""
+"""Most characters of a setting's text."""
 
 
 class Settings(BaseModel):
@@ -23,7 +24,7 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _bounded(self) -> Any:
-        """Values that no field means, whatever its own limits are."""
+        """Refuse values that are out of range for every field."""
         for name in type(self).model_fields:
             if problem := _unfit(getattr(self, name)):
                 raise ValueError(f"{name}: {problem}")
@@ -36,7 +37,7 @@ def is_settings(kind: Any) -> TypeGuard[type[Settings]]:
 
 
 def _unfit(value: Any) -> str:
-    """What is wrong with a number or a text; "": nothing."""
+    """What is wrong with a number or a text; "" where nothing is."""
     if isinstance(value, tuple):
         return next(filter(None, map(_unfit, value)), "")
     if isinstance(value, int) and abs(value) > LARGEST:

@@ -1,4 +1,4 @@
-"""Thoughts and answers: what a model writes between tags before it answers is split off.
+"""Splits a sampled text into thoughts, which a model writes between tags first, and the answer.
 
 `models/chat.py` finds a template's tags; `models/engine/local.py` and `models/endpoint/server.py`
 split samples. Thoughts keep their tags and line breaks: thoughts + answer is the sampled text.
@@ -32,9 +32,9 @@ KNOWN = (
 
 
 class SplitText(NamedTuple):
-    """A sampled text in its two parts; together they are the text.
+    """The two parts of a sampled text; joined they are that text.
 
-    `whole` is False where the thought is not closed: the answer is then empty.
+    `whole` is False where the thought is not closed; the answer is then empty.
     """
 
     thoughts: str
@@ -43,10 +43,10 @@ class SplitText(NamedTuple):
 
 
 def split_text(text: str, tags: Tags, *, opened: bool) -> SplitText:
-    """Thoughts and answer of a sampled text: the first closing tag ends the thoughts.
+    """The thoughts and the answer of a sampled text; the first closing tag ends the thoughts.
 
     Args:
-        opened: whether the prompt has opened the thought, so that the text begins inside it.
+        opened: whether the prompt ends with the opening tag, so that the text begins in a thought.
     """
     start = text.lstrip()
     if not (opened or start.startswith((tags.open, tags.close))):
@@ -60,9 +60,10 @@ def split_text(text: str, tags: Tags, *, opened: bool) -> SplitText:
 
 
 def split_unseen_text(text: str, known: tuple[Tags, ...] = KNOWN) -> SplitText:
-    """`split_text` for a server's text, whose prompt and template are unknown: its beginning shows
-    which tags it has. A closing tag without an opening one belongs to a thought that the prompt
-    opened."""
+    """`split_text` for a server's text, whose template is unknown: the text itself shows its tags.
+
+    A closing tag without an opening one belongs to a thought that the prompt opened.
+    """
     for tags in known:
         parts = split_text(text, tags, opened=False)
         if parts.thoughts:

@@ -1,4 +1,4 @@
-"""What every generation engine does: samples in the making, how they end, how many at a time.
+"""What all generation engines share: samples, what ends them, and how many fit into the memory.
 
 `models/engine/decoding.py` is the fast engine, `models/engine/plain.py` the one for every
 architecture; `models/engine/exact.py` says which of them a model gets.
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from constitutions.errors import UserError
 from models.engine.output_layer import last_states
+from models.engine.sampling import seed_of
 from models.policy import Request
 
 Tensor = torch.Tensor
@@ -27,13 +28,13 @@ Pairs = Sequence[tuple[Tokens, Tokens]]
 """(prompt, response), one token each at least."""
 
 PASS_TOKENS = 8192
-"""Prompt tokens in one forward pass, padding included: more gains nothing, and takes memory."""
+"""Most prompt tokens in one forward pass, padding included: more are no faster, and take memory."""
 SCORED_LOGITS = 1 << 28
-"""Logits in one pass over given responses (4 bytes each)."""
+"""Most logits in one pass over given responses (4 bytes each)."""
 MEMORY_SHARE = 0.8
-"""Share of the free memory that the rows may fill."""
+"""Share of the free memory, in [0, 1], that the rows may fill."""
 MOST_ROWS = {"cpu": 256, "cuda": 512}
-"""More rows at once gain nothing."""
+"""Most rows at once: more are no faster."""
 
 
 @dataclass(slots=True)
@@ -43,21 +44,24 @@ class Decoding:
     stop: Collection[int] = frozenset()
     """Tokens that end a turn."""
     rows: int | None = None
-    """None: as many as the free memory holds. Halved, for good, when memory runs out."""
+    """None: as many as the free memory holds. It is halved, for good, when the memory runs out."""
     spell: Callable[[Tokens], str] = str
     """Token ids as text, in which the requests' stop strings are looked for."""
 
 
 @dataclass(slots=True)
 class Sample:
-    """One sample in the making."""
+    """One sample of a request, finished or not."""
 
     request: int
+    """Index of its request."""
     number: int
+    """From 0 to the request's n - 1."""
     tokens: list[int] = field(default_factory=list)
     logprob: float = 0.0
+    """Sum over the tokens and the token that ended it (nats, temperature 1)."""
     finish: str = ""
-    """Empty while it goes on."""
+    """Why it ended (`Completion.finish`); empty while it has not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,11 @@ class Engine(ABC):
         requests: Sequence[Request],
         ended: Callable[[Sample], None],
     ) -> None:
-        """Make every sample of every request; `ended` gets each as it ends, in no order.
+        """Make every sample of every request.
+
+        Args:
+            prompts: token ids of each request's prompt, at least one.
+            ended: called with each sample as soon as it has ended, in any order.
 
         Raises:
             UserError: not even one row fits into the memory.
@@ -111,7 +119,7 @@ class Engine(ABC):
 
     @torch.inference_mode()
     def score(self, pairs: Pairs) -> list[list[float]]:
-        """log p of each token of each response after its prompt (nats)."""
+        """log p of each token of each response, given its prompt and the tokens before (nats)."""
         vocabulary = self.model.config.get_text_config().vocab_size
         found: dict[int, list[float]] = {}
         for part in self._scores(pairs, min(PASS_TOKENS, SCORED_LOGITS // vocabulary)):
@@ -120,7 +128,7 @@ class Engine(ABC):
 
     @torch.inference_mode()
     def states(self, texts: Sequence[Tokens]) -> np.ndarray:
-        """Mean last-layer hidden state of each text, (texts, hidden), float32."""
+        """The mean last-layer hidden state of each text: (texts, hidden size), float32."""
         tokens = self._padded(texts)
         lengths = self._column([len(text) for text in texts])[:, None]
         there = (torch.arange(tokens.shape[1], device=tokens.device) < lengths)[..., None]
@@ -129,11 +137,11 @@ class Engine(ABC):
 
     @abstractmethod
     def _make(self, work: WantedSamples) -> None:
-        """Make the wanted samples, `fitted` rows at once."""
+        """Make the wanted samples; set `fitted` to the number of rows at once."""
 
     @abstractmethod
     def _scores(self, pairs: Pairs, tokens: int) -> Iterator[Mapping[int, list[float]]]:
-        """`score` by the number of the pair, in passes of at most so many tokens."""
+        """The scores by the index of the pair, in passes of at most so many tokens."""
 
     def _append(
         self,
@@ -142,7 +150,7 @@ class Engine(ABC):
         tokens: Tokens,
         logprobs: Sequence[float],
     ) -> None:
-        """Give each row that has not ended its token; report those that end with it."""
+        """Append its token to each unfinished sample, and report the samples that end with it."""
         for sample, token, logprob in zip(samples, tokens, logprobs, strict=True):
             if not sample.finish:
                 sample.finish = self._finish(sample, work.requests[sample.request], token, logprob)
@@ -150,7 +158,7 @@ class Engine(ABC):
                     work.end(sample)
 
     def _finish(self, sample: Sample, request: Request, token: int, logprob: float) -> str:
-        """Write a token down; why the sample ends with it, or nothing."""
+        """Append a token; returns why the sample ends with it, or "" where it does not end."""
         if logprob != logprob:
             return "invalid"
         sample.logprob += logprob
@@ -164,7 +172,7 @@ class Engine(ABC):
         return "length" if len(sample.tokens) >= request.max_tokens else ""
 
     def _padded(self, rows: Sequence[Tokens]) -> Tensor:
-        """(rows, longest), padded on the right, where no token sees it."""
+        """(rows, longest), padded on the right, where causal attention ignores it."""
         return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(
             self.model.device
         )
@@ -173,12 +181,12 @@ class Engine(ABC):
         return torch.tensor(values, dtype=torch.int64, device=self.model.device)
 
     def _places(self, places: Sequence[range]) -> tuple[Tensor, Tensor]:
-        """The row and the place of each logit that is needed, row by row."""
+        """The row and the position of each logit that is needed, row by row."""
         row = self._column([row for row, some in enumerate(places) for _ in some])
         return row, self._column([place for some in places for place in some])
 
     def _logprobs(self, logits: Tensor, targets: Sequence[Tokens]) -> list[list[float]]:
-        """log p of each row's targets, of the logits (all targets, vocabulary) before them."""
+        """log p of each row's targets, from the logits that predict them: (targets, vocabulary)."""
         ids = self._column([token for row in targets for token in row])
         steps = logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
         return [steps[a:b].tolist() for a, b in pairwise(accumulate(map(len, targets), initial=0))]
@@ -195,6 +203,7 @@ class Engine(ABC):
         return max(1, min(most, int(room / row)))
 
     def _fewer(self, rows: int) -> int:
+        """Half of the rows that did not fit; raises UserError where that was a single one."""
         if rows == 1:
             raise UserError(
                 "the memory does not hold a single sample",
@@ -206,9 +215,26 @@ class Engine(ABC):
         return rows // 2
 
 
+def row_settings(
+    samples: Sequence[Sample], requests: Sequence[Request], device: torch.device
+) -> dict[str, Tensor | None]:
+    """The arguments of `choose` that stay the same while the rows do, on the device."""
+    owners = [requests[sample.request] for sample in samples]
+    keys = [seed_of(r.key, s.number) for r, s in zip(owners, samples, strict=True)]
+    found: dict[str, Tensor | None] = {"keys": torch.tensor(keys, device=device)}
+    for name, usual in (("temperature", 0), ("top_p", 1)):
+        values = [float(getattr(request, name)) for request in owners]
+        found[name] = None
+        if any(value != usual for value in values):
+            found[name] = torch.tensor(values, device=device)
+    return found
+
+
 def key_value_bytes(config: Any, itemsize: int) -> int:
-    """Bytes of one token's keys and values in all layers: an upper bound where a layer has none, or
-    where the configuration names no heads."""
+    """Bytes of one token's keys and values in all layers, by a text model's configuration.
+
+    It is an upper bound where some layers keep none, or where the configuration names no heads.
+    """
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int):
         return int(2 * config.num_hidden_layers * config.hidden_size * itemsize)
@@ -218,7 +244,7 @@ def key_value_bytes(config: Any, itemsize: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of the device, with the reserve that torch holds."""
+    """Free memory of the device in bytes, the reserve that torch holds included."""
     if device.type == "cuda":
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + reserve)

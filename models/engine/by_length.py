@@ -1,8 +1,8 @@
-"""An engine for each way of generating, and two by the length of a text where RoPE needs it.
+"""Makes the engine of each way of generating, and combines two where RoPE depends on the length.
 
-With "longrope" a pass turns all of its positions differently once one text in it is beyond a limit.
-The fast engine takes the texts that stay short, the plain one the others: each gets what it would
-get alone.
+With "longrope" all texts of a pass get other numbers as soon as one of them exceeds a limit.
+`ByLength` therefore gives short texts to the fast engine and longer ones to the plain engine, so
+that each text gets the numbers that it would get alone.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from models.engine.decoding import Decoder
 from models.engine.plain import Plain, length_dependent
 
 Way = Literal["shared", "padded", "equal", "single", "recomputed"]
-"""The fast engine, or how the plain one batches."""
+"""The fast engine ("shared"), or how the plain engine batches."""
 
 
 def make_engine(model: Any, way: Way, decoding: Decoding | None = None) -> Engine:
-    """The engine of that way; nothing is tried.
+    """The engine of a way of generating; whether it is exact is not checked.
 
     Raises:
         UserError: the model's attention cannot be replaced, as the fast engine needs it.
@@ -38,10 +38,7 @@ class ByLength(Engine):
 
     def __init__(self, model: Any, decoding: Decoding | None, limit: int) -> None:
         super().__init__(model, decoding)
-        self.short, self.long = (
-            Decoder(model, self.decoding),
-            Plain(model, self.decoding, "equal"),
-        )
+        self.short, self.long = Decoder(model, self.decoding), Plain(model, self.decoding, "equal")
         self.short.longest = self.limit = limit
 
     def _make(self, work: WantedSamples) -> None:
@@ -65,19 +62,18 @@ class ByLength(Engine):
         return self.long.states(texts)
 
     def _split(self, lengths: Sequence[int]) -> Iterator[tuple[Engine, list[int]]]:
-        short = [i for i, length in enumerate(lengths) if length <= self.limit]
-        long = [i for i, length in enumerate(lengths) if length > self.limit]
-        yield from ((e, some) for e, some in ((self.short, short), (self.long, long)) if some)
+        for engine, is_short in ((self.short, True), (self.long, False)):
+            if numbers := [i for i, n in enumerate(lengths) if (n <= self.limit) == is_short]:
+                yield engine, numbers
 
 
 def length_limit(model: Any) -> int | None:
-    """The length up to which a text's numbers do not depend on the texts beside it; None: any."""
+    """The length, in tokens, up to which a text's numbers do not depend on the texts in the same
+    pass; None where they never do."""
     limits = []
     for rope, prefix, kind in length_dependent(model):
         settings = rope.config.rope_parameters
         settings = settings[prefix.removesuffix("_")] if prefix else settings
-        longrope = kind == "longrope"
-        limits.append(
-            settings["original_max_position_embeddings"] if longrope else rope.original_max_seq_len
-        )
+        given = settings["original_max_position_embeddings"] if kind == "longrope" else None
+        limits.append(given or rope.original_max_seq_len)
     return min(limits, default=None)

@@ -1,6 +1,6 @@
-"""An engine's numbers beside those of a plain forward pass of transformers.
+"""Compares an engine's numbers with those of a plain forward pass of transformers.
 
-A few random texts go through both. `models/engine/exact.py` asks for each engine in turn.
+A few random texts go through both. `models/engine/exact.py` calls `difference` for each engine.
 """
 
 from __future__ import annotations
@@ -21,35 +21,40 @@ from models.policy import Request
 EXACT = 1e-3
 """Largest difference of a token's log-probability in float32, in nats."""
 ROUNDED = 0.1
-"""Mean difference in 16 bits and in NF4: a single unlikely token, or flipped expert, may differ by
-more. On SmolLM2-135M in bfloat16 rounding makes 0.049, and one layer of 30 that does not see the
-shared beginning 0.20."""
+"""Largest mean difference in 16 bits and in NF4, in nats: a single unlikely token, or one that goes
+to another expert, may differ by more. On SmolLM2-135M in bfloat16 rounding makes 0.049, and one
+layer of 30 that does not see the shared beginning makes 0.20."""
 SHARED, TAILS, APART, NEW = 20, (1, 6, 12), 5, 6
-"""Tokens: of a shared beginning, of what follows it, of a text alone; and of a continuation."""
+"""Numbers of tokens: of the shared beginning, of what follows it, of the text that shares nothing,
+and of each greedy continuation."""
 BEYOND = 8
 """Tokens beyond a window, or beyond another length at which attention changes."""
 AFFORDABLE = {"cpu": 3e10, "cuda": 2e13}
-"""Most weights x tokens that are spent on texts longer than a window."""
+"""Most weights x tokens that a check spends on texts longer than the attention window."""
 LIMITS = ("sliding_window", "attention_chunk_size", "index_topk", "keep_window_size")
-"""Settings beyond which attention changes."""
+"""Settings of a model that name a length beyond which its attention changes."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Numbers:
-    """An engine's numbers for a text, which ends with `new` greedy tokens of its own."""
+    """An engine's numbers for a text, whose last `new` tokens the engine chose greedily."""
 
     text: tuple[int, ...]
     new: int
     total: float
     """Sum of the greedy tokens' log-probabilities."""
     steps: Sequence[float]
-    """The log-probabilities of the text's second half, scored."""
+    """The log-probabilities of the tokens in the text's second half, given the first."""
     state: np.ndarray
 
 
 @torch.inference_mode()
 def difference(model: Any, way: Way, special: Collection[int]) -> str:
-    """How an engine's numbers differ from a plain forward pass, in words; "" where they agree."""
+    """How the engine's numbers differ from a plain forward pass, in words; "" where they agree.
+
+    Raises:
+        UserError: the engine cannot be made for the model, or has no memory for a single sample.
+    """
     given = model.config._attn_implementation
     prompts, engine = _texts(model, special), make_engine(model, way)
     numbers = _numbers(engine, prompts)
@@ -64,7 +69,8 @@ def difference(model: Any, way: Way, special: Collection[int]) -> str:
 
 
 def _numbers(engine: Engine, prompts: Sequence[tuple[int, ...]]) -> list[_Numbers]:
-    """Empty where logits are not finite: there is nothing to compare, and sampling reports it."""
+    """The engine's numbers for some prompts; none where logits are not finite, because sampling
+    reports those."""
     requests = [
         Request(messages="", key=str(i), n=2, temperature=0, max_tokens=NEW - i % 2)
         for i in range(len(prompts))
@@ -83,8 +89,9 @@ def _numbers(engine: Engine, prompts: Sequence[tuple[int, ...]]) -> list[_Number
 
 
 def _apart(model: Any, own: _Numbers) -> torch.Tensor:
-    """Differences from transformers' numbers: of each scored token, of each greedy token from the
-    likeliest one, of the greedy tokens on average, and of the hidden states."""
+    """Differences from transformers' numbers, as one vector: of each scored token; of each greedy
+    token from the likeliest one; of the greedy tokens on average; of the hidden states, relative
+    to the largest."""
     logprobs, hidden = _alone(model, own.text)
     chosen = logprobs.gather(-1, torch.tensor(own.text[1:], device=logprobs.device)[:, None])[:, 0]
     likeliest = logprobs[-own.new :].max(-1).values
@@ -97,8 +104,8 @@ def _apart(model: Any, own: _Numbers) -> torch.Tensor:
 
 
 def _alone(model: Any, text: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """One text by transformers: log-probabilities after each token but the last, (tokens - 1,
-    vocabulary), and the mean of the last hidden states, (hidden,)."""
+    """A text's numbers by transformers: the log-probabilities after each token but the last,
+    (tokens - 1, vocabulary), and the mean of the last hidden states, (hidden,)."""
     ids = torch.tensor([text], device=model.device)
     logits = model(input_ids=ids, use_cache=False).logits
     states = last_states(model, ids)
@@ -106,8 +113,8 @@ def _alone(model: Any, text: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _texts(model: Any, special: Collection[int]) -> list[tuple[int, ...]]:
-    """Random prompts: some share their beginning and have unequal lengths, one shares nothing; two
-    are longer than the model's window where `AFFORDABLE` allows it."""
+    """Random prompts: some of unequal lengths share their beginning, one shares nothing; two more
+    exceed the model's attention window where `AFFORDABLE` allows it."""
     limit = length_limit(model) or 1 << 30
     most = max(TAILS) + SHARED + NEW
     fits = min(1.0, limit / most)  # longer texts go to the plain engine anyway
@@ -134,7 +141,7 @@ def _random(model: Any, tokens: int, special: Collection[int], seed: int) -> tup
 
 
 def _lengths(model: Any) -> dict[str, int]:
-    """The settings beyond which attention changes, and their values."""
+    """The lengths beyond which the model's attention changes, by the name of their setting."""
     config = model.config.get_text_config()
     if getattr(config, "use_sliding_window", True) is False:
         return {}
@@ -143,7 +150,7 @@ def _lengths(model: Any) -> dict[str, int]:
 
 
 def _wrong_beyond(model: Any, engine: Decoder, prompts: Sequence[Sequence[int]]) -> str:
-    """What the fast engine computes wrong beyond the length of the prompts; "" for nothing."""
+    """Why the fast engine is wrong for texts longer than the prompts; "" where it is not."""
     tried = max(map(len, prompts))
     far = {name: value for name, value in _lengths(model).items() if value >= tried}
     for name, value in far.items():

@@ -1,92 +1,82 @@
-"""The generation engine's loop: prompts in families, samples in rows, the device kept full.
+"""The fast engine: it decodes many samples at once and computes what they share only once.
 
-What several prompts begin with is computed once, and each prompt once for all of its samples. When
-enough rows have ended, the next families take their place. `models/engine/exact.py` opens it.
+The beginning that several prompts share is computed once, and each prompt once for all of its
+samples. When enough rows have ended, the next prompts take their place. `models/engine/exact.py`
+opens the engine.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from models.engine.base import PASS_TOKENS, Decoding, Engine, Pairs, Sample, Tokens, WantedSamples
+from models.engine.base import (
+    PASS_TOKENS,
+    Decoding,
+    Engine,
+    Pairs,
+    Sample,
+    Tokens,
+    WantedSamples,
+    row_settings,
+)
 from models.engine.families import Family, PromptSamples, families, within
 from models.engine.graphs import Steps
 from models.engine.output_layer import output_only
-from models.engine.sampling import choose, seed_of
+from models.engine.sampling import choose
 from models.engine.shared_prefix import PrefixCache, unsupported, use_shared_prefixes
 from models.policy import Request
 
 Tensor = torch.Tensor
 
 REFILL = 0.25
-"""New families are taken in when this share of the rows is free: each time, the cache is copied."""
+"""The next families start when this share of the rows is free: each time, the cache is copied."""
 COMPACT = 0.125
-"""Ended rows are dropped when they are this share of all."""
-
-_PER_ROW = ("samples", "temperature", "top_p", "keys")
+"""Ended rows are dropped when they make up this share of all rows."""
 
 
 class _Batch:
-    """The rows at work, and their place in the cache."""
+    """The rows that are being decoded, and their cache."""
 
     def __init__(
         self, cache: PrefixCache, samples: list[Sample], requests: Sequence[Request], logits: Tensor
     ) -> None:
-        self.cache, self.samples, self.logits = cache, samples, logits
-        self.temperature = [requests[s.request].temperature for s in samples]
-        self.top_p = [requests[s.request].top_p for s in samples]
-        self.keys = [seed_of(requests[s.request].key, s.number) for s in samples]
-        self._columns: dict[str, Tensor | None] = {}
+        self.cache, self.samples, self.requests, self.logits = cache, samples, requests, logits
+        self._settings: dict[str, Tensor | None] | None = None
 
     @property
-    def going(self) -> list[int]:
-        """The rows that have not ended."""
+    def unfinished(self) -> list[int]:
+        """The rows whose samples have not ended."""
         return [row for row, sample in enumerate(self.samples) if not sample.finish]
 
     def choose(self) -> tuple[Tensor, list[int], list[float]]:
         """The next token of every row: on the device, and with its log-probability on the host."""
-        if not self._columns:
-            self._columns = self._on_device()
-        steps = self.column([len(s.tokens) for s in self.samples], torch.int64)
-        token, logprob = choose(self.logits, steps=steps, **self._columns)  # type: ignore[arg-type]
+        if self._settings is None:
+            self._settings = row_settings(self.samples, self.requests, self.logits.device)
+        steps = self._tensor([len(sample.tokens) for sample in self.samples])
+        token, logprob = choose(self.logits, steps=steps, **self._settings)  # type: ignore[arg-type]
         return token, token.tolist(), logprob.tolist()
 
-    def _on_device(self) -> dict[str, Tensor | None]:
-        sampled, nucleus = any(self.temperature), any(p < 1 for p in self.top_p)
-        return {
-            "keys": self.column(self.keys, torch.int64),
-            "temperature": self.column(self.temperature, torch.float32) if sampled else None,
-            "top_p": self.column(self.top_p, torch.float32) if nucleus else None,
-        }
-
-    def column(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
-        """A number for each row, on the device."""
-        return torch.tensor(values, dtype=dtype, device=self.logits.device)
-
     def compact(self) -> None:
-        """Keep the rows that have not ended."""
-        rows = self.going
-        index = self.column(rows, torch.int64)
-        self._columns = {}
+        """Keep the rows whose samples have not ended."""
+        rows = self.unfinished
+        index = self._tensor(rows)
         self.cache.select(index)
-        self.logits = self.logits[index]
-        for name in _PER_ROW:
-            values = getattr(self, name)
-            setattr(self, name, [values[row] for row in rows])
+        self.logits, self._settings = self.logits[index], None
+        self.samples = [self.samples[row] for row in rows]
 
     def join(self, others: Sequence[_Batch]) -> None:
-        """Take in the others' rows, after one's own."""
-        self._columns = {}
+        """Append the others' rows; the others become unusable."""
         self.cache.join([other.cache for other in others])
         self.logits = torch.cat([self.logits, *(other.logits for other in others)])
-        for name, other in product(_PER_ROW, others):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.samples = [s for batch in (self, *others) for s in batch.samples]
+        self._settings = None
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.logits.device)
 
 
 class Decoder(Engine):
@@ -101,10 +91,10 @@ class Decoder(Engine):
         use_shared_prefixes(model)
         self.recorded = Steps(self._one_more, {p.device for p in model.parameters()})
         self.longest: int | None = None
-        """No text may be longer where positions beyond would change the numbers of all rows; those
-        of padding, and of rows that have ended, do not go beyond."""
+        """The length limit of texts, where longer ones would change the numbers of all rows; the
+        positions of padding and of ended rows are held below it. None: no limit."""
         self.windows: dict[int, int | None] = {}
-        """The window that each layer used in the last pass over rows."""
+        """The attention window of each layer in the last pass over rows; None: no window."""
 
     def _make(self, work: WantedSamples) -> None:
         left = families(work.prompts, work.wanted)
@@ -128,7 +118,7 @@ class Decoder(Engine):
     def _serve(self, waiting: deque[Family], work: WantedSamples) -> None:
         batch: _Batch | None = None
         while waiting or batch:
-            free = self.fitted - (len(batch.going) if batch else 0)
+            free = self.fitted - (len(batch.unfinished) if batch else 0)
             if waiting and (free == self.fitted or free >= REFILL * self.fitted):
                 batch = self._refilled(batch, waiting, work, free)
             if batch:
@@ -137,7 +127,7 @@ class Decoder(Engine):
     def _refilled(
         self, batch: _Batch | None, waiting: deque[Family], work: WantedSamples, room: int
     ) -> _Batch | None:
-        """The batch with as many of the waiting families as there is room for."""
+        """The batch with as many of the waiting families as `room` more rows hold."""
         chosen: list[Family] = []
         while waiting and room:
             family = waiting.popleft()
@@ -170,22 +160,22 @@ class Decoder(Engine):
         return _Batch(cache, samples, work.requests, logits[index])
 
     def _step(self, batch: _Batch, work: WantedSamples) -> _Batch | None:
-        """One more token for every row; None when the last one ended."""
+        """Decode one more token of every row; None when all samples have ended."""
         self.steps += 1
         chosen, tokens, logprobs = batch.choose()
         self._append(work, batch.samples, tokens, logprobs)
-        going = batch.going
-        if not going:
+        rows = batch.unfinished
+        if not rows:
             return None
-        if len(going) < (1 - COMPACT) * len(batch.samples):
-            chosen = chosen[going]
+        if len(rows) < (1 - COMPACT) * len(batch.samples):
+            chosen = chosen[rows]
             batch.compact()
         batch.logits = self.recorded.step(batch.cache, chosen)
         return batch
 
     def _score(self, part: Sequence[Family], starts: Sequence[int]) -> dict[int, list[float]]:
         """The log-probabilities of the responses in some families, by request number."""
-        # prefixes end before the responses, all of whose tokens are scored
+        # a prefix ends before the responses, because all of their tokens are scored
         cut = [family.starting(min(starts[a.request] for a in family.asks)) for family in part]
         cache, asks = self._seated(cut)
         lengths = [len(family.prefix) for family in cut for _ in family.asks]
@@ -222,7 +212,8 @@ class Decoder(Engine):
     def _extend(
         self, cache: PrefixCache, tails: Sequence[Tokens], places: Sequence[range]
     ) -> Tensor:
-        """Add private tokens to every row; the logits at the given places of each, (places, V)."""
+        """Add private tokens to every row; returns the logits at the given positions of each row,
+        (positions, vocabulary)."""
         self.prompt_tokens += sum(map(len, tails))
         lengths = self._column([len(tail) for tail in tails])
         with output_only(self.model, *self._places(places)):

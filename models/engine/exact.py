@@ -1,8 +1,8 @@
-"""Which engine samples from a model exactly: found by trying, once, and remembered.
+"""Finds the fastest engine that samples from a model exactly, and remembers which one it is.
 
 A few random texts go through an engine and, one by one, through a plain forward pass of
-transformers: an engine whose numbers differ is not used. `models/engine/local.py` asks when it
-loads one.
+transformers; an engine whose numbers differ is not used. `models/engine/local.py` calls
+`open_engine` when it loads a model.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _reported: set[str] = set()
 
 @dataclass(frozen=True, slots=True)
 class EngineChoice:
-    """The fastest engine that is exact, and why faster ones are not."""
+    """The fastest engine that is exact, and why the fastest of all is not; "" where it is."""
 
     way: Way
     why: str = ""
@@ -66,7 +66,7 @@ def open_engine(
         digest: identifies the model's files; without it the choice is not remembered.
 
     Raises:
-        UserError: there is none.
+        UserError: none of them gives the numbers of a plain forward pass.
     """
     verdict = _verdict(model, choice, special, digest)
     if verdict.why and choice == "auto":
@@ -75,6 +75,7 @@ def open_engine(
 
 
 def _report(model: PreTrainedModel, verdict: EngineChoice) -> None:
+    """Say once in a process why samples are slow."""
     line = (
         f"{_name(model)}: samples come from transformers' own generate, {COST[verdict.way]}, "
         f"because with the fast engine {verdict.why}"
@@ -92,7 +93,9 @@ def _name(model: Any) -> str:
 
 
 def find(model: PreTrainedModel, choice: Choice, special: Collection[int] = ()) -> EngineChoice:
-    """Try the engines, the fastest first; the model's attention is restored afterwards.
+    """Try the engines that `choice` allows, the fastest first, and return the first exact one.
+
+    The model's attention is restored afterwards.
 
     Raises:
         UserError: none of them gives the numbers of a plain forward pass.
@@ -126,16 +129,16 @@ def find(model: PreTrainedModel, choice: Choice, special: Collection[int] = ()) 
     )
 
 
-# The memory of choices -----------------------------------------------------------------------
+# Remembered choices --------------------------------------------------------------------------
 
 
 def _verdict(
     model: PreTrainedModel, choice: Choice, special: Collection[int], digest: str | None
 ) -> EngineChoice:
-    """`find`, once for each model, quantisation, type, device and version of the code.
+    """The result of `find`, computed once for each model, quantisation, type, device and code.
 
-    Whether there is an adapter matters, because calls reach the layers through it; its values do
-    not.
+    Whether there is an adapter is part of it, because calls reach the layers through an adapter;
+    the adapter's weights are not.
     """
     if digest is None:
         return find(model, choice, special)
@@ -150,7 +153,7 @@ def _verdict(
 
 
 def _version() -> str:
-    """Of the engines' code and of the libraries that they call."""
+    """The version of the engines' code and of the libraries that they call."""
     import peft
     import transformers
 
@@ -164,7 +167,7 @@ def _memory() -> Path:
 
 
 def _read(file: Path) -> dict[str, EngineChoice]:
-    """The remembered choices; none where the file is damaged, which is then replaced."""
+    """The remembered choices by key; none where the file is missing or damaged."""
     with suppress(OSError, ValueError, TypeError, AttributeError):
         found: Mapping[str, Any] = json.loads(file.read_text("utf-8"))
         return {
@@ -176,7 +179,7 @@ def _read(file: Path) -> dict[str, EngineChoice]:
 
 
 def _write(file: Path, known: Mapping[str, EngineChoice]) -> None:
-    """Whole or not at all; where nothing can be written, the next process tries again."""
+    """Write the choices; where nothing can be written, the next process checks the model again."""
     with suppress(OSError):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_text(file, json.dumps({key: [v.way, v.why] for key, v in known.items()}))

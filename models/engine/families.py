@@ -1,4 +1,4 @@
-"""Prompts in families: what several prompts begin with is computed once.
+"""Groups prompts into families, whose common beginning is computed once.
 
 `models/engine/decoding.py` samples and scores family by family.
 """
@@ -7,62 +7,66 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 from models.engine.base import Tokens
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSamples:
-    """What is sampled from one prompt: the samples' numbers, of a request with this number."""
+    """One prompt of a family, and the samples that are wanted of it."""
 
     request: int
+    """Index of its request."""
     tail: tuple[int, ...]
-    """The prompt after the family's prefix: one token at least."""
+    """The prompt's tokens after the family's prefix, at least one."""
     samples: tuple[int, ...]
+    """Numbers of the wanted samples."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Prompts with a common beginning."""
+    """Prompts that share their beginning, the prefix."""
 
     prefix: tuple[int, ...]
     asks: tuple[PromptSamples, ...]
 
     @property
     def rows(self) -> int:
-        """Samples of all its prompts."""
+        """The number of samples of all its prompts."""
         return sum(len(ask.samples) for ask in self.asks)
 
     def starting(self, end: int) -> Family:
-        """The same prompts with a prefix that ends before place `end` - 1."""
+        """The same prompts with a prefix of at most `end` - 1 tokens; the tails get the rest."""
         keep = min(len(self.prefix), end - 1)
         rest = self.prefix[keep:]
         asks = tuple(replace(ask, tail=(*rest, *ask.tail)) for ask in self.asks)
         return Family(self.prefix[:keep], asks)
 
     def split(self, rows: int) -> tuple[Family, Family]:
-        """The first `rows` samples, and the others."""
-        ends = list(accumulate(len(ask.samples) for ask in self.asks))
-        cuts = [max(0, min(len(a.samples), rows - end + len(a.samples)))
-                for a, end in zip(self.asks, ends, strict=True)]  # fmt: skip
-        halves = [(replace(a, samples=a.samples[:c]), replace(a, samples=a.samples[c:]))
-                  for a, c in zip(self.asks, cuts, strict=True)]  # fmt: skip
-        first, second = (tuple(a for a in half if a.samples) for half in zip(*halves, strict=True))
-        return replace(self, asks=first), replace(self, asks=second)
+        """A family with the first `rows` samples, and one with the others."""
+        first, others = [], []
+        for ask in self.asks:
+            first.append(replace(ask, samples=ask.samples[:rows]))
+            others.append(replace(ask, samples=ask.samples[rows:]))
+            rows = max(0, rows - len(ask.samples))
+        made = [tuple(ask for ask in asks if ask.samples) for asks in (first, others)]
+        return Family(self.prefix, made[0]), Family(self.prefix, made[1])
 
 
 def families(prompts: Sequence[Tokens], wanted: Sequence[Collection[int]]) -> list[Family]:
-    """Group prompts that share at least half of their tokens; the longest prefix first.
+    """Group the prompts that share at least half of their tokens with a neighbour in sorted order.
 
     Args:
-        prompts: token ids, one at least.
-        wanted: the sample numbers of each.
+        prompts: token ids, at least one each.
+        wanted: the sample numbers of each prompt; a prompt without any is left out.
+
+    Returns:
+        The families, those with the longest prefix first.
     """
     order = sorted((i for i, w in enumerate(wanted) if w), key=lambda i: list(prompts[i]))
     groups: list[tuple[int, list[int]]] = []
     for i in order:
-        # the last token stays out: its logits are what a sample begins with
+        # the last token stays in the tail: a sample begins with its logits
         whole = len(prompts[i]) - 1
         if groups:
             common, members = groups[-1]
@@ -90,7 +94,8 @@ def _common(first: Tokens, second: Tokens) -> int:
 
 
 def within(all_: Sequence[Family], tokens: int) -> Iterator[list[Family]]:
-    """Families in consecutive parts of at most so many padded tokens, but one family at least."""
+    """The families in consecutive parts of at most so many tokens, padding included; a part has at
+    least one family."""
     part: list[Family] = []
     for family in all_:
         wider = [*part, family]

@@ -1,8 +1,8 @@
-"""One decoding step as a CUDA graph: launched at once instead of kernel by kernel.
+"""Decoding steps as CUDA graphs, which are launched as a whole instead of kernel by kernel.
 
 A step of a large model launches thousands of small kernels, and Python takes longer to launch them
-than the GPU to run them. Between two changes of the batch all steps have the same shapes: one is
-recorded and replayed. `models/engine/decoding.py` uses it on a GPU.
+than the GPU takes to run them. Between two changes of the batch all steps have the same shapes: one
+step is recorded and then replayed. `models/engine/decoding.py` uses it on a GPU.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from models.engine.shared_prefix import PrefixCache
 
 Tensor = torch.Tensor
 Forward = Callable[[PrefixCache, Tensor], Tensor]
-"""(cache, tokens (rows,)) to logits (rows, vocabulary): one more token for every row."""
+"""(cache, the last tokens (rows,)) to the next logits (rows, vocabulary)."""
 SETTLED = 2
-"""Steps with the same batch before one is recorded: a recording takes as long as several steps."""
+"""Steps with the same rows before one is recorded: recording takes as long as several steps."""
 
 _log = logging.getLogger(__name__)
 
 
 class Steps:
-    """Decoding steps, recorded where that works and saves time; `forward` computes a step.
+    """Computes decoding steps; records and replays them where that works and saves time.
 
     Args:
-        devices: the model's; a recording needs a single GPU.
+        forward: computes a step.
+        devices: those of the model; a recording needs a single GPU.
     """
 
     def __init__(self, forward: Forward, devices: set[torch.device]) -> None:

@@ -1,7 +1,7 @@
-"""A policy in process: a transformers model directory, optionally NF4, with one LoRA adapter.
+"""The policy in this process: a transformers model, optionally in NF4, with one LoRA adapter.
 
-`load_policy` in this module is what the stages call. Conversations become tokens in
-`models/chat.py`; `models/engine/exact.py` opens the engine that samples from the model exactly.
+Stages call `load_policy`. `models/chat.py` turns conversations into tokens, and
+`models/engine/exact.py` opens the engine that samples from the model exactly.
 """
 
 from __future__ import annotations
@@ -43,9 +43,13 @@ STATES = 1 << 15
 def load_policy(settings: PolicySettings, model: Path | str, adapter: Path | None) -> LocalPolicy:
     """The policy of an iteration: the base model and, from iteration 1 on, its adapter.
 
-    On a CPU the NF4 base is dequantised and the adapter merged into the fp32 copy: the same
-    function up to rounding, without unpacking four-bit weights at every token. On a GPU it is
-    dequantised where its 16 bits take at most half of the free memory, for the same reason.
+    On a CPU an NF4 base is dequantised and the adapter merged into it: the function is the same up
+    to rounding, and no token has to unpack four-bit weights. On a GPU the base is dequantised, for
+    the same reason, where it then takes at most half of the free memory.
+
+    Raises:
+        UserError: the base or the adapter cannot be loaded, the adapter belongs to another base, or
+            no engine is exact.
     """
     threads.use(settings.threads)
     base, tokenizer = load_base(model, **settings.loading)
@@ -61,7 +65,7 @@ def load_policy(settings: PolicySettings, model: Path | str, adapter: Path | Non
 
 
 def _has_room(base: PreTrainedModel) -> bool:
-    """Whether the 4-bit base, dequantised, leaves at least half of the free memory to the rows."""
+    """Whether the 4-bit base, dequantised, leaves half of the free memory to the samples."""
     whole = base.num_parameters() * base.dtype.itemsize
     return whole <= free_bytes(base.device) / 2
 
@@ -124,7 +128,7 @@ class LocalPolicy:
         self, requests: Sequence[Request], progress: Progress | None = None
     ) -> list[list[Completion]]:
         """See `Policy.generate`. A prompt that leaves no room for `max_tokens` finishes as
-        "overflow"; one that the chat template refuses (two user turns in a row, say) as "refused".
+        "overflow", one that the chat template refuses (two user turns in a row, say) as "refused".
 
         Raises:
             UserError: the model's logits are finite for none of the requests.
@@ -157,7 +161,11 @@ class LocalPolicy:
         return answers
 
     def logprobs(self, pairs: Sequence[tuple[Messages, str]]) -> list[Scoring]:
-        """See `Policy.logprobs`. The response is tokenised as training has it, its end included."""
+        """See `Policy.logprobs`. A response has the tokens that training gives it, end included.
+
+        Raises:
+            ChatError: the chat template refuses a conversation.
+        """
         scored = self.decoder.score([self.chat.answered(*pair) for pair in pairs])
         return [Scoring(logprob=sum(steps), tokens=len(steps)) for steps in scored]
 
@@ -174,19 +182,19 @@ class LocalPolicy:
         return np.stack([found[i] for i in range(len(ids))])
 
     def _with_room(self, request: Request) -> Request:
-        """The request with room for thoughts; its stop strings hold an end of turn in words."""
+        """The request with room for thoughts; an end of turn that is text becomes a stop string."""
         if isinstance(request.messages, str):
             return request
         room, ends = request.max_tokens + self.thought_tokens, self.chat.stop_texts
         return replace(request, max_tokens=room, stop=(*request.stop, *ends))
 
     def _opened(self, request: Request, prompt: Sequence[int]) -> bool | None:
-        """Whether the prompt ends inside a thought; None where the model has no thoughts."""
+        """Whether the prompt ends inside a thought; None where the sample has no thoughts."""
         raw = isinstance(request.messages, str)
         return None if raw or not self.chat.tags else self.chat.opens_thought(prompt)
 
     def _prompt(self, request: Request) -> tuple[list[int], str]:
-        """The prompt's tokens, and why there is no completion of it, if there is none."""
+        """The prompt's tokens, and "" or the finish of a prompt that gets no completion."""
         try:
             prompt = self.chat.prompt(request.messages)
         except ChatError:

@@ -1,4 +1,4 @@
-"""The output layer at chosen positions only: with a large vocabulary it is expensive.
+"""Computes the output layer at chosen positions only, since a large vocabulary makes it expensive.
 
 The engines need the logits after prompts, `models/training/loop.py` those of trained tokens.
 """
@@ -18,7 +18,7 @@ Tensor = torch.Tensor
 def last_states(model: Any, ids: Tensor) -> Tensor:
     """The output layer's input after each token of some texts, (texts, length, hidden).
 
-    Not every architecture has a list of hidden states of that shape.
+    A hook takes it, because not every architecture returns hidden states of that shape.
     """
     found: list[Tensor] = []
 
@@ -36,10 +36,14 @@ def last_states(model: Any, ids: Tensor) -> Tensor:
 
 @contextmanager
 def output_only(model: Any, row: Tensor, place: Tensor) -> Iterator[None]:
-    """Within the block the output layer sees only these states: its input is (1, places, hidden).
+    """Within the block the output layer computes the states at these positions only.
 
-    It is a hook, because some architectures scale the layer's output afterwards, and because the
-    wrapper for several processes sees gradients only if it is called itself.
+    Its input becomes (1, positions, hidden). A hook does it, because some architectures scale the
+    layer's output afterwards, and because the wrapper for several processes adds up gradients only
+    where it is called itself.
+
+    Args:
+        row, place: (positions,): the row and the position in it of each state.
     """
 
     def select(_: Any, states: tuple[Tensor]) -> tuple[Tensor]:

@@ -1,7 +1,7 @@
-"""How a token is chosen: a pure function of its logits and of (request key, sample, step).
+"""Chooses tokens as a pure function of the logits and of (request key, sample, step).
 
-The noise is a hash, not the state of a generator, so that a sample does not depend on other
-samples.
+The noise is a hash of those three and not the state of a generator, so that no sample depends on
+another one.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ def choose(
     temperature: Tensor | None = None,
     top_p: Tensor | None = None,
 ) -> NextTokens:
-    """argmax of logits / T + Gumbel noise within top-p: a sample of the softmax (Gumbel-max).
+    """The next token of each row: argmax of logits / T + Gumbel noise within the top-p tokens.
+
+    That is a sample of the softmax (the Gumbel-max trick).
 
     Args:
         logits: (rows, vocabulary), float32.
-        keys, steps: (rows,), int64: `seed_of` the row, and how many tokens it has.
+        keys, steps: (rows,), int64: the row's `seed_of`, and the number of its tokens so far.
         temperature: (rows,); 0 is greedy. None: 0 for all rows.
         top_p: (rows,), in (0, 1]. None: 1 for all rows.
     """
@@ -65,7 +67,7 @@ def seed_of(key: str, sample: int) -> int:
 
 
 def gumbel(keys: Tensor, steps: Tensor, vocabulary: int) -> Tensor:
-    """Gumbel noise of shape (rows, vocabulary), a pure function of (key, step, token).
+    """Gumbel noise (rows, vocabulary), float32: a pure function of (key, step, token).
 
     A counter-based generator (the SplitMix64 finaliser) in wrapping int64 arithmetic: the same
     numbers on every device, whatever the batch.

@@ -1,10 +1,10 @@
-"""Attention in which many rows share one prefix: its keys and values are stored and read once.
+"""Attention in which many rows share one prefix, whose keys and values are stored and read once.
 
 A *family* is a prefix (a prompt, or the shared beginning of several prompts); a *row* is a sample
-that continues it. The queries of a family's rows meet the family's keys in one product, and each
-row's query its private keys; one softmax covers both. `models/engine/decoding.py` fills
-the cache and removes rows. It works for any transformers model whose attention goes through the
-library's interface.
+that continues it. One matrix product multiplies the queries of all rows of a family with the
+family's keys, another each row's queries with its private keys; one softmax covers both.
+`models/engine/decoding.py` fills the cache and removes rows. It works for every transformers model
+whose attention goes through the library's interface.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KeyValue = tuple[Tensor, Tensor]
 
 
 def use_shared_prefixes(model: PreTrainedModel) -> None:
-    """Let the model's attention read from a `PrefixCache`; without one it is causal.
+    """Let the model's attention read from a `PrefixCache`; without one it stays causal attention.
 
     Raises:
         UserError: its attention does not go through the library's interface.
@@ -55,10 +55,11 @@ def unsupported(model: PreTrainedModel, why: str) -> UserError:
 
 
 class PrefixCache:
-    """Keys and values of families and rows; it replaces transformers' cache.
+    """Keys and values of families and rows, in place of transformers' cache.
 
-    Rows are ordered by family. Shapes of one layer: prefixes (families, heads, longest, size),
-    private (rows, heads, room, size); places beyond a family's or row's length are never read.
+    Rows are ordered by family. Shapes in one layer: `prefix` (families, heads, longest, size),
+    `private` (rows, heads, capacity, size). What lies beyond the length of a family or a row is
+    never read.
     """
 
     is_compileable = False
@@ -101,7 +102,7 @@ class PrefixCache:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Within the block a pass is only recorded: its shapes must hold until `room` is 0."""
+        """Within the block a CUDA graph records a pass; its shapes must hold until `room` is 0."""
         longest, self._whole = self.longest, True
         try:
             yield
@@ -192,21 +193,20 @@ class PrefixCache:
 
 
 class _Seats:
-    """The rows in a rectangle, (families, most rows of a family): the slot of each row."""
+    """The place of each row in a rectangle of (families, most rows of a family) slots."""
 
     def __init__(self, family: Tensor, families: int) -> None:
         counts = family.bincount(minlength=families)
         self.sisters = int(counts.max()) if families else 0
         here = torch.arange(len(family), device=family.device)
         self.slot = family * self.sisters + here - (counts.cumsum(0) - counts)[family]
-        """The slot of each row."""
         self.row = torch.zeros(families * self.sisters, dtype=torch.long, device=family.device)
-        """The row of each slot; any row for an empty one."""
+        """The row in each slot; an empty slot names any row."""
         self.row[self.slot] = here
         self.alone = self.sisters == 1 and families == len(family)
 
     def to(self, device: torch.device) -> _Seats:
-        """The same on another device."""
+        """A copy on another device."""
         there = copy.copy(self)
         there.slot, there.row = self.slot.to(device), self.row.to(device)
         return there
@@ -229,7 +229,7 @@ class _Seats:
 
 
 class _Call:
-    """One pass over the rows, for all layers: the places of new keys, and the masks."""
+    """One forward pass over the rows: where each layer writes its new keys, and the masks."""
 
     def __init__(self, cache: PrefixCache, seats: _Seats, width: int, extent: int) -> None:
         self.cache, self.seats, self.width, self.extent = cache, seats, width, extent
@@ -240,7 +240,7 @@ class _Call:
         self._elsewhere: dict[torch.device, _Call] = {}
 
     def on(self, device: torch.device) -> _Call:
-        """The same for the layers on another device: a large model may occupy several."""
+        """The call on the device of some layers: a large model may occupy several devices."""
         if device == self.index.device:
             return self
         if device not in self._elsewhere:
@@ -324,7 +324,7 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Attention for transformers' interface; `shared` is an argument of the model's call.
 
-    Outside of a pass over rows it is the library's own.
+    Outside of a pass over rows it is the library's own attention.
 
     Raises:
         ValueError: attention with sinks or position biases.
@@ -370,7 +370,7 @@ def _rows_of(kv: KeyValue, rows: Tensor) -> KeyValue:
 
 
 def _stacked(parts: Sequence[KeyValue]) -> KeyValue:
-    """Concatenated along the rows, padded along the tokens."""
+    """The parts concatenated along the rows, padded along the tokens."""
     room = max(keys.shape[2] for keys, _ in parts)
     keys, values = (
         torch.cat([functional.pad(part, (0, 0, 0, room - part.shape[2])) for part in column])

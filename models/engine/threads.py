@@ -1,6 +1,6 @@
-"""The number of CPU threads, which is fixed because rounding depends on it.
+"""Fixes the number of CPU threads, because rounding depends on it.
 
-A sum that is split among threads is rounded differently. Recorded numbers are computed under
+A sum that is split among more threads is rounded differently. Recorded numbers are computed under
 `pinned`, or by a model from `load_policy` or `load_reward_model`.
 """
 
@@ -22,7 +22,7 @@ def cores() -> int:
 
 
 def use(threads: int | None) -> None:
-    """Let torch use so many threads from now on; None: `cores`."""
+    """Let torch use so many CPU threads from now on; None: as many as `cores`."""
     import torch
 
     torch.set_num_threads(threads or cores())
@@ -30,7 +30,7 @@ def use(threads: int | None) -> None:
 
 @contextmanager
 def pinned(threads: int | None = 1, *, load: bool = True) -> Iterator[None]:
-    """Within the block torch, BLAS, OpenMP and numba use so many threads; None: `cores`.
+    """Within the block torch, BLAS, OpenMP and numba use so many threads; None: as many as `cores`.
 
     Args:
         load: import the libraries of SciPy and scikit-learn first, so that the limit covers them.

@@ -1,14 +1,13 @@
-"""A scalar reward model as a judge: the answer with the higher reward wins.
+"""The judge "reward": a scalar reward model, for which the answer with the higher reward wins.
 
 A sequence-classification model with one label reads a prompt and a response in its chat template.
-Its scores are unbounded and only comparable within one model.
+Its rewards are unbounded, and comparable only among themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import Field
@@ -40,99 +39,41 @@ class RewardSettings(KindSettings):
     """How rewards are compared."""
 
     reward_tie: float = Field(default=1e-4, ge=0)
-    """Rewards nearer than this are equal."""
+    """Rewards that differ by at most this much are a tie."""
 
 
 def load_reward_model(settings: PolicySettings, *, tie: float = 1e-4) -> RewardModel:
     """The reward model that the settings name, from safetensors, without running foreign code.
 
     Raises:
-        UserError: no model there, no safetensors weights, more than one label, no trained head
-            for the label, or a tokenizer without a chat template.
+        UserError: there is no such model, it has no safetensors weights, more than one label, no
+            trained head for the label, or a tokenizer without a chat template.
     """
-    from models.training.bases import find_base  # torch
+    from transformers import AutoModelForSequenceClassification
 
-    directory = find_base(settings.model, settings.revision)
-    model, tokenizer = _load(directory, settings)
-    threads.use(settings.threads)
-    name = settings.model.rstrip("/").rsplit("/", 1)[-1]
-    chat = Chat(tokenizer, settings)
-    rows = settings.batch_rows or 64
-    return RewardModel(model, tokenizer, chat=chat, name=name, tie=tie, batch_rows=rows)
+    from models.training.bases import load_tokenizer, load_weights
 
-
-def _load(
-    directory: Path, settings: PolicySettings
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        _check_labels(config, settings.model)
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            directory,
-            config=config,
-            dtype=getattr(torch, settings.dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **_placement(settings),
-        )
-    except (OSError, ValueError, KeyError) as error:
+    tokenizer = load_tokenizer(settings.model, settings.revision)
+    model = load_weights(AutoModelForSequenceClassification, settings.model, **settings.loading)
+    if model.config.num_labels != 1:
         raise UserError(
-            f"the reward model cannot be loaded: {(str(error).splitlines() or ['?'])[0]}",
+            f"the model has {model.config.num_labels} labels",
             where=settings.model,
-            expected="a sequence-classification model that transformers knows",
-        ) from error
-    _check_head(loading["missing_keys"], settings.model)
-    if tokenizer.chat_template is None:
-        raise UserError(
-            "the tokenizer has no chat template",
-            where=settings.model,
-            expected="a reward model that reads conversations",
-        )
-    return model.eval(), tokenizer
-
-
-def _placement(settings: PolicySettings) -> dict[str, Any]:
-    import torch
-
-    from models.training.bases import nf4_config
-
-    wanted = settings.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    placed: dict[str, Any] = {"device_map": "auto" if wanted == "cuda" else {"": "cpu"}}
-    if settings.quantization == "nf4":  # of all linear layers but the head
-        placed["quantization_config"] = nf4_config(getattr(torch, settings.dtype))
-    return placed
-
-
-def _check_labels(config: Any, where: str) -> None:
-    if config.num_labels != 1:
-        raise UserError(
-            f"the model has {config.num_labels} labels",
-            where=where,
             expected="a scalar reward model: a sequence classifier with one label",
         )
-
-
-def _check_head(missing: Sequence[str], where: str) -> None:
-    """transformers fills missing weights with random ones, and only warns."""
-    if missing:
-        raise UserError(
-            f"weights are missing ({', '.join(sorted(missing)[:3])})",
-            where=where,
-            expected="a trained reward model, not a language model without the head",
-        )
+    threads.use(settings.threads)
+    return RewardModel(
+        model.eval(),
+        tokenizer,
+        chat=Chat(tokenizer, settings),
+        name=settings.model.rstrip("/").rsplit("/", 1)[-1],
+        tie=tie,
+        batch_rows=settings.batch_rows or 64,
+    )
 
 
 class RewardModel(Judge):
-    """A scalar reward model as a judge. Rewards within `tie` of each other are equal."""
+    """A scalar reward model as a judge; rewards that differ by at most `tie` are a tie."""
 
     kind = "reward"
     needs_model = True
@@ -173,8 +114,9 @@ class RewardModel(Judge):
     def score(self, rows: Sequence[Conversation], progress: Progress | None = None) -> list[Grade]:
         """The reward of each response, on an unbounded scale, or None with the reason.
 
-        A conversation that is longer than the model's context is not cut: half an answer would be
-        judged. Like conversations share a batch and one reward; `progress` counts rows.
+        A conversation that is longer than the model's context gets none: it is not cut, because the
+        model would then judge half an answer. Equal conversations get the same reward. `progress`
+        counts rows.
         """
         ids = [tuple(self.encode(prompt, response)) for prompt, response in rows]
         rewards: dict[tuple[int, ...], Grade] = {}
@@ -215,9 +157,10 @@ class RewardModel(Judge):
         return [Grade(float(reward)) for reward in logits.squeeze(-1).float()]
 
     def _pad(self, rows: Sequence[tuple[int, ...]]) -> int:
-        """The padding token: a decoder pools the last token that is another one.
+        """The padding token: a decoder's reward is read at the last token that is not padding.
 
-        Where the model names none, a token that no row has: any other could cut a row short.
+        Where the model names none, it is a token that occurs in no row: any other could end a row
+        too early.
         """
         if self._pad_given is None:
             used = {token for row in rows for token in row}

@@ -1,6 +1,6 @@
 """How an adapter is trained: its settings, the rows of each step, the curve. Imports no torch.
 
-`models/training/loop.py` trains with it; `flows.plan` reads settings and batches.
+`models/training/loop.py` trains by it; `flows.plan` reads the settings and plans batches.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from models.settings import Settings
 
 Item = TypeVar("Item")
 POOL_BATCHES = 8
-"""Rows are sorted by length within random pools of this many batches, which saves padding and still
-gives other batches in each epoch."""
+"""Rows are sorted by length within random pools of this many batches: that saves padding, and each
+epoch still has other batches."""
 
 
 class AdapterSettings(Settings):
@@ -67,6 +67,7 @@ class TrainingStep:
     """One optimiser step of the training curve."""
 
     step: int
+    """From 1."""
     loss: float
     """In nats: the step's weighted negative log-likelihood divided by the mean number of weighted
     tokens of a step; or SAMI's loss per query."""
@@ -80,8 +81,14 @@ class TrainingStep:
 def plan_batches(lengths: Sequence[int], settings: AdapterSettings, seed: int) -> list[list[int]]:
     """The rows of each optimiser step: every row `epochs` times, rows of similar length together.
 
-    Only the last step may have fewer than `batch_size` rows. With `settings.tokens` the number of
-    steps comes nearest to that budget; it is at least one.
+    Only the last step may have fewer than `batch_size` rows. With `settings.tokens` there are as
+    many steps, at least one, as come nearest to that budget.
+
+    Args:
+        lengths: tokens of each row, at least one row.
+
+    Returns:
+        Indices into `lengths`, a list for each step.
     """
     order, size = random.Random(seed), settings.batch_size
     steps: list[list[int]] = []

@@ -1,7 +1,7 @@
-"""Base models: found, fetched, identified, and loaded from safetensors, in NF4 or not.
+"""Finds, fetches, identifies and loads base models, from safetensors alone.
 
-`models/training/updates.py` says what training makes of one; `models/engine/local.py` samples from
-it.
+`models/training/updates.py` makes them trainable, `models/engine/local.py` samples from them, and
+`models/judges/reward.py` loads reward models in the same way.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Quantization = Literal["nf4", "none"]
 
-# bitsandbytes offers an optional kernel at import, peft reads a renamed attribute: neither is ours.
+# bitsandbytes advertises a kernel when imported, peft reads a renamed attribute: users need neither
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
@@ -50,21 +50,54 @@ def load_base(
         device: "auto" takes the GPUs when there are any.
         revision: commit of a hub model.
 
+    Returns:
+        The base, which has its `Identity` as `identity`, and its tokenizer.
+
     Raises:
         UserError: directory, weights, tokenizer or chat template missing, or an architecture
             that this version of transformers does not have without running foreign code.
     """
     from transformers import AutoModelForCausalLM
+
+    directory = find_base(model, revision)
+    tokenizer = load_tokenizer(model, revision)
+    how: Any = {"quantization": quantization, "dtype": dtype, "device": device}
+    base = load_weights(AutoModelForCausalLM, model, **how, revision=revision)
+    base.requires_grad_(False)
+    keep_unpacked(base)
+    name = directory.resolve().name if Path(model).expanduser().is_dir() else str(model)
+    commit = directory.name if directory.parent.name == "snapshots" else None
+    base.identity = Identity(name, base_digest(directory), quantization, commit)
+    return base, tokenizer
+
+
+def load_weights(
+    kind: Any,
+    model: str | Path,
+    *,
+    quantization: Quantization,
+    dtype: Literal["float32", "bfloat16"],
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    revision: str | None = None,
+) -> Any:
+    """A model with every weight from its safetensors files; none is made up.
+
+    Args:
+        kind: transformers' auto class, such as `AutoModelForCausalLM`.
+        others: as in `load_base`.
+
+    Raises:
+        UserError: the model cannot be loaded, or its weights do not fit its architecture.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # each stage loads the base
     directory = find_base(model, revision)
-    tokenizer = load_tokenizer(model, revision)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     compute = getattr(torch, dtype)
     with _loading(model):
-        base, loading = cast(Any, AutoModelForCausalLM).from_pretrained(
+        loaded, loading = kind.from_pretrained(
             directory,
             quantization_config=nf4_config(compute) if quantization == "nf4" else None,
             dtype=compute,
@@ -74,13 +107,8 @@ def load_base(
             output_loading_info=True,
         )
     quantised = "quantization_config" in read_object(directory / "config.json")
-    check_loading(loading, type(base).__name__, f"model {model}", quantised=quantised)
-    base.requires_grad_(False)
-    keep_unpacked(base)
-    name = directory.resolve().name if Path(model).expanduser().is_dir() else str(model)
-    commit = directory.name if directory.parent.name == "snapshots" else None
-    cast(Any, base).identity = Identity(name, base_digest(directory), quantization, commit)
-    return base, tokenizer
+    check_loading(loading, type(loaded).__name__, f"model {model}", quantised=quantised)
+    return loaded
 
 
 def nf4_config(dtype: torch.dtype) -> Any:
@@ -93,11 +121,12 @@ def nf4_config(dtype: torch.dtype) -> Any:
 
 
 def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base, with its chat template. Where it names no end of a text, it gets the
-    generation configuration's.
+    """The tokenizer of a model, with a chat template.
+
+    Where it names no end of a text, it gets the one of the generation configuration.
 
     Raises:
-        UserError: as `load_base`.
+        UserError: there is no such model, tokenizer or chat template.
     """
     from transformers import AutoTokenizer
 
@@ -128,29 +157,29 @@ def _loading(model: str | Path) -> Iterator[None]:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # each library has its own errors for a malformed file
+    except Exception as error:  # each library raises its own errors for a malformed file
         if "auto_map" in read_object(find_base(model) / "config.json"):
             raise own_code(model) from error
         raise UserError(
             f"the model cannot be loaded: {first_line(error)}",
             where=str(model),
-            expected="a causal language model of an architecture that transformers knows",
+            expected="a model of an architecture that transformers knows",
         ) from error
 
 
 def _placement(device: str) -> str | dict[str, str | int]:
-    """Where the weights go: each of several training processes has a GPU to itself."""
+    """transformers' `device_map`: each of several training processes has a GPU of its own."""
     if device != "cuda":
         return {"": "cpu"}
     return {"": int(os.environ["LOCAL_RANK"])} if "LOCAL_RANK" in os.environ else "auto"
 
 
 def find_base(model: str | Path, revision: str | None = None) -> Path:
-    """The local directory of a model; a hub name is fetched (safetensors only) when not cached.
+    """The local directory of a model; a hub's model is fetched, without pickles, if not cached.
 
     Raises:
-        UserError: no such directory or hub model, or one without configuration, safetensors
-            weights or tokenizer.
+        UserError: there is no such directory or hub model, or it lacks the configuration, the
+            safetensors weights or the tokenizer.
     """
     directory = Path(model).expanduser()
     if not directory.is_dir():
@@ -162,8 +191,8 @@ def find_base(model: str | Path, revision: str | None = None) -> Path:
 def base_digest(directory: Path) -> str:
     """sha256 (hex) of a base's configuration, tokenizer and a sample of its weights.
 
-    Of weight files above 64 MiB it reads the head and 256 blocks of 64 KiB, evenly spread: any
-    training changes all of them. It identifies a base; it does not authenticate one.
+    Of weight files above 64 MiB it reads 256 blocks of 64 KiB, evenly spread from the beginning on;
+    training changes all of them. The digest identifies a base and does not authenticate it.
     """
     digest = hashlib.sha256()
     files = [directory / "config.json", directory / "tokenizer.json"]

@@ -1,4 +1,4 @@
-"""Conversations as training examples: tokens, and which of them count in the loss.
+"""Turns conversations into training examples: tokens, and which of them count in the loss.
 
 `tasks/train.py` and `tasks/sami` make examples with it; `models/training/loop.py` trains on them.
 """
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
-    """One tokenised conversation. `trained[i]` says whether token i is predicted in the loss."""
+    """One tokenised conversation."""
 
     ids: tuple[int, ...]
     trained: tuple[bool, ...]
+    """Whether each token's prediction counts in the loss."""
     weight: float = 1.0
-    """Posterior weight of the trajectory: multiplies its log-likelihood."""
+    """The trajectory's posterior weight, which multiplies its log-likelihood."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +38,26 @@ class Group:
     """The tokens that count, at least one each, with the end of the turn or without."""
     weight: float = 1.0
     reference: tuple[tuple[float, ...], ...] = ()
-    """log p of each response's tokens under its own constitution, by the policy at the start of the
-    training; empty without a KL term."""
+    """log p of each response's tokens under its own constitution (nats), by the policy at the start
+    of the training; empty without a KL term."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of the C rows: a prompt, and every response after it."""
+        """The number of tokens in the C rows: each a prompt and all responses after it."""
         each = sum(len(response) - 1 for response in self.responses)
         return sum(map(len, self.prompts)) + len(self.prompts) * each
 
 
 class EncodingError(ValueError):
-    """A conversation that cannot be trained on; the message is the reason."""
+    """A conversation cannot be trained on; the message says why."""
 
 
 class Encoder:
-    """Tokenises conversations with a chat template and marks the tokens that are trained.
+    """Tokenises conversations by a chat template and marks the tokens that count in the loss.
 
     Args:
         tokenizer: a fast tokenizer with a chat template.
-        max_tokens: longer conversations are refused: a cut one would teach cut answers.
+        max_tokens: longer conversations are refused, because a cut one would teach cut answers.
         settings: which template is used, and its arguments.
 
     Raises:
@@ -78,22 +79,23 @@ class Encoder:
         weight: float = 1.0,
         thoughts: Mapping[int, str] | None = None,
     ) -> list[EncodedExample]:
-        """The conversation with loss on the assistant turns numbered `trained`, nothing else.
+        """The conversation with loss on some of its assistant turns, and on nothing else.
 
         The loss counts a turn's sampled tokens, thoughts included, and its end of turn, after the
-        prompt that they were sampled from.
+        prompt from which they were sampled.
 
         Args:
-            thoughts: what was sampled before the answer, by the number of the turn, "" for nothing.
-                A turn that is missing here follows the template's empty thought.
+            trained: indices of the assistant turns.
+            thoughts: what was sampled before the answer, by the index of its turn, "" for nothing.
+                A turn that is not in it follows the template's empty thought.
 
         Returns:
             One example; or one for each trained turn where a later prompt shows a turn differently
             (without its thoughts, say).
 
         Raises:
-            EncodingError: too long, a conversation that the template refuses, or a turn without
-                an end.
+            EncodingError: the conversation is too long, the template refuses it, or a turn has no
+                end.
         """
         known = thoughts or {}
         try:
@@ -115,17 +117,17 @@ class Encoder:
     def group(
         self, prompts: Sequence[Messages], responses: Sequence[str], ends: Sequence[bool]
     ) -> Group:
-        """Prompts that differ in their constitution, and a response to each.
+        """A group of prompts that differ in their constitution, with a response to each.
 
-        A response counts without its thoughts, after the template's empty one: thoughts quote the
-        constitution, and would identify it by themselves.
+        A response counts without its thoughts, after the template's empty thought: thoughts quote
+        the constitution, and would identify it by themselves.
 
         Args:
-            ends: whether the tokens that end the turn of a response count.
+            ends: whether the tokens that end each response's turn count.
 
         Raises:
-            EncodingError: a row is too long, a conversation that the template refuses, an empty
-                response where the end does not count.
+            EncodingError: a row is too long, the template refuses a conversation, or a response is
+                empty and its end does not count.
         """
         rows = [self._answered(*row) for row in zip(prompts, responses, ends, strict=True)]
         group = Group(tuple(p for p, _ in rows), tuple(r for _, r in rows))
@@ -160,8 +162,8 @@ def check_template(
 ) -> Chat:
     """Try a model's chat template on the project's own conversations; no weights are loaded.
 
-    The rendering of a conversation with a system turn and follow-ups must show every turn and end
-    the assistant's. One training example must hold the answers' words, their thoughts and ends.
+    The rendered conversation, with a system turn and follow-ups, must show every turn and end the
+    assistant's turns. A training example must contain the answers' words, thoughts and ends.
 
     Returns:
         The template, whose `end_of_turn`, `stop_tokens` and `tags` are known.
@@ -202,5 +204,5 @@ def check_template(
 
 
 def _letters(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of tokens, without white space, which templates trim."""
+    """The text of tokens without white space, which templates trim."""
     return "".join(str(tokenizer.decode(list(ids))).split())

@@ -1,8 +1,7 @@
-"""A trained policy as a directory that other programs load, and how closely it agrees.
+"""Writes a trained policy as a directory that other programs load, and checks it.
 
-`flows/commands/export.py` calls `export`. Weights are read back with plain `transformers` and
-`peft`, as a user would, and their logits compared with those of the policy that was trained and
-evaluated.
+`flows/commands/export.py` calls `export`. It reads the weights back with plain `transformers` and
+`peft`, as a user does, and compares their logits with those of the policy that was evaluated.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ import gc
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -24,14 +23,11 @@ from models.policy import Messages, PolicySettings
 from models.training.bases import find_base, keep_unpacked, load_base, nf4_config
 from models.training.updates import ADAPTER_WEIGHTS, PROVENANCE, attach_adapter
 
-if TYPE_CHECKING:
-    pass
-
 Kind = Literal["adapter", "merged", "full"]
 """A PEFT adapter; the base with the adapter added; the weights of a full fine-tuning."""
 CHECKED_PROMPTS = 8
 CHECKED_TOKENS = 128
-"""Limits of the check, which keeps all logits of a large vocabulary."""
+"""Limits of the check, which keeps the logits after every token."""
 AGREEMENT = "agreement.json"
 CARD = "README.md"
 
@@ -43,17 +39,18 @@ class ExportAgreement:
     loaded: str
     """How the export was loaded."""
     largest: float
-    """Largest absolute difference of a logit."""
+    """The largest absolute difference of a logit."""
     kl: float
-    """Mean KL(evaluated ‖ exported) over the tokens, in nats."""
+    """The mean KL(evaluated ‖ exported) over the tokens, in nats."""
     same_top: float
     """Share of the tokens, in [0, 1], after which both have the same most probable token."""
     tokens: int
+    """Number of compared tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """The directory that was written, and how closely it agrees."""
+    """The directory that was written, and how closely it agrees with the evaluated policy."""
 
     path: Path
     kind: Kind
@@ -69,7 +66,7 @@ def export(
     merge: bool,
     prompts: Sequence[Messages],
 ) -> Exported:
-    """Write a policy to `out`, read it back, and compare; all of it or nothing.
+    """Write a policy to `out`, read it back and compare it; write all of it or nothing.
 
     A merged adapter is added to the dequantised NF4 base and written in bfloat16. After a full
     fine-tuning the weights are written as they are.
@@ -83,7 +80,7 @@ def export(
         prompts: at least one; the agreement is measured on the first `CHECKED_PROMPTS`.
 
     Raises:
-        UserError: `out` holds something; a base or an adapter that cannot be loaded.
+        UserError: `out` is not empty, or the base or the adapter cannot be loaded.
     """
     check_free(out)
     unfinished = out.absolute().with_name(f"{out.absolute().name}.unfinished")
@@ -96,11 +93,12 @@ def export(
     kind: Kind = "full"
     if (adapter / ADAPTER_WEIGHTS).is_file():
         kind = "merged" if merge else "adapter"
-    _WRITE[kind](model, policy, adapter, unfinished)
+    _write(kind, model, policy, adapter, unfinished)
     found = []
-    for how, load in _ways(kind, model, policy, unfinished).items():
-        gc.collect()  # one model at a time in memory
-        found.append(_compared(how, wanted, _logits(load(), tokens)))
+    for how, loaded in _read_back(kind, model, policy, unfinished):
+        found.append(_compared(how, wanted, _logits(loaded, tokens)))
+        del loaded  # one model at a time in memory
+        gc.collect()
     (unfinished / AGREEMENT).write_text(json.dumps([asdict(a) for a in found], indent=1), "utf-8")
     if out.is_dir():
         out.rmdir()
@@ -109,7 +107,7 @@ def export(
 
 
 def check_free(out: Path) -> None:
-    """See that an export overwrites nothing.
+    """Check that an export overwrites nothing.
 
     Raises:
         UserError: `out` is a file, or a directory that is not empty.
@@ -123,67 +121,45 @@ def check_free(out: Path) -> None:
         )
 
 
-# What is written ---------------------------------------------------------------------------
-
-
-def _write_adapter(model: str, policy: PolicySettings, adapter: Path, out: Path) -> None:
-    for name in (ADAPTER_WEIGHTS, PROVENANCE):
-        shutil.copy(adapter / name, out / name)
+def _write(kind: Kind, model: str, policy: PolicySettings, adapter: Path, out: Path) -> None:
+    if kind == "full":
+        shutil.copytree(adapter, out, dirs_exist_ok=True)
+        return
+    shutil.copy(adapter / PROVENANCE, out / PROVENANCE)
+    if kind == "merged":
+        base, tokenizer = load_base(model, **policy.loading)
+        merged = attach_adapter(base, adapter, merge=True)
+        cast(Any, merged).to(torch.bfloat16).save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        return
+    shutil.copy(adapter / ADAPTER_WEIGHTS, out / ADAPTER_WEIGHTS)
     config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
-    config["base_model_name_or_path"] = policy.model
-    config["revision"] = policy.revision
+    config |= {"base_model_name_or_path": policy.model, "revision": policy.revision}
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
 
 
-def _write_merged(model: str, policy: PolicySettings, adapter: Path, out: Path) -> None:
-    base, tokenizer = load_base(model, **policy.loading)
-    merged = attach_adapter(base, adapter, merge=True)
-    cast(Any, merged).to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    shutil.copy(adapter / PROVENANCE, out / PROVENANCE)
-
-
-def _write_full(model: str, policy: PolicySettings, adapter: Path, out: Path) -> None:
-    shutil.copytree(adapter, out, dirs_exist_ok=True)
-
-
-_WRITE: dict[Kind, Callable[[str, PolicySettings, Path, Path], None]] = {
-    "adapter": _write_adapter,
-    "merged": _write_merged,
-    "full": _write_full,
-}
-
-
-# Whether it is the same policy -------------------------------------------------------------
-
-
-def _ways(
+def _read_back(
     kind: Kind, model: str, policy: PolicySettings, out: Path
-) -> dict[str, Callable[[], Any]]:
-    """Ways in which others load the export: a description and a loader of each."""
+) -> Iterator[tuple[str, Any]]:
+    """The export in every way that others load it: a description, and the loaded model."""
     if kind != "adapter":
         dtype = "bfloat16" if kind == "merged" else policy.dtype
-        held = policy.model_copy(update={"dtype": dtype})
-        return {"transformers": lambda: _load_plain(str(out), held, "none")}
-    directory = str(find_base(model, policy.revision))
-    exact = {"transformers and peft, the base as it was trained on": policy.quantization}
-    if policy.quantization == "nf4":
-        exact["transformers and peft, the base not quantised"] = "none"
-    return {
-        how: lambda q=quantization: _on_base(directory, policy, q, out)  # type: ignore[misc]
-        for how, quantization in exact.items()
-    }
-
-
-def _on_base(directory: str, policy: PolicySettings, quantization: str, out: Path) -> Any:
+        yield "transformers", _load_plain(str(out), policy.model_copy(update={"dtype": dtype}))
+        return
     from peft import PeftModel
 
-    base = _load_plain(directory, policy, quantization)
-    return PeftModel.from_pretrained(base, str(out))
+    directory = str(find_base(model, policy.revision))
+    ways = {"the base as it was trained on": policy.quantization}
+    if policy.quantization == "nf4":
+        ways["the base not quantised"] = "none"
+    for how, quantization in ways.items():
+        loaded = PeftModel.from_pretrained(_load_plain(directory, policy, quantization), str(out))
+        yield f"transformers and peft, {how}", loaded
+        del loaded
 
 
-def _load_plain(directory: str, policy: PolicySettings, quantization: str) -> Any:
-    """Load a model with transformers alone, as any user would."""
+def _load_plain(directory: str, policy: PolicySettings, quantization: str = "none") -> Any:
+    """A model as any user loads it, with transformers alone."""
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, policy.dtype)

@@ -1,7 +1,8 @@
-"""A training job: the model, the examples, and where the adapter goes.
+"""A training job: the model, the examples, and where the adapter is written.
 
-`tasks/train.py` makes it. It runs in this process, or in several that `accelerate launch` starts
-(`models/training/worker.py`). They read the job's folder, which holds JSON and Parquet only.
+`tasks/train.py` makes one and calls `run`. It runs in this process, or in several processes that
+`accelerate launch` starts (`models/training/worker.py`); they read the job from a folder of JSON
+and Parquet files.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from models.training.encoding import EncodedExample, Group
 from models.training.resumable import drop_damaged
 
 GROUP_ROWS = 1 << 10
-"""Examples in a Parquet row group: Arrow counts its tokens, a million each at most, in 32 bits."""
+"""Examples in a Parquet row group: Arrow counts its tokens, at most a million each, in 32 bits."""
 ROOT = Path(__file__).parents[2]
 STEP = "step"
 """The line that the first process prints after each optimiser step."""
@@ -33,26 +34,27 @@ STEP = "step"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A training without its examples."""
+    """A training, without its examples."""
 
     model: str
     """Directory or hub name of the base (`policy.model` may be "planted")."""
     policy: PolicySettings
     previous: Path | None
-    """The adapter that is continued; None starts at the base."""
+    """The adapter whose training continues; None: training starts at the base."""
     settings: AdapterSettings
     seed: int
     data_digest: str
+    """Identifies the training data."""
     out: Path
-    """The adapter's directory."""
+    """The directory that the adapter is written to."""
     checkpoints: Path
-    """Folder for this job's unfinished work."""
+    """The folder of this job's unfinished work."""
     kl: float = 0.0
-    """β of SAMI's objective: weight of the divergence from the policy at the start."""
+    """β of SAMI's objective: the weight of the divergence from the policy at the start."""
 
 
 Examples = Sequence[EncodedExample] | Sequence[Group]
-"""Conversations are trained by their likelihood, groups by SAMI's objective."""
+"""Conversations are trained on by their likelihood, groups by SAMI's objective."""
 
 
 def run(job: Job, examples: Examples, progress: Progress | None = None) -> list[TrainingStep]:
@@ -62,8 +64,8 @@ def run(job: Job, examples: Examples, progress: Progress | None = None) -> list[
         progress: called with 1 after each optimiser step.
 
     Raises:
-        UserError: a base that cannot be loaded; a previous adapter of another base; a training
-            that diverged; a process of several that failed.
+        UserError: the base cannot be loaded, the previous adapter belongs to another base, the
+            training diverges, or one of several processes fails.
     """
     drop_damaged(job.checkpoints)
     several = job.settings.processes > 1
@@ -75,7 +77,17 @@ def run(job: Job, examples: Examples, progress: Progress | None = None) -> list[
 def fit(
     job: Job, examples: Examples, progress: Progress | None = None, *, write: bool = True
 ) -> list[TrainingStep]:
-    """`run` in this process. With several processes, only the first has `write`."""
+    """`run` in this process alone, or as one of several processes.
+
+    Args:
+        write: write the adapter; only the first of several processes does.
+
+    Returns:
+        The training curve.
+
+    Raises:
+        UserError: as `run`.
+    """
     from models.training import bases, updates
 
     base, tokenizer = bases.load_base(job.model, **job.policy.loading)
@@ -126,7 +138,7 @@ def _run_in_processes(
 
 @contextmanager
 def _launched(settings: AdapterSettings, folder: Path, log: Any) -> Iterator[subprocess.Popen[str]]:
-    """`accelerate launch` on the job; it ends with the block, whatever happens."""
+    """Start `accelerate launch` on a job's folder; it ends with the block, whatever happens."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     command += ["--num_machines", "1", "--num_processes", str(settings.processes)]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -147,7 +159,7 @@ def _launched(settings: AdapterSettings, folder: Path, log: Any) -> Iterator[sub
 
 
 def _raise_what_failed(folder: Path, code: int) -> None:
-    """Raise the first error that a process wrote down; a killed one writes none."""
+    """Raise the first error that a process wrote; a killed process writes none."""
     log = folder / "log"
     for file in sorted(folder.glob("error-*.json"), key=lambda f: f.stat().st_mtime_ns):
         error = json.loads(file.read_text("utf-8"))
@@ -169,7 +181,7 @@ def _folder(job: Job) -> Path:
 
 
 def write_job(folder: Path, job: Job, examples: Examples) -> None:
-    """Write a job and its examples for other processes; replaces the folder."""
+    """Write a job and its examples for other processes, in place of an earlier folder."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -184,7 +196,7 @@ def write_job(folder: Path, job: Job, examples: Examples) -> None:
 
 
 def read_job(folder: Path) -> tuple[Job, Examples]:
-    """The job and its examples from a folder that `write_job` wrote."""
+    """The job and its examples in a folder that `write_job` wrote."""
     import pyarrow.parquet as pq
 
     values = json.loads((folder / "job.json").read_text("utf-8"))

@@ -1,8 +1,8 @@
-"""The training loop: `transformers.Trainer`, our objectives, micro-batches planned by tokens.
+"""The training loop: `transformers.Trainer` with our objectives and micro-batches of limited size.
 
-`models/training/job.py` calls `train` for a model that `models/training/updates.py` made; alone, or
-as one of several processes that share every optimiser step. The objective is the M-step's
-(`Likelihood`, here) or SAMI's (`models.training.sami.Information`).
+`models/training/job.py` calls `train` for a model that `models/training/updates.py` made, in one
+process or in each of several that share every optimiser step. The objective is the M-step's
+(`Likelihood`, below) or SAMI's (`models.training.sami.Information`).
 """
 
 from __future__ import annotations
@@ -37,26 +37,30 @@ Passes = list[list[Item]]
 
 
 class Objective(Protocol[Item]):
-    """What is minimised over items, in nats; `idle` is an item without effect."""
+    """What a training minimises over items, in nats."""
 
     @property
-    def idle(self) -> Item: ...
+    def idle(self) -> Item:
+        """An item without effect on the loss."""
+        ...
 
     def tokens(self, item: Item) -> int:
-        """Its number of tokens, by which batches are planned."""
+        """The item's number of tokens, by which batches are planned."""
 
     def worth(self, item: Item) -> float:
-        """Its share of the constant that divides a step's loss."""
+        """What the item adds to the constant that divides a step's loss."""
 
     def micro_batches(self, rows: Sequence[Item]) -> Passes[Item]:
-        """Items of rising length in groups that fit the memory."""
+        """Items, given by rising length, in groups that fit into the memory."""
 
     def collate(self, rows: Sequence[Item]) -> dict[str, Any]:
         """A micro-batch as tensors."""
 
     def parts(self, model: Any, batch: dict[str, Any]) -> list[Callable[[], torch.Tensor]]:
-        """Functions that compute scalars, whose sum is the micro-batch's loss: one at a time is in
-        memory. Processes may have different numbers of them and add gradients at the last."""
+        """Functions that compute scalars, one at a time, whose sum is the micro-batch's loss.
+
+        Processes may have different numbers of them; they add up their gradients at the last one.
+        """
 
 
 def train(
@@ -69,18 +73,18 @@ def train(
     checkpoints: Path,
     progress: Progress | None = None,
 ) -> list[TrainingStep]:
-    """Fit what is trainable in the model to the examples, in place; returns the training curve.
+    """Fit the model's trainable weights to the examples, in place; returns the training curve.
 
     Each step follows the gradient of the objective over its rows, divided by one constant (the mean
-    worth of a step), so that a row has the same weight in every batch. The result depends on the
-    arguments and the machine's arithmetic alone. Where several processes call it (`WORLD_SIZE`),
-    they share the rows of each step; the result differs from one process's by rounding only.
+    worth of a step), so that a row has the same weight in every batch. The result depends only on
+    the arguments and the machine's arithmetic. Several processes (`WORLD_SIZE`) share the rows of
+    each step; their result differs from that of one process by rounding only.
 
     Args:
         model: from `updates.trainable`.
         examples: at least one.
-        checkpoints: a directory of this call's own, in which a killed training resumes at its last
-            checkpoint. Removed at the end.
+        checkpoints: a directory of this training alone; one that was killed resumes at the last
+            checkpoint there. Removed at the end.
         progress: called with 1 after each optimiser step (`len(plan_batches(…))` in all).
 
     Raises:
@@ -108,10 +112,10 @@ def train(
 
 
 def share(rows: Sequence[Item], processes: int, objective: Objective[Item]) -> list[Passes[Item]]:
-    """One optimiser step's rows divided among the processes, each share in micro-batches.
+    """The micro-batches of each process in one optimiser step over these rows.
 
     Every process gets rows of every length, and the same number of micro-batches: idle items fill
-    the gaps.
+    up the shorter shares.
     """
     ordered = sorted(rows, key=objective.tokens)
     shares = [objective.micro_batches(ordered[r::processes]) for r in range(processes)]
@@ -124,10 +128,10 @@ def share(rows: Sequence[Item], processes: int, objective: Objective[Item]) -> l
 
 @dataclass(frozen=True)
 class Likelihood:
-    """−log p_θ of the trained tokens, weighted: see `weighted_loss`."""
+    """The M-step's objective: −log p_θ of the trained tokens, weighted; see `weighted_loss`."""
 
     budget: int
-    """Tokens of a micro-batch, padding included; a longer row has one to itself."""
+    """Most tokens of a micro-batch, padding included; a longer row has one of its own."""
 
     idle = EncodedExample((0, 0), (False, True), 0.0)
 
@@ -140,7 +144,7 @@ class Likelihood:
         return item.weight * sum(item.trained)
 
     def micro_batches(self, rows: Sequence[EncodedExample]) -> Passes[EncodedExample]:
-        """Rows of rising length in groups whose padded size keeps to the budget."""
+        """See `Objective`; the padded size of each group is within the budget."""
         passes: Passes[EncodedExample] = []
         for row in rows:
             if passes and (len(passes[-1]) + 1) * len(row.ids) <= self.budget:
@@ -159,10 +163,10 @@ class Likelihood:
 
 
 def weighted_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Σ_i weight_i · -log p_θ(trained tokens of i | the tokens before them), in nats (a scalar).
+    """Σ_i weight_i · −log p_θ(trained tokens of i | the tokens before them), in nats (a scalar).
 
-    Its gradient is the M-step's: the posterior expectation of -∇ log p_θ(y2, z | x, y1) when
-    the weights are the posterior's (STaPLe, section 3).
+    Where the weights are those of the posterior, its gradient is the M-step's: the posterior
+    expectation of −∇ log p_θ(y2, z | x, y1) (STaPLe, section 3).
 
     Args:
         model: a causal language model, also in its wrapper for several processes.
@@ -171,7 +175,7 @@ def weighted_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor
     """
     ids, trained, weight = batch["input_ids"], batch["trained"], batch["weight"]
     row, position = trained[:, 1:].nonzero(as_tuple=True)
-    # A causal model does not see padding on its right: no attention mask, the faster kernel.
+    # No attention mask, for the faster kernel: causal attention ignores padding on the right.
     with output_only(model, row, position):
         logits = model(input_ids=ids, use_cache=False).logits[0]
     losses = functional.cross_entropy(
@@ -183,7 +187,7 @@ def weighted_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor
 
 
 def collate(examples: Sequence[EncodedExample]) -> dict[str, torch.Tensor]:
-    """Pad on the right to the longest: see `weighted_loss` for the shapes."""
+    """The batch of `weighted_loss`, padded on the right to the longest example."""
     length = max(len(e.ids) for e in examples)
     ids = torch.zeros(len(examples), length, dtype=torch.long)
     trained = torch.zeros(len(examples), length, dtype=torch.bool)

@@ -1,6 +1,7 @@
-"""A training's checkpoints: the newest is kept, with digests that show damage.
+"""Keeps a training's newest checkpoint, with digests that show damage.
 
-`models/training/loop.py` keeps and resumes them; `models/training/job.py` drops damaged ones first.
+`models/training/loop.py` keeps and resumes checkpoints; `models/training/job.py` first drops
+damaged ones.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from models.files import Damaged, file_sha256, read_sealed, remove, write_sealed
 from models.notices import say
 
 SEAL = "sealed.json"
-"""Written last, with the digest of every file: a checkpoint without one is not finished."""
+"""The file that is written last, with all files' digests: without it a checkpoint is unfinished."""
 
 
 def keep(checkpoint: Path) -> None:
-    """Seal a checkpoint that was just written, and only then remove those before it."""
+    """Seal a checkpoint that has just been written, and then remove the earlier ones."""
     write_sealed(checkpoint / SEAL, _digests(checkpoint))
     for other in checkpoint.parent.glob("checkpoint-*"):
         if other != checkpoint:
@@ -23,13 +24,13 @@ def keep(checkpoint: Path) -> None:
 
 
 def newest(checkpoints: Path) -> Path | None:
-    """The newest finished checkpoint."""
+    """The newest finished checkpoint; None where there is none."""
     done = [seal.parent for seal in checkpoints.glob(f"checkpoint-*/{SEAL}")]
     return max(done, key=lambda folder: int(folder.name.split("-")[1])) if done else None
 
 
 def drop_damaged(checkpoints: Path) -> None:
-    """Remove damaged checkpoints, and say from where the training resumes."""
+    """Remove damaged checkpoints, and say where the training resumes."""
     while found := newest(checkpoints):
         try:
             if read_sealed(found / SEAL) == _digests(found):

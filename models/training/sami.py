@@ -1,8 +1,8 @@
 """SAMI's objective: the mutual information between constitutions and the policy's own responses.
 
 `models/training/loop.py` trains on it; `tasks/sami` samples the groups and estimates the
-information. A group is one query x under C constitutions, with a response to each; the policy
-learns which response belongs to which constitution (arXiv 2404.14313, section 3).
+information. A group is one query x under C constitutions, with a response to each of them; the
+policy learns which response belongs to which constitution (arXiv 2404.14313, section 3).
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def sami_loss(logprobs: Tensor) -> Tensor:
     """Symmetric InfoNCE: the mean of two cross-entropies against the diagonal, in nats (a scalar).
 
     A row compares the responses under one constitution, a column the constitutions of one response.
-    log C − loss is a lower bound of I(Y; C | X), at most log C; without information it is log C.
+    log C − loss is a lower bound of I(Y; C | X), and at most log C. A policy that ignores its
+    constitutions has the loss log C (arXiv 2404.14313, section 3).
 
     Args:
         logprobs: (constitutions, responses), square: the mean log-probability per token of
@@ -49,11 +50,14 @@ def sami_loss(logprobs: Tensor) -> Tensor:
 
 
 def divergence(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Divergence of the policy from the reference per token (a scalar ≥ 0; 0 where both are equal).
+    """Divergence of the policy from the reference per token: a scalar ≥ 0, and 0 where both agree.
 
-    The mean of exp(r) − 1 − r with r = log π_ref − log π_θ, as GRPO has it: an unbiased estimate of
-    KL(π_θ ‖ π_ref) where π_θ sampled the tokens. Here π_ref, the policy at the start, sampled them:
-    the estimate is right to second order, and steeper for tokens that become improbable.
+    It is the mean of exp(r) − 1 − r with r = log π_ref − log π_θ, as in GRPO: an unbiased estimate
+    of KL(π_θ ‖ π_ref) where π_θ sampled the tokens. Here π_ref, the policy at the start, sampled
+    them: the estimate is right to second order, and steeper for tokens that become improbable.
+
+    Args:
+        logprobs, reference: (tokens,): log p of each token by the policy and by the reference.
     """
     ratio = reference - logprobs
     return (ratio.exp() - 1 - ratio).mean()
@@ -64,7 +68,7 @@ def divergence(logprobs: Tensor, reference: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """The prompts of a group, each followed by every response; responses do not see each other.
+    """The prompts of a group, each followed by all responses, which do not see one another.
 
     A row of P prompt tokens and C responses of R tokens takes P + C·R positions, where C whole rows
     would take C·(P + R): the prompt is computed once. `ids` and `positions` are (rows, length),
@@ -86,24 +90,18 @@ class Rows:
     def seen(self) -> Tensor:
         """(rows, length, length): a token sees its prompt, and its response up to itself."""
         mine, other = self.segment[:, :, None], self.segment[:, None, :]
-        return self._before & ((other == 0) | (other == mine)) | self._itself
+        length, device = self.ids.shape[1], self.ids.device
+        before = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        itself = torch.eye(length, dtype=torch.bool, device=device)
+        return before & ((other == 0) | (other == mine)) | itself
 
     def within(self, window: int) -> Tensor:
-        """`seen`, of the last `window` positions."""
+        """`seen`, limited to the last `window` positions."""
         distance = self.positions[:, :, None] - self.positions[:, None, :]
         return self.seen & (distance < window)
 
-    @property
-    def _before(self) -> Tensor:
-        length = self.ids.shape[1]
-        return torch.ones(length, length, dtype=torch.bool, device=self.ids.device).tril()
-
-    @property
-    def _itself(self) -> Tensor:
-        return torch.eye(self.ids.shape[1], dtype=torch.bool, device=self.ids.device)
-
     def to(self, device: torch.device) -> Rows:
-        """The same on a device."""
+        """A copy on another device."""
         there = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
@@ -112,7 +110,7 @@ class Rows:
 
 
 def rows_of(group: Group, members: Sequence[int]) -> Rows:
-    """The rows of some of a group's constitutions."""
+    """The rows of the group's constitutions with these indices."""
     tails = [response[:-1] for response in group.responses]  # a last token predicts nothing
     starts = [0, *accumulate(map(len, tails))]
     longest = max(len(group.prompts[i]) for i in members) + starts[-1]
@@ -147,7 +145,10 @@ def rows_of(group: Group, members: Sequence[int]) -> Rows:
 def token_logprobs(model: Any, rows: Rows) -> list[list[Tensor]]:
     """log p of each response's tokens under each row's constitution: [row][response] (tokens,).
 
-    The output layer sees the predicting positions only.
+    The output layer computes the predicting positions only.
+
+    Raises:
+        UserError: the model has layers whose attention is neither full nor sliding.
     """
     with output_only(model, rows.row, rows.place):
         logits = model(
@@ -189,23 +190,23 @@ def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Information:
-    """`models.training.loop.Objective` over groups: the mean over queries of `sami_loss` + KL.
+    """`models.training.loop.Objective` over groups: the mean over queries of `sami_loss` + β · KL.
 
-    Memory holds the rows that fit `budget` tokens (one row at least), however many constitutions
+    Memory holds as many rows as fit `budget` tokens (at least one), however many constitutions
     there are. The loss couples all rows: where they do not fit together, the matrix is computed
-    first without gradients, and its gradient is then applied row by row. That costs one more
-    forward pass, and is exact.
+    first, without gradients, and its gradient is then applied to some rows at a time. That costs
+    one more forward pass and is exact.
     """
 
     budget: int
-    """Tokens of rows in memory at once, padding included."""
+    """Most tokens of rows in memory at once, padding included."""
     kl: float = 0.0
     """β: weight of the divergence from the policy at the start of the training."""
 
     idle = Group(((0,),), ((0,),), weight=0.0)
 
     def tokens(self, item: Group) -> int:
-        """Tokens that a group's rows take."""
+        """The number of tokens in a group's rows."""
         return item.tokens
 
     def worth(self, item: Group) -> float:
@@ -222,12 +223,12 @@ class Information:
         return {"group": group}
 
     def parts(self, model: Any, batch: dict[str, Any]) -> list[Callable[[], Tensor]]:
-        """Scalars whose gradients sum to that of the group's loss, as their values do."""
+        """Functions of scalars that sum to the group's loss, as their gradients sum to its own."""
         return _Matrix(model, batch["group"], self).parts()
 
 
 class _Matrix:
-    """A group's C × C matrix, computed whole or row by row."""
+    """The loss of a group's C × C matrix, computed as a whole or some rows at a time."""
 
     def __init__(self, model: Any, group: Group, objective: Information) -> None:
         self.model, self.group, self.objective = model, group, objective
@@ -245,7 +246,7 @@ class _Matrix:
         return self._weighted(sami_loss(_means(rows)) + self._divergence(members, rows))
 
     def _share(self, members: Sequence[int]) -> Tensor:
-        """A scalar with the gradient of some rows, and their share of the loss as its value."""
+        """A scalar: its gradient is that of some rows, its value their share of the loss."""
         loss, slope = self._ahead
         rows = self._rows(members)
         mine = (_means(rows) * slope[list(members)]).sum()
@@ -254,7 +255,7 @@ class _Matrix:
 
     @cached_property
     def _ahead(self) -> tuple[Tensor, Tensor]:
-        """The loss, and its derivative by each entry of the matrix."""
+        """The loss, and its derivative with respect to each entry of the matrix."""
         matrix = matrix_of(self.model, self.group, self.objective.budget).requires_grad_()
         loss = sami_loss(matrix)
         (slope,) = torch.autograd.grad(loss, matrix)
@@ -264,7 +265,7 @@ class _Matrix:
         return token_logprobs(self.model, rows_of(self.group, members).to(bare(self.model).device))
 
     def _divergence(self, members: Sequence[int], rows: Sequence[Sequence[Tensor]]) -> Tensor:
-        """β times the mean over constitutions of each own response's divergence."""
+        """These rows' part of β times the mean divergence of each constitution's own response."""
         if not self.objective.kl or not self.group.weight:
             return torch.zeros((), device=rows[0][0].device)
         each = [
@@ -279,32 +280,35 @@ class _Matrix:
 
 @torch.no_grad()
 def matrix_of(model: Any, group: Group, budget: int, *, mean: bool = True) -> Tensor:
-    """The log-probability of every response under every constitution, without gradients.
+    """log p of every response under every constitution, without gradients: (C, C), in nats.
 
     Args:
-        mean: per token; else of the whole response.
+        budget: most tokens of rows in memory at once, padding included.
+        mean: per token; otherwise of the whole response.
     """
-    found = []
-    for members in _chunks(group, budget):
-        rows = token_logprobs(model, rows_of(group, members).to(model.device))
-        found.append(_means(rows) if mean else torch.stack([_sums(row) for row in rows]))
-    return torch.cat(found)
-
-
-def referred(model: Any, groups: Sequence[Group], budget: int) -> list[Group]:
-    """The groups with the model's own log-probabilities, the reference of the KL term."""
-    return [replace(group, reference=tuple(_diagonal(model, group, budget))) for group in groups]
+    rows = _all_rows(model, group, budget)
+    return _means(rows) if mean else torch.stack([torch.stack([p.sum() for p in r]) for r in rows])
 
 
 @torch.no_grad()
-def _diagonal(model: Any, group: Group, budget: int) -> Iterator[tuple[float, ...]]:
-    for members in _chunks(group, budget):
-        rows = token_logprobs(model, rows_of(group, members).to(model.device))
-        yield from (tuple(rows[row][i].tolist()) for row, i in enumerate(members))
+def referred(model: Any, groups: Sequence[Group], budget: int) -> list[Group]:
+    """The groups with the model's own log-probabilities as the reference of the KL term."""
+    found = []
+    for group in groups:
+        own = enumerate(_all_rows(model, group, budget))
+        found.append(replace(group, reference=tuple(tuple(r[i].tolist()) for i, r in own)))
+    return found
+
+
+def _all_rows(model: Any, group: Group, budget: int) -> list[list[Tensor]]:
+    """`token_logprobs` of all constitutions, computed in chunks."""
+    chunks = _chunks(group, budget)
+    parts = [token_logprobs(model, rows_of(group, m).to(model.device)) for m in chunks]
+    return [row for part in parts for row in part]
 
 
 def information(matrix: Tensor) -> float:
-    """The estimate of I(Y; C | X) of one query, in nats: log C − loss; may be below 0."""
+    """The estimate of I(Y; C | X) from one query's matrix: log C − loss, in nats; may be < 0."""
     return math.log(len(matrix)) - sami_loss(matrix).item()
 
 
@@ -312,12 +316,8 @@ def _means(rows: Sequence[Sequence[Tensor]]) -> Tensor:
     return torch.stack([torch.stack([part.mean() for part in row]) for row in rows])
 
 
-def _sums(row: Sequence[Tensor]) -> Tensor:
-    return torch.stack([part.sum() for part in row])
-
-
 def _chunks(group: Group, budget: int) -> Iterator[list[int]]:
-    """Constitutions whose rows, padded, keep to the budget; one at least."""
+    """Indices of constitutions whose padded rows fit the budget together; at least one each."""
     after = sum(len(response) - 1 for response in group.responses)
     chunk: list[int] = []
     for i in range(len(group.prompts)):

@@ -1,8 +1,8 @@
-"""What training makes of a base: a LoRA adapter, or new weights.
+"""What training adds to a base: a LoRA adapter, or new values of all weights.
 
-`models/training/loop.py` trains it; `models/engine/local.py` attaches it to the same base.
-A record beside it names the base that it was trained on, and any other base is refused. Where all
-weights are trained (`update: full`), "the adapter" is a complete model directory, whose weights
+`models/training/loop.py` trains it; `models/engine/local.py` attaches it to the same base. A record
+beside it (provenance.json) names the base on which it was trained; any other base is refused. Where
+all weights are trained (`update: full`), "the adapter" is a whole model directory, whose weights
 replace those of the base.
 """
 
@@ -33,7 +33,10 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 def trainable(
     base: PreTrainedModel, settings: AdapterSettings, seed: int, previous: Path | None
 ) -> PeftModel | PreTrainedModel:
-    """The base with what `settings.update` trains: new, or continued from the previous iteration.
+    """The model that is trained: a new update of the base, or the previous iteration's.
+
+    Args:
+        previous: the adapter of the previous iteration; None: training starts at the base.
 
     Raises:
         UserError: the previous iteration trained another base, or in another way.
@@ -53,7 +56,7 @@ def trainable(
 
 
 def _check_shape(adapter: Path, settings: AdapterSettings) -> None:
-    """See that a continued adapter keeps its rank, alpha and dropout; `UserErrors` where not."""
+    """Raise `UserErrors` where the settings change a continued adapter's rank, alpha or dropout."""
     recorded = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
     names = {"r": "lora_rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
     differing = [
@@ -71,9 +74,9 @@ def _check_shape(adapter: Path, settings: AdapterSettings) -> None:
 
 
 def new_adapter(base: PreTrainedModel, settings: AdapterSettings, seed: int) -> PeftModel:
-    """A fresh trainable LoRA adapter on every linear layer but the output layer, in float32.
+    """The base with a new LoRA adapter, in float32, on every linear layer but the output layer.
 
-    It starts as the identity: the policy with it equals the policy without.
+    Before the first step the adapter changes nothing: its B matrices are zero.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -91,31 +94,32 @@ def new_adapter(base: PreTrainedModel, settings: AdapterSettings, seed: int) -> 
 
 
 def continue_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel | PreTrainedModel:
-    """`base` (from `load_base`) with what the previous iteration trained, to be trained further.
+    """`base` (from `load_base`) with the previous iteration's update, which is trained further.
 
     Raises:
-        UserError: no adapter there, or one of another base or quantisation.
+        UserError: there is no adapter, or it belongs to another base or quantisation.
     """
     from peft import PeftModel
 
     if _check_provenance(adapter, _identity(base))["kind"] == "full":
         return _all_weights(_with_weights(base, adapter))
     model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
-    # the base's path on this machine: else peft asks the hub for its configuration
+    # the base's path on this machine: otherwise peft asks the hub for its configuration
     model.active_peft_config.base_model_name_or_path = base.name_or_path
     return _in_float32(model)
 
 
 def attach_adapter(base: PreTrainedModel, adapter: Path, *, merge: bool = False) -> PreTrainedModel:
-    """The policy of an adapter, for sampling: `base` (from `load_base`) with its update.
+    """`base` (from `load_base`) with a trained update, for sampling.
 
     Args:
-        adapter: what `save_adapter` wrote; where that is all weights, they replace the base's.
-        merge: add the update to the weights. An NF4 base is dequantised first: rounding merged
-            weights to NF4 again would change them.
+        adapter: a directory that `save_adapter` wrote; where it holds all weights, they replace
+            those of the base.
+        merge: add the update to the weights. An NF4 base is dequantised first, because rounding the
+            sums to NF4 again would change them.
 
     Raises:
-        UserError: no adapter there, or one of another base or quantisation.
+        UserError: there is no adapter, or it belongs to another base or quantisation.
     """
     from peft import PeftModel
 
@@ -133,7 +137,7 @@ def attach_adapter(base: PreTrainedModel, adapter: Path, *, merge: bool = False)
 
 
 def _no_base(changed: Any) -> PreTrainedModel:
-    """A model whose weights are no longer the base's: no adapter can be attached to it."""
+    """The model without the base's identity: its weights have changed, so no adapter fits it."""
     if hasattr(changed, "identity"):
         del changed.identity
     return cast("PreTrainedModel", changed)
@@ -146,14 +150,14 @@ def save_adapter(
     data_digest: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Write what was trained and its provenance; all of it or nothing.
+    """Write a trained update and its provenance, all of it or nothing.
 
     Args:
         model: an adapter is written as PEFT safetensors; without one, all weights are written in
             the base's type.
         directory: replaced where it exists.
         data_digest: identifies the training data.
-        tokenizer: completes a directory of all weights.
+        tokenizer: written beside all weights, to complete the model directory.
     """
     from peft import PeftModel
 
@@ -178,18 +182,22 @@ def _write_adapter(model: PeftModel, directory: Path, identity: Identity) -> Non
     config.base_model_name_or_path = identity.base
     config.target_modules = sorted(config.target_modules or ())  # a set has no order
     model.save_pretrained(str(directory), save_embedding_layers=False)
-    (directory / "README.md").unlink(missing_ok=True)  # peft's template, with this machine's paths
+    (directory / "README.md").unlink(missing_ok=True)  # peft's, with this machine's paths
 
 
 def _all_weights(base: PreTrainedModel) -> PreTrainedModel:
-    """Every weight trainable, in float32 meanwhile: rounding must not lose small updates."""
+    """The base with every weight trainable, in float32, so that rounding loses no small update."""
     cast(Any, base).held_as = base.dtype
     base.requires_grad_(True)
     return cast("PreTrainedModel", base.float())
 
 
 def _with_weights(base: PreTrainedModel, directory: Path) -> PreTrainedModel:
-    """The base with all of its weights replaced, in place, by those of a model directory."""
+    """The base with all of its weights replaced, in place, by those of a model directory.
+
+    Raises:
+        UserError: weights are missing, or do not fit the base.
+    """
     from safetensors.torch import load_file
 
     own = base.state_dict(keep_vars=True)
@@ -211,7 +219,7 @@ def _identity(base: Any) -> Identity:
 
 
 def _in_float32(model: PeftModel) -> PeftModel:
-    """An adapter in float32, whatever the base's type: rounding must not lose small updates."""
+    """The adapter in float32, whatever the base's type, so that rounding loses no small update."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -219,7 +227,7 @@ def _in_float32(model: PeftModel) -> PeftModel:
 
 
 def _check_provenance(adapter: Path, identity: Identity) -> dict[str, str]:
-    """The record beside an adapter; it must name this base."""
+    """The record beside an adapter; raises UserError where it names another base."""
     record = _provenance(adapter)
     for name, meaning in (("base_digest", "base model"), ("quantization", "quantisation")):
         if record.get(name) != getattr(identity, name):

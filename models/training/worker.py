@@ -1,7 +1,7 @@
 """One of several training processes: `accelerate launch … -m models.training.worker FOLDER PARENT`.
 
 `models/training/job.py` starts it. The first process prints a line after each step, and writes the
-adapter and the curve. An error goes into the job's folder, from where a user gets it.
+adapter and the curve. An error is written into the job's folder, where `job.py` reads it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from constitutions.errors import UserError
 
 
 def main() -> None:
-    """Take part in the training of a job's folder."""
+    """Take part in the training that a job's folder describes."""
     folder, parent = Path(sys.argv[1]), int(sys.argv[2])
     rank = int(os.environ.get("RANK", "0"))
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -46,13 +46,13 @@ def _take_part(folder: Path, *, first: bool) -> None:
 
 
 def _leave(folder: Path, rank: int, **error: str) -> None:
-    """Write the error down and end; torchrun then ends the processes that wait for this one."""
+    """Write the error and end; torchrun then ends the processes that wait for this one."""
     (folder / f"error-{rank}.json").write_text(json.dumps(error), "utf-8")
     os._exit(1)
 
 
 def _end_with(parent: int) -> None:
-    """End with the parent: its training must not run beside the one that resumes it."""
+    """End when the parent has ended: a training must not run beside one that resumes it."""
     while True:
         time.sleep(0.5)
         try:

@@ -168,9 +168,9 @@ def configure(directory: Path, **changes: Any) -> Path:
     [
         ("safetensors", "lacks safetensors weights"),
         ("labels", "the model has 3 labels"),
-        ("head", r"weights are missing \(score\.weight\)"),
+        ("head", r"they lack 1 tensors \(score\.weight\)"),
         ("template", "no chat template"),
-        ("foreign", "cannot be loaded"),
+        ("foreign", "asks to run its own code"),
     ],
 )
 def test_what_is_no_reward_model_is_refused(tmp_path: Path, how: str, reason: str) -> None:
