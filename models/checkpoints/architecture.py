@@ -1,7 +1,7 @@
-"""A model's configuration and tensors, compared with the architecture that transformers has.
+"""Compares a model's configuration and tensors with its architecture in transformers.
 
 `models.checkpoints.check` compares the headers of a checkpoint before anything is computed,
-`models.training.bases` the weights that were loaded. Nothing here needs memory for weights.
+`models.training.bases` the weights that it has loaded. No function here needs memory for weights.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 Use = Literal["trained", "sampled", "reward"]
-"""The use of a model: trained and sampled from, only sampled from, or a reward model."""
+"""What a model is for: training and sampling, sampling only, or judging by its reward."""
 
 HARMLESS = re.compile(
     r"inv_freq$|masked_bias$|\.attn(\.attention)?\.bias$|attention\.bias$|position_ids$"
     r"|_extra_state$|(^|\.)(mtp|nextn|vision\w*|visual|audio\w*|multi_modal\w*|mm_\w+|embed_vision)\."
 )
-"""Tensors of checkpoints that no causal language model uses: buffers that are computed when it is
-loaded, heads that predict further tokens, towers for images and sound."""
+"""Tensors in checkpoints that no causal language model uses: buffers that are computed when it is
+loaded, heads that predict further tokens, parts for images and sound."""
 OTHER_TASK = re.compile(r"For(?!CausalLM|ConditionalGeneration)[A-Z]\w+$")
-"""Names of architectures that do not continue a text."""
+"""The end of an architecture's name that shows that it does not continue texts."""
 LARGEST_BUFFERS = 1 << 30
-"""Most bytes of tables that an architecture computes (positions, masks)."""
+"""Most bytes of the tables that an architecture computes (positions, masks)."""
 NAMED = 4
 """Most names that a message lists."""
 
 
 def read_config(directory: Path, settings: PolicySettings, use: Use) -> PreTrainedConfig:
-    """The configuration of a model.
+    """The configuration in a model directory.
 
     Raises:
-        UserError: transformers has no such architecture for this use, or the file names other
-            weights, or holds no configuration.
+        UserError: the file holds no configuration or names other weights, transformers has no such
+            architecture for this use, or the weights are quantised in another way than NF4.
     """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -60,7 +60,7 @@ def read_config(directory: Path, settings: PolicySettings, use: Use) -> PreTrain
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         known = type(config) in mapping
-    except Exception as error:  # each architecture has its own errors
+    except Exception as error:  # each architecture raises its own errors
         if "auto_map" in entries:
             raise own_code(directory) from None
         raise UserError(
@@ -88,7 +88,7 @@ def read_config(directory: Path, settings: PolicySettings, use: Use) -> PreTrain
 
 
 def own_code(model: str | Path) -> UserError:
-    """The error for a model that asks to run its own code."""
+    """The error for a model that needs to run its own code."""
     return UserError(
         "the model asks to run its own code (auto_map in config.json), which is refused",
         where=str(model),
@@ -110,15 +110,15 @@ def no_chat_template(where: str) -> UserError:
 def compare(config: PreTrainedConfig, held: Mapping[str, Tensor], use: Use) -> tuple[str, int, int]:
     """Compare the tensors of a checkpoint with the architecture of its configuration.
 
-    `from_pretrained` itself loads them, on a device without memory, and so applies its renaming,
-    fusing and tying of weights.
+    `from_pretrained` itself loads them, on a device without memory, so that it renames, fuses and
+    ties weights as it does when the model is used.
 
     Returns:
         The architecture's name, its number of parameters and of rows in its embedding.
 
     Raises:
-        UserError: tensors are missing, unexpected or of another shape; or the configuration
-            describes no model.
+        UserError: tensors are missing, unexpected or of another shape, or the configuration
+            describes no model that can be built.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -151,7 +151,7 @@ def compare(config: PreTrainedConfig, held: Mapping[str, Tensor], use: Use) -> t
             f"needs a package that is not installed: {' '.join(str(error).split())[:300]}",
             where=where,
         ) from None
-    except Exception as error:  # each architecture has its own errors for sizes that do not fit
+    except Exception as error:  # each architecture raises its own errors for sizes that do not fit
         raise UserError(
             f"config.json describes no model that can be built: {first_line(error)}", where=where
         ) from None
@@ -171,11 +171,12 @@ def compare(config: PreTrainedConfig, held: Mapping[str, Tensor], use: Use) -> t
 def check_loading(
     loading: Mapping[str, Any], name: str, where: str, *, quantised: bool = False
 ) -> None:
-    """See that every tensor of a model came from its checkpoint, and that none was left over.
+    """Check that a checkpoint gave every tensor of a model, and that none was left over.
 
     Args:
-        loading: from `from_pretrained` with `output_loading_info`.
-        name: of the architecture.
+        loading: the report of `from_pretrained` with `output_loading_info`.
+        name: the architecture's name.
+        where: the model's name in an error.
         quantised: the checkpoint holds weights in pieces; a weight without any piece is missing.
 
     Raises:
@@ -184,7 +185,7 @@ def check_loading(
     missing = set(loading["missing_keys"])
     unexpected = {key for key in loading["unexpected_keys"] if not HARMLESS.search(key)}
     wrong = {key: (there, here) for key, there, here in loading["mismatched_keys"]}
-    if quantised:  # in pieces: codes, scales and zero points stand for a weight
+    if quantised:  # several tensors, such as codes and scales, stand for one weight
         pieces = {key.rpartition(".")[0] for key in unexpected}
         pieces |= {re.sub("_(blocks|scales)$", "", key) for key in unexpected}
         missing = {k for k in missing if k not in pieces and k.rpartition(".")[0] not in pieces}
@@ -207,9 +208,8 @@ def check_loading(
         raise UserError(
             f"the weights do not fit {name}: they {' and '.join(faults)}",
             where=where,
-            expected="every tensor of the architecture that config.json describes, and no other: "
-            "none is made up",
-            fix="fetch the model again, or mend config.json",
+            expected="exactly the tensors of the architecture that config.json describes",
+            fix="fetch the model again, or correct config.json",
         )
 
 
@@ -225,7 +225,7 @@ def _size(shape: Any) -> str:
 
 
 def _quantised(config: PreTrainedConfig) -> str:
-    """How a checkpoint's weights are quantised; "" where they are not."""
+    """The name of a checkpoint's quantisation; "" where its weights are not quantised."""
     entries = getattr(config, "quantization_config", None) or {}
     found = entries.get("quant_method") if isinstance(entries, dict) else entries.quant_method
     return str(getattr(found, "value", found) or "in a way of its own") if entries else ""

@@ -1,7 +1,7 @@
-"""A child process with limits of processor time and memory, for foreign files.
+"""Reads foreign files in a child process with limits of processor time and memory.
 
 `ask` starts `python -m MODULE`, whose `main` calls `serve`. A template that loops, a tokenizer that
-fills the memory or a file that crashes a parser ends the child; `ask` returns the reason.
+fills the memory or a file that crashes a parser ends only the child; `ask` returns the reason.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 DATA_BYTES = 1600 << 20
-"""Most data memory of a child: with its libraries' code it stays below 2 GB."""
+"""Most data memory of a child, which with its libraries' code stays below 2 GB."""
 WALL_SECONDS = 600
-"""Longest run of a child, on a machine that is busy with other work."""
+"""Most seconds that a child may run: processor time is the limit on a machine that is not busy."""
 
 Step = Callable[[str, int], None]
-"""(what is done next, how many seconds of processor time it may take)"""
+"""Called with (what is done next, how many seconds of processor time it may take)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,13 @@ class Ended:
 
 
 def ask(module: str, request: Any, *, data_bytes: int = DATA_BYTES) -> Ended:
-    """A child's answer to a request (JSON); the child sees no GPU and asks no hub."""
+    """A child's answer to a request; the child uses no GPU and no hub.
+
+    Args:
+        module: its `main` calls `serve`.
+        request: a JSON value.
+        data_bytes: most data memory of the child.
+    """
     kept = {
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
@@ -68,7 +74,7 @@ def ask(module: str, request: Any, *, data_bytes: int = DATA_BYTES) -> Ended:
 
 
 def _read(output: bytes | None) -> tuple[str, int, dict[str, Any]]:
-    """The last step that a child began, its seconds, and the child's last line."""
+    """The last step that a child began, its limit in seconds, and the child's last line."""
     lines = [
         json.loads(line) for line in (output or b"").splitlines(keepends=True) if line[-1:] == b"\n"
     ]
@@ -79,10 +85,10 @@ def _read(output: bytes | None) -> tuple[str, int, dict[str, Any]]:
 
 
 def serve(work: Callable[[Any, Step], Any]) -> None:
-    """Answer one request from standard input, in the child, within the limits.
+    """In the child: answer the request on standard input, within the limits, and exit.
 
     Args:
-        work: (request, step) to the answer; calls `step` before whatever may take long.
+        work: (request, step) to the answer; it calls `step` before everything that may take long.
     """
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print on standard error

@@ -1,9 +1,9 @@
-"""Whether a model directory can be sampled from and trained exactly, without loading its weights.
+"""Checks whether a model directory can be trained and sampled from, without loading its weights.
 
-The directory's files are foreign: `check_directory` leaves them to a child process with limits of
-time and memory (`models/checkpoints/bounded.py`). The child reads the headers of the weights,
-builds the architecture without memory, compares the two by transformers' own rules, loads the
-tokenizer and renders the chat template. A directory that passes is remembered.
+The directory's files are foreign, so a child process with limits of time and memory reads them
+(`models/checkpoints/bounded.py`). The child reads the headers of the weights, builds the
+architecture without memory, compares the two by transformers' own rules, loads the tokenizer and
+renders the chat template. A directory that passes is remembered.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 
 MEDIA = re.compile("image|audio|video|vision", re.IGNORECASE)
 LONGEST_TEXT = 1 << 20
-"""Most characters that a template may write for a conversation of a few hundred."""
+"""Most characters that a template may write for a conversation of a few hundred characters."""
 CHECKED = "checked"
-"""Folder below the home with a file for each directory that passed."""
+"""Folder below the home with a file for each directory that has passed."""
 
 
 def check_directory(
@@ -56,16 +56,16 @@ def check_directory(
     *,
     data_bytes: int = DATA_BYTES,
 ) -> str:
-    """What a model directory holds, in a few words; nothing of it is loaded in this process.
+    """What a model directory holds, in a few words; this process loads none of its files.
 
     Args:
         settings: quantisation and chat template of the model.
-        home: folder in which a directory that passes is remembered; None: this process only.
-        data_bytes: memory of the child.
+        home: folder in which a directory that passes is remembered; None: in this process only.
+        data_bytes: most data memory of the child.
 
     Raises:
-        UserError: it cannot be sampled from or trained exactly, or the check exceeds its limits of
-            time or memory.
+        UserError: the model cannot serve its use, or the check exceeds its limits of time or
+            memory.
     """
     check_listing(directory)
     keys = [_key(directory, settings, asked) for asked in dict.fromkeys((use, "trained"))]
@@ -93,9 +93,9 @@ SOURCES = (
     MODELS / "training/encoding.py",
     *(MODELS / f"{name}.py" for name in ("chat", "chat_template", "thoughts", "prompts")),
 )
-"""Modules that decide what passes: when one changes, directories are checked again."""
+"""The modules that decide what passes: when one changes, directories are checked again."""
 _good: dict[str, str] = {}
-"""Directories that passed in this process, by `_key`."""
+"""What the directories hold that have passed in this process, by `_key`."""
 
 
 def _recalled(key: str, home: Path | None) -> str | None:
@@ -115,7 +115,7 @@ def _remember(key: str, found: str, home: Path | None) -> None:
 
 
 def _key(directory: Path, settings: PolicySettings, use: Use) -> str:
-    """sha256 (hex) over everything that a check depends on."""
+    """sha256 (hex) of everything on which a check depends."""
     facts = settings.model_dump(mode="json", context=FINGERPRINT)
     facts |= {"model": "", "use": use, "transformers": version("transformers")}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
@@ -127,7 +127,7 @@ def _key(directory: Path, settings: PolicySettings, use: Use) -> str:
 
 
 def _moved(error: UserError, directory: Path) -> UserError:
-    """The child's error, with the directory's path as it was given in place of the resolved one."""
+    """The child's error with the directory's path as the user gave it, not as it was resolved."""
     real = str(directory.resolve())
     where = error.where.replace(real, str(directory)) or f"model directory {directory}"
     what = error.what.replace(real, str(directory))
@@ -135,7 +135,7 @@ def _moved(error: UserError, directory: Path) -> UserError:
 
 
 def located(settings: PolicySettings) -> Path | None:
-    """The model's directory, or a hub model's in the cache if it is complete; None otherwise."""
+    """The model's directory, or that of a hub model which is complete in the cache; else None."""
     directory = Path(settings.model).expanduser()
     if directory.is_dir():
         return directory
@@ -153,7 +153,7 @@ def located(settings: PolicySettings) -> Path | None:
 
 
 def main() -> None:
-    """Answer one request of `check_directory`."""
+    """Answer one request of `check_directory`, in the child."""
 
     def work(request: Any, step: Step) -> dict[str, Any]:
         settings = PolicySettings.model_validate(request["settings"])
@@ -173,10 +173,10 @@ def examine(
     use: Use = "trained",
     step: Step = lambda name, seconds: None,
 ) -> str:
-    """`check_directory` without its limits.
+    """What `check_directory` returns, found in this process without limits or memory.
 
     Raises:
-        UserError: the first fault.
+        UserError: the first fault that is found.
     """
     step("reading the headers of the weights", 10)
     held = read_tensors(directory)
@@ -221,10 +221,10 @@ def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 def _check_ids(
     directory: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, rows: int
 ) -> None:
-    """See that every token of a text has a row in the embedding.
+    """Raise UserError where a token that a text can have has no row in the embedding.
 
     A placeholder for images or sound, which text models keep from a multimodal family (Gemma 3),
-    needs none: it is special, and no template writes it for a text.
+    needs no row: it is special, and no template writes it for a text.
     """
     special = set(tokenizer.all_special_tokens) | {
         str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
@@ -282,10 +282,13 @@ def _check_chat(
     use: Use,
     rows: int,
 ) -> str:
-    """See that the chat template renders the project's conversations, briefly, and ends turns.
+    """Check that the chat template renders the project's conversations and ends turns.
 
     Returns:
-        The end of a turn, in words, for a model that is trained; else "".
+        The end of a turn, in words, for a model that is trained; otherwise "".
+
+    Raises:
+        UserError: the template refuses, drops or inflates a conversation, or ends no turn.
     """
     from models.chat import Chat
     from models.chat_template import ChatError

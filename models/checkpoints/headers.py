@@ -1,7 +1,7 @@
-"""The files of a model directory, read without torch; their contents are not trusted.
+"""Reads the files of a model directory without torch; their contents are not trusted.
 
-`models.checkpoints.check` compares them with the architecture. Only links to files lead out of the
-directory (the hub's cache is made of them), and only small files are read whole.
+`models.checkpoints.check` compares them with the architecture. Links to files may lead out of the
+directory (the hub's cache consists of them). Only small files are read whole.
 """
 
 from __future__ import annotations
@@ -26,25 +26,27 @@ LARGEST = {"config.json": 16 << 20, "tokenizer.json": 256 << 20, INDEX: 64 << 20
 SMALL = 64 << 20
 """Most bytes of any other file that is read whole."""
 LONGEST_HEADER = 32 << 20
-"""Most bytes of a header: a hundred thousand tensors take about ten million."""
+"""Most bytes of a header: 100,000 tensors take about ten million."""
 READ_WHOLE = (".json", ".jinja", ".txt", ".model")
+"""Suffixes of the files that are read whole."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor in a safetensors header."""
+    """A tensor's entry in a safetensors header."""
 
     kind: str
-    """Its type, as safetensors names it."""
+    """The type of its numbers, as safetensors names it."""
     shape: tuple[int, ...]
     file: str
+    """The name of the file that holds it."""
 
 
 def check_listing(directory: Path) -> None:
-    """See that a directory has the files that transformers loads a model from.
+    """Check that a directory has the files from which transformers loads a model.
 
     Raises:
-        UserError: a file is missing, is no regular file, or is too large.
+        UserError: a file is missing, is not a regular file, or is too large.
     """
     for file in _entries(directory):
         _check_file(file)
@@ -65,7 +67,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        UserError: it cannot be read, is no JSON, is nested too deeply, or holds no object.
+        UserError: the file cannot be read, is not JSON, is nested too deeply, or holds no object.
     """
     _check_file(file)
     try:
@@ -85,8 +87,8 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     """The tensors of a model directory by name, from every header that transformers reads.
 
     Raises:
-        UserError: a header or the index is malformed, a shard is missing or cut, or the index and
-            the shards disagree.
+        UserError: a header or the index is malformed, a shard is missing or incomplete, or the
+            index and the shards disagree.
     """
     if (directory / WEIGHTS).exists():
         return read_header(directory / WEIGHTS)
@@ -121,7 +123,11 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def shards_there(directory: Path) -> bool:
-    """Whether all files of weights that the directory names exist."""
+    """Whether all files of weights that the directory's index names exist.
+
+    Raises:
+        UserError: the index cannot be read.
+    """
     if (directory / WEIGHTS).exists():
         return True
     places = read_object(directory / INDEX).get("weight_map")
@@ -156,7 +162,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
 
 def digest_parts(directory: Path) -> Iterator[bytes]:
-    """The bytes that a check depends on: names, sizes, small files, headers of weights."""
+    """The bytes on which a check depends: names, sizes, small files, headers of weights."""
     for file in _entries(directory):
         size = file.stat().st_size
         yield f"\n{file.relative_to(directory)}:{size}\n".encode()
@@ -167,7 +173,7 @@ def digest_parts(directory: Path) -> Iterator[bytes]:
 
 
 def _entries(directory: Path) -> list[Path]:
-    """The files that transformers may read, by name: the directory's and additional templates."""
+    """The files that transformers may read, additional templates included, sorted."""
     more = directory / "additional_chat_templates"
     entries = [*directory.iterdir(), *(more.iterdir() if more.is_dir() else ())]
     return sorted(path for path in entries if not path.is_dir())
@@ -190,36 +196,23 @@ def _check_file(file: Path) -> None:
 
 
 def _no_weights(directory: Path, names: set[str]) -> UserError:
-    where = f"model directory {directory}"
-    whole = "a directory as `save_pretrained` writes it, with model.safetensors"
+    """The error for a directory without model.safetensors: it says what is there instead."""
     suffixes = {Path(name).suffix for name in names}
-    if "adapter_config.json" in names:
-        return UserError(
-            "holds an adapter, not a model",
-            where=where,
-            expected=whole,
-            fix="merge it into its base (peft: merge_and_unload, save_pretrained)",
-        )
-    if ".gguf" in suffixes:
-        return UserError(
-            "holds a GGUF file, which is not supported yet",
-            where=where,
-            expected=whole,
-            fix="convert it: from_pretrained(directory, gguf_file=…), then save_pretrained",
-        )
-    if suffixes & {".bin", ".pt", ".pth", ".ckpt"}:
-        return UserError(
-            "lacks safetensors weights: pickled weights (.bin, .pt) are not loaded",
-            where=where,
-            expected=whole,
-            fix="take the model's safetensors version, or convert it where you trust the file",
-        )
     other = next((name for name in sorted(names) if name.endswith(".safetensors")), "")
-    return UserError(
-        "lacks safetensors weights" + (f" (there is {other}, which no index names)" * bool(other)),
-        where=where,
-        expected=whole,
-    )
+    what, fix = "lacks safetensors weights", ""
+    if "adapter_config.json" in names:
+        what = "holds an adapter, not a model"
+        fix = "merge it into its base (peft: merge_and_unload, save_pretrained)"
+    elif ".gguf" in suffixes:
+        what = "holds a GGUF file, which is not supported yet"
+        fix = "convert it: from_pretrained(directory, gguf_file=…), then save_pretrained"
+    elif suffixes & {".bin", ".pt", ".pth", ".ckpt"}:
+        what += ": pickled weights (.bin, .pt) are not loaded"
+        fix = "take the model's safetensors version, or convert it where you trust the file"
+    elif other:
+        what += f" (there is {other}, which no index names)"
+    expected = "a directory as `save_pretrained` writes it, with model.safetensors"
+    return UserError(what, where=f"model directory {directory}", expected=expected, fix=fix)
 
 
 def _header_size(file: Path) -> int:

@@ -1,7 +1,7 @@
-"""The sizes of a model, from its configuration alone, for estimates of memory and time.
+"""Reads the sizes of a model from its configuration alone, to estimate memory and time.
 
-`flows.plan` reads them. Nothing is loaded or fetched, and torch is not imported: the sizes are in a
-local directory's `config.json`, a table of published ones, or the hub's cache.
+`flows.plan` uses them. Nothing is loaded or fetched, and torch is not imported: the sizes come from
+a local directory's `config.json`, from a table of published models, or from the hub's cache.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from models.worlds.registry import WORLD_MODELS
 NF4_BYTES = 0.5 + 4 / 64
 """Bytes of one weight: four bits, and a float32 scale for each block of 64 (bitsandbytes)."""
 WIDTH = {"float32": 4, "bfloat16": 2}
-"""Bytes of a number."""
+"""Bytes of a number of each type."""
 KINDS = ("llama", "mistral", "qwen2", "qwen3", "granite")
-"""The architectures that are counted exactly: `model_type` in config.json."""
+"""The architectures whose numbers are counted exactly, by `model_type` in config.json."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +40,11 @@ class Shape:
     tied: bool
     """Whether the output layer is the embedding."""
     small: int
-    """Biases and norms of one layer, in numbers."""
+    """The count of numbers in the biases and norms of one layer."""
 
     @property
     def linears(self) -> tuple[tuple[int, int], ...]:
-        """(in, out) of a layer's matrices: q, k, v, o, gate, up, down."""
+        """(inputs, outputs) of a layer's matrices: q, k, v, o, gate, up, down."""
         inner, kv = self.heads * self.head_size, self.kv_heads * self.head_size
         attention = ((self.hidden, inner), *[(self.hidden, kv)] * 2, (inner, self.hidden))
         up = (self.hidden, self.intermediate)
@@ -52,17 +52,17 @@ class Shape:
 
     @property
     def matrices(self) -> int:
-        """Numbers in the layers' matrices: what NF4 holds in four bits and LoRA adapts."""
+        """The count of numbers in all layers' matrices, which NF4 quantises and LoRA adapts."""
         return self.layers * sum(a * b for a, b in self.linears)
 
     @property
     def output(self) -> int:
-        """Numbers in the output layer."""
+        """The count of numbers in the output layer."""
         return self.vocabulary * self.hidden
 
     @property
     def parameters(self) -> int:
-        """All numbers; a tied embedding counts once."""
+        """The count of all numbers; a tied embedding counts once."""
         embeddings = self.output * (1 if self.tied else 2)
         return self.matrices + embeddings + self.layers * self.small + self.hidden
 
@@ -72,7 +72,7 @@ class Shape:
         return self.matrices * each + (self.parameters - self.matrices) * WIDTH[dtype]
 
     def adapter(self, rank: int) -> int:
-        """Numbers of a LoRA adapter on every matrix of the layers."""
+        """The count of numbers in a LoRA adapter of this rank on all layers' matrices."""
         return self.layers * rank * sum(a + b for a, b in self.linears)
 
     def cache_bytes(self, dtype: str) -> int:
@@ -84,7 +84,7 @@ def shape_of(settings: PolicySettings) -> Shape:
     """The sizes of the model that the settings name.
 
     Raises:
-        UserError: it is no directory and not known here, or of an architecture that is not.
+        UserError: the model is neither a directory nor known here, or its architecture is unknown.
     """
     directory = Path(settings.model).expanduser()
     file = directory / "config.json" if directory.is_dir() else None
@@ -109,11 +109,11 @@ def shape_of(settings: PolicySettings) -> Shape:
 
 
 def read_shape(config: Mapping[str, Any], model: str) -> Shape:
-    """A `config.json` as `transformers` writes it.
+    """The sizes in a `config.json` as `transformers` writes it.
 
     Raises:
         KeyError: a size is missing.
-        UserError: another architecture (mixtures of experts, for one, have other sums).
+        UserError: the architecture is not in `KINDS` (a mixture of experts, for example).
     """
     kind = config.get("model_type")
     if kind not in KINDS:
@@ -152,7 +152,7 @@ def read_shape(config: Mapping[str, Any], model: str) -> Shape:
 
 
 def cached_config(settings: PolicySettings) -> Path | None:
-    """The `config.json` of a hub's model in the cache of this machine, if it is there."""
+    """The `config.json` of a hub's model in this machine's cache; None where it is not there."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

@@ -1,4 +1,4 @@
-"""An endpoint's address and key, as the settings and the environment give them."""
+"""Reads an endpoint's address from the settings, and its key from the environment."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from constitutions.errors import UserError
 
 
 def base_url(address: str) -> str:
-    """The address with its version; `address` may end before or after its "/v1".
+    """The address up to its version ("/v1"), which `address` may have or leave out.
 
     Raises:
-        UserError: it is no plain http(s) address.
+        UserError: it is not a plain http(s) address.
     """
     try:
         url = httpx.URL(address.strip())
@@ -36,15 +36,15 @@ def base_url(address: str) -> str:
 
 
 def has_port(url: httpx.URL) -> bool:
-    """Whether the port is one: httpx takes any number, and fails when it connects."""
+    """Whether the port is valid: httpx takes any number, and fails only when it connects."""
     return url.port is None or 0 < url.port < 2**16
 
 
 def key_in(variable: str) -> SecretStr:
-    """The key that an environment variable holds.
+    """The key in an environment variable.
 
     Raises:
-        UserError: it is not set, or holds no key.
+        UserError: the variable is not set, or its text cannot be a key.
     """
     key = SecretStr(os.environ.get(variable, "").strip())
     where = "setting 'key_variable'"
@@ -55,7 +55,7 @@ def key_in(variable: str) -> SecretStr:
             fix=f"export {variable}=… before the run, or unset key_variable for a server without",
         )
     if not re.fullmatch(r"[!-~]+", key.get_secret_value()):
-        raise UserError(  # h11 would quote the header
+        raise UserError(  # h11's own error would quote the header, and so the key
             f"the environment variable {variable} holds no key",
             where=where,
             expected="printable ASCII characters without spaces",

@@ -1,12 +1,12 @@
-"""One request to an OpenAI-compatible server, sent until it is answered or the time is over.
+"""Sends requests to an OpenAI-compatible server, again and again until it answers or time is up.
 
-`models.endpoint.server` makes a policy of it. A server fails in one of three ways, and a `Fault`
-says which:
+`models.endpoint.server` makes a policy of it. A request fails in one of three ways, and a `Fault`
+says in which:
 
-- busy or away (408, 425, 429, 5xx, timeouts, broken connections, nonsense): sent again, with
-  exponential back-off and jitter, for `Limits.patience`;
-- the request is too long (`Fault.too_long`);
-- anything else is final.
+- the server is busy or away (408, 425, 429, 5xx, a timeout, a broken connection, an unreadable
+  reply): the request is sent again, with exponential back-off and jitter, for `Limits.patience`;
+- the request is too long (`Fault.too_long`): it is not sent again;
+- any other fault is final, too.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from models.endpoint.replies import Reply
 from models.policy import Argument, PolicySettings
 
 LARGEST_REPLY = 16 * 2**20
-"""Bytes. 64 completions of 16,000 tokens are about 4 MiB."""
+"""Most bytes of a reply: 64 completions of 16,000 tokens have about 4 MiB."""
 SECRET_LENGTH = 12
-"""A shorter key ("EMPTY") is no secret, and may occur in a completion."""
+"""Least characters of a secret key: a shorter one ("EMPTY") may occur in a completion."""
 _log = logging.getLogger(__name__)
 for _name in ("httpx", "httpcore"):  # they log what a server sends, even an echoed key
     logging.getLogger(_name).setLevel(logging.WARNING)
@@ -50,14 +50,15 @@ class Limits:
     """How many requests a server gets at once, and for how long. Times are in seconds."""
 
     in_flight: int = 32
+    """Most requests at once."""
     timeout: float = 600.0
-    """For one attempt, to the last byte of the reply: answers are not streamed."""
+    """The time of one attempt, to the last byte of the reply: answers are not streamed."""
     patience: float = 1200.0
-    """For how long a request is sent again, as when the server restarts."""
+    """How long a request is sent again, for instance while the server restarts."""
     start: float = 90.0
-    """`patience` for the first requests, and to find out whether the server still answers."""
+    """`patience` of the first requests, and of those that ask whether the server still answers."""
     backoff: float = 1.0
-    """The first pause; each is up to twice the last one."""
+    """The first pause between attempts; each one is up to twice the last one."""
     longest_backoff: float = 60.0
 
 
@@ -77,7 +78,7 @@ class Endpoint:
     """A server over HTTP(S), certificates verified, no redirects. It never shows its key.
 
     Raises:
-        UserError: the endpoint is no plain http(s) address.
+        UserError: the endpoint is not a plain http(s) address, or its proxy cannot be used.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Endpoint:
         self._certificates = httpx.create_ssl_context()
         self._proxy = proxy_of(self.base)
         if self._proxy:
-            self.client()  # a proxy that httpx cannot use is reported at once
+            self.client()  # reports at once a proxy that httpx cannot use
 
     def __repr__(self) -> str:
         return f"Endpoint({self.url})"
@@ -107,7 +108,7 @@ class Endpoint:
         return f"{self.base}/chat/completions"
 
     def client(self) -> httpx.AsyncClient:
-        """Connections for one event loop, through the environment's proxy where it sets one.
+        """An HTTP client for one event loop, through the environment's proxy where it sets one.
 
         Raises:
             UserError: the proxy cannot be used.
@@ -127,30 +128,31 @@ class Endpoint:
                 proxy=self._proxy.address if self._proxy else None,
                 trust_env=False,
             )
-        except (ImportError, ValueError, httpx.InvalidURL):  # their texts may hold a password
-            assert self._proxy, "nothing else is given from outside"
+        except (ImportError, ValueError, httpx.InvalidURL):  # their texts may contain a password
+            assert self._proxy, "only the proxy comes from outside"
             raise UserError(
                 f"the proxy in {self._proxy.source} cannot be used",
                 where=self.url,
                 expected="http(s)://host:port; SOCKS needs the package httpx[socks]",
-                fix=f"mend {self._proxy.source}, or {self._without_proxy}",
+                fix=f"correct {self._proxy.source}, or {self._without_proxy}",
             ) from None
 
     @asynccontextmanager
     async def connect(self, patience: float | None = None) -> AsyncIterator[Connection]:
-        """Connections for one event loop; requests are sent again for `patience` seconds, by
-        default those of the limits."""
+        """A connection for one event loop, which sends requests again for `patience` seconds (by
+        default those of the limits)."""
         async with self.client() as client:
             yield Connection(self, client, self.limits.patience if patience is None else patience)
 
     def clean(self, text: str) -> str:
-        """A server's text for a message: one line of at most 300 printable characters, no key."""
+        """A server's text for a message: one line of at most 300 printable characters, without the
+        key."""
         line = " ".join(self._hide(text).split())
         line = "".join(c if c.isprintable() else "\ufffd" for c in line)
         return line if len(line) <= 300 else f"{line[:300]}…"
 
     def completion(self, text: str) -> str:
-        """A completion, without a key that the server echoes."""
+        """A completion without the key, which a server may echo."""
         secret = self._key and len(self._key.get_secret_value()) >= SECRET_LENGTH
         return self._hide(text) if secret else text
 
@@ -158,7 +160,7 @@ class Endpoint:
         return text.replace(self._key.get_secret_value(), "[key]") if self._key else text
 
     def explain(self, fault: Fault) -> UserError:
-        """The fault as a user's error: which endpoint, what happened, what to do."""
+        """The fault as an error for a person: which endpoint, what happened, what to do."""
         if fault.unauthorised:
             what = f"the key in ${self.key_variable}" if self._key else "a request without a key"
             return UserError(
@@ -180,15 +182,20 @@ class Endpoint:
 
 
 class Connection:
-    """Open connections to an endpoint. Every method sends its request again while the server is
-    busy or away, and raises `Fault`: one that does not pass, or not within `patience` seconds."""
+    """An open connection to an endpoint.
+
+    Every method sends its request again while the server is busy or away, for `patience` seconds.
+
+    Raises:
+        Fault: (every method) a fault is final, or it lasts longer than that.
+    """
 
     def __init__(self, endpoint: Endpoint, client: httpx.AsyncClient, patience: float) -> None:
         self.endpoint, self.limits, self.patience = endpoint, endpoint.limits, patience
         self._client = client
 
     async def ask(self, body: Mapping[str, Any], patience: float | None = None) -> Reply:
-        """The reply to `messages`, or to a `prompt` that is continued as it stands."""
+        """The reply to a request with `messages`, or with a `prompt` that the server continues."""
         path = "completions" if "prompt" in body else "chat/completions"
         if self.endpoint.template_arguments and "messages" in body:
             body = {**body, "chat_template_kwargs": self.endpoint.template_arguments}
@@ -200,7 +207,7 @@ class Connection:
         return {card.id: card for card in found.data}
 
     async def load_adapter(self, body: Mapping[str, str]) -> None:
-        """Have the server load a LoRA adapter (`lora_name`, `lora_path`), as vLLM does. A 500 is
+        """Have the server load a LoRA adapter (`lora_name`, `lora_path`), as vLLM can. A status 500 is
         final: vLLM sends it for an adapter that it cannot use."""
         await self._request("load_lora_adapter", body, bytes, final={500})
 
@@ -227,16 +234,17 @@ class Connection:
         raise AssertionError("count() does not end")
 
     def _backoff(self, attempt: int) -> float:
-        """Up to twice as long each time; the jitter keeps requests from coming back together."""
+        """The pause in seconds: up to twice as long each time, and random, so that requests do not
+        come back all at once."""
         longest = min(self.limits.longest_backoff, self.limits.backoff * 2.0 ** min(attempt, 30))
         return longest * random.uniform(0.5, 1.0)
 
     async def _send(self, path: str, body: Mapping[str, Any] | None) -> bytes:
-        """The body of a reply with status 200 to a POST, or to a GET where there is no body."""
+        """The body of the reply with status 200 to a POST, or to a GET without a body."""
         method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
         url = f"{self.endpoint.base}/{path}"
         try:
-            # httpx's own timeout restarts with each byte
+            # httpx's own timeout starts again with each byte
             async with (
                 asyncio.timeout(self.limits.timeout),
                 self._client.stream(method, url, content=content) as response,
@@ -280,12 +288,13 @@ async def _read(response: httpx.Response) -> bytes:
 
 
 def open_endpoint(settings: PolicySettings, limits: Limits | None = None) -> Endpoint:
-    """The endpoint that the settings name, with its key out of the environment. Asks nothing.
+    """The endpoint that the settings name, with its key from the environment; it is not asked yet.
 
     Raises:
-        UserError: it is no plain http(s) address, or there is no key where one is named.
+        UserError: its address is not a plain http(s) address, the key that the settings name is
+            missing, or the proxy cannot be used.
     """
-    assert settings.endpoint, "the caller sees to it"
+    assert settings.endpoint, "only settings with an endpoint come here"
     variable = settings.key_variable
     key = key_in(variable) if variable else None
     if limits is None and settings.batch_rows:
@@ -300,7 +309,7 @@ def open_endpoint(settings: PolicySettings, limits: Limits | None = None) -> End
 
 
 def run_async(main: Coroutine[Any, Any, T]) -> T:
-    """The coroutine's result, also where a loop runs already (a notebook, an async flow)."""
+    """The coroutine's result, also inside of a running event loop (a notebook, an async flow)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Why a request to an OpenAI-compatible server has no reply, and what a person can do about it."""
+"""Why a request to an OpenAI-compatible server got no reply, and what a person can do about it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ TOO_LONG = re.compile(
     r"|`inputs` must have less|(prompt|input|request)\b.{0,20} too (long|large)|reduce the length",
     re.IGNORECASE,
 )
-"""How vLLM, SGLang, TGI, llama.cpp and hosted servers say so; there is no common error code."""
+"""How vLLM, SGLang, TGI, llama.cpp and hosted servers say that a request is too long: they have no
+common error code."""
 
 
 class Fault(Exception):
-    """Why there is no reply. `again`: it may pass; `after`: seconds to wait first."""
+    """Why there is no reply.
+
+    Args:
+        status: the HTTP status; None where none arrived.
+        again: whether the same request may succeed later.
+        after: seconds that the server asks to wait.
+    """
 
     def __init__(
         self, reason: str, *, status: int | None = None, again: bool = False, after: float = 0.0
@@ -27,7 +34,7 @@ class Fault(Exception):
 
     @property
     def too_long(self) -> bool:
-        """Whether the request does not fit the model's context (429 counts tokens per minute)."""
+        """Whether the request exceeds the model's context (a 429 counts tokens per minute)."""
         return self.status not in (None, 429) and TOO_LONG.search(self.reason) is not None
 
     @property
@@ -37,12 +44,12 @@ class Fault(Exception):
 
     @property
     def bad_request(self) -> bool:
-        """Whether the server refuses what the request says: another wording may do."""
+        """Whether the server refuses a field of the request: another request may succeed."""
         return self.status in (400, 422)
 
     @property
     def advice(self) -> str:
-        """What a person can do."""
+        """What a person can do, as a clause."""
         named = "policy.served_model (or policy.model) is a name that it serves"
         if self.status == 429:
             return "its rate limit or quota is used up: wait or raise it, then run this again"
@@ -54,7 +61,7 @@ class Fault(Exception):
 
 
 def error_of(status: int, raw: bytes) -> tuple[int, str]:
-    """The status and the server's message; some send 200 with an error inside."""
+    """The status and the server's message; some servers send an error with the status 200."""
     text = raw[:10_000].decode(errors="replace")
     try:
         data = json.loads(raw)
@@ -74,7 +81,7 @@ def error_of(status: int, raw: bytes) -> tuple[int, str]:
 
 
 def retry_after(value: str) -> float:
-    """Seconds from now that a Retry-After header asks for: it has a number or a date."""
+    """The seconds that a Retry-After header (a number or a date) asks to wait; 0 for any other."""
     if re.fullmatch(r"\d{1,9}(\.\d*)?", value.strip()):
         return float(value)
     try:

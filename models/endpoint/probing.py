@@ -1,8 +1,8 @@
-"""What an OpenAI-compatible server can do, found by asking it.
+"""Finds out what an OpenAI-compatible server can do, by asking it.
 
-Servers ignore n, seed, temperature, stop strings and log-probabilities without a word, so none of
-them is trusted. `models.endpoint.server` asks before it generates, and `flows.preflight` before a
-run.
+Servers silently ignore n, seed, temperature, stop strings or log-probabilities, so each of them is
+tried. `models.endpoint.server` probes a server before it generates, `flows.preflight` asks it for a
+token before a run.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from models.policy import Message, Messages, PolicySettings
 PROBE: Message = {"role": "user", "content": "Write a random number between one and a million."}
 PROBE_TOKENS = 16
 MOST_STOPS = 4
-"""Stop strings that OpenAI takes; answers are cut here at the others."""
+"""Most stop strings that OpenAI accepts; this client cuts answers at the others."""
 
 Limit = Literal["max_tokens", "max_completion_tokens"]
-"""The name of the limit on an answer: OpenAI's later models take the second only."""
+"""The field that limits an answer's tokens: OpenAI's later models accept the second only."""
 LIMITS: tuple[Limit, ...] = get_args(Limit)
 
 
@@ -37,15 +37,15 @@ class Support:
     """What a server did when it was asked, one request at a time."""
 
     n: bool
-    """Gives several different completions in one reply; else each takes a request of its own."""
+    """It gives several different completions in one reply; else each takes its own request."""
     seed: bool
-    """The same seed gives the same completion; another seed another one."""
+    """It gives the same completion for the same seed, and another one for another seed."""
     varies: bool
-    """Whether completions at temperature 1 ever differ: some servers ignore the temperature."""
+    """It gives different completions at temperature 1; some servers ignore the temperature."""
     stop: bool
-    """Ends at a stop string; else none is sent, and the answer is cut here."""
+    """It ends at a stop string; else none is sent, and this client cuts the answer."""
     logprobs: bool
-    """Sends the log-probabilities of its completions."""
+    """It sends the log-probabilities of its completions."""
     limit: Limit
 
     def body(
@@ -58,9 +58,9 @@ class Support:
         stop: Sequence[str] = (),
         **more: int | float,
     ) -> dict[str, Any]:
-        """A request as the server takes it, with no field that it does not need: some refuse them.
+        """A request's body without superfluous fields, which some servers refuse.
 
-        Control tokens in a message are broken up, because the server's tokenizer would obey them.
+        Control tokens in messages are broken, because the server's tokenizer would obey them.
         """
         if isinstance(asked, str):
             body: dict[str, Any] = {"model": model, "prompt": asked, "max_tokens": max_tokens}
@@ -77,11 +77,10 @@ class Support:
 
 
 async def probe(connection: Connection, model: str) -> Support:
-    """What the server supports: it is asked twice with one seed and once with another, in the first
-    way that it does not refuse.
+    """What the server supports: it answers twice with one seed and once with another.
 
     Raises:
-        UserError: it refuses them all, or does not answer.
+        UserError: it does not answer, or refuses every form of the request.
     """
     refused: Fault | None = None
     ask = partial(_sample, connection, model)
@@ -153,10 +152,11 @@ async def _sample(
 
 
 def check_server(settings: PolicySettings, *, adapters: bool, limits: Limits | None = None) -> None:
-    """Ask the server for one token; and, for `adapters`, whether it loads any while it runs.
+    """Ask the server for one token and, with `adapters`, whether it loads adapters while it runs.
 
     Raises:
-        UserError: no such address, no key where one is named, no answer, or no adapters.
+        UserError: the address or the key cannot be used, the server does not answer, or it loads no
+            adapters.
     """
 
     async def look() -> None:

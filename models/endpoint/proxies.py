@@ -1,8 +1,8 @@
-"""Which proxy of the environment a client uses; none is used for loopback.
+"""Finds the proxy that a client uses; no client uses one for this machine's loopback.
 
-A proxy of a company or a campus cannot reach this machine's own servers. `models.endpoint.client`
-asks here for its client; for the clients inside Prefect and MLflow the command line calls
-`keep_loopback_direct` once.
+The proxy of a company cannot reach this machine's own servers. `models.endpoint.client` calls
+`proxy_of`; for the clients inside Prefect and MLflow the command line calls `keep_loopback_direct`
+once.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ DIRECT = ("localhost", "127.0.0.1", "127.0.0.0/8", "::1")
 
 
 class Proxy(NamedTuple):
-    """A proxy and where it was set: "$HTTPS_PROXY", or the system's settings. `address` may hold a
-    password: messages show `source` only."""
+    """A proxy, and where it is set."""
 
     address: str
+    """It may contain a password, so messages show only the `source`."""
     source: str
+    """"$HTTPS_PROXY", for example, or "the system's settings"."""
 
 
 def is_loopback(host: str) -> bool:
@@ -42,7 +43,7 @@ def is_loopback(host: str) -> bool:
 
 
 def proxy_of(url: str) -> Proxy | None:
-    """The proxy that the environment sets for a URL; none for loopback and what NO_PROXY lists."""
+    """The proxy that the environment sets for a URL; None for loopback and hosts in NO_PROXY."""
     from urllib.request import getproxies, proxy_bypass  # slow to import
 
     try:
@@ -60,7 +61,7 @@ def proxy_of(url: str) -> Proxy | None:
 
 
 def keep_loopback_direct() -> None:
-    """Name loopback in NO_PROXY, for this process and its children."""
+    """Add loopback to NO_PROXY, for this process and its children."""
     given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     listed = [entry.strip() for entry in given.split(",") if entry.strip()]
     value = ",".join([*listed, *(entry for entry in DIRECT if entry not in listed)])

@@ -1,4 +1,4 @@
-"""Replies of OpenAI-compatible servers, which differ in how they send texts, thoughts and counts.
+"""Parses replies of OpenAI-compatible servers, which send texts, thoughts and counts differently.
 
 `models/endpoint/client.py` parses them; `models/endpoint/server.py` makes completions of them.
 """
@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 CHARACTERS = 4
-"""Characters of a token in English, on average: for servers that count no tokens."""
+"""Mean characters of a token in English: the estimate for servers that count no tokens."""
 
 
 class _Part(BaseModel):
@@ -57,14 +57,14 @@ class _Token(BaseModel):
 
 
 class _Logprobs(BaseModel):
-    """A chat has one in `content` for each token, a continued text in `token_logprobs`."""
+    """A chat has them in `content`, a continued text in `token_logprobs`; one for each token."""
 
     content: list[_Token] | None = None
     token_logprobs: list[float] | None = None
 
 
 class ReplyChoice(BaseModel):
-    """One answer: a chat's `message`, or the `text` that continues a given one."""
+    """One answer: a chat's `message`, or the `text` that continues a given text."""
 
     message: _Message | None = None
     text: str | None = None
@@ -79,12 +79,12 @@ class ReplyChoice(BaseModel):
 
     @property
     def answer(self) -> str:
-        """Its text, as the server gives it."""
+        """The answer's text, as the server sends it."""
         return self.message.answer if self.message else self.text or ""
 
     @property
     def thoughts(self) -> str:
-        """Thoughts that the server has separated from the answer, without tags."""
+        """The thoughts that the server has separated from the answer, without tags; else ""."""
         return self.message.thoughts if self.message else ""
 
     @property
@@ -102,7 +102,7 @@ class _Usage(BaseModel):
 
 
 class Reply(BaseModel):
-    """A completion; a reply that does not have these fields is a fault."""
+    """A reply with completions; one without these fields is a `Fault`."""
 
     model: str | None = None
     choices: list[ReplyChoice] = Field(min_length=1)
@@ -115,8 +115,8 @@ class Reply(BaseModel):
 
     @property
     def tokens(self) -> int:
-        """Generated tokens: as the server counts them, else the number of log-probabilities, else
-        the number of characters divided by `CHARACTERS`."""
+        """The number of generated tokens: the server's count, or the number of log-probabilities,
+        or the number of characters divided by `CHARACTERS`."""
         if self.usage:
             return self.usage.completion_tokens
         given = [len(choice.token_logprobs) for choice in self.choices]

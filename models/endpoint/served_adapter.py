@@ -1,8 +1,8 @@
-"""A LoRA adapter that a server loads while it runs, as vLLM does.
+"""Has a server load a LoRA adapter while it runs, as vLLM can.
 
 vLLM must be started with `--enable-lora` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and must see
-the adapter under the same path. Adapters stay loaded: vLLM drops the least recently used ones, and
-another process may need them.
+the adapter under the same path. Adapters are never unloaded here: another process may need them,
+and vLLM itself drops the least recently used ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from models.endpoint.faults import Fault
 from models.endpoint.replies import ReplyChoice
 
 MISSING = frozenset({404, 405, 501})
-"""Status codes of a server that does not know the address."""
+"""The status codes of a server that does not know the address."""
 HOW = (
     "start vLLM with --enable-lora --max-lora-rank (train.lora_rank) and "
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True; or serve a merged model (staple export --merge); or "
@@ -32,22 +32,25 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServedAdapter:
-    """An adapter's folder, the base that it belongs to, and its name at the server."""
+    """An adapter as a server knows it."""
 
     path: Path
+    """The adapter's folder."""
     base: str
+    """The server's name for the base to which the adapter belongs."""
     name: str
+    """The server's name for the adapter."""
 
     @classmethod
     def of(cls, folder: Path, base: str) -> ServedAdapter:
-        """The name follows from the adapter's content: no two adapters share one."""
+        """The adapter in a folder; its name is a digest of its content, so that no two share it."""
         digest = hashlib.sha256()
         for file in (folder / "adapter_config.json", _weights(folder)):
             digest.update(file.read_bytes())
         return cls(folder.resolve(), base, f"staple-{digest.hexdigest()[:16]}")
 
     async def load(self, connection: Connection) -> None:
-        """Have the server load the adapter, unless it has it, and see it listed under its base.
+        """Have the server load the adapter, unless it has done so, and check that it lists it.
 
         Raises:
             UserError: the server is away, has no such endpoint, cannot load the adapter (it may
@@ -67,7 +70,7 @@ class ServedAdapter:
             await connection.load_adapter({"lora_name": self.name, "lora_path": str(self.path)})
         except Fault as fault:
             if fault.status == 400 and "already" in fault.reason:
-                return  # another request was quicker
+                return  # another request has loaded it meanwhile
             if fault.again or fault.unauthorised:
                 raise
             if fault.status in MISSING and self.name not in fault.reason:
@@ -75,7 +78,7 @@ class ServedAdapter:
             raise UserError(
                 f"the server cannot load the adapter ({fault.reason})",
                 where=connection.endpoint.base,
-                expected=f"that it sees {self.path}, under this very path",
+                expected=f"that it sees {self.path} under the same path",
                 fix="share the folder with it; its --max-lora-rank must reach train.lora_rank",
             ) from None
 
@@ -85,7 +88,7 @@ class ServedAdapter:
             raise UserError(
                 f"the server does not list the adapter {self.name} that it has just loaded",
                 where=endpoint.base,
-                expected="it among the models at /v1/models",
+                expected="the adapter among the models at /v1/models",
             )
         parent, base = cards.get(card.parent or self.base), cards.get(self.base)
         same = parent is base or (parent and base and parent.root and parent.root == base.root)
@@ -100,11 +103,16 @@ class ServedAdapter:
     def check_acts(
         self, endpoint: Endpoint, base: ReplyChoice, again: ReplyChoice, tuned: ReplyChoice
     ) -> None:
-        """Compare greedy answers to one question: the base's, twice, and the adapter's; an adapter
-        that is untrained gets a warning.
+        """Check by greedy answers to one question that the adapter changes the base's answer.
+
+        An untrained adapter, which changes nothing, gets a warning.
+
+        Args:
+            base, again: two answers of the base, which differ where its arithmetic varies.
+            tuned: the answer with the adapter.
 
         Raises:
-            UserError: the adapter's answer is the base's, although the adapter is trained.
+            UserError: a trained adapter gives the base's own answer.
         """
         noise = _gap(base, again)
         if math.isinf(noise) or _gap(base, tuned) > noise:
@@ -122,7 +130,7 @@ class ServedAdapter:
         )
 
     def is_trained(self) -> bool:
-        """Whether any B matrix is not zero: all are zero before the first step of training."""
+        """Whether any B matrix is not zero; before the first step of training all are."""
         from safetensors import deserialize
 
         tensors = deserialize(_weights(self.path).read_bytes())

@@ -1,15 +1,15 @@
-"""A policy behind an OpenAI-compatible endpoint: vLLM, SGLang, llama.cpp, TGI or a hosted one.
+"""A policy behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp, TGI or a hosted one.
 
 `tasks.policies.opening` opens it for the policy that is trained, `models.judges.registry` for a
 judge. `models.endpoint.probing` finds out what the server can do. The server itself loads the
-adapter of an iteration (`models.endpoint.served_adapter`), whose name must be on every reply.
+adapter of an iteration (`models.endpoint.served_adapter`), and every reply must name it.
 
-`models.endpoint.client` sends a request again for some time. When it gives up:
+`models.endpoint.client` sends a request again for some time. After that:
 
-- a request that is too long has the finish "overflow", as a local policy's;
-- after any other fault the server is asked for one token. If it answers, the fault is the request's
-  own: its finish is "refused", and the other requests go on. If not, the whole call fails with a
-  `UserError` and loses its answers; stages keep finished shards.
+- a request that is too long gets the finish "overflow", as with a local policy;
+- after any other fault the server is asked for one token. If it answers, the request itself is at
+  fault: it gets the finish "refused", and the other requests continue. If not, the whole call fails
+  with a `UserError` and loses its answers; stages keep finished shards.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from models.policy import (
 from models.thoughts import KNOWN, SplitText, Tags, split_unseen_text
 
 STOPPED = frozenset({"stop", "eos_token", "stop_sequence"})
-"""Finish reasons of a whole answer."""
+"""The finish reasons of an answer that is complete."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """Completions `first` … `first + count - 1` of a request, which one task asks for."""
+    """Completions `first` to `first + count - 1` of a request, for which one task asks."""
 
     request: Request
     first: int
@@ -63,9 +63,9 @@ class _Job:
 class ServerPolicy:
     """`Policy` over an endpoint, for `generate` alone: the base, or an adapter that it has loaded.
 
-    Completion i depends on the request alone only as far as the server honours its seed
-    (`support`); with many requests in flight, the same request may get another answer. `logprob` is
-    the server's (vLLM: at temperature 1, the end included), NaN where it sends none.
+    A completion depends on its request alone only as far as the server honours seeds (`support`);
+    with many requests in flight, the same request may get another answer. `logprob` is that of the
+    server (vLLM: at temperature 1, the end included), and NaN where it sends none.
     """
 
     def __init__(
@@ -90,9 +90,9 @@ class ServerPolicy:
     ) -> list[list[Completion]]:
         """See `Policy.generate`. A request that the server refuses finishes as "refused".
 
-        An answer that something else than its own end cut (a content filter, say) finishes as
-        "length". A server counts the tokens of a reply's completions together: they are divided by
-        the number of log-probabilities, or of characters.
+        An answer that did not end by itself (a content filter cut it, say) finishes as "length". A
+        server counts the tokens of all completions in a reply together; they are divided in
+        proportion to the numbers of log-probabilities, or of characters.
 
         Raises:
             UserError: the server is away or busy for too long, refuses the key or all requests, or
@@ -101,11 +101,11 @@ class ServerPolicy:
         return run_async(self._generate(requests, progress)) if requests else []
 
     def logprobs(self, pairs: Sequence[tuple[Messages, str]]) -> list[Scoring]:
-        """Raises `UserError`: chat endpoints do not score given text."""
+        """Raises UserError: chat endpoints do not score given texts."""
         self._cannot("log-probabilities of given responses")
 
     def hidden_states(self, texts: Sequence[str]) -> np.ndarray:
-        """Raises `UserError`: endpoints do not show hidden states."""
+        """Raises UserError: endpoints do not show hidden states."""
         self._cannot("hidden states")
 
     def _cannot(self, what: str) -> NoReturn:
@@ -136,7 +136,7 @@ class ServerPolicy:
                     [group.create_task(work(connection, owner, job)) for job in some]
                     for owner, some in enumerate(jobs)
                 ]
-        except ExceptionGroup as failed:  # the first one ended the others
+        except ExceptionGroup as failed:  # the first failure has cancelled the other tasks
             raise failed.exceptions[0] from None
         answers = [[c for task in some for c in task.result()] for some in tasks]
         if self._refusal and not self._answered:
@@ -180,10 +180,10 @@ class ServerPolicy:
     async def reply(self, connection: Connection, body: Mapping[str, Any]) -> Reply:
         """The reply to a body that names this model.
 
-        A restarted server has lost the adapter: it has to load it again.
+        A server that has restarted has lost the adapter, and is told to load it again.
 
         Raises:
-            Fault: see `Endpoint.ask`.
+            Fault: as `Connection.ask`.
             UserError: another model than the adapter answers, or it cannot be loaded again.
         """
         try:
@@ -203,7 +203,8 @@ class ServerPolicy:
         return reply
 
     async def _failed(self, connection: Connection, fault: Fault) -> Completion:
-        """The completion of a request without reply; a server's own fault is raised (see above)."""
+        """The completion of a request without a reply, or UserError where the server itself failed:
+        see the top of this module."""
         if fault.too_long:
             return no_answer("overflow")
         try:
@@ -226,7 +227,7 @@ class ServerPolicy:
 
     def _completion(self, choice: ReplyChoice, tokens: int, stop: Sequence[str]) -> Completion:
         parts = self._split(choice)
-        text = before(stop, parts.answer)  # some servers ignore them, or leave one in
+        text = before(stop, parts.answer)  # some servers ignore stop strings, or leave one in
         cut = text != parts.answer
         logprobs = [] if cut else choice.token_logprobs
         ended = cut or choice.finish_reason in STOPPED
@@ -239,7 +240,7 @@ class ServerPolicy:
         )
 
     def _split(self, choice: ReplyChoice) -> SplitText:
-        """Thoughts and answer: as the server separates them, or by the tags in its text."""
+        """The thoughts and the answer, as the server separates them or by the tags in its text."""
         if choice.message is None:  # a text that was continued
             return SplitText("", choice.answer)
         if choice.thoughts:
@@ -248,19 +249,19 @@ class ServerPolicy:
 
 
 def tags_of(settings: PolicySettings) -> tuple[Tags, ...]:
-    """The tags that thoughts may have: the server's template is not known here."""
+    """The tags that thoughts may have, since the server's template is unknown."""
     if settings.thought_tags == "auto":
         return KNOWN
     return () if settings.thought_tags == "none" else (Tags(*settings.thought_tags),)
 
 
 def _seed(key: str, sample: int) -> int:
-    """A seed of 31 bits, which every server takes."""
+    """A seed of 31 bits, which every server accepts."""
     return int.from_bytes(hashlib.blake2b(f"{key}/{sample}".encode(), digest_size=4).digest()) >> 1
 
 
 def _shares(total: int, weights: Sequence[int]) -> list[int]:
-    """`total` in whole parts, in proportion to the weights."""
+    """`total` divided into whole numbers in proportion to the weights."""
     known = weights if sum(weights) else [1] * len(weights)
     ends = [total * part // sum(known) for part in itertools.accumulate(known)]
     return [end - start for start, end in itertools.pairwise([0, *ends])]
@@ -275,11 +276,11 @@ def open_server(
     repetition penalty): start vLLM with `--generation-config vllm`.
 
     Args:
-        adapter: its folder, under a path that the server sees, too; None is the base alone.
+        adapter: the adapter's folder, under a path that the server sees, too; None: the base alone.
 
     Raises:
-        UserError: no such address, no key where one is named, no usable answer, or an adapter that
-            cannot be loaded or does not answer.
+        UserError: the address or the key cannot be used, the server gives no usable answer, or the
+            adapter cannot be loaded or changes no answer.
     """
     return run_async(_open(open_endpoint(settings, limits), settings, adapter))
 
@@ -300,7 +301,7 @@ async def _open(endpoint: Endpoint, settings: PolicySettings, adapter: Path | No
         served = ServedAdapter.of(adapter, base)
         await served.load(connection)
     policy = ServerPolicy(endpoint, base, support, served, settings)
-    async with endpoint.connect() as connection:  # a server may warm a new adapter for minutes
+    async with endpoint.connect() as connection:  # a new adapter may take minutes
         await _check_adapter(policy, served, connection)
     return policy
 
@@ -308,7 +309,11 @@ async def _open(endpoint: Endpoint, settings: PolicySettings, adapter: Path | No
 async def _check_adapter(
     policy: ServerPolicy, adapter: ServedAdapter, connection: Connection
 ) -> None:
-    """Whether it is the adapter that answers: by the reply's name, and by its log-probabilities."""
+    """Check, by the reply's name and its log-probabilities, that the adapter is what answers.
+
+    Raises:
+        UserError: it is not, or the server does not answer.
+    """
     comparable, endpoint = policy.support.logprobs, policy.endpoint
     body = partial(
         policy.support.body,

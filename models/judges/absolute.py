@@ -1,7 +1,6 @@
 """The judge "absolute": an LLM that grades one answer at a time from 1 to 5; the higher grade wins.
 
-It grades for its own sake too (`grade`): (n - 1) / 4 is a similarity in [0, 1] that can score the
-E-step.
+Its grades also score the E-step: (grade - 1) / 4 is a similarity in [0, 1].
 """
 
 from __future__ import annotations
@@ -17,11 +16,12 @@ from models.policy import Messages, Progress
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graded:
-    """A response to be graded. `gold` is shown where the settings say so."""
+    """A response that is to be graded."""
 
     response: str
     prompt: Messages = ()
     gold: str = ""
+    """The gold response, which the judge sees where its settings say so (`show_gold`)."""
     principle: str = ""
 
 
@@ -42,7 +42,11 @@ class AbsoluteJudge(LLMJudge):
         return [decide(next(grades), next(grades)) for _ in pairs]
 
     def grade(self, items: Sequence[Graded], progress: Progress | None = None) -> list[Grade]:
-        """1-5 for each response, or None with the reason; `progress` counts responses."""
+        """A grade from 1 to 5 for each response, or None with the reason.
+
+        Args:
+            progress: called with the number of responses that were graded.
+        """
         known = [self._no_principle(item.principle) for item in items]
         asked = [item for item, missing in zip(items, known, strict=True) if missing is None]
         replies = iter(self._asker.ask([self._question(i) for i in asked], parse_score, progress))

@@ -9,7 +9,7 @@ from models.worlds.base import Oracle
 
 
 class AutoJudge(Judge):
-    """Chooses the oracle or the similarity (`on`); it is never opened itself."""
+    """Chooses the oracle or the similarity by `on`; it is never opened itself."""
 
     kind = "auto"
 

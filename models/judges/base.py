@@ -1,9 +1,9 @@
 """What a judge is: it says which of two answers to the same prompt is better.
 
-Each kind of judge is one class in a file of its own, which declares what it needs and what it can
-do; `models.judges.registry` lists them. The panel (`tasks.judging.panel`) hands a judge pairs and
-reads one `Judgement` for each. A judge never raises for one pair: what it cannot judge comes back
-as a failure with its reason.
+Each kind of judge is a class in a file of its own, which declares what it needs and what it can do;
+`models.judges.registry` lists them. The panel (`tasks.judging.panel`) gives a judge pairs and reads
+one `Judgement` for each. A judge raises no error for one pair: a pair that it cannot judge gets a
+failure with its reason.
 """
 
 from __future__ import annotations
@@ -22,57 +22,61 @@ from models.settings import Settings
 from models.worlds.base import Oracle
 
 TIE = 1e-9
-"""Scores nearer than this are equal."""
+"""Scores that differ by at most this much are a tie."""
 BESIDE = ("endpoint", "key_variable")
-"""Settings of a judge's model that may stand beside it."""
+"""Settings of a judge's model that may stand beside `policy` as well as in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """Two answers to one prompt; `gold` is for the judges that compare with it."""
+    """Two answers to one prompt."""
 
     prompt: tuple[Message, ...]
     gold: str
+    """The gold response, for judges that compare with it."""
     ours: str
     theirs: str
     principle: str = ""
-    """What both are to follow: a principle, or several as `numbered` lines. Read by the oracle and
-    by rubrics about principles."""
+    """What both answers are to follow: a principle, or several as `numbered` lines. The oracle and
+    rubrics about principles read it."""
 
 
 def numbered(principles: Sequence[str]) -> str:
-    """Principles as a judge reads them: numbered lines, or the only one as it is."""
+    """Principles as a judge reads them: numbered lines, or a single one as it is."""
     if len(principles) == 1:
         return principles[0]
     return "\n".join(f"{number}. {text}" for number, text in enumerate(principles, start=1))
 
 
 def listed(text: str) -> list[str]:
-    """The principles of `numbered` lines."""
+    """The principles in the text that `numbered` makes."""
     return [re.sub(r"^\d+\. ", "", line) for line in text.splitlines()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What a judge said when it saw the two answers in one of the two orders."""
+    """A judge's decision when it sees the two answers in one of the two orders."""
 
     ours_first: bool
+    """Whether the judge reads our answer first."""
     outcome: float | None
-    """1 (ours is better), ½, 0, or None with the `failure`: always from our side."""
+    """1 (ours is better), ½ (a tie), 0, or None with the `failure`; always from our side."""
     feedback: str = ""
     """The judge's reasons, in its own words."""
     failure: str | None = None
+    """Why there is no outcome."""
     attempts: int = 1
+    """How often the judge was asked."""
     tokens: int = 0
     """Generated tokens of all attempts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """The verdict on a pair: `outcome` 1 (ours is better), ½, 0, or None with the `failure`.
+    """The decision on a pair: `outcome` 1 (ours is better), ½, 0, or None with the `failure`.
 
-    A judge that compares without grading leaves the scores None. One that reads the answers one
-    after the other gives the verdicts of both orders (ours first, then theirs first).
+    A judge that grades each answer gives both scores. One that reads both answers at once gives the
+    verdicts of both orders (ours first, then theirs first).
     """
 
     outcome: float | None
@@ -83,18 +87,18 @@ class Judgement:
 
 
 class Grade(NamedTuple):
-    """A score, or None with the reason why there is none."""
+    """A score, or None and the reason why there is none (`failure`)."""
 
     score: float | None
     failure: str | None = None
 
 
 Similarity = Callable[[str, Sequence[str]], Sequence[tuple[float | None, str | None]]]
-"""(gold, texts) to a score in [0, 1] for each text, or None with the reason."""
+"""(gold, texts) to (score in [0, 1], None) for each text, or to (None, reason)."""
 
 
 class KindSettings(Settings):
-    """What the settings of every kind of judge have; a kind with more settings adds its own."""
+    """The settings of every kind of judge; a kind that needs more adds its own."""
 
     kind: str = "auto"
     policy: PolicySettings | None = None
@@ -104,7 +108,7 @@ class KindSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _moved_in(cls, values: Any) -> Any:
-        """What stands beside the model about its endpoint belongs to it."""
+        """Move the settings `BESIDE` the model into it."""
         policy = values.get("policy") if isinstance(values, dict) else None
         inside = policy.model_dump() if isinstance(policy, PolicySettings) else policy or {}
         if not isinstance(values, dict) or not isinstance(inside, dict):
@@ -121,21 +125,21 @@ class KindSettings(Settings):
 
 
 class Resources(Protocol):
-    """What a kind of judge may be opened with."""
+    """What a judge can be opened with."""
 
     @property
     def seed(self) -> int:
-        """Of a judge that samples."""
+        """The seed of a judge that samples."""
         ...
 
     @property
     def oracle(self) -> Oracle | None:
-        """Who knows the truth of the prompts; None where nobody does."""
+        """The oracle that knows the truth of the prompts; None where there is none."""
         ...
 
     @property
     def similarity(self) -> tuple[Similarity, str]:
-        """The similarity of `score`, and its name."""
+        """The similarity that the stage `score` uses, and its name."""
         ...
 
     def model(self, settings: Any) -> Policy:
@@ -144,25 +148,25 @@ class Resources(Protocol):
 
 
 class Judge(ABC):
-    """A kind of judge, and what it needs and can do: others ask for that, not for its name."""
+    """A kind of judge, which declares what it needs and can do: no caller asks for its name."""
 
     kind: ClassVar[str]
     """Its word in the settings, `judge: {kind: …}`."""
     needs_gold: ClassVar[bool] = False
     """It compares the answers with the gold response."""
     needs_oracle: ClassVar[bool] = False
-    """It asks the oracle of an embedded world, and can judge no other prompts."""
+    """It asks the oracle of an embedded world, so it can judge that world's prompts only."""
     needs_model: ClassVar[bool] = False
     """It judges with a model of its own: `policy.model`."""
     generates: ClassVar[bool] = False
-    """Its model is a language model that answers in words, by a rubric and at most `max_tokens`
-    long. Only such a model can be asked at an endpoint."""
+    """Its model is a language model, which answers in words by a rubric, in at most `max_tokens`
+    tokens. Only such a model may stand behind an endpoint."""
     grades: ClassVar[bool] = False
     """It also grades a single answer, from 1 to 5."""
     reads_principle: ClassVar[bool] = False
     """It sees the principle or the constitution that the answers are to follow."""
     both_orders: ClassVar[bool] = False
-    """It reads both answers at once, in both orders: then a judgement has `verdicts`."""
+    """It reads both answers at once, in both orders; its judgements have `verdicts`."""
 
     name: str
     """What the record calls this judge."""
@@ -174,13 +178,13 @@ class Judge(ABC):
 
     @classmethod
     def title(cls, settings: Any) -> str:
-        """The judge's name as far as its settings tell it."""
+        """The judge's name, as far as its settings determine it."""
         return cls.kind
 
     @classmethod
     @abstractmethod
     def open(cls, settings: Any, given: Resources) -> Judge:
-        """The judge, its model in memory.
+        """The judge, with its model in memory.
 
         Args:
             settings: `models.judges.registry.JudgeSettings`, or the part of it that the kind reads.
@@ -191,13 +195,17 @@ class Judge(ABC):
 
     @abstractmethod
     def compare(self, pairs: Sequence[Pair], advance: Progress | None = None) -> list[Judgement]:
-        """One judgement for each pair, in the order of the pairs; `advance` counts pairs."""
+        """One judgement for each pair, in the same order.
+
+        Args:
+            advance: called with the number of pairs that were judged.
+        """
 
 
 def each(
     pairs: Sequence[Pair], judge: Callable[[Pair], Judgement], advance: Progress | None
 ) -> list[Judgement]:
-    """The judgements of a judge that reads one pair after the other."""
+    """The judgements of a judge that judges one pair at a time; `advance` counts pairs."""
     judgements = []
     for pair in pairs:
         judgements.append(judge(pair))
@@ -207,7 +215,8 @@ def each(
 
 
 def decide(ours: Grade, theirs: Grade, tie: float = TIE) -> Judgement:
-    """The better grade wins; grades within `tie` are a tie; a missing or NaN grade is a failure."""
+    """The judgement of two grades: the higher one wins, grades within `tie` are a tie, and a grade
+    that is missing or NaN is a failure."""
     for whose, grade in (("our", ours), ("their", theirs)):
         if grade.score is None or math.isnan(grade.score):
             reason = grade.failure or "the score is not a number"
@@ -219,9 +228,9 @@ def decide(ours: Grade, theirs: Grade, tie: float = TIE) -> Judgement:
 
 
 def combine(ours_first: Verdict, theirs_first: Verdict) -> Judgement:
-    """Both orders as one judgement: what they agree on, else a tie (as MT-Bench counts games).
+    """One judgement of both orders: the outcome that they share, else a tie (as in MT-Bench).
 
-    One failed order is a failed judgement: the other alone would bring its position bias along.
+    Where one order has failed the judgement fails: the other alone would add its position bias.
     """
     verdicts = (ours_first, theirs_first)
     failed = [
@@ -236,7 +245,7 @@ def combine(ours_first: Verdict, theirs_first: Verdict) -> Judgement:
 
 
 def per_pair(advance: Progress | None, pairs: int, steps: int) -> Progress | None:
-    """A callback for each of `steps` that tells `advance` how many of the `pairs` they make."""
+    """A callback that counts `steps` and reports them to `advance` as whole pairs."""
     done = told = 0
 
     def tick(count: int) -> None:

@@ -1,13 +1,13 @@
-"""LLM judges: any `Policy` that reads a rubric and ends its feedback with `[RESULT]`.
+"""LLM judges: a `Policy` reads a rubric and ends its feedback with `[RESULT]`.
 
-The prompt is Prometheus-2's (arXiv 2405.01535; the template of prometheus-eval 0.1.20): task,
-instruction, response(s), reference answer, rubric, feedback. Two things are ours: every line that
-somebody else wrote is quoted, and a principle may stand above the rubric.
+The prompt is that of Prometheus-2 (arXiv 2405.01535; the template of prometheus-eval 0.1.20): task,
+instruction, response(s), reference answer, rubric, feedback. Two things are ours: every foreign
+line is quoted, and a principle may stand above the rubric.
 
-What is judged is untrusted text. It cannot end its block, because each of its lines starts with
-"> "; it cannot become a control token, because `disarm` breaks them; it cannot speak for the judge,
-because the result is read at the end of the judge's own completion and nowhere else. It can still
-try to persuade, as any text can; the prompt says that such words are part of what is judged.
+The judged texts are untrusted. They cannot end their block, because each of their lines starts with
+"> "; they cannot contain control tokens, because `disarm` breaks those; they cannot decide, because
+the result is read only at the end of the judge's own completion. They can still try to persuade, as
+any text can; the prompt says that such words are part of what is judged.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from models.judges.rubrics import RUBRICS, Rubric
 from models.policy import NO_ANSWER, Completion, Messages, Policy, Progress, Request
 
 WORDING = "prometheus-2/quoted-1"
-"""The version of everything below that a judge reads: part of what makes a judgement repeatable."""
+"""The version of the prompt below, which the record of a judgement contains."""
 
 RETRY_TEMPERATURE = 0.7
-"""Of a greedy judge's retries."""
+"""The temperature of a greedy judge's retries."""
 PAIRWISE_ROLE = (
     "You are a fair judge assistant assigned to deliver insightful feedback that compares "
     "individual performances, highlighting how each stands relative to others within the same "
@@ -77,16 +77,16 @@ class LLMSettings(KindSettings):
     show_gold: bool = False
     """Show the gold response to an LLM judge, as the reference answer."""
     temperature: float = Field(default=0.0, ge=0, le=2)
-    """Of an LLM judge; 0 is greedy."""
+    """The temperature of an LLM judge; 0 is greedy."""
     max_tokens: int = Field(default=1024, ge=1, le=16_384)
-    """Longest judgement; one that is cut is a failed one."""
+    """Most tokens of a judgement; one that is cut counts as failed."""
     retries: int = Field(default=2, ge=0, le=20)
-    """How often an LLM judge is asked again when its judgement has no result. A greedy one would
-    only repeat itself: its retries are sampled."""
+    """How often an LLM judge is asked again when its judgement has no result. The retries of a
+    greedy judge are sampled, because it would only repeat itself."""
 
     @property
     def chosen_rubric(self) -> Rubric:
-        """The rubric that `rubric` names or is."""
+        """The `rubric` of the settings, looked up where it is a name."""
         return RUBRICS[self.rubric] if isinstance(self.rubric, str) else self.rubric
 
 
@@ -94,7 +94,7 @@ class LLMSettings(KindSettings):
 
 
 class Block(NamedTuple):
-    """A section of the prompt and how the task description mentions it; none without a text."""
+    """A section of the prompt, and how the task description mentions it; no text, no section."""
 
     title: str
     mention: str
@@ -103,15 +103,16 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompter:
-    """Writes what a judge reads. `control`: see `disarm`."""
+    """Writes the prompt that a judge reads."""
 
     rubric: Rubric
     control: frozenset[str] = frozenset()
+    """Strings of the judge's tokenizer that `disarm` breaks."""
 
     def pairwise(
         self, prompt: Messages, first: str, second: str, *, gold: str = "", principle: str = ""
     ) -> Messages:
-        """Which of two responses is better? The first is shown as A."""
+        """The prompt that asks which of two responses is better; the first one is Response A."""
         ties = self.rubric.ties
         task = PAIRWISE_TASK.format(
             tie=", or a tie if neither is better" if ties else "",
@@ -130,7 +131,7 @@ class Prompter:
     def absolute(
         self, prompt: Messages, response: str, *, gold: str = "", principle: str = ""
     ) -> Messages:
-        """How good is a response, from 1 to 5? An empty `prompt` is left out."""
+        """The prompt that asks for a grade from 1 to 5; an empty `prompt` is left out of it."""
         scores = [f"Score {n}: {text}" for n, text in enumerate(self.rubric.scores, start=1)]
         best = "a reference answer that gets a score of 5"
         blocks = [
@@ -150,19 +151,19 @@ class Prompter:
         return self.quote(text) if text.strip() else ""
 
     def quote(self, text: str) -> str:
-        """Foreign text as a quotation, its control tokens broken."""
+        """Foreign text as a quotation, with its control tokens broken."""
         return quoted(disarm(text, self.control))
 
 
 def quoted(text: str) -> str:
-    """The text with "> " before each of its lines, whatever it is that ends a line there."""
+    """The text with "> " before each of its lines, whatever character ends a line."""
     return "\n".join(f"> {line}" for line in text.splitlines() or [""])
 
 
 def spoken(prompt: Messages) -> str:
-    """A prompt as one text: a single request as it is, a conversation with its speakers.
+    """A prompt as one text: a single turn as it is, a conversation with the name of each speaker.
 
-    Turns are quoted, so that none can name another speaker.
+    Turns of a conversation are quoted, so that no turn can pose as another speaker's.
     """
     if len(prompt) == 1:
         return prompt[0]["content"]
@@ -170,7 +171,7 @@ def spoken(prompt: Messages) -> str:
 
 
 def _render(role: str, blocks: Sequence[Block], task: str) -> Messages:
-    """One user turn, the role in front: a template without a system role takes it too."""
+    """The prompt as one user turn that begins with the role: some templates have no system turn."""
     shown = [block for block in blocks if block.text]
     *others, last = [block.mention for block in shown if block.mention]
     listed = f"{', '.join(others)}, and {last} are given."
@@ -187,7 +188,7 @@ def _render(role: str, blocks: Sequence[Block], task: str) -> Messages:
 
 @dataclass(slots=True)
 class JudgeReply:
-    """What came of one question: a `result`, or the `failure` of the last attempt."""
+    """What a question gave: a `result`, or the `failure` of the last attempt."""
 
     result: str | None = None
     feedback: str = ""
@@ -195,10 +196,10 @@ class JudgeReply:
     attempts: int = 0
     tokens: int = 0
     final: bool = False
-    """No retry can help."""
+    """Whether no retry can help."""
 
     def read(self, completion: Completion, parse: Parse) -> None:
-        """Take an attempt's completion in. A cut one has no result: "[RESULT] 1" may be half."""
+        """Read an attempt's completion. A cut one has no result: "[RESULT] 1" may be half of it."""
         self.attempts += 1
         self.tokens += completion.tokens
         self.feedback, self.failure = completion.text, None
@@ -216,7 +217,7 @@ class JudgeReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asker:
-    """Puts questions to a policy, and again where no result came, each time with another key."""
+    """Asks a policy questions, and asks again, with another key, where an answer has no result."""
 
     policy: Policy
     settings: LLMSettings
@@ -225,7 +226,11 @@ class Asker:
     def ask(
         self, questions: Sequence[Messages], parse: Parse, progress: Progress | None = None
     ) -> list[JudgeReply]:
-        """One reply for each question, in their order; `progress` counts first attempts."""
+        """One reply to each question, in the same order; `progress` counts first attempts.
+
+        Raises:
+            UserError: the policy cannot answer at all.
+        """
         replies = [JudgeReply() for _ in questions]
         for attempt in range(self.settings.retries + 1):
             waiting = [i for i, r in enumerate(replies) if r.result is None and not r.final]
@@ -238,7 +243,8 @@ class Asker:
         return replies
 
     def _request(self, question: Messages, attempt: int) -> Request:
-        """The key follows from what is asked, so that (a, b) and (b, a) swap exactly."""
+        """The key depends on the question alone, so that (a, b) is judged as the other side's (b, a)
+        is."""
         s = self.settings
         asked = hashlib.sha256(json.dumps(question).encode()).hexdigest()[:32]
         return Request(
@@ -259,7 +265,7 @@ def control_of(policy: Policy) -> frozenset[str]:
 
 
 class LLMJudge(Judge):
-    """What "pairwise" and "absolute" share: a language model, its rubric and its questions."""
+    """What "pairwise" and "absolute" share: a language model, and a rubric by which it is asked."""
 
     needs_model = generates = reads_principle = True
 
@@ -279,7 +285,7 @@ class LLMJudge(Judge):
         return cls(given.model(settings), settings, seed=given.seed)
 
     def _no_principle(self, principle: str) -> str | None:
-        """Why the judge cannot be asked, if so."""
+        """Why the judge cannot be asked about this principle; None where it can."""
         missing = self.prompter.rubric.principle and not principle.strip()
         return "the rubric asks about a principle, and none is named" if missing else None
 

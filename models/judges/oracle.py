@@ -1,4 +1,4 @@
-"""The judge "oracle": reads the truth of an embedded world out of the prompt. It only measures."""
+"""The judge "oracle": knows the truth about an embedded world's prompts. It only measures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from models.worlds.base import Oracle
 
 
 class OracleJudge(Judge):
-    """Reads the truth of an embedded world out of the prompt: it measures, and teaches nothing."""
+    """Judges by the truth about an embedded world's prompts: it measures, and teaches nothing."""
 
     kind = name = "oracle"
     needs_oracle = reads_principle = True
@@ -23,7 +23,7 @@ class OracleJudge(Judge):
     @classmethod
     def open(cls, settings: Any, given: Resources) -> OracleJudge:
         """See `Judge.open`."""
-        assert given.oracle is not None, "`tasks.evaluate.check_judges` sees to it"
+        assert given.oracle is not None, "`tasks.evaluate.check_judges` refuses other prompts"
         return cls(given.oracle)
 
     def compare(self, pairs: Sequence[Pair], advance: Progress | None = None) -> list[Judgement]:
@@ -34,7 +34,7 @@ class OracleJudge(Judge):
         return decide(self._grade(pair, pair.ours), self._grade(pair, pair.theirs))
 
     def _grade(self, pair: Pair, response: str) -> Grade:
-        """By what the prompt calls for; or, where there is a constitution, by that alone."""
+        """The grade by what the prompt calls for; where there is a constitution, by that alone."""
         prompt = pair.prompt[-1]["content"]
         try:
             if pair.principle:

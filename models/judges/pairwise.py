@@ -17,7 +17,7 @@ class PairwiseJudge(LLMJudge):
     both_orders = True
 
     def compare(self, pairs: Sequence[Pair], advance: Progress | None = None) -> list[Judgement]:
-        """See `Judge.compare`; each judgement has the two verdicts."""
+        """See `Judge.compare`; each judgement has two verdicts, one for each order."""
         known = [self._no_principle(pair.principle) for pair in pairs]
         asked = [pair for pair, missing in zip(pairs, known, strict=True) if missing is None]
         questions = [self._question(p, ours_first) for p in asked for ours_first in (True, False)]

@@ -1,8 +1,8 @@
-"""The kinds of judges, what their settings are, and where their models are opened.
+"""The kinds of judges, their settings, and the places where their models are opened.
 
-A new kind is a file beside this one, its import and its place in `KINDS`; where it has settings of
-its own they are one more base of `JudgeSettings`. All kinds' settings stand side by side in one
-class, because a preset or `--set` may change the kind alone.
+A new kind is a file beside this one, its import and its place in `KINDS`; settings of its own are
+one more base class of `JudgeSettings`. One class has the settings of all kinds, because a preset or
+`--set` may change the kind alone.
 """
 
 from __future__ import annotations
@@ -28,16 +28,9 @@ from models.worlds.registry import WORLD_MODELS
 
 KINDS: dict[str, type[Judge]] = {
     judge.kind: judge
-    for judge in (
-        AutoJudge,
-        GoldSimilarity,
-        OracleJudge,
-        PairwiseJudge,
-        AbsoluteJudge,
-        RewardModel,
-    )
+    for judge in (AutoJudge, GoldSimilarity, OracleJudge, PairwiseJudge, AbsoluteJudge, RewardModel)
 }
-"""Every kind of judge, by its word in the settings."""
+"""Every kind of judge, by its name in the settings."""
 
 if TYPE_CHECKING:
     Kind = str
@@ -65,22 +58,22 @@ class JudgeSettings(RewardSettings, LLMSettings):
 
     @property
     def judge_type(self) -> type[Judge]:
-        """The kind of judge: what it needs and can do."""
+        """The class of this kind, which says what it needs and can do."""
         return KINDS[self.kind]
 
     def on(self, oracle: Oracle | None) -> type[Judge]:
-        """The kind that judges prompts whose truth the oracle knows: "auto" stands for another."""
+        """The kind that judges the prompts of this oracle (or of none): "auto" chooses another."""
         return self.judge_type.on(oracle)
 
     def about_principles(self) -> JudgeSettings:
-        """The same judge; an LLM with a rubric that shows the principle."""
+        """The same judge; an LLM judge gets a rubric that shows the principle."""
         if self.chosen_rubric.principle or not self.judge_type.generates:
             return self
         return self.model_copy(update={"rubric": "principle"})
 
 
 def kinds_that(can: Callable[[type[Judge]], bool]) -> str:
-    """The kinds of judges with a capability, in words: "pairwise or absolute"."""
+    """The names of the kinds for which `can` holds, in words: "pairwise or absolute"."""
     return " or ".join(name for name, judge in KINDS.items() if can(judge))
 
 
@@ -93,7 +86,7 @@ def open_policy(settings: JudgeSettings) -> Policy:
     Raises:
         UserError: it cannot be loaded, or the endpoint cannot be used.
     """
-    assert settings.policy is not None, "JudgeSettings sees to it"
+    assert settings.policy is not None, "JudgeSettings refuses it otherwise"
     if settings.policy.endpoint:
         from models.endpoint.server import open_server
 
@@ -104,11 +97,11 @@ def open_policy(settings: JudgeSettings) -> Policy:
 
 
 def judge_pool(settings: JudgeSettings, opener: Opener[E]) -> Pool[E]:
-    """The pool that the judge's policy asks for; a judge without one, or at an endpoint, is served
-    from this process.
+    """The pool that the judge's policy names; this process, where the judge has no policy or an
+    endpoint.
 
     Args:
-        opener: opens what judges; `located` tells where the model is there.
+        opener: opens the judge in a worker, which finds the model there by `located`.
 
     Raises:
         UserError: Ray is asked for and not installed.
@@ -118,8 +111,8 @@ def judge_pool(settings: JudgeSettings, opener: Opener[E]) -> Pool[E]:
 
 
 def located(settings: JudgeSettings, where: Where) -> JudgeSettings:
-    """The judge with its model where this node has it. The folder's own name stays the same, and so
-    does the judge's."""
+    """The judge's settings with its model's path on this node. The model's folder has the same name
+    on every node, and so has the judge."""
     if settings.policy is None:
         return settings
     policy = settings.policy.model_copy(update={"model": where(settings.policy.model)})

@@ -102,7 +102,7 @@ class RewardModel(Judge):
     @classmethod
     def open(cls, settings: RewardSettings, given: Resources) -> RewardModel:
         """See `Judge.open`."""
-        assert settings.policy is not None, "its settings see to it"
+        assert settings.policy is not None, "JudgeSettings refuses it otherwise"
         return load_reward_model(settings.policy, tie=settings.reward_tie)
 
     def compare(self, pairs: Sequence[Pair], advance: Progress | None = None) -> list[Judgement]:

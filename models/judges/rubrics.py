@@ -1,4 +1,4 @@
-"""Rubrics: what an LLM judge looks at."""
+"""Rubrics, by which LLM judges decide."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from models.settings import Settings
 
 
 class Rubric(Settings):
-    """What an LLM judge is to look at, in Prometheus-2's shape."""
+    """What an LLM judge looks at, in the form of Prometheus-2."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
     """What the record calls it."""
     criterion: str = Field(min_length=1)
     """The question that the judge answers."""
     scores: tuple[str, str, str, str, str]
-    """What an answer of score 1, 2, 3, 4 and 5 is like (absolute judging only)."""
+    """Descriptions of answers with the scores 1, 2, 3, 4 and 5 (absolute judging only)."""
     ties: bool = False
     """Whether a pairwise judge may call a tie. Prometheus-2 was not trained to."""
     principle: bool = False

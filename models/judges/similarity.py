@@ -21,7 +21,7 @@ class GoldSimilarity(Judge):
 
     @classmethod
     def open(cls, settings: Any, given: Resources) -> GoldSimilarity:
-        """See `Judge.open`: the similarity is that of `score`."""
+        """See `Judge.open`; the similarity is that of the stage `score`."""
         return cls(*given.similarity)
 
     def compare(self, pairs: Sequence[Pair], advance: Progress | None = None) -> list[Judgement]:

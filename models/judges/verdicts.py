@@ -1,9 +1,9 @@
-"""What an LLM judge decided: the words after the last `[RESULT]` of its own text.
+"""Reads an LLM judge's decision: the words after the last `[RESULT]` of its own text.
 
 Prometheus writes `[RESULT] A`; general models add mark-up, LaTeX, a closing token or a few words
-(`**[RESULT]** Response A is better.`). Mark-up is taken off, and what is left must be one of the
-phrases below as a whole. Everything else is no verdict, and the judge is asked again: a missing
-verdict is counted and seen, a wrong one is not.
+(`**[RESULT]** Response A is better.`). Mark-up is removed, and the rest must match one of the
+phrases below as a whole. Any other text has no result, and the judge is asked again: a missing
+result is counted and shown, a wrong one would go unnoticed.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import re
 from constitutions.foreign_text import without_trailing_tokens
 
 MARKER = re.compile(r"\[RESULT\b(?:\]|(?=\s*:?\s*[^\s\]]))", re.IGNORECASE)
-"""`[RESULT]`, and the beginning of `[RESULT: A]`."""
+"""Matches `[RESULT]`, and the beginning of `[RESULT: A]`."""
 LONGEST = 200
-"""Characters of a result; what is longer is an essay."""
+"""Most characters of a result; a longer text is none."""
 
 _LATEX = re.compile(
     r"\\(?:(?:boxed|text(?:bf|rm|it|tt)?|math(?:bf|rm|it|tt)|bf)(?![a-zA-Z])|[()\[\]])"
 )
 _CLOSING = re.compile(r"\[/RESULT\]", re.IGNORECASE)
 _MARKUP = re.compile(r"[*_`$\"'“”‘’()\[\]{}<>]")
-"""Each becomes a space, so that nothing grows together: "4*5" is not 45."""
+"""Each character becomes a space, so that "4*5" does not become 45."""
 
 _BREAK = r"(?:[:=–—-]\s*){0,2}"
 _NAMED = r"(?:response|answer|assistant|option|candidate|choice)"
@@ -55,7 +55,7 @@ _SCORE = re.compile(
 
 
 def parse_choice(text: str, *, ties: bool = False) -> str | None:
-    """The choice at the end of a judgement: "A", "B", where there are ties "TIE"; else None."""
+    """The choice at the end of a judgement: "A", "B", with `ties` also "TIE"; else None."""
     said = _result(text)
     if found := _CHOICE.fullmatch(said):
         return found["choice"].upper()
@@ -63,14 +63,13 @@ def parse_choice(text: str, *, ties: bool = False) -> str | None:
 
 
 def parse_score(text: str) -> str | None:
-    """The score at the end of a judgement, "1" … "5"; None too for 4.5, which a rubric of whole
-    numbers does not have."""
+    """The score at the end of a judgement, "1" to "5"; None for any other, such as 4.5."""
     found = _SCORE.fullmatch(_result(text))
     return found["score"] if found else None
 
 
 def _result(text: str) -> str:
-    """What stands after the last marker, without mark-up; "" where there is no marker."""
+    """The text after the last marker, without mark-up; "" where there is no marker."""
     *_, said = ["", *MARKER.split(text)[1:]]
     if len(said) > LONGEST:
         return ""

@@ -1,6 +1,6 @@
-"""What an embedded world offers: prompts with golds; and, where it has them, models and an oracle.
+"""What an embedded world offers: prompts with golds and, in some worlds, models and an oracle.
 
-The stages, the judges and the planner ask a `World`, and never for its name.
+Stages, judges and the planner ask a `World` for what it offers, never for its name.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ Steps = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorldPrompt:
-    """A prompt with its gold response; `source` says where in the world it is from ("train:1")."""
+    """A prompt with its gold response."""
 
     prompt: str
     gold: str
     source: str
+    """Where in the world it comes from ("train:1")."""
 
 
 class Oracle(Protocol):
-    """What is true of a world's prompts. It measures; nothing that learns may call it.
+    """What is true of a world's prompts. It only measures: nothing that learns may call it.
 
-    Each function that reads a prompt raises UserError where the prompt is not of the world.
+    Each function that reads a prompt raises UserError where the prompt is not one of the world's.
     """
 
     TRUTH: frozenset[str]
@@ -69,7 +70,7 @@ class World(ABC):
     truth: str = ""
     """The module of `oracle`; "" where there is none."""
     policy: ClassVar[Mapping[str, Any]] = {}
-    """The settings that those models need as a principle writer, by their name in `policy`."""
+    """The settings of `policy` with which these models write principles, by name."""
     principle: str = ""
     """An example of a principle that its oracle knows."""
 
