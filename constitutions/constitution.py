@@ -1,7 +1,8 @@
 """A constitution: the principles of one iteration, as a YAML file that people read and edit.
 
-`tasks.cluster` makes one, `load` and `save` move it, a person may edit it in between
-(`constitutions.review`). SAMI trains on one that has antitheses (`tasks.sami.write`).
+`tasks.cluster` makes a constitution, `save` writes it, a person may edit the file
+(`constitutions.review`), and `load` reads it. SAMI trains on one that has antitheses
+(`tasks.sami.write`).
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from constitutions.parse import LARGE, line_of, parse_yaml, read_text, yaml_tree
 Text = Annotated[str, Field(strict=True, pattern=r"\S")]
 Count = Annotated[int, Field(strict=True, ge=0)]
 AT_ONCE = 1_000
-"""Principles of a file that are checked together."""
+"""Principles of a file that are validated together."""
 REPORTED = 20
-"""Mistakes of a file that are named."""
+"""Most mistakes of a file that are named."""
 
 
 class Principle(BaseModel):
@@ -37,16 +38,16 @@ class Principle(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: Text = ""
-    """Stays when the text is reworded; `principle_id(text)` where none is given."""
+    """It stays when the text is reworded; `principle_id(text)` where none is given."""
     text: Text
     antithesis: Annotated[str, Field(strict=True, pattern=r"^$|\S")] = ""
     """The opposite principle (SAMI); empty where nobody has written one."""
     support: Count = 0
-    """Trajectories that carry this principle as their label."""
+    """The number of trajectories with this principle as their label."""
     share: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.0
-    """Their share of the weight of all trajectories."""
+    """Their share, in [0, 1], of the weight of all trajectories."""
     example: Annotated[str, Field(strict=True)] = ""
-    """`prompt_id` of the trajectory that this principle improved most."""
+    """The `prompt_id` of the trajectory that this principle improved most."""
     members: tuple[Text, ...] = ()
     """The wordings that were merged into it, most frequent first."""
 
@@ -56,7 +57,7 @@ class Principle(BaseModel):
 
     @property
     def wordings(self) -> frozenset[str]:
-        """The keys of its text and of all that was merged into it."""
+        """The `principle_key`s of its text and of its members."""
         return frozenset(map(principle_key, (self.text, *self.members)))
 
 
@@ -103,50 +104,52 @@ Document = TypeVar("Document", bound=Constitution)
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What `diff` found. Pairs are (old, new)."""
+    """The changes from an old constitution to a new one; pairs are (old, new)."""
 
     added: tuple[Principle, ...]
     dropped: tuple[Principle, ...]
     reworded: tuple[tuple[Principle, Principle], ...]
     merged: tuple[tuple[Principle, Principle], ...]
-    """Old principles that became a part of a new one."""
+    """Old principles that are now a part of a new one."""
     opposed: tuple[tuple[Principle, Principle], ...]
-    """The same principle, with another antithesis, or with one where there was none."""
+    """Principles that have another antithesis than before, or one where they had none."""
     support_changed: tuple[tuple[Principle, Principle], ...]
-    """The same principle, with more or fewer trajectories."""
+    """Principles that have more or fewer trajectories than before."""
 
 
 @dataclass(frozen=True, slots=True)
 class Repetition:
-    """A wording or an id that occurs before: in an earlier principle or in its own."""
+    """A wording or an id that has occurred before, in an earlier principle or in its own."""
 
     index: int
-    """Of its principle, from 0."""
+    """The index of its principle, from 0."""
     field: str
     what: str
+    """What it repeats, as the `what` of a UserError."""
     fix: str
 
 
 def principle_key(text: str) -> str:
-    """What two spellings of one principle share: NFC, one case, single spaces, no final mark."""
+    """What all spellings of a principle share: NFC, one case, single spaces, no final mark."""
     plain = " ".join(unicodedata.normalize("NFC", text).casefold().split())
     return plain.rstrip(" .!;:。") or plain
 
 
 def principle_id(text: str) -> str:
-    """A short stable id: "p-" and 12 hexadecimal digits of the sha256 of the text's key."""
+    """A stable id: "p-" and 12 hexadecimal digits of the sha256 of the text's `principle_key`."""
     return "p-" + hashlib.sha256(principle_key(text).encode()).hexdigest()[:12]
 
 
 def diff(old: Constitution, new: Constitution) -> Changes:
-    """What became of the old principles, and which new ones have no predecessor.
+    """The changes from an old constitution to a new one.
 
-    An old principle continues in the new one with its id. Without one (another iteration may choose
-    another wording, and so another id), it continues in a related one: whose wordings include its
-    text, whose text is among its wordings, or which shares half of the shorter list of wordings or
-    more. Of several, the one that has its text comes first, then the one that shares most wordings.
-    Where several continue in one, that with its id, else with most shared wordings, is the same
-    principle, perhaps reworded; the others were merged into it.
+    An old principle continues in the new one with the same id. Where there is none (an iteration
+    that words it otherwise gives it another id), it continues in a related one: one that has its
+    text among its wordings, whose text is among its own, or that shares at least half of the
+    shorter list of wordings. Of several, one with its text goes first, then one that shares most
+    wordings. Where several old principles continue in one, the old one with its id, else the one
+    that shares most wordings, is the same principle, perhaps reworded; the others were merged into
+    it. An old principle without a continuation was dropped, a new one without an origin added.
     """
     heirs: defaultdict[str, list[Principle]] = defaultdict(list)
     dropped = []
@@ -172,9 +175,10 @@ def diff(old: Constitution, new: Constitution) -> Changes:
 
 
 def markdown(constitution: Constitution, wordings: int = 3) -> str:
-    """The constitution as a Markdown table, with up to `wordings` merged wordings a row.
+    """The constitution as a Markdown table; antitheses have a column where there are any.
 
-    Antitheses have a column where there are any.
+    Args:
+        wordings: most merged wordings that a row shows.
     """
     opposed = constitution.is_opposed
     head = [
@@ -192,9 +196,9 @@ def markdown(constitution: Constitution, wordings: int = 3) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """A foreign text as one line of Markdown that shows exactly that text.
+    """A foreign text as one line of Markdown that shows the text as it is.
 
-    No mark-up, HTML, link or table border of its own takes effect, and nothing invisible remains.
+    Its own mark-up, HTML, links and table borders have no effect; invisible characters are removed.
     """
     shown = "".join(c if c.isprintable() or c in "\u200c\u200d" else " " for c in text)
     escaped = re.sub(r"([\\`*_{}\[\]<>()#+|~&@$^!]|(?<=:)//|(?<=www)\.)", r"\\\1", shown)
@@ -202,7 +206,7 @@ def markdown_text(text: str) -> str:
 
 
 def save(constitution: Constitution, path: str | os.PathLike[str]) -> None:
-    """Write the constitution as YAML (UTF-8); `load` gives exactly the same back."""
+    """Write the constitution as YAML (UTF-8), from which `load` reads an equal one."""
     document = {
         "experiment": constitution.experiment,
         "iteration": constitution.iteration,
@@ -216,15 +220,19 @@ def load(path: str | os.PathLike[str]) -> Constitution:
     """Read a constitution that `save` or a person wrote.
 
     Raises:
-        UserError: the file is missing, not UTF-8, not YAML, or has an unknown key, a missing or
-            empty text, a wrong type, the same principle twice, or an antithesis that is a
-            principle or another's antithesis; all such entries at once, each with its line.
+        UserError: the file is missing, not UTF-8 or not YAML, or an entry has an unknown key, a
+            missing or empty text, a wrong type, a repeated id or text, or an antithesis that is
+            another entry's text or antithesis; all such entries at once, each with its line.
     """
     return _load(path, Constitution)
 
 
 def load_draft(path: str | os.PathLike[str]) -> Draft:
-    """`load` a constitution that a person edited: an entry may have `into`. Raises as `load`."""
+    """`load` a constitution that a person has edited, whose entries may have `into`.
+
+    Raises:
+        UserError: as `load`.
+    """
     return _load(path, Draft)
 
 
@@ -246,7 +254,7 @@ def _load(path: str | os.PathLike[str], kind: type[Document]) -> Document:
 def _validated(
     data: dict[str, Any], source: str, path: str | os.PathLike[str], kind: type[Document]
 ) -> Document:
-    """The document; its principles are checked in parts, since every mistake takes memory."""
+    """The document, validated some principles at a time, because every mistake takes memory."""
     entries = data.get("principles")
     there = entries if isinstance(entries, list) else []
     found: list[Any] = []
@@ -263,10 +271,10 @@ def _validated(
 
 
 def repetitions(entries: Sequence[Mapping[str, Any]]) -> Iterator[Repetition]:
-    """Every text, antithesis and id that occurs before, in any spelling; texts come first.
+    """The texts, antitheses and ids that have occurred before, in any spelling; texts come first.
 
     Args:
-        entries: principles by their fields; only those of `text`, `antithesis` and `id` are read.
+        entries: the fields of principles, of which `text`, `antithesis` and `id` are read.
     """
     worded: dict[str, tuple[int, str]] = {}
     for field in ("text", "antithesis"):
@@ -347,7 +355,7 @@ def _header(constitution: Constitution) -> str:
         if constitution.is_opposed
         else ""
     )
-    discovered = any(p.support for p in constitution.principles)  # else there is no review of it
+    discovered = any(p.support for p in constitution.principles)  # others are not reviewed
     merge = (
         "#   merge    add a line 'into: ID', the id of the principle that it becomes a part of\n"
         if discovered
@@ -390,7 +398,7 @@ def _as_user_error(
     path: str | os.PathLike[str],
     document: type[Constitution],
 ) -> UserError:
-    """A mistake; its principles are counted from `start` on."""
+    """pydantic's error as a UserError; `start` is the index of the first validated principle."""
     kind, location = error["type"], error["loc"]
     if location[:1] == ("principles",) and len(location) > 1:
         location = ("principles", location[1] + start, *location[2:])
@@ -411,7 +419,7 @@ _MISTAKES = {
     "string_type": ("this is not a text", "a text, in quotes where YAML reads it as another type"),
     "tuple_type": ("this is not a list", "a list, each item after '- '"),
 }
-"""What pydantic's error types mean to the person who edited the file: (what, expected)."""
+"""pydantic's error types in words for the person who edited the file: (what, expected)."""
 
 
 def _spelled(location: Sequence[str | int]) -> str:

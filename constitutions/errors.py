@@ -1,7 +1,7 @@
-"""The user's mistakes, as messages.
+"""Errors that a user can correct.
 
-Every layer raises `UserError` for what a person can mend; the CLI prints it and exits with 2. Any
-other exception is a defect of ours and keeps its traceback.
+Every layer raises `UserError` for them; the CLI prints the message and exits with 2. Any other
+exception is a defect of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from collections.abc import Sequence
 from constitutions.untrusted import hide_passwords
 
 LONGEST = 2_000
-"""Characters of one line of a message; the middle of a longer one is left out."""
+"""Most characters of a line of a message; the middle of a longer one is left out."""
 MOST_LINES = 200
+"""Most lines of a message; the rest are counted."""
 REPORTED = 50
-"""Mistakes that are shown at once; the rest are counted."""
+"""Most mistakes that are shown at once; the rest are counted."""
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: what happened, where, what was expected, what to do.
+    """A mistake in the user's input: what is wrong, where, what is expected, what to do.
 
     Args:
         what: what is wrong, as a clause without a full stop ("the gold response is empty").
         where: file, row, field or setting ("prompts.jsonl, row 7, field 'gold'").
-        expected: what would have been right ("a non-empty string").
+        expected: what would be right ("a non-empty string").
         fix: the next step, as a command where there is one.
     """
 
@@ -41,7 +42,7 @@ class UserError(Exception):
         return "\n".join(map(_clipped, lines))
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickle by parts: Prefect carries exceptions between processes."""
+        """Pickle the parts of the message: Prefect sends exceptions between processes."""
         return _rebuild, (type(self), self.__dict__.copy())
 
 
@@ -49,7 +50,8 @@ class UserErrors(UserError):
     """Several mistakes at once: all of a configuration's, or the first rows of a file's.
 
     Args:
-        within: what they are a part of; stands before each.
+        more: further mistakes, which are only counted.
+        within: the name of what they are in, which begins each line.
     """
 
     def __init__(self, errors: Sequence[UserError], *, more: int = 0, within: str = "") -> None:
@@ -62,7 +64,7 @@ class UserErrors(UserError):
 
 
 def _clipped(line: str) -> str:
-    """A line without passwords, and of bounded length; hidden first, for a cut one is not known."""
+    """A line of limited length without passwords, which are hidden before they can be cut."""
     line = hide_passwords(_cut(line, 10 * LONGEST))
     return _cut(line, LONGEST)
 

@@ -1,6 +1,6 @@
-"""Text that somebody else wrote, made harmless before a judge reads it.
+"""Makes foreign text harmless before a judge reads it.
 
-A tokenizer turns control tokens in a text into the real ones; `disarm` breaks them.
+A tokenizer turns control tokens that a text spells into real ones; `disarm` breaks them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _TOKENS = (
     r"|<</?SYS>>"
     rf"|\[/?(?:{_BRACKETED})\]"
 )
-"""What the chat templates in use write between turns."""
+"""The control tokens that common chat templates write between turns."""
 _RESULT = r"|\[\s*RESULT\b"
-"""Where a judge's own result stands."""
+"""The mark after which a judge writes its result."""
 
 
 def _first_character(pattern: str) -> re.Pattern[str]:
-    """Of each occurrence; a look-ahead, so that of those that overlap each is found."""
+    """Matches the first character of each occurrence; a look-ahead finds overlapping ones, too."""
     return re.compile(rf"(?=(?:{pattern})).", re.IGNORECASE | re.DOTALL)
 
 
@@ -38,40 +38,40 @@ _TOKEN, _CONTROL = _first_character(_TOKENS), _first_character(_TOKENS + _RESULT
 
 
 def without_control_tokens(text: str) -> str:
-    """The text with a space inside the usual control tokens, for a server whose tokenizer would
-    read them as such: "<|eot_id|>" → "< |eot_id|>"."""
+    """The text with a space inside common control tokens ("<|eot_id|>" → "< |eot_id|>"), for a
+    server whose tokenizer would obey them."""
     return _TOKEN.sub(r"\g<0> ", text)
 
 
 def without_trailing_tokens(text: str) -> str:
-    """The text without the control tokens at its end, as servers leave them there ("A</s>")."""
+    """The text without the control tokens at its end, where servers leave them ("A</s>")."""
     return _AT_END.sub("", text)
 
 
 def disarm(text: str, control: Iterable[str] = ()) -> str:
-    """The text with a space inside whatever could act as more than words: "<|eot_id|>" → "< |eot…".
+    """The text with a space inside control tokens and judges' marks: "<|eot_id|>" → "< |eot_id|>".
 
-    A tokenizer turns control tokens in a message's text into the real ones (`apply_chat_template`
-    renders text, and the text is then tokenised): an answer could end its own turn and speak for
-    the judge. Nothing is removed, and other text stays as it is, mark-up and code included.
+    `apply_chat_template` renders a text that is then tokenised, so that control tokens in an answer
+    become real ones: it could end its own turn and write the judge's. Nothing is removed, and other
+    text stays as it is, mark-up and code included.
 
     Args:
-        control: further strings to break, such as `control_strings` of the judge's tokenizer. A
-            judge behind an endpoint has none to give: there the usual ones must do.
+        control: further strings to break, such as `control_strings` of the judge's tokenizer,
+            which a judge behind an endpoint does not show.
     """
     text = _CONTROL.sub(r"\g<0> ", text)
     exact = sorted({c for c in control if len(c) > 1}, key=len, reverse=True)
     if exact:
-        # a look-ahead: of occurrences that overlap, each is broken
+        # a look-ahead, to break each of the occurrences that overlap
         text = re.sub(rf"(?s)(?=(?:{'|'.join(map(re.escape, exact))})).", r"\g<0> ", text)
     return text
 
 
 def control_strings(tokenizer: Any) -> frozenset[str]:
-    """What a `transformers` tokenizer reads as one token wherever it stands in a text.
+    """The strings that a `transformers` tokenizer reads as control tokens anywhere in a text.
 
-    Added tokens that are no special ones count where they look like mark-up ("<tool_call>"): an
-    added word is a word.
+    Added tokens that are not special count where they look like mark-up ("<tool_call>"); others are
+    mere words.
     """
     added = tokenizer.added_tokens_decoder.values()
     return frozenset(

@@ -1,8 +1,8 @@
-"""YAML and JSON that a person or another program wrote, read within bounds.
+"""Reads YAML and JSON that a person or another program wrote, within bounds.
 
-Every settings file, `--set` value, constitution and response file comes through here. Whatever it
-holds, reading it ends in its value or in one `UserError` that names the place: no other exception,
-no endless wait (a FIFO, a device), and no more memory than the bounds allow (aliases that expand).
+Every settings file, `--set` value, constitution and response file is read here. Whatever it holds,
+the result is its value or one `UserError` that names the place: no other exception, no endless wait
+(for a FIFO or a device), and no more memory than the bounds allow (for aliases that expand).
 """
 
 from __future__ import annotations
@@ -22,29 +22,32 @@ from constitutions.errors import UserError
 from constitutions.untrusted import hide_passwords
 
 DEEPEST = 64
-"""Lists and mappings within one another."""
+"""Most lists and mappings within one another."""
 MOST_KEYS = 1_000
-"""Keys of one YAML mapping."""
+"""Most keys of one YAML mapping."""
 LARGEST_INT = 2**63 - 1
+"""The largest absolute value of a whole number."""
 TYPES = {
     **{"timestamp": "a date", "binary": "binary data", "set": "a set"},
     **{"omap": "a list of pairs", "pairs": "a list of pairs"},
 }
-"""YAML's types that are refused."""
+"""YAML's types that are refused, in words."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How much is read: bytes, and values within values after every alias is written out."""
+    """How much is read at most."""
 
     size: int
+    """Bytes of a file."""
     nodes: int
+    """Values, those within values included, after every alias is written out."""
 
 
 SMALL = Bounds(size=4 << 20, nodes=100_000)
-"""Of settings."""
+"""The bounds of settings."""
 LARGE = Bounds(size=64 << 20, nodes=2_000_000)
-"""Of constitutions (50,000 principles with their wordings) and response files."""
+"""The bounds of constitutions (50,000 principles with their wordings) and response files."""
 
 
 # Files ------------------------------------------------------------------------------------------
@@ -53,19 +56,19 @@ LARGE = Bounds(size=64 << 20, nodes=2_000_000)
 def read_text(
     path: str | os.PathLike[str], bounds: Bounds = LARGE, expected: str = "a text file"
 ) -> str:
-    """The text of a regular file of bounded size, without a byte order mark.
+    """The text of a regular file, without a byte order mark.
 
     Raises:
-        UserError: there is no such file, it is not a regular one (a directory, a FIFO, a device),
-            it is too large, or it is not UTF-8.
+        UserError: the file does not exist, is not a regular one (a directory, a FIFO, a device), is
+            larger than the bounds, or is not UTF-8.
     """
     where = str(path)
     try:
-        # without O_NONBLOCK a FIFO would keep us waiting for its writer
+        # without O_NONBLOCK, opening a FIFO would wait for its writer
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise UserError("there is no such file", where=where, expected=expected) from None
-    except (OSError, ValueError) as error:  # ValueError: NUL, or half a character, in the name
+    except (OSError, ValueError) as error:  # ValueError: the name has NUL or half a character
         why = getattr(error, "strerror", None) or str(error)
         raise UserError(f"it cannot be read: {why}", where=where, expected=expected) from None
     try:
@@ -92,10 +95,10 @@ def _not_regular(mode: int) -> str:
 
 
 def whole(text: str, where: str) -> str:
-    """A text from the command line or a form, checked to be UTF-8 without NUL.
+    """The same text, from the command line or a form, where it is UTF-8 without NUL.
 
     Raises:
-        UserError: it holds NUL, or half a character (a lone surrogate: bytes that are no UTF-8).
+        UserError: it holds NUL, or half a character (a lone surrogate: bytes that are not UTF-8).
     """
     torn = next((n for n, c in enumerate(text) if c == "\0" or "\ud800" <= c <= "\udfff"), None)
     if torn is not None:
@@ -113,13 +116,13 @@ def parse_yaml(
     """The value of a YAML document: None, bool, int, finite float, str, lists and dicts of those.
 
     Args:
-        where: what errors call it: a file, or "--set NAME".
-        expected, fix: what errors of YAML's own syntax add.
+        where: the name of the text in errors: a file, or "--set NAME".
+        expected, fix: parts of errors about YAML's own syntax.
 
     Raises:
-        UserError: it is no YAML; it passes the bounds, or nests too deeply; a key is given twice
-            or is none that a mapping can have; a value is no such type, or none at all (a 13th
-            month, 5,000 digits); with the line.
+        UserError: the text is not YAML, exceeds the bounds or nests too deeply; a key is repeated
+            or is a list or a mapping; a value has another type or is malformed (a 13th month,
+            5,000 digits). The error names the line.
     """
     try:
         text.encode()  # libyaml reads UTF-8
@@ -132,7 +135,7 @@ def parse_yaml(
         said = error.problem or "this is not YAML"
         raise UserError(said, where=f"{where}{line}", expected=expected, fix=fix) from None
     except yaml.reader.ReaderError as error:
-        said = f"character {error.position + 1} is none that YAML allows (U+{_code(error):04X})"
+        said = f"YAML does not allow character {error.position + 1} (U+{_code(error):04X})"
         raise UserError(said, where=where, expected="text without control characters") from None
     except UnicodeEncodeError as error:
         said = f"half a character (a lone surrogate) at place {error.start}"
@@ -143,12 +146,12 @@ def parse_yaml(
 
 
 def yaml_tree(text: str) -> yaml.Node | None:
-    """The nodes of a document that `parse_yaml` has read, each with its line."""
+    """The tree of nodes, each with its line, of a document that `parse_yaml` has read."""
     return yaml.compose(text, Loader=_Loader)
 
 
 def line_of(root: yaml.Node | None, location: Sequence[str | int]) -> int:
-    """The 1-based line of a location, or of its nearest ancestor that is in the document."""
+    """The line, from 1, of a location, or of its nearest ancestor in the document."""
     node = root
     for step in location:
         found = next((child for name, child in _children(node) if name == step), None)
@@ -189,9 +192,9 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
 
 def _check_events(text: str, bounds: Bounds) -> None:
-    """Refuse what nests too deeply or expands too far, before any of it is built.
+    """Refuse a document that nests too deeply or expands too far, before it is built.
 
-    The size of an anchored value is known when it ends; an alias counts as all that it stands for.
+    The size of an anchored value is known at its end; an alias counts as many values as it has.
     """
     sizes: dict[str, int] = {}
     open_: list[tuple[str | None, int]] = []  # anchor, and the count when it began
@@ -204,7 +207,7 @@ def _check_events(text: str, bounds: Bounds) -> None:
         elif isinstance(event, yaml.NodeEvent):
             count += 1
             if isinstance(event, yaml.ScalarEvent):
-                count += len(event.value) >> 10  # long texts expand, too
+                count += len(event.value) >> 10  # an alias may repeat a long text, too
                 sizes |= {event.anchor: 1 + (len(event.value) >> 10)} if event.anchor else {}
             else:
                 open_.append((event.anchor, count))
@@ -219,7 +222,7 @@ def _check_events(text: str, bounds: Bounds) -> None:
 
 
 def _check_keys(root: yaml.Node | None) -> None:
-    """Refuse a key given twice (YAML would silently drop the first) and keys that are no words."""
+    """Refuse repeated keys, of which YAML silently drops the first, and keys that are not words."""
     waiting, seen = [root] if root else [], set[int]()
     while waiting:
         node = waiting.pop()
@@ -228,8 +231,6 @@ def _check_keys(root: yaml.Node | None) -> None:
         seen.add(id(node))
         if isinstance(node, yaml.SequenceNode):
             waiting += node.value
-            continue
-        if not isinstance(node, yaml.MappingNode):
             continue
         keys = set[tuple[str, str]]()
         for key, value in node.value:
@@ -263,11 +264,11 @@ def _short(value: Any) -> str:
 def parse_json(text: str, where: str, bounds: Bounds = LARGE, *, expected: str = "") -> Any:
     """The value of a JSON text.
 
-    Half characters (lone surrogates) are left to the caller, who can name the field.
+    It may hold half characters (lone surrogates): the caller refuses them, and can name the field.
 
     Raises:
-        UserError: it is no JSON; it passes the bounds, or nests too deeply; a key occurs twice in
-            an object; a number is not finite, or larger than 64 bits hold.
+        UserError: the text is not JSON, exceeds the bounds or nests too deeply; a key occurs twice
+            in an object; a number is not finite, or too large for 64 bits.
     """
     if sum(map(text.count, "[{,")) > bounds.nodes:  # before any of them is built
         most = f"this holds more than {bounds.nodes:,} values"
@@ -322,7 +323,7 @@ def _whole(digits: str) -> int:
 
 
 def _deeper(value: Any, levels: int) -> bool:
-    """Whether lists and objects nest deeper; without recursion, for they may nest very deeply."""
+    """Whether lists and objects nest deeper; found without recursion, which Python limits."""
     layer = [value]
     for _ in range(levels + 1):
         layer = [

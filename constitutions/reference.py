@@ -1,10 +1,10 @@
-"""Reads SAMI's constitutions, pairs of principle and antithesis, from each of their formats.
+"""Reads SAMI's constitutions, which pair principles with antitheses, from all of their formats.
 
-A constitution may be one that comes with the project, a YAML file, a JSON file as SAMI's reference
-code writes it, or a folder of those. `tasks.sami.write` and the CLI call `load_pairs`.
+A constitution may come with the project, or be a YAML file, a JSON file as SAMI's reference code
+writes it, or a folder of such JSON files. `tasks.sami.write` and the CLI call `load_pairs`.
 
-The reference's file holds two constitutions as numbered text, and says which item is the principle
-("pos") and which the antithesis ("neg") of which name:
+The reference's file holds two constitutions as numbered texts. Its identifiers say which items are
+the principle ("pos") and the antithesis ("neg") of which name:
 
     {"positive": "1. …\\n2. …", "negative": "1. …\\n2. …",
      "identifiers": {"positive": ["pos concise", …], "negative": ["neg concise", …]}}
@@ -32,7 +32,7 @@ from constitutions.parse import parse_json, read_text
 HERE = Path(__file__).parent
 SIDES = ("positive", "negative")
 SIGNS = {"pos": "text", "neg": "antithesis"}
-"""The first word of an identifier → the field of the principle that it names."""
+"""The first word of an identifier → the field of `Principle` that its item is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +54,12 @@ def load_pairs(source: str | os.PathLike[str]) -> Constitution:
     """The principles of a source, each with its antithesis where the source words one.
 
     Args:
-        source: the name of a shipped constitution, a YAML file, a reference JSON file, or a folder
-            of those, merged by identifier.
+        source: the name of a shipped constitution, a YAML file, a JSON file of the reference, or a
+            folder of those, whose items are merged by identifier.
 
     Raises:
-        UserError: a file is missing or not what it should be, files contradict one another, or
-            there is no principle; all such mistakes at once, each with its file and field.
+        UserError: a file is missing or malformed, files contradict one another, or there is no
+            principle; all such mistakes at once, each with its file and field.
     """
     files = files_of(source)
     is_reference = files[0].suffix == ".json"
@@ -70,10 +70,10 @@ def load_pairs(source: str | os.PathLike[str]) -> Constitution:
 
 
 def files_of(source: str | os.PathLike[str]) -> list[Path]:
-    """The files that a source is read from, in order.
+    """The files of a source, in the order in which they are read.
 
     Raises:
-        UserError: there is none.
+        UserError: there are none.
     """
     name, path = str(source), Path(source).expanduser()
     if name in shipped():
@@ -96,7 +96,7 @@ EXPECTED = "a .yaml file, a .json file of SAMI's reference code, or a folder of 
 
 
 def _merged(files: list[Path], source: str) -> Constitution:
-    """The constitution of reference files."""
+    """The constitution in the reference's files; raises UserErrors with all of their mistakes."""
     problems: list[UserError] = []
     found: dict[tuple[str, str], _Item] = {}
     for item in (item for path in files for item in _items(path, problems)):
@@ -127,17 +127,14 @@ def _merged(files: list[Path], source: str) -> Constitution:
         if field == "text"
     ]
     if repeated := list(repetitions([p.model_dump() for p in principles])):
-        raise UserErrors(
-            [
-                UserError(r.what, where=f"{source}, '{principles[r.index].id}', {r.field}")
-                for r in repeated
-            ]
-        )
+        places = [f"{source}, '{principles[r.index].id}', {r.field}" for r in repeated]
+        found_twice = zip(repeated, places, strict=True)
+        raise UserErrors([UserError(r.what, where=where) for r, where in found_twice])
     return Constitution(principles=tuple(principles))
 
 
 def _items(path: Path, problems: list[UserError]) -> list[_Item]:
-    """A file's items; what is wrong with it is added to `problems`."""
+    """A file's items; its mistakes are added to `problems`."""
     try:
         data = _parsed(path)
     except UserError as error:
@@ -145,18 +142,20 @@ def _items(path: Path, problems: list[UserError]) -> list[_Item]:
         return []
     items: list[_Item] = []
     for side in SIDES:
-        texts, identifiers = data.get(side), data.get("identifiers")
+        text, identifiers = data[side], data["identifiers"]
         names: Any = identifiers.get(side) if isinstance(identifiers, dict) else None
-        wrong = [*_wrong_text(texts, path, side), *_wrong_names(names, path, side)]
-        if not wrong:
-            wrong = list(_wrong_counts(str(texts), names, path, side))
-        problems += wrong
-        if not wrong:
-            where = f"{path}, '{side}'"
-            items += [
-                _Item(name.split(maxsplit=1)[1], SIGNS[name.split(maxsplit=1)[0]], text, where)
-                for name, (_, text) in zip(names, _numbered(str(texts)), strict=True)
-            ]
+        if wrong := [*_wrong_text(text, path, side), *_wrong_names(names, path, side)]:
+            problems += wrong
+            continue
+        numbered = _numbered(text)
+        if len(numbered) != len(names):
+            said = f"there are {len(numbered)} numbered items and {len(names)} identifiers"
+            where, expected = f"{path}, field '{side}'", "an identifier for each item"
+            problems.append(UserError(said, where=where, expected=expected))
+            continue
+        for identifier, (_, item) in zip(names, numbered, strict=True):
+            sign, name = identifier.split(maxsplit=1)
+            items.append(_Item(name, SIGNS[sign], item, f"{path}, '{side}'"))
     return items
 
 
@@ -210,18 +209,8 @@ def _wrong_names(names: Any, path: Path, side: str) -> Iterator[UserError]:
             seen.add(name)
 
 
-def _wrong_counts(text: str, names: list[str], path: Path, side: str) -> Iterator[UserError]:
-    items = len(_numbered(text))
-    if items != len(names):
-        yield UserError(
-            f"there are {items} numbered items and {len(names)} identifiers",
-            where=f"{path}, field '{side}'",
-            expected="an identifier for each item",
-        )
-
-
 def _numbered(text: str) -> list[tuple[int, str]]:
-    """The items of a numbered text; what stands before the first is item 0."""
+    """The items of a numbered text, with their numbers; text before the first item is item 0."""
     before, *rest = re.split(r"^\s*(\d{1,4})\.(?=\s|$)", text, flags=re.MULTILINE)
     items = [(0, before)] if before.strip() else []
     items += [(int(number), item) for number, item in zip(rest[::2], rest[1::2], strict=True)]

@@ -1,13 +1,13 @@
-"""A person's decisions on a constitution: as they were made, and applied.
+"""A person's decisions on a constitution, and their effect.
 
-`flows.review` gets them from a form, `flows.commands.edit` from an edited file; `tasks.review`
+`flows.review` gets decisions from a form, `flows.commands.edit` from an edited file; `tasks.review`
 applies them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,37 +26,40 @@ from constitutions.parse import whole
 
 Action = Literal["approve", "reword", "merge", "drop"]
 Places = Mapping[str, str | None]
-"""The id of each old principle → the id that it lives on under, or None where it was dropped."""
+"""The id of each old principle → the id under which it continues, or None where it was dropped."""
 
 
 class Decision(BaseModel):
-    """What becomes of one principle."""
+    """A person's decision on one principle."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: Annotated[str, Field(min_length=1)]
     action: Action = "approve"
     text: str = ""
-    """The new wording, where it is reworded. The id stays."""
+    """The new text of a principle that is reworded. Its id stays."""
     antithesis: str | None = None
-    """The antithesis of the new wording. None: there is none; where the text stays as it was, so
-    does its antithesis."""
+    """The antithesis of a reworded principle. None: it loses its antithesis, unless its text stays
+    as it was."""
     into: str = ""
-    """The id of the principle that it becomes a part of, where it is merged."""
+    """The id of the principle into which this one is merged."""
 
 
 def apply(
     constitution: Constitution, decisions: Iterable[Decision], added: Iterable[str] = ()
 ) -> tuple[Constitution, Places]:
-    """The constitution as decided, and where each of its principles went.
+    """The constitution after the decisions, and the place of each old principle in it.
 
-    A principle without a decision is approved. A merged one gives its support, share and wordings
-    to its target, which may be approved or reworded, but not merged or dropped itself: there are
-    no chains. An added one has no trajectories: nothing is trained on it.
+    A principle without a decision is approved. A merged one adds its support, share and wordings to
+    its target, which may be approved or reworded, but not merged or dropped. An added one has no
+    trajectories, so nothing is trained on it.
+
+    Args:
+        added: texts of new principles.
 
     Raises:
-        UserErrors: every decision that cannot be followed; two principles with one wording; no
-            principle left.
+        UserErrors: decisions that cannot be followed, two principles with the same wording, or no
+            principle left; all of these at once.
     """
     decided = list(decisions)
     new = [" ".join(text.split()) for text in added]
@@ -85,31 +88,26 @@ def apply(
 def decisions_between(
     old: Constitution, edited: Draft, shown: Constitution | None = None
 ) -> tuple[list[Decision], list[str]]:
-    """What a person did to `old` by editing a file: decisions (approvals left out) and additions.
+    """What a person changed in a file with `old`: decisions, without approvals, and added texts.
 
-    A text that differs under the same id was reworded. An entry with `into` was merged, and so was
-    one that is gone and whose text is among the members of another; any other that is gone was
-    dropped. An entry without an id, or with the id of its own text, was added. An antithesis is
-    what the file says, whether the text beside it was reworded or not.
+    A principle whose text differs under the same id was reworded. One with `into` was merged, and
+    so was a missing one whose text is among the members of another; any other missing one was
+    dropped. An entry without an id, or with the id of its own text, was added. Antitheses are as
+    the file says, whether their principle was reworded or not.
 
     Args:
-        shown: what the person saw in the file, where that was not `old` itself but an earlier
-            review of it.
+        shown: the constitution that the person saw, where that was an earlier review of `old`.
 
     Raises:
-        UserErrors: entries whose id was neither in `old` nor in `shown`; added ones that are
-            merged or have an antithesis, of which a review keeps nothing.
+        UserErrors: entries whose id is neither in `old` nor in `shown`, and added ones that are
+            merged or have an antithesis, which a review does not keep; all of these at once.
     """
     entries = {entry.id: entry for entry in edited.principles}
     before = {p.id for p in old.principles}
     known = before | {p.id for p in shown.principles} if shown else before
     added = [entry for entry in edited.principles if entry.id not in before]
-    unknown = [e for e in added if e.id not in known and e.id != principle_id(e.text)]
-    if unknown:
-        raise UserErrors([_unknown_id(entry) for entry in unknown])
-    lost = [_nothing_to_merge(e) for e in added if e.into]
-    if lost := lost + [_nothing_to_oppose(e) for e in added if e.antithesis]:
-        raise UserErrors(lost)
+    if mistakes := list(_addition_mistakes(added, known)):
+        raise UserErrors(mistakes)
     found = [_decision(p, entries.get(p.id), edited.principles) for p in old.principles]
     return [d for d in found if d], [entry.text for entry in added]
 
@@ -117,7 +115,7 @@ def decisions_between(
 def effective(decisions: Iterable[Decision]) -> list[Decision]:
     """The decisions that change something, sorted by id, with only the fields that matter.
 
-    Two people who decide the same have the same effective decisions.
+    People who decide the same have equal effective decisions.
     """
     needs = {"reword": {"text", "antithesis"}, "merge": {"into"}, "drop": set[str]()}
     return [
@@ -128,7 +126,7 @@ def effective(decisions: Iterable[Decision]) -> list[Decision]:
 
 
 def described(changes: Changes) -> list[str]:
-    """What changed between two constitutions, a line each."""
+    """The changes between two constitutions, a line each."""
     return [
         *(f"added: {p.text}" for p in changes.added),
         *(f"dropped: {p.text}" for p in changes.dropped),
@@ -168,7 +166,7 @@ def _became_part(principle: Principle, entry: Entry) -> bool:
 def _mistakes(
     old: Mapping[str, Principle], decided: Sequence[Decision], by_id: Mapping[str, Decision]
 ) -> Iterator[UserError]:
-    """Every decision that is wrong by itself."""
+    """What is wrong with the decisions, their wordings apart."""
     for id, times in Counter(decision.id for decision in decided).items():
         if id not in old:
             yield UserError(
@@ -205,7 +203,7 @@ def _merge_mistakes(
 def _wording_mistakes(
     old: Mapping[str, Principle], by_id: Mapping[str, Decision], added: Sequence[str]
 ) -> Iterator[UserError]:
-    """Empty wordings, repeated ones, and none at all."""
+    """Empty wordings, repeated ones, and a constitution without any."""
     stays = [p for p in old.values() if _place(p.id, by_id.get(p.id)) == p.id]
     final = [(_named(p), _wording(p, by_id)) for p in stays]
     final += [("an added principle", text) for text in added]
@@ -227,7 +225,7 @@ def _wording_mistakes(
             yield UserError(said, where=where, fix=fix)
         else:
             first[key] = where
-    for text in added:  # it would get the id of the principle that was worded so
+    for text in added:  # it would get the id of the principle that had this text
         was = old.get(principle_id(text))
         if was and first[principle_key(text)] == "an added principle":
             yield UserError("changed and added again", where=_named(was), fix="approve it instead")
@@ -247,7 +245,7 @@ def _wording(principle: Principle, by_id: Mapping[str, Decision]) -> str:
 
 
 def _antithesis(principle: Principle, by_id: Mapping[str, Decision]) -> str:
-    """That of the new wording: the old one opposes the old text only."""
+    """The antithesis of the new wording: an old one opposes the old text only."""
     decision = by_id.get(principle.id)
     if decision and decision.action == "reword" and decision.antithesis is not None:
         return " ".join(decision.antithesis.split())
@@ -255,7 +253,7 @@ def _antithesis(principle: Principle, by_id: Mapping[str, Decision]) -> str:
 
 
 def _combined(principle: Principle, text: str, parts: Sequence[Principle]) -> Principle:
-    """A principle with its new text, and with what was merged into it."""
+    """The principle with its new text, and with the principles that were merged into it."""
     if text == principle.text and not parts:
         return principle
     wordings: dict[str, str] = {}
@@ -279,23 +277,24 @@ def _ids(old: Mapping[str, Principle]) -> str:
     return f"one of {', '.join(old)}"
 
 
-def _unknown_id(entry: Entry) -> UserError:
-    return UserError(
-        f"the id '{entry.id}' belongs to no principle",
-        where=f"“{entry.text}”",
-        fix="restore the id of a reworded principle, or leave it out to add a new one",
-    )
-
-
-def _nothing_to_merge(entry: Entry) -> UserError:
-    return UserError(
-        "an added principle cannot be merged", where=f"“{entry.text}”", fix="delete the entry"
-    )
-
-
-def _nothing_to_oppose(entry: Entry) -> UserError:
-    return UserError(
-        "a review does not keep the antithesis of an added principle",
-        where=f"“{entry.text}”",
-        fix="leave it out: staple constitution write --from EXPERIMENT words those that lack one",
-    )
+def _addition_mistakes(added: Iterable[Entry], known: Collection[str]) -> Iterator[UserError]:
+    """Entries that are new and cannot be added; `known` are the ids that a person may have seen."""
+    for entry in added:
+        where = f"“{entry.text}”"
+        if entry.id not in known and entry.id != principle_id(entry.text):
+            yield UserError(
+                f"the id '{entry.id}' belongs to no principle",
+                where=where,
+                fix="restore the id of a reworded principle, or leave it out to add a new one",
+            )
+            continue
+        if entry.into:
+            said, fix = "an added principle cannot be merged", "delete the entry"
+            yield UserError(said, where=where, fix=fix)
+        if entry.antithesis:
+            yield UserError(
+                "a review does not keep the antithesis of an added principle",
+                where=where,
+                fix="leave it out: staple constitution write --from EXPERIMENT words those that "
+                "lack one",
+            )

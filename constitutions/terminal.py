@@ -1,7 +1,7 @@
 """The two consoles of the command line, which print foreign text as plain text.
 
-All that they print passes `Clean.render`, the one place that removes terminal controls and
-passwords. A string is never markup; `rich.text.Text` gives colours.
+`Clean.render`, through which all output passes, removes terminal controls and passwords. A string
+is never read as markup; `rich.text.Text` gives colours.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from constitutions.untrusted import clean, hide_passwords
 
 
 class Clean(Console):
-    """A console without markup or emoji codes in strings, and with clean segments."""
+    """A console that reads no markup or emoji codes in strings and prints clean segments."""
 
     def __init__(self, **how: Any) -> None:
         super().__init__(markup=False, emoji=False, **how)
@@ -28,7 +28,7 @@ class Clean(Console):
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """The segments of something that is printed; rich's own controls stay."""
+        """The segments of what is printed, cleaned; rich's own controls stay."""
         if isinstance(renderable, Text) and ":/" in renderable.plain:
             renderable = renderable.copy()
             renderable.plain = hide_passwords(renderable.plain)  # before the address is wrapped
@@ -39,7 +39,7 @@ class Clean(Console):
                 yield Segment(clean(segment.text), segment.style)
 
     def render_str(self, text: str, **how: Any) -> Text:
-        """A string as it is printed."""
+        """A string as it is printed, without passwords."""
         return super().render_str(hide_passwords(text), **how)
 
 
@@ -48,7 +48,7 @@ errors = Clean(stderr=True)
 
 
 def clean_logs() -> None:
-    """Clean the warnings and logs of libraries in this process: they quote paths and replies."""
+    """Clean the warnings and logs of libraries in this process, which quote paths and replies."""
     warnings.formatwarning = _clean_warning
     logging.setLogRecordFactory(_clean_record)
 
@@ -70,11 +70,11 @@ def _clean_record(*args: Any, **how: Any) -> logging.LogRecord:
 
 
 QUOTED = (str, os.PathLike, BaseException)
-"""What a log line may quote; numbers keep their types."""
+"""Types of a log line's arguments that are cleaned; numbers keep their types."""
 
 
 def say(line: str) -> None:
-    """Print a line as it is, however long."""
+    """Print a line without wrapping or colouring it."""
     console.print(line, soft_wrap=True, highlight=False)
 
 

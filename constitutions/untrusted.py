@@ -1,6 +1,6 @@
-"""Foreign texts made safe to print: without terminal controls and passwords in addresses.
+"""Makes foreign texts safe to print: without terminal controls and passwords in addresses.
 
-Others write principles, column names, paths and replies of servers. `constitutions.errors` hides
+Principles, column names, paths and replies of servers are foreign. `constitutions.errors` hides
 passwords in every message; `constitutions.terminal` cleans what is printed.
 """
 
@@ -11,11 +11,11 @@ import re
 _CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 and C1 but for tab and line feed: ESC, CR, CSI, …
     "\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # order of reading
-    "\U000e0000-\U000e007f]"  # tags: text that nobody sees
+    "\U000e0000-\U000e007f]"  # tags: invisible text
 )
 _HALVES = re.compile("[\ud800-\udfff]")
-_SCHEME = r"(?<=\w)(:/{1,3})"  # a path makes one slash of two
-# bounded, so that a text of a million ":/" takes no hour
+_SCHEME = r"(?<=\w)(:/{1,3})"  # `Path` turns two slashes into one
+# bounded, because a text of a million ":/" would take an hour
 _USER = re.compile(_SCHEME + r"[^\s/?#'\"<>]{0,400}@")
 _TORN_USER = re.compile(_SCHEME + r"[^\s@:'\"<>]{0,200}:[^\s@'\"<>]{0,200}@")
 _SECRET = re.compile(
@@ -26,13 +26,13 @@ _SECRET = re.compile(
 def clean(text: str) -> str:
     """The text without terminal controls, marks that change the reading order, and passwords.
 
-    Half characters, which a file's name may hold, become "�".
+    Half characters (lone surrogates), which a file's name may hold, become "�".
     """
     return hide_passwords(_HALVES.sub("�", _CONTROLS.sub("", text)))
 
 
 def hide_passwords(text: str) -> str:
-    """The text with "***" in place of users and secrets in its addresses.
+    """The text with "***" in place of the users and secrets in its addresses.
 
     "http://user:PW@host/?token=T" is "http://***@host/?token=***".
     """

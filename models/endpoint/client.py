@@ -207,8 +207,10 @@ class Connection:
         return {card.id: card for card in found.data}
 
     async def load_adapter(self, body: Mapping[str, str]) -> None:
-        """Have the server load a LoRA adapter (`lora_name`, `lora_path`), as vLLM can. A status 500 is
-        final: vLLM sends it for an adapter that it cannot use."""
+        """Have the server load a LoRA adapter (`lora_name`, `lora_path`), as vLLM can.
+
+        A status of 500 is final: vLLM sends it for an adapter that it cannot use.
+        """
         await self._request("load_lora_adapter", body, bytes, final={500})
 
     async def _request(

@@ -243,8 +243,7 @@ class Asker:
         return replies
 
     def _request(self, question: Messages, attempt: int) -> Request:
-        """The key depends on the question alone, so that (a, b) is judged as the other side's (b, a)
-        is."""
+        """The key depends on the question alone, so that swapped pairs get swapped judgements."""
         s = self.settings
         asked = hashlib.sha256(json.dumps(question).encode()).hexdigest()[:32]
         return Request(

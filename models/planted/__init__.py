@@ -1,4 +1,4 @@
-"""The planted world, the embedded default, as `models.worlds` has it; it imports no torch."""
+"""The planted world, the embedded default, as a `World`; imports no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _config(hidden: int, layers: int, heads: int, intermediate: int, words: int)
 
 
 class Planted(World):
-    """Chores and circumstances that call for behaviours; see `models.planted.world`."""
+    """Prompts whose chores and circumstances call for behaviours; see `models.planted.world`."""
 
     name = "planted"
     models: ClassVar = {  # as `pretrain.RECIPES` makes them
@@ -44,37 +44,37 @@ class Planted(World):
 
     @property
     def topics(self) -> tuple[str, ...]:
-        """The words that a principle's wording is filled with."""
+        """The words that fill in a principle's wording."""
         from models.planted.world import OBJECTS
 
         return OBJECTS
 
     def mined(self, n: int, seed: int) -> list[WorldPrompt]:
-        """Of the combinations of chore and circumstance that are "seen"."""
+        """See `World.mined`; of the combinations of chore and circumstance that are "seen"."""
         return _sample("train", n, seed, "train", "seen")
 
     def held_out(self, n: int, seed: int) -> list[WorldPrompt]:
-        """Half of them of combinations that are never mined ("held")."""
+        """See `World.held_out`; half are of combinations that are never mined ("held")."""
         half = n // 2
         seen = _sample("seen", n - half, seed, "eval", "seen")
         return seen + _sample("held", half, seed, "eval", "held")
 
     @property
     def wording(self) -> str:
-        """The terse templates."""
+        """See `World.wording`: the terse templates."""
         from models.prompts import TERSE, TERSE_CONSTITUTION
 
         return f"{TERSE} {TERSE_CONSTITUTION}"
 
     @property
     def oracle(self) -> Oracle:
-        """Reads the truth back from text."""
+        """See `World.oracle`; it reads the truth back from texts."""
         from models.planted import oracle
 
         return oracle
 
     def pretrain(self, model: str, seed: int, cache: Path, progress: Steps) -> Path:
-        """A small Llama, trained from scratch on conversations of the world."""
+        """See `World.pretrain`; a small Llama, trained from scratch on the world's dialogues."""
         from models.planted.pretrain import RECIPES, planted_model
 
         return planted_model(cache / self.name, seed, progress, RECIPES[model])

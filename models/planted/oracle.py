@@ -1,4 +1,4 @@
-"""The planted truth, read back from text: it measures, and nothing that learns may call it."""
+"""Reads the planted truth back from texts. It only measures: nothing that learns may call it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def needed(prompt: str) -> frozenset[str]:
-    """The behaviours that a prompt calls for, 2 or 3 of them.
+    """The behaviours, 2 or 3, that a prompt calls for.
 
     Raises:
         UserError: the prompt is not of the planted world.
@@ -53,12 +53,12 @@ def shown(response: str) -> frozenset[str]:
 
 
 def behaviour_of(principle: str) -> str | None:
-    """The behaviour that a principle words; None when it is no well-formed planted principle."""
+    """The behaviour that a principle names; None where it is not a planted principle."""
     return principles().get(" ".join(principle.split()))
 
 
 def core_share(prompt: str, response: str) -> float:
-    """How much of the chore's core the response holds: 0, ½ or 1.
+    """How much of the plain answer to the chore the response holds: 0, ½ or 1.
 
     Raises:
         UserError: the prompt is not of the planted world.
@@ -81,9 +81,9 @@ def score(prompt: str, response: str) -> float:
 
 def obedience(prompt: str, principles: Sequence[str], response: str) -> float:
     """How well a response follows a constitution: principles and antitheses kept − those broken
-    − ½ · behaviours that nobody asked for + 2 · (core share − 1): higher is better.
+    − ½ · behaviours without a principle + 2 · (core share − 1): higher is better.
 
-    What words no behaviour (a platitude) asks for nothing.
+    A text that names no behaviour (a platitude) does not count.
 
     Raises:
         UserError: the prompt is not of the planted world.
@@ -95,23 +95,21 @@ def obedience(prompt: str, principles: Sequence[str], response: str) -> float:
 
 
 def obeyed(principles: Sequence[str], response: str) -> float | None:
-    """The share of a constitution's principles and antitheses that a response follows; None where
-    it has none that word a behaviour."""
+    """The share, in [0, 1], of the principles and antitheses that a response follows; None where
+    none of them names a behaviour."""
     seen, told = shown(response), _told(principles)
-    return (
-        sum((behaviour in seen) == wanted for behaviour, wanted in told) / len(told)
-        if told
-        else None
-    )
+    if not told:
+        return None
+    return sum((behaviour in seen) == wanted for behaviour, wanted in told) / len(told)
 
 
 def known(principle: str) -> bool:
-    """Whether a text words a behaviour, or its antithesis."""
+    """Whether a text names a behaviour, or the antithesis of one."""
     return bool(_told([principle]))
 
 
 def _told(principles: Sequence[str]) -> list[tuple[str, bool]]:
-    """The behaviours that are asked for (True), and those that are not to be shown."""
+    """The behaviours that the principles name, each with True, or with False by an antithesis."""
     found = []
     for text in principles:
         plain = " ".join(text.split())
@@ -123,7 +121,7 @@ def _told(principles: Sequence[str]) -> list[tuple[str, bool]]:
 
 
 def read_chore(prompt: str) -> Chore:
-    """What a prompt asks for.
+    """The chore that a prompt asks for.
 
     Raises:
         UserError: the prompt is not of the planted world.
