@@ -107,7 +107,7 @@ def headline(e: Recorded) -> str:
         f"the same constitution, on {held_out:,.0f} held-out prompts"
     )
     plain = (
-        f" Without constitution, it has {rate(e.held_out_rate)} against the initial policy's answer."
+        f" Without constitution, it has {rate(e.held_out_rate)} against the initial policy's."
         if e.held_out_rate in metrics
         else ""
     )
