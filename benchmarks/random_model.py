@@ -19,7 +19,7 @@ CONTROL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 def random_llama(
     directory: Path, *, vocabulary: int = 4096, hidden: int = 384, layers: int = 8, seed: int = 0
 ) -> Path:
-    """Write a random Llama (15M parameters unless told otherwise) with its tokenizer.
+    """Write a random Llama (15M parameters by default) with its tokenizer.
 
     Args:
         directory: created when missing; a `transformers` model directory.

@@ -50,11 +50,11 @@ FIGURES = {
     "… antitheses": ("planted/obeyed_antitheses", 2),
     "… held-out principles": ("planted/obeyed_held_out_principles", 2),
     "… held-out antitheses": ("planted/obeyed_held_out_antitheses", 2),
-    "core, told": ("planted/core_principles", 2),
-    "core, untold": ("planted/core_plain", 3),
-    "characters under principles": ("answers/principles_characters", 0),
-    "characters under antitheses": ("answers/antitheses_characters", 0),
-    "characters, untold": ("answers/plain_characters", 0),
+    "core, with principles": ("planted/core_principles", 2),
+    "core, without constitution": ("planted/core_plain", 3),
+    "characters with principles": ("answers/principles_characters", 0),
+    "characters with antitheses": ("answers/antitheses_characters", 0),
+    "characters without constitution": ("answers/plain_characters", 0),
 }
 
 

@@ -78,13 +78,13 @@ def talker(
     """y1 follows from the last thing that was asked, y2 from y1; z is always the same."""
 
     def say(messages: Sequence[Message]) -> str:
-        told, last = messages[:-1], messages[-1]["content"]
+        earlier, last = messages[:-1], messages[-1]["content"]
         if last == CHAT.propose:
             return principle
         if last == CHAT.improve:
-            return refined(told[-1]["content"])
+            return refined(earlier[-1]["content"])
         if last == CHAT.refine:
-            return refined(told[-3]["content"])
+            return refined(earlier[-3]["content"])
         return initial(last)
 
     return Script(say)
@@ -151,10 +151,8 @@ def compare(
 
 
 def read_annotations(path: Path) -> list[Annotation]:
-    """AlpacaEval's `annotations.json`, what is no field of ours left out."""
-    known = Annotation.__dataclass_fields__
-    rows = [{k: v for k, v in row.items() if k in known} for row in json.loads(path.read_text())]
-    return [Annotation(**row) for row in rows]
+    """AlpacaEval's `annotations.json`, without the columns that we do not use."""
+    return [Annotation.model_validate(row) for row in json.loads(path.read_text())]
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""Public benchmarks: each one's files and figures, and (`…_run`) how `evaluate` runs it."""
+"""Public benchmarks, a folder each: `data` reads its files, `run` is how `evaluate` runs it."""

@@ -1,4 +1,4 @@
-"""What every benchmark declares to those that run, plan and report it, and the two steps of a run.
+"""What every benchmark declares for its run, its plan and its report, and the two steps of a run.
 
 All benchmarks are answered before any is judged: the policy's memory is then the judge's.
 """
@@ -34,7 +34,7 @@ class Column(NamedTuple):
 
 
 class Benchmark(Protocol):
-    """A benchmark whose files were read and found to be right."""
+    """A benchmark whose files are read and checked."""
 
     def answer(self, respondent: Respondent) -> Sequence[Any]:
         """The policy's answers, kept in shards; they depend on no other benchmark's."""
@@ -46,7 +46,7 @@ class Benchmark(Protocol):
 
 
 class RunSettings(Settings):
-    """What all benchmarks have in common: their declaration, and how each is run.
+    """Base of every benchmark's settings: what it declares, and how it is run.
 
     A benchmark's own settings that are texts name files, by path or as
     "hub:NAME[:SUBSET]:SPLIT[@REVISION]" for the `datasets` library.
@@ -75,7 +75,7 @@ class RunSettings(Settings):
         """The benchmark, its files read and checked.
 
         Args:
-            judge: who judges it; None: nobody.
+            judge: the judge; None where it is not judged.
 
         Raises:
             UserError: a file is missing, or its rows are wrong.
@@ -87,7 +87,7 @@ class RunSettings(Settings):
         return False
 
     def judged_by(self, default: JudgeSettings, name: str) -> JudgeSettings | None:
-        """Its own judge, or the default where that is an LLM that can; None: it needs nobody.
+        """Its own judge, or the default if that is an LLM that can judge it; None: no judge.
 
         Raises:
             ValueError: it needs a judge and has none, or has one that cannot judge it.
@@ -122,13 +122,13 @@ class RunSettings(Settings):
 
 
 def require(packages: Iterable[str], what: str, where: str) -> None:
-    """See that optional packages are installed.
+    """Check that optional packages are installed.
 
     Args:
-        what: needs them, as the subject of a sentence.
+        what: what needs them, in the plural: the subject of the message.
 
     Raises:
-        UserError: one is not.
+        UserError: a package is not installed.
     """
     if lacking := sorted({name for name in packages if find_spec(name) is None}):
         raise UserError(
@@ -139,7 +139,7 @@ def require(packages: Iterable[str], what: str, where: str) -> None:
 
 
 def source_digest(source: str) -> str:
-    """What a file holds, for a fingerprint: its sha256; of a data set its name tells."""
+    """A source as a fingerprint identifies it: a file's sha256, a data set's name, or "missing"."""
     path = Path(source).expanduser()
     if source.startswith(HUB):
         return source

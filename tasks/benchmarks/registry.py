@@ -32,10 +32,10 @@ class BenchmarkSettings(Settings):
     def judges(
         self, default: JudgeSettings, *, guided: bool = True
     ) -> Iterator[tuple[str, JudgeSettings]]:
-        """Who judges each benchmark that is judged: see `RunSettings.judged_by`.
+        """The judge of each benchmark that is judged: see `RunSettings.judged_by`.
 
         Args:
-            guided: whether the policy names principles; of one that does not, none are judged.
+            guided: whether the policy names principles; otherwise no principle is judged.
 
         Raises:
             ValueError: a benchmark needs a judge and has none, or one that cannot judge it.

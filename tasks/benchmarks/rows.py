@@ -1,7 +1,6 @@
 """What the benchmarks share: reading their published files, and a mean with its uncertainty.
 
-`ifeval` and `mt_bench` describe their rows as pydantic models, `alpaca_eval` by functions of its
-own; this module reads them all.
+Each benchmark describes the rows of its files as pydantic models; this module reads them.
 """
 
 from __future__ import annotations
@@ -9,16 +8,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from constitutions.errors import UserError, UserErrors
 from models.policy import Message
 from tasks.corpus.files import file_records, hub_data
 from tasks.corpus.rows import Record, Records, RowError
-from tasks.judging.winrate import CONFIDENCE
+from tasks.judging.winrate import CONFIDENCE, Mean
 from tasks.rows import Prompt, prompt_id
 
 Row = TypeVar("Row")
@@ -33,12 +32,13 @@ MOST_BAD_ROWS = 10_000
 """After so many a file is read no further."""
 
 
-class Mean(NamedTuple):
-    """A mean with its 95 % interval."""
+def _encodable(text: str) -> str:
+    text.encode()  # of a lone surrogate: UnicodeEncodeError, a ValueError that pydantic reports
+    return text
 
-    rate: float
-    low: float
-    high: float
+
+ValidText = Annotated[str, AfterValidator(_encodable)]
+"""Text that can be written as UTF-8; it may be empty."""
 
 
 def clustered_mean(groups: Sequence[tuple[float, int]], *, seed: int, resamples: int) -> Mean:
@@ -84,7 +84,9 @@ def _hub(source: str) -> Any:
     name, *rest = name.split(":")
     if not name or len(rest) > 2:
         raise UserError(
-            "this names no data set", where=source, expected="hub:NAME[:SUBSET]:SPLIT[@REVISION]"
+            "this is no data set's name",
+            where=source,
+            expected="hub:NAME[:SUBSET]:SPLIT[@REVISION]",
         )
     subset, split = rest[0] if len(rest) == 2 else None, rest[-1] if rest else "train"
     return hub_data(name, subset, split, revision or None)
@@ -146,7 +148,7 @@ def _parsed(record: Record | RowError, parse: Callable[[Record], Row], where: st
 
 
 def read_rows(
-    source: Source, row_type: type[Model], identity: Callable[[Model], Hashable]
+    source: Source, row_type: type[Model], identity: Callable[[Model], Hashable] | None = None
 ) -> list[Model]:
     """Every row of a file whose rows pydantic describes; columns that it does not name are ignored.
 

@@ -41,8 +41,8 @@ def checked_file(path: Path) -> Path:
     """The path of a file of a kind that can be read.
 
     Raises:
-        UserError: there is no such file, it is of another kind, or it may never end (a named pipe,
-            a device).
+        UserError: there is no such file, its kind cannot be read, or it may never end (a named
+            pipe, a device).
     """
     try:
         path = path.expanduser()
@@ -77,9 +77,9 @@ def _csv(path: Path) -> Records:
     with open_text(path, newline="") as file:
         lines = _RowLines(Lines(file, path))
         first = next(lines, "")
-        told = re.fullmatch(r"sep=(.)\s*", first)  # as Excel writes it
-        first = next(lines, "") if told else first
-        delimiter = told[1] if told else _delimiter(first)
+        declared = re.fullmatch(r"sep=(.)\s*", first)  # as Excel writes it
+        first = next(lines, "") if declared else first
+        delimiter = declared[1] if declared else _delimiter(first)
         reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
         try:
             header = _header(next(reader, []), path)
@@ -155,9 +155,8 @@ def _parquet(path: Path) -> Records:
             shared = _shared_texts(file, path)
         with pq.ParquetFile(path, read_dictionary=shared) as file:
             for batch in file.iter_batches(batch_size=256):
-                lengths = _lengths(batch)
                 for i in range(batch.num_rows):
-                    yield next(number), _row(batch, i, lengths)
+                    yield next(number), _row(batch, i)
     except pa.ArrowException as error:
         raise UserError(f"this is not Parquet: {error}", where=str(path)) from None
     except MemoryError:
@@ -188,29 +187,18 @@ def _shared_texts(file: Any, path: Path) -> list[str]:
     return sorted({c.path_in_schema for c in columns if c.has_dictionary_page} & texts)
 
 
-def _lengths(batch: Any) -> dict[str, list[int | None]]:
-    """The bytes of each text, by column."""
+def _row(batch: Any, i: int) -> Record | RowError:
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    found = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        shared = pa.types.is_dictionary(column.type)
-        texts = column.dictionary if shared else column
-        if pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type):
-            lengths = pc.binary_length(texts)
-            found[name] = (lengths.take(column.indices) if shared else lengths).to_pylist()
-    return found
-
-
-def _row(batch: Any, i: int, lengths: dict[str, list[int | None]]) -> Record | RowError:
     row = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if name in lengths and (lengths[name][i] or 0) > LONGEST_ROW:
-            what = f"the text has more than {LONGEST_ROW:,} bytes"
-            return RowError("too long", what, field=name, expected="a shorter text")
+        cell = column[i].value if isinstance(column, pa.DictionaryArray) else column[i]
         try:
-            row[name] = column[i].as_py()
+            text = cell.as_buffer() if isinstance(cell, pa.BinaryScalar) else None
+            if text is not None and text.size > LONGEST_ROW:
+                what = f"the text has more than {LONGEST_ROW:,} bytes"
+                return RowError("too long", what, field=name, expected="a shorter text")
+            row[name] = cell.as_py()
         except UnicodeDecodeError as error:
             what = f"byte 0x{error.object[error.start]:02x} at byte {error.start + 1}"
             return RowError("broken text", f"{what} is not valid UTF-8", field=name)

@@ -26,7 +26,8 @@ class Columns(NamedTuple):
 
 
 Adapter = Callable[[Record, Columns], tuple[Messages, str]]
-"""From a record to its prompt and gold response; raises RowError where there is none."""
+"""From a record to its prompt and gold response. It raises RowError where a part is missing or
+wrong."""
 
 
 def detected(record: Record, columns: Columns) -> Format | None:
@@ -80,7 +81,7 @@ def _hh_rlhf(record: Record, columns: Columns) -> tuple[Messages, str]:
     if before.strip() or len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise RowError(
             "wrong dialogue",
-            "the text is no dialogue that ends with the assistant's turn",
+            "the text is not a dialogue that ends with the assistant's turn",
             field="chosen",
             expected='turns "\\n\\nHuman: …" and "\\n\\nAssistant: …"',
         )
@@ -177,7 +178,7 @@ def _gold(record: Record, field: str) -> str:
     if len(turns) > 1:
         raise RowError(
             "wrong dialogue",
-            f"the gold response is of {len(turns)} messages",
+            f"the gold response has {len(turns)} messages",
             field=field,
             expected="one message, the assistant's",
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from constitutions.errors import UserError
-from tasks.corpus.rows import Record, Records, RowError, wrong_type
+from tasks.corpus.rows import Record, Records, RowError, repeated, wrong_type
 from tasks.corpus.text import LONGEST_ROW, Lines, open_text
 
 WRAPPERS = ("data", "rows", "examples", "instances", "train")
@@ -22,8 +22,10 @@ WRAPPERS = ("data", "rows", "examples", "instances", "train")
 DEEPEST = 64
 """Lists and objects within one another, in a row of a list."""
 
-_SPACE = re.compile(r"[ \t\n\r]*+")
-_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},:]|[^\s"\[\]{},:]++', re.DOTALL)
+_NEXT = re.compile(r"[^ \t\n\r]")
+_TOKEN = re.compile(
+    r'[ \t\n\r]*+("[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},:]|[^\s"\[\]{},:]++)', re.DOTALL
+)
 _WRAPPED = re.compile(rf'"(?:{"|".join(WRAPPERS)})"\s*:\s*\[\s*\{{')
 
 
@@ -92,9 +94,7 @@ def _parsed(text: str) -> Record | RowError:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
+    if (twice := repeated(name for name, _ in pairs)) is not None:
         raise RowError(
             "repeated key", "the key occurs twice", field=twice, expected="each key once"
         )
@@ -102,7 +102,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _Document:
-    """A JSON text that is read value by value, with only the current value in memory."""
+    """A JSON text that is read value by value, with only the current value in memory.
+
+    Its methods raise UserError where the text is not JSON or a bound is exceeded.
+    """
 
     def __init__(self, file: IO[str], path: Path) -> None:
         self._file, self._path = file, path
@@ -138,7 +141,7 @@ class _Document:
         while not closed:
             name = self._value()
             self._take(":")
-            if name.strip('"') in WRAPPERS and self._peek() == "[" and self._peek(2) == "{":
+            if name.strip('"') in WRAPPERS and self._begins_list_of_objects():
                 if self._list:
                     raise UserError(
                         f"the file holds two lists of rows, {self._list} and {name}",
@@ -165,6 +168,9 @@ class _Document:
                 )
             yield next(self._number), record
 
+    def _begins_list_of_objects(self) -> bool:
+        return [token for token, _ in itertools.islice(self._tokens(), 2)] == ["[", "{"]
+
     # Characters and values
 
     def _fill(self) -> bool:
@@ -174,27 +180,14 @@ class _Document:
         self._buffer, self._at = self._buffer[self._at :] + more, 0
         return bool(more)
 
-    def _peek(self, count: int = 1) -> str:
-        """The next character that is no space, or the one after it; "" at the end."""
-        at = 0
-        while True:
-            found = _SPACE.match(self._buffer, self._at + at)
-            place = found.end() if found else len(self._buffer)
-            if place == len(self._buffer):
-                if at == 0:
-                    self._at = place  # spaces are not kept
-                else:
-                    at = place - self._at
-                    if at > LONGEST_ROW:
-                        raise self._long()
-                if not self._fill():
-                    return ""
-                continue
-            if at == 0:
-                self._at = place
-            if count == 1:
-                return self._buffer[place]
-            count, at = count - 1, place - self._at + 1
+    def _peek(self) -> str:
+        """The next character that is no space, which it drops; "" at the end."""
+        while (found := _NEXT.search(self._buffer, self._at)) is None:
+            self._at = len(self._buffer)
+            if not self._fill():
+                return ""
+        self._at = found.start()
+        return found[0]
 
     def _take(self, wanted: str) -> str:
         found = self._peek()
@@ -232,10 +225,8 @@ class _Document:
         while True:
             if at > LONGEST_ROW:
                 raise self._long()
-            space = _SPACE.match(self._buffer, self._at + at)
-            begin = space.end() if space else len(self._buffer)
-            found = _TOKEN.match(self._buffer, begin)
-            cut = found is None or (found.end() == len(self._buffer) and found[0] not in "[]{},:")
+            found = _TOKEN.match(self._buffer, self._at + at)
+            cut = found is None or (found.end() == len(self._buffer) and found[1] not in "[]{},:")
             if cut and len(self._buffer) - self._at > LONGEST_ROW + 1:
                 raise self._long()
             if cut and self._fill():
@@ -243,7 +234,7 @@ class _Document:
             if found is None:
                 raise self._broken("it ends within a value")
             at = found.end() - self._at
-            yield found[0], at
+            yield found[1], at
 
     def _broken(self, problem: str) -> UserError:
         return UserError(f"this is not JSON: {problem}", where=self._where)

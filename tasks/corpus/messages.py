@@ -1,7 +1,8 @@
 """Chat messages in data sets: lists of roles and contents, which may be written as text.
 
 `tasks.corpus.formats` reads them. A list in a text is JSON, or Python's own form (as pandas writes
-it), and the whole text must be the list. Keys tell ShareGPT's turns, types tell contents in parts.
+it), and the whole text must be the list. ShareGPT's turns are recognised by their keys, contents in
+parts by their type.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _LITERAL = re.compile(
 
 
 def unpacked(text: str, field: str) -> list[Any] | None:
-    """The messages that a text is, as a whole; None for any other text.
+    """The messages of a text that is a list of messages; None for any other text.
 
     Raises:
         RowError: it looks like messages, and cannot be read as such.
@@ -55,7 +56,7 @@ def unpacked(text: str, field: str) -> list[Any] | None:
             return value
     raise RowError(
         "messages as text",
-        "the text looks like chat messages that were written as text, and cannot be read as such",
+        "the text looks like chat messages that were written as text, but cannot be read as such",
         field=field,
         expected="a list of messages, as it is or as the whole text in JSON or in Python's form",
     )
@@ -89,7 +90,7 @@ def turns_of(record: Record, field: str) -> list[Message]:
     """The messages of a column, each with its role and text.
 
     Raises:
-        RowError: there is none, or one is not what a policy can read (a tool's, an image).
+        RowError: there is no message, or one that a policy cannot read (a tool's, an image).
     """
     found = value_of(record, field)
     value = unpacked(found, field) if isinstance(found, str) else found
@@ -146,7 +147,11 @@ def _joined(content: list[Any], field: str) -> str:
 
 
 def value_of(record: Record, field: str) -> Any:
-    """The value of a column; raises RowError where the row has none."""
+    """The value of a column.
+
+    Raises:
+        RowError: the row has no such column.
+    """
     if field not in record:
         columns = ", ".join(str(name)[:100] for name in list(record)[:20])
         columns = columns if len(columns) <= 100 else f"{columns[:98]} …"
@@ -160,7 +165,11 @@ def value_of(record: Record, field: str) -> Any:
 
 
 def text_of(record: Record, field: str) -> str:
-    """The text of a column; raises RowError where it is none, empty, or cannot be written."""
+    """The text of a column.
+
+    Raises:
+        RowError: there is no such column, or its value is not a text, is empty or is not Unicode.
+    """
     value = value_of(record, field)
     if not isinstance(value, str):
         raise wrong_type(value, field, "a text")
@@ -168,10 +177,10 @@ def text_of(record: Record, field: str) -> str:
 
 
 def filled(text: str, field: str) -> str:
-    """The text, which is more than white space and can be written as UTF-8.
+    """The text itself, checked.
 
     Raises:
-        RowError: it is not.
+        RowError: it is only white space, or cannot be written as UTF-8.
     """
     writable(text, field)
     if not text.strip():
@@ -180,7 +189,11 @@ def filled(text: str, field: str) -> str:
 
 
 def writable(text: str, field: str) -> None:
-    """Raises RowError for broken bytes, which are lone surrogates by now, and for NUL."""
+    """Check that a text can be written as UTF-8.
+
+    Raises:
+        RowError: it has broken bytes (which `open_text` reads as lone surrogates) or NUL.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

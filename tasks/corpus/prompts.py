@@ -219,7 +219,7 @@ def _load(source: CorpusSettings, seen: dict[str, str]) -> tuple[list[Prompt], P
             if isinstance(record, RowError):
                 raise record
             found = detected(record, columns) if source.format == "auto" else usual
-            usual = usual or found  # of a row that lacks the column to tell it by
+            usual = usual or found  # for a later row that lacks the column that shows the format
             adapt = ADAPTERS[found or usual or "plain"]
             rows.append(_prompt(record, adapt, source, number, seen))
         except RowError as problem:

@@ -1,4 +1,4 @@
-"""Rows of the user's data: records, and what is wrong with rows that are none."""
+"""Rows of the user's data: records, and what is wrong with a row that is not one."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def open_text(path: Path, newline: str = "\n") -> Iterator[IO[str]]:
 
 
 class _Expanded(io.RawIOBase):
-    """The content of a gzip file; one that expands too far is refused."""
+    """The content of a gzip file. Reading raises UserError where it expands too far."""
 
     def __init__(self, path: Path, unpacked: gzip.GzipFile) -> None:
         self._path, self._unpacked, self._count = path, unpacked, 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from constitutions.errors import UserError
 from models.endpoint.client import open_endpoint
@@ -15,15 +14,15 @@ from tasks.policies.base import check_model, folder_digest, open_model
 from tasks.record.slot import Slot
 
 
-def judge_notes(settings: JudgeSettings, home: Path | None = None) -> dict[str, str]:
+def judge_notes(settings: JudgeSettings, home: Path) -> dict[str, str]:
     """What a judge's answers depend on beside its settings and our code, for a fingerprint.
 
-    "judge" identifies the model: its files, or its name where they are elsewhere (at an endpoint,
-    on the hub); "judge_wording" and "rubric" are an LLM judge's prompts and rubric. A judge that
-    has no model of its own has no notes.
+    "judge" identifies the model: the digest of its files, or its name where they are not on this
+    machine (at an endpoint, on the hub); "judge_wording" and "rubric" are an LLM judge's prompts
+    and rubric. A judge without a model has no notes.
 
     Args:
-        home: where the digests of unchanged files are remembered; without it every file is read.
+        home: where the digests of unchanged files are kept.
 
     Raises:
         UserError: the model's directory lacks what transformers needs.
@@ -48,6 +47,9 @@ def noted(at: Slot, settings: JudgeSettings | None) -> Slot:
     """The slot with `judge_notes`, and the device that a judge in this process takes.
 
     A device that the slot holds already (the policy's) stays held.
+
+    Raises:
+        UserError: the model's directory lacks what transformers needs.
     """
     if settings is None:
         return at
@@ -57,10 +59,10 @@ def noted(at: Slot, settings: JudgeSettings | None) -> Slot:
 
 
 def check_judge(settings: JudgeSettings, home: Path | None = None) -> str:
-    """What the judge's model is, in words; makes and loads nothing, and asks nobody.
+    """A description of the judge's model; loads nothing, and sends no request.
 
     Args:
-        home: where it is remembered what was found good; None: the model's files are not opened.
+        home: where the results of earlier checks are kept; None: the model's files are not opened.
 
     Raises:
         UserError: there is no such directory, or it lacks what transformers needs; an endpoint
@@ -83,7 +85,7 @@ def check_judge(settings: JudgeSettings, home: Path | None = None) -> str:
         ) from None
 
 
-def _model(settings: JudgeSettings, home: Path | None) -> str:
+def _model(settings: JudgeSettings, home: Path) -> str:
     assert settings.policy is not None, "JudgeSettings sees to it"
     model = settings.policy.model
     if settings.policy.endpoint:
@@ -92,7 +94,4 @@ def _model(settings: JudgeSettings, home: Path | None) -> str:
     directory = Path(model).expanduser()
     if not directory.is_dir():
         return f"{model}@{settings.policy.revision or 'main'}"
-    if home is not None:
-        return folder_digest(directory, home)
-    with TemporaryDirectory() as forgotten:
-        return folder_digest(directory, Path(forgotten))
+    return folder_digest(directory, home)

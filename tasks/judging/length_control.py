@@ -30,13 +30,12 @@ class LengthControlled:
     low: float
     high: float
     coefficient: float
-    """What length is worth: above 0 the judge sides with the longer answer, below 0 with the
-    shorter. In logits, at most (far beyond a standard deviation of the differences); 0 where all
-    lengths are equal."""
+    """β, in logits: the effect of a length difference far beyond the standard deviation. Above 0
+    the judge prefers the longer answer, below 0 the shorter; 0 where all lengths are equal."""
 
 
 class LengthConfoundedError(ValueError):
-    """One side is longer in every pair: no fit can tell length from quality."""
+    """One side is longer in every pair: no fit can separate length from quality."""
 
 
 def length_controlled(
@@ -74,6 +73,7 @@ def length_controlled(
     Raises:
         NoOutcomeError: when no outcome is left.
         LengthConfoundedError: one side is longer in every judged pair.
+        ArithmeticError: the fit does not converge.
         ValueError: an outcome is outside [0, 1], or the numbers of rows differ.
     """
     rows = [row for row in zip(outcomes, ours, theirs, strict=True) if row[0] is not None]

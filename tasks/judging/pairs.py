@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from models.judges.base import Judgement, Pair
@@ -15,7 +15,7 @@ OUTSIDE = -1
 
 
 class Arm(NamedTuple):
-    """Which of our answers meets which of the reference policy's."""
+    """Which of our answers is compared with which of the reference policy's."""
 
     answer: Which
     reference: Which
@@ -44,11 +44,11 @@ class AnswerPair:
 def answer_pairs(
     answers: Sequence[Answer], references: Sequence[Answer], prompts: Sequence[Prompt]
 ) -> list[AnswerPair]:
-    """One policy's answers meet another's, joined by prompt: a pair for every prompt.
+    """Pairs of one policy's answers and another's, joined by prompt: one for every prompt and arm.
 
-    Like meets like: refined against refined, and the plain first answer against the plain first
-    answer. Iteration 0's plain answer is also the yardstick of the refined answer (the paper's
-    "initial policy"), and so is a policy's own first answer when it is its own reference.
+    The refined answer is compared with the refined answer, the first with the first. The refined
+    answer is also compared with iteration 0's first answer (the paper's "initial policy"); and with
+    its own policy's first answer where a policy is its own reference.
 
     Raises:
         ValueError: when either side is empty, mixes iterations or answers a prompt twice.
@@ -71,20 +71,15 @@ def answer_pairs(
 
 
 def principle_pairs(answers: Sequence[Answer], prompts: Sequence[Prompt]) -> list[AnswerPair]:
-    """Every refinement meets its own first response, under the principle that it names."""
-    iteration, rows = _by_prompt(answers)
+    """Each refinement against its own first response, under the principle that the policy named.
+
+    Raises:
+        ValueError: there is no answer, or they mix iterations or answer a prompt twice.
+    """
+    named = {row.prompt_id: row.principle for row in answers}
     return [
-        AnswerPair(
-            iteration=iteration,
-            answer="refined",
-            against=iteration,
-            reference="initial",
-            prompt=p,
-            ours=given(rows.get(p.prompt_id), "refined"),
-            theirs=given(rows.get(p.prompt_id), "initial"),
-            principle=rows[p.prompt_id].principle if p.prompt_id in rows else "",
-        )
-        for p in prompts
+        replace(pair, principle=named.get(pair.prompt.prompt_id, ""))
+        for pair in answer_pairs(answers, answers, prompts)
     ]
 
 
@@ -100,6 +95,7 @@ def _by_prompt(answers: Sequence[Answer]) -> tuple[int, dict[str, Answer]]:
 
 
 def arms(iteration: int, against: int) -> tuple[Arm, ...]:
+    """The arms in which two iterations' policies are compared."""
     if iteration == against:
         return (IMPROVED,)
     return (REFINED, INITIAL, IMPROVED) if against == 0 else (REFINED, INITIAL)
@@ -108,8 +104,8 @@ def arms(iteration: int, against: int) -> tuple[Arm, ...]:
 def without_judge(pair: AnswerPair) -> Judgement | None:
     """The verdict that needs no judge: an answer is missing or empty, or there is no difference.
 
-    An empty answer loses against any other: to leave it out would flatter a policy that falls
-    silent. The same text on both sides is a tie.
+    An empty answer loses against any other: to leave it out would flatter a policy that often gives
+    no answer. The same text on both sides is a tie.
     """
     for whose, side in (("our", pair.ours), ("their", pair.theirs)):
         if side.missing:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from itertools import chain, groupby
+from typing import Any
 
 from models.judges.base import Judge, Similarity
 from models.judges.registry import JudgeSettings, judge_pool, located, open_policy
 from models.policy import Policy, PolicySettings, Progress
-from models.pools.base import Finished, Pool, Shards, Where
+from models.pools.base import Compute, Finished, Pool, Row, Shards, Where
 from models.worlds.base import Oracle
 from tasks.judging.pairs import AnswerPair, as_judged, comparison, without_judge
 from tasks.judging.rates import rate_of
@@ -40,7 +41,7 @@ class Judges:
     """Where a model's folder is on this machine."""
     _: KW_ONLY
     oracle: Oracle | None
-    """Who knows the truth of the prompts; None where nobody does."""
+    """The judge that knows the truth of the prompts' world; None where there is none."""
     scoring: SimilaritySettings
     seed: int
     open_policy: OpenPolicy
@@ -57,7 +58,11 @@ class Judges:
         return self._judge[1]
 
     def model(self, settings: JudgeSettings) -> Policy:
-        """The model of an LLM judge: judges that differ in their rubric alone share it."""
+        """The model of an LLM judge; judges that differ only in their rubric share it.
+
+        Raises:
+            UserError: it cannot be loaded, or its endpoint cannot be used.
+        """
         here = located(settings, self.where)
         if self._model is None or self._model[0] != here.policy:
             self._free(keep=None)
@@ -85,7 +90,7 @@ class Panel:
     """
 
     oracle: Oracle | None
-    """Who knows the truth of the prompts; None where nobody does."""
+    """The judge that knows the truth of the prompts' world; None where there is none."""
     scoring: SimilaritySettings
     """The similarity of the judge "similarity"."""
     model: str
@@ -109,9 +114,9 @@ class Panel:
     def compare(
         self, name: str, pairs: Sequence[AnswerPair], judges: Sequence[JudgeSettings]
     ) -> list[list[Comparison]]:
-        """Every judge's rows on every pair, kept together as `<name>.parquet`.
+        """For each judge its rows on every pair, all kept together as `<name>.parquet`.
 
-        Judges of the same name are told apart by a number: "…-2".
+        The second of two judges with the same name has the name "…-2".
         """
         titles = [judge.on(self.oracle).title(judge) for judge in judges]
         times = [titles[:n].count(title) for n, title in enumerate(titles)]
@@ -126,7 +131,7 @@ class Panel:
             def compute(missing: Shards) -> Iterable[Finished]:
                 """Judge after judge: only one's model is in memory."""
                 return chain.from_iterable(
-                    self.pool_of(jobs[number][0]).map(jobs[number][1], dict(own), tick)
+                    self._pool_of(jobs[number][0]).map(jobs[number][1], dict(own), tick)
                     for number, own in groupby(missing.items(), lambda item: item[0] // len(parts))
                 )
 
@@ -135,9 +140,34 @@ class Panel:
             )
         return [rows[n * len(pairs) : (n + 1) * len(pairs)] for n in range(len(judges))]
 
-    def pool_of(self, settings: JudgeSettings) -> Pool[Judges]:
-        """All judges of this process share a pool; of a cluster's workers, those with one model.
-        Only the last pool stays open."""
+    def in_shards(
+        self,
+        name: str,
+        row_type: type[Row],
+        items: Sequence[Any],
+        settings: JudgeSettings,
+        compute: Compute[Judges, Row],
+        each: int,
+    ) -> list[Row]:
+        """The rows of `compute` over shards of items, kept together as `<name>.parquet`.
+
+        Args:
+            settings: the judge that `compute` asks; its pool is opened where a shard is missing.
+            each: judgements an item.
+        """
+        parts = shards(items, self.work.shard_size)
+        with progress(f"judge {self.iteration}: {name}", each * len(items), "judgements") as tick:
+
+            def judged(missing: Shards) -> Iterable[Finished]:
+                return self._pool_of(settings).map(compute, missing, tick) if missing else ()
+
+            return self.work.sharded(
+                name, row_type, parts, judged, lambda part: tick(each * len(part))
+            )
+
+    def _pool_of(self, settings: JudgeSettings) -> Pool[Judges]:
+        """The pool of a judge: judges in this process share one, as do those of a cluster with the
+        same model. The pool before it is closed."""
         policy = settings.policy
         own = policy if policy and policy.in_ray else None
         if self._pool is None or self._pool[0] != own:
@@ -153,7 +183,11 @@ class Panel:
         return self._pool[1]
 
     def rate(self, rows: Sequence[Comparison], what: str) -> WinRate:
-        """The win rate of comparisons of one kind; see `rates.rate_of`."""
+        """The win rate of comparisons of one kind; see `rates.rate_of`.
+
+        Raises:
+            UserError: every judgement failed, or more than the share `max_failed`.
+        """
         return rate_of(
             rows, what, seed=self.seed, resamples=self.resamples, max_failed=self.max_failed
         )
@@ -168,11 +202,15 @@ def judge_pairs(
 ) -> list[Comparison]:
     """A row for every pair, in their order; `advance` counts pairs.
 
-    A missing answer or a failed judgement is a row without an outcome. What needs no judge is
-    decided without one (`without_judge`).
+    A missing answer or a failed judgement is a row without an outcome. A pair that needs no judge
+    is decided without one (`without_judge`).
 
     Args:
-        suffix: of the judge's name in the rows.
+        suffix: ends the judge's name in the rows.
+
+    Raises:
+        UserError: the judge cannot be opened.
+        ValueError: the judge gave fewer or more judgements than it was asked for.
     """
     judge = judges.judge(settings)
     known = [without_judge(pair) for pair in pairs]

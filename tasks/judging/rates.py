@@ -14,6 +14,7 @@ from constitutions.errors import UserError
 from tasks.judging.length_control import LengthConfoundedError, LengthControlled, length_controlled
 from tasks.judging.winrate import (
     BothOrders,
+    Mean,
     NoOutcomeError,
     TooManyFailedError,
     WinRate,
@@ -94,7 +95,7 @@ def rate_of(
 def too_many_failed(
     failures: Sequence[str], of: int, what: str, judge: str, max_failed: float
 ) -> UserError:
-    """The error of a judge that failed too often: how often, why, and what to do."""
+    """The error where too many judgements failed: how many, mostly why, and what to do."""
     (reason, count), *_ = Counter(failures).most_common(1) or [("nothing was judged", 0)]
     some = f"{len(failures)} of {of}" if len(failures) < of else f"all {of}"
     return UserError(
@@ -116,7 +117,7 @@ def win_rate_metrics(rates: Mapping[str, WinRate]) -> dict[str, float]:
 def rate_metrics(name: str, rate: WinRate) -> dict[str, float]:
     """A rate under its name, and what belongs to it."""
     more = {f"{name}_p": rate.p_value, f"{name}_failed": float(rate.failed)}
-    return _interval(name, rate) | more
+    return interval_metrics(name, rate) | more
 
 
 def length_metrics(
@@ -134,7 +135,7 @@ def length_metrics(
     for name, rows in _kinds(comparisons).items():
         with suppress(NoOutcomeError, LengthConfoundedError):
             found = rate_at_equal_lengths(rows, seed=seed, resamples=resamples)
-            figures |= _interval(f"win_rate/{name}_length_controlled", found)
+            figures |= interval_metrics(f"win_rate/{name}_length_controlled", found)
     return figures
 
 
@@ -156,7 +157,8 @@ def rate_at_equal_lengths(
     )
 
 
-def _interval(name: str, rate: WinRate | LengthControlled) -> dict[str, float]:
+def interval_metrics(name: str, rate: WinRate | LengthControlled | Mean) -> dict[str, float]:
+    """A figure under its name, with its interval under `<name>_low` and `<name>_high`."""
     return {name: rate.rate, f"{name}_low": rate.low, f"{name}_high": rate.high}
 
 
@@ -171,7 +173,7 @@ def source_metrics(
 
     A source is what stands before the row number in `Prompt.source`: a corpus of a mixture, or
     "planted/seen" and "planted/held", the combinations that were and were never mined. A source
-    of which every judgement failed has no rate; its failures count in the rate over all sources.
+    whose judgements all failed has no rate; they count as failures in the rate over all sources.
     """
     sources = {p.prompt_id: p.source.rpartition(":")[0] or p.source for p in prompts}
     groups: dict[str, list[Comparison]] = {}
@@ -184,7 +186,7 @@ def source_metrics(
         rates = win_rates(judged, seed=seed, resamples=resamples)
         for name in ("refined_vs_0", "initial_vs_0", "refined_vs_initial_0"):
             if name in rates:
-                figures |= _interval(f"win_rate/{plain(source)}/{name}", rates[name])
+                figures |= interval_metrics(f"win_rate/{plain(source)}/{name}", rates[name])
     return figures
 
 
@@ -193,7 +195,7 @@ def plain(name: str) -> str:
     return re.sub(r"[^\w. -]+", "-", name).strip("-")
 
 
-# What judges are worth ----------------------------------------------------------------------
+# How good the judges are --------------------------------------------------------------------
 
 
 def order_metrics(name: str, rows: Iterable[Comparison]) -> dict[str, float]:
@@ -225,23 +227,21 @@ def agreement_metrics(
     """Cohen's κ of each further judge with the first, over the pairs that both were asked about.
 
     `judge/kappa/<judge>` (left out where chance alone would agree on everything) and
-    `judge/agreement/<judge>`, the share in [0, 1] on which both say the same. What needs no judge
-    (an empty answer, the same text twice) has no part in it: all judges agree there.
+    `judge/agreement/<judge>`, the share in [0, 1] on which both say the same. Pairs that need no
+    judge (an empty answer, the same text twice) are left out: all judges agree there.
     """
-    told = {_place(row): row.outcome for row in first}
+    outcomes = {_place(row): row.outcome for row in first}
     judges: dict[str, list[Comparison]] = {}
     for row in others:
         if row.asked:
             judges.setdefault(row.judge, []).append(row)
     figures: dict[str, float] = {}
     for judge, rows in judges.items():
-        try:
-            found = agreement([told[_place(r)] for r in rows], [r.outcome for r in rows])
-        except NoOutcomeError:
-            continue
-        figures[f"judge/agreement/{plain(judge)}"] = found.observed
-        if found.kappa is not None:
-            figures[f"judge/kappa/{plain(judge)}"] = found.kappa
+        with suppress(NoOutcomeError):
+            found = agreement([outcomes[_place(r)] for r in rows], [r.outcome for r in rows])
+            figures[f"judge/agreement/{plain(judge)}"] = found.observed
+            if found.kappa is not None:
+                figures[f"judge/kappa/{plain(judge)}"] = found.kappa
     return figures
 
 

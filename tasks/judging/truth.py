@@ -1,6 +1,6 @@
-"""What only the truth of an embedded world can tell: were the right principles found, and followed?
+"""Figures that need the truth of an embedded world: were the right principles found, and followed?
 
-`tasks.evaluate` asks where the world has an oracle. Nothing of this reaches what is learned.
+`tasks.evaluate` computes them where the world has an oracle. Nothing learns from them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def world_of(prompts: Sequence[Prompt]) -> World | None:
 def faithfulness_metrics(
     oracle: Oracle, *, labelled: Sequence[Labelled], answers: Sequence[Answer]
 ) -> dict[str, float]:
-    """Does a refinement do what the principle asks that it is filed under? Shares in [0, 1].
+    """Does a refinement do what its principle asks? Shares in [0, 1].
 
     For the kept trajectories under their own principle ("original") and under the label that is
     trained on ("label"); and for the answers to held-out prompts under the principle that the
@@ -94,9 +94,9 @@ def obedience_metrics(
 ) -> dict[str, float]:
     """Of SAMI's responses under the world's name, by the kind of constitution; shares in [0, 1].
 
-    - `obeyed_<arm>`: of the principles and antitheses that a response was told (and that
-      word a behaviour), those that it follows.
-    - `core_<arm>`: how much of the content survives, "plain" being without a constitution.
+    - `obeyed_<arm>`: of the principles and antitheses in the response's constitution that name a
+      behaviour, those that the response follows.
+    - `core_<arm>`: how much of the content survives; the arm "plain" has no constitution.
     """
     asked = {p.prompt_id: p.prompt[-1]["content"] for p in prompts}
     shares: dict[str, list[float]] = {}

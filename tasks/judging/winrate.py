@@ -32,6 +32,14 @@ class WinRate:
     n: int
 
 
+class Mean(NamedTuple):
+    """A mean with its 95 % interval."""
+
+    rate: float
+    low: float
+    high: float
+
+
 class NoOutcomeError(ValueError):
     """There is nothing to average: no comparison at all, or every judgement failed."""
 
@@ -113,9 +121,8 @@ def settle(pair: BothOrders) -> float | None:
     return (first + second) / 2 if _side(first) == _side(second) else 0.5
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OrderEffect:
-    """How far a judge's verdicts hang on which answer it reads first."""
+class OrderEffect(NamedTuple):
+    """How far a judge's verdicts depend on which answer it reads first."""
 
     bias: float
     """In [-1, 1]: the share of pairs of which the first place won both times, less that of which
@@ -123,31 +130,26 @@ class OrderEffect:
     tie counts as half such a pair."""
     consistency: float
     """The share of pairs, in [0, 1], on which both orders favour the same side."""
-    failed: int
-    """Pairs with a failed judgement: counted here, and part of no other figure."""
-    n: int
 
 
 def order_effect(pairs: Sequence[BothOrders]) -> OrderEffect:
     """The position bias and the consistency of a judge that read every pair in both orders.
 
+    Pairs with a failed judgement are left out.
+
     Raises:
         NoOutcomeError: when no pair was judged in both orders.
     """
     judged = [(a, b) for a, b in pairs if a is not None and b is not None]
-    failed = len(pairs) - len(judged)
     if not judged:
-        raise NoOutcomeError(f"no pair was judged in both orders: {failed} failed")
+        raise NoOutcomeError(f"no pair was judged in both orders: {len(pairs)} failed")
     return OrderEffect(
         bias=float(np.mean([a - b for a, b in judged])),
         consistency=float(np.mean([_side(a) == _side(b) for a, b in judged])),
-        failed=failed,
-        n=len(judged),
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JudgeAgreement:
+class JudgeAgreement(NamedTuple):
     """How far two judges agree on win, tie or loss."""
 
     kappa: float | None
@@ -155,13 +157,12 @@ class JudgeAgreement:
     agree on everything (both judges always say the same one thing)."""
     observed: float
     """The share of pairs, in [0, 1], on which they say the same."""
-    failed: int
-    """Pairs that either judge failed on."""
-    n: int
 
 
 def agreement(first: Sequence[float | None], second: Sequence[float | None]) -> JudgeAgreement:
     """Cohen's κ = (p_o - p_e) / (1 - p_e) of two judges' outcomes; a tie is a class of its own.
+
+    Pairs on which either judge failed are left out.
 
     Args:
         first, second: the judges' outcomes in [0, 1], pair by pair; None is a failed judgement.
@@ -183,8 +184,6 @@ def agreement(first: Sequence[float | None], second: Sequence[float | None]) -> 
     return JudgeAgreement(
         kappa=(observed - expected) / (1 - expected) if expected < 1 else None,
         observed=observed,
-        failed=len(first) - len(both),
-        n=len(both),
     )
 
 

@@ -75,7 +75,11 @@ class PolicySource:
         return load_policy(self.settings, self.model, self.adapter_path)
 
     def pool(self) -> Pool[Policy]:
-        """Engines of the policy, where the settings ask for them."""
+        """Engines of the policy, in this process or on Ray's workers.
+
+        Raises:
+            UserError: Ray is asked for and not installed.
+        """
         if not self.settings.in_ray:
             return LocalPool(self.load)
         models = [self.model, *([str(self.adapter_path)] if self.adapter else [])]

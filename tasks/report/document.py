@@ -1,8 +1,8 @@
 """The report: experiments as one HTML file that opens without a network.
 
-`flows.commands.report` gathers what the record has (`Recorded`); `page` shows it. Nothing is
-computed again. Texts are a model's or a stranger's: the template escapes all of them, the page may
-run no script but its own, and its policy forbids every request.
+`flows.commands.report` gathers what the record has (`Recorded`); `page` shows it. No stage is run
+again. Models' and strangers' texts are not trusted: the template escapes them, the page may run no
+script but its own, and its content policy forbids every request.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tasks.report import sami
 from tasks.report.exhibits import MAP_HEIGHT, MAP_WIDTH, AnswerExhibit, Map, examples, principle_map
 from tasks.report.figures import figures, stage_seconds, stage_tokens, svg
 from tasks.report.movement import movement
-from tasks.report.recorded import Cell, Recorded, RecordedStage, cell, cells, number
+from tasks.report.recorded import Cell, Recorded, cell, cells, number
 from tasks.rows import Answer, ClusterRow, Comparison, Labelled, Prompt
 from tasks.stages import STAGES
 
 PAGE = Path(__file__).parent / "page"
 """The template with its style and script."""
 SHOWN = 60
-"""Lines of a table of principles at most."""
+"""The most lines of a table of principles."""
 
 
 def page(experiments: Sequence[Recorded], packages: Mapping[str, str]) -> str:
@@ -49,13 +49,13 @@ def page(experiments: Sequence[Recorded], packages: Mapping[str, str]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "short": _short}
+    environment.filters |= {"number": number, "short": lambda digest: digest[:12]}
     style, script = ((PAGE / name).read_text("utf-8") for name in ("report.css", "report.js"))
     return environment.get_template("report.html").render(
         policy=_content_policy(style, script),
         style=Markup(style),
         script=Markup(script),
-        title=_title(experiments),
+        title=", ".join(e.name for e in experiments),
         columns=columns(experiments),
         results=results(experiments),
         budgets=[budget(e) for e in experiments],
@@ -136,7 +136,7 @@ def best_iteration(e: Recorded) -> int | None:
 
 
 def _chosen(e: Recorded) -> dict[int, tuple[str, ...]]:
-    """Iteration → why it has a line; only what was evaluated has one."""
+    """Iteration → the marks of its line; only iterations that were evaluated have one."""
     evaluated = [t for t, stages in e.attempts.items() if "evaluate" in stages]
     last = max((t for t in evaluated if t), default=None)
     lines = {"initial": 0, "best": best_iteration(e), "last": last}
@@ -204,7 +204,6 @@ def _chapter(number: int, e: Recorded) -> dict[str, Any]:
         "costs": list(_costs(e)),
         "judge": _judge(e),
         "base": _base(e),
-        "provenance": list(_provenance(e)),
         "commands": _commands(e),
         **(sami.parts(e) if e.constitutional else _parts(e)),
     }
@@ -363,26 +362,6 @@ def _examples(e: Recorded) -> tuple[int, int, list[AnswerExhibit]]:
     return last, len(answers), examples(answers, compared, prompts, final)
 
 
-class Made(NamedTuple):
-    """A stage's attempt: what it was made from and where it is kept."""
-
-    stage: RecordedStage
-    run_id: str
-    fingerprint: str
-    code: str
-    digest: str
-    seconds: str
-
-
-def _provenance(e: Recorded) -> Iterator[Made]:
-    for stage in e.stages:
-        if (a := stage.attempt) is None:
-            yield Made(stage, "", "", "", "", "")
-        else:
-            code = a.provenance().code_digest
-            yield Made(stage, a.run_id, a.fingerprint, code, a.digest, f"{a.seconds:,.1f}")
-
-
 def _base(e: Recorded) -> str:
     """The digest of the base model, as the attempts noted it."""
     attempts = (a for stages in e.attempts.values() for a in stages.values())
@@ -411,10 +390,6 @@ def _stage_of(name: str) -> str:
 # How things are written --------------------------------------------------------------------------
 
 
-def _title(experiments: Sequence[Recorded]) -> str:
-    return ", ".join(e.name for e in experiments)
-
-
 def _content_policy(style: str, script: str) -> str:
     """Nothing is fetched; only this style, this script and images in the page itself."""
     return (
@@ -425,7 +400,3 @@ def _content_policy(style: str, script: str) -> str:
 
 def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _short(text: str) -> str:
-    return text[:12]

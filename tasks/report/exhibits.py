@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 from constitutions.constitution import principle_key
 from models.policy import Message
+from tasks.benchmarks.rows import spread
 from tasks.rows import Answer, ClusterRow, Comparison, Labelled, Prompt, Trajectory
 
 Kind = Literal["same", "added", "removed", "gap"]
@@ -125,7 +126,7 @@ def examples(
 ) -> list[AnswerExhibit]:
     """Answers evenly spaced over all held-out prompts in the order of their ids, which are hashes.
 
-    Nothing of what was answered, or of how it was judged, has a part in the choice.
+    Neither the answers nor the judgements influence the choice.
 
     Args:
         final: "refined" shows y1 → z → y2; "initial" (of a policy that was tuned on golds) the
@@ -137,13 +138,9 @@ def examples(
         if (row.against, row.answer, row.reference) == (0, final, "initial"):
             judged.setdefault(row.prompt_id, row)  # of several judges, the first
     ordered = sorted(answers, key=lambda a: a.prompt_id)
-    count = min(count, len(ordered))
-    chosen = (
-        (place, ordered[place]) for place in (i * len(ordered) // count for i in range(count))
-    )
     return [
-        _example(place + 1, row, asked[row.prompt_id], judged.get(row.prompt_id), final)
-        for place, row in chosen
+        _example(number, row, asked[row.prompt_id], judged.get(row.prompt_id), final)
+        for number, row in spread(list(enumerate(ordered, start=1)), count)
     ]
 
 

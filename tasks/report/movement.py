@@ -62,10 +62,10 @@ class ConstitutionChange(NamedTuple):
 def movement(
     constitutions: Mapping[int, Constitution],
 ) -> tuple[list[PrincipleHistory], list[ConstitutionChange]]:
-    """Every principle's line, and every step in figures; as `constitution.diff` tells them apart.
+    """Every principle's history, and how many changed between iterations: see `constitution.diff`.
 
-    The lines that reach the last iteration come first, by their support there; then the others,
-    the latest ended first.
+    The principles of the last iteration come first, by their support there; then the others, the
+    latest ended first.
     """
     iterations = sorted(constitutions)
     alive = {

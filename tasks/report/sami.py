@@ -1,17 +1,19 @@
 """The report's chapter of a SAMI experiment: its constitution, and how its policies follow it.
 
-`document` calls `parts`; `page/sami.html` shows them. Nothing is computed again.
+`document` calls `parts`; `page/sami.html` shows them. No stage is run again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import cycle
 from typing import Any, NamedTuple
 
 from constitutions.constitution import Principle
 from models.policy import NO_ANSWER, Message
 from models.worlds.registry import WORLDS
 from tasks.benchmarks.base import Column
+from tasks.benchmarks.rows import spread
 from tasks.report.exhibits import outcome_word
 from tasks.report.figures import ARMS, information_limit
 from tasks.report.recorded import Recorded, cell, cells, nats
@@ -115,7 +117,7 @@ def headline(e: Recorded) -> str:
 
 
 def constitution(e: Recorded) -> list[PrinciplePair]:
-    """Its principles, those that are trained on first; none before it was read or written."""
+    """Its principles, those that are trained on first; empty before the stage "write"."""
     written = e.attempts.get(0, {}).get("write")
     if written is None:
         return []
@@ -150,8 +152,8 @@ def examples(
 ) -> list[ResponseExhibit]:
     """Prompts evenly spaced in the order of their ids, a hash; kinds of constitutions in turn.
 
-    Nothing of what was answered, or of how it was judged, has a part in the choice. A
-    prompt that either policy did not answer is left out.
+    Neither the responses nor the judgements influence the choice. A prompt to which either policy
+    has no response is left out.
     """
     after = {(r.prompt_id, r.arm): r for r in responses if r.principles}
     before = {(r.prompt_id, r.arm): r for r in initial}
@@ -160,16 +162,14 @@ def examples(
         if row.against == 0:
             judged.setdefault((row.prompt_id, row.answer), row)  # of several judges, the first
     there = {arm for _, arm in after}
-    arms = [arm for arm in ARMS if arm in there]
+    arms = cycle(arm for arm in ARMS if arm in there)
     ordered = sorted(prompts, key=lambda p: p.prompt_id)
-    count = min(count, len(ordered)) if arms else 0
     found = []
-    for i in range(count):
-        place, arm = i * len(ordered) // count, arms[i % len(arms)]
-        key = ordered[place].prompt_id, arm
+    chosen = spread(list(enumerate(ordered, start=1)), count)
+    for arm, (number, prompt) in zip(arms, chosen, strict=False):
+        key = prompt.prompt_id, arm
         if key in after and key in before:
-            pair = before[key], after[key]
-            found.append(_example(place + 1, ordered[place], *pair, judged.get(key)))
+            found.append(_example(number, prompt, before[key], after[key], judged.get(key)))
     return found
 
 

@@ -25,17 +25,23 @@ class DrawnConstitution(NamedTuple):
 
 
 class PrinciplePool(NamedTuple):
-    """The principles that training constitutions are drawn from, and those they never hold."""
+    """The principles of an experiment."""
 
     trained: tuple[Principle, ...]
+    """Those that training constitutions are drawn from."""
     held_out: tuple[Principle, ...]
+    """Those that no training constitution holds."""
 
 
 HELD_OUT = "held_out.json"
 
 
 def pool_of(written: Attempt) -> PrinciplePool:
-    """What the stage "write" left."""
+    """The principles that the stage "write" kept.
+
+    Raises:
+        UserError: its files are damaged.
+    """
     constitution = load(written.path("constitution.yaml"))
     apart = set(json.loads(written.path(HELD_OUT).read_text("utf-8")))
     return PrinciplePool(
@@ -47,7 +53,7 @@ def pool_of(written: Attempt) -> PrinciplePool:
 def mixed(
     principles: Sequence[Principle], asked: Sequence[bool], rng: random.Random
 ) -> DrawnConstitution:
-    """Principles (asked) and antitheses (not asked), in random order."""
+    """A constitution of the principles, in random order; those not `asked` as antitheses."""
     pairs = [
         (f"pos {p.id}", p.text) if wanted else (f"neg {p.id}", p.antithesis)
         for p, wanted in zip(principles, asked, strict=True)
@@ -72,7 +78,13 @@ def draw(
     needed = (constitutions - 1).bit_length()
     two_sided = [p for p in pool if p.antithesis]
     if len(two_sided) < needed or size < needed:
-        raise too_few(constitutions, size, len(two_sided))
+        raise UserError(
+            f"{len(two_sided)} principles have an antithesis, and a constitution holds {size}",
+            where="settings 'sample.constitutions', 'sample.principles'",
+            expected=f"at least {needed} with one in each, for {constitutions} constitutions that "
+            "differ",
+            fix="staple constitution write words antitheses; or lower sample.constitutions",
+        )
     chosen = rng.sample(two_sided, needed)
     chosen += rng.sample([p for p in pool if p not in chosen], size - needed)
     sides = [p for p in chosen if p.antithesis]
@@ -87,15 +99,3 @@ def _asked(principles: Sequence[Principle], mixture: int) -> list[bool]:
         asked.append(not principle.antithesis or not mixture & 1)
         mixture >>= bool(principle.antithesis)
     return asked
-
-
-def too_few(constitutions: int, principles: int, two_sided: int) -> UserError:
-    """The error of a pool that has no C different constitutions."""
-    needed = (constitutions - 1).bit_length()
-    return UserError(
-        f"{two_sided} of the principles have an antithesis, and a constitution holds {principles}",
-        where="settings 'sample.constitutions', 'sample.principles'",
-        expected=f"at least {needed} with one in each, for {constitutions} constitutions that "
-        "differ",
-        fix="staple constitution write words antitheses; or lower sample.constitutions",
-    )

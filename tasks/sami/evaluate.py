@@ -1,9 +1,9 @@
 """SAMI, evaluation: does the policy follow a constitution better than the initial policy did?
 
-Held-out prompts are answered under constitutions of principles, of antitheses, of principles that
-no training constitution held, and under none. Every policy gets the same ones; its answers are
-compared with the initial policy's, and the previous one's, by the judges, under that constitution.
-The mutual information is estimated on mixtures as training has them.
+Held-out prompts are answered under constitutions of principles, of antitheses, of principles or
+antitheses that no training constitution held, and under none. All policies get the same
+constitutions; the judges compare a policy's answer with the initial policy's and the previous one's
+under the same constitution. The mutual information is estimated on mixtures as in training.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from tasks.record.record import Attempt
 from tasks.record.slot import Slot
 from tasks.record.stage import stage
 from tasks.record.work import Metrics, Workspace
-from tasks.rows import Comparison, Draw, Prompt, Response, Sampled
+from tasks.rows import Comparison, Draw, Prompt, Response, Sampled, fields
 from tasks.sami.draw import DrawnConstitution, PrinciplePool, mixed, pool_of
-from tasks.sami.sample import SampleSettings, check_mixtures, sample
+from tasks.sami.sample import SampleSettings, check_mixtures, drawn_response, sample
 from tasks.score import ScoreSettings
 
 Row = TypeVar("Row")
@@ -49,9 +49,9 @@ ARMS = ("principles", "antitheses", "held_out_principles", "held_out_antitheses"
 """The kinds of constitutions; "plain" has none. A pool without antitheses, or without principles
 that were held out, lacks those arms."""
 CONDITIONED = ARMS[:2]
-"""Together they are the rate "constitution": a policy that ignores its constitution wins half."""
+"""Together they give the rate "constitution": ½ for a policy that ignores its constitution."""
 APART = ARMS[2:4]
-"""Together "held_out"."""
+"""Together they give the rate "held_out"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +146,7 @@ def check_followed(
     """Refuse judges that cannot say how a constitution is followed, before anything is answered.
 
     Raises:
-        UserError: the oracle where there is none; a judge that reads no constitution.
+        UserError: the oracle is asked for and there is none; a judge reads no constitution.
     """
     check_judges(settings, scoring, oracle)
     for judge in settings.judges:
@@ -202,7 +202,8 @@ def _respond(
     asked: Sequence[HeldOutQuery],
     advance: Progress,
 ) -> list[Response]:
-    """The noise is keyed by seed, prompt and arm, not by iteration (`tasks.policies.answers`)."""
+    """The noise depends on seed, prompt and arm, not on the iteration: similar policies answer
+    alike, which makes their comparison precise."""
     requests = [
         Request(
             messages=_messages(ask, wording),
@@ -217,14 +218,9 @@ def _respond(
             prompt_id=ask.prompt.prompt_id,
             iteration=iteration,
             arm=ask.arm,
-            identifiers=ask.constitution.identifiers,
-            principles=ask.constitution.principles,
-            response=given.text,
-            finish=given.finish,
-            tokens=given.tokens,
-            thoughts=given.thoughts,
+            **fields(drawn_response(ask.constitution, response)),
         )
-        for ask, (given, *_) in zip(asked, policy.generate(requests, advance), strict=True)
+        for ask, (response, *_) in zip(asked, policy.generate(requests, advance), strict=True)
     ]
 
 
@@ -258,7 +254,7 @@ def _by_arm(responses: Iterable[Response]) -> dict[str, list[Response]]:
 
 
 def _on_policy(sampling: SampleSettings, settings: EvaluateSettings) -> SampleSettings:
-    """Mixtures as training has them; responses as the policy gives them."""
+    """Mixtures as in training; responses sampled at temperature 1, on-policy."""
     on_policy = {"temperature": 1.0, "top_p": 1.0}
     return sampling.model_copy(
         update={**on_policy, "max_response_tokens": settings.max_response_tokens}
@@ -285,7 +281,10 @@ def _estimate(
     prompts: Sequence[Prompt],
     advance: Progress,
 ) -> list[Estimate]:
-    """Responses under mixtures, and how much more probable each is under its own constitution."""
+    """Samples responses under mixtures; how much more probable is each under its own constitution?
+
+    Every response is read under each of its prompt's C constitutions: C × C log-probabilities.
+    """
     sampled = sample(settings, wording, principles, key, policy, prompts)
     pairs = [
         (under_constitution(wording, given.principles, row.prompt), own.response)
@@ -314,12 +313,13 @@ def _estimate_of(row: Sampled, cells: Sequence[Sequence[Scoring]]) -> Estimate:
 
 
 def _unfinished(draw: Draw) -> bool:
-    """Whether it thought, and came to no response."""
+    """Whether its thoughts were cut off before a response began."""
     return bool(draw.thoughts) and not draw.response
 
 
 def bound(matrix: Sequence[Sequence[float]]) -> float:
-    """log C − loss of a (constitutions, responses) matrix, in nats: `models.training.sami`."""
+    """log C − loss of a (constitutions, responses) matrix of log-probabilities, in nats, at most
+    log C: `models.training.sami`."""
     import torch
 
     from models.training.sami import information
@@ -365,7 +365,7 @@ def response_pairs(
 
 
 def _given(row: Response | None) -> Given:
-    """A response, or why there is none: the prompt was too long, for instance."""
+    """A response, or why there is none, such as a prompt that is too long."""
     if row is None:
         return Given(text="", missing="there is none")
     return Given(text=row.response, missing=NO_ANSWER.get(row.finish))
@@ -414,8 +414,10 @@ def _references(earlier: Mapping[str, Attempt]) -> list[list[Response]]:
 
 
 def together(rows: Iterable[Comparison], name: str, arms: Sequence[str]) -> list[Comparison]:
-    """A prompt's comparisons of several arms as one, by their mean outcome: the prompts are what is
-    drawn, so that an interval counts each once. One that failed fails it.
+    """A prompt's comparisons of several arms as one, with their mean outcome.
+
+    The bootstrap resamples prompts, so each must count once. Where one comparison failed, the joint
+    one has no outcome either.
     """
     groups: dict[tuple[str, int], list[Comparison]] = {}
     for row in rows:

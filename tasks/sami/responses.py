@@ -1,4 +1,4 @@
-"""Response files of SAMI's reference implementation, read, paired and written as they are.
+"""Response files of SAMI's reference implementation: read, and paired by key.
 
 A file holds what one policy answered, `{"constitution": {KEY: text}, "question": {…}, "response":
 {…}}`. `flows.commands.judge` has two of them judged under their constitutions.
@@ -6,8 +6,7 @@ A file holds what one policy answered, `{"constitution": {KEY: text}, "question"
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,16 +14,12 @@ from typing import Any, NamedTuple
 from constitutions.errors import UserError, UserErrors
 from constitutions.parse import parse_json, read_text
 from models.chat_template import fold_system
-from models.files import write_text
 from models.policy import Message
 from tasks.judging.pairs import OUTSIDE, AnswerPair
 from tasks.policies.answers import Given
 from tasks.rows import Comparison, Prompt, Rejected, fields, prompt_id
 
 COLUMNS = ("constitution", "question", "response")
-"""In the order in which the reference writes them."""
-ANY_TEXT = frozenset({"response"})
-"""A response may be empty; a question or a constitution may not."""
 FORM = 'a JSON object {"constitution": {KEY: text}, "question": {…}, "response": {…}}'
 REPORTED = 20
 """Mistakes that an error names; the rest are counted."""
@@ -59,7 +54,7 @@ class ResponsePairs(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgedRow(Comparison):
-    """+ the row of the two files that it is."""
+    """+ the key, question and constitution of its rows in the two files."""
 
     key: str
     question: str
@@ -77,8 +72,7 @@ def read_responses(path: Path) -> ResponseFile:
         UserErrors: everything that is wrong with its columns and values, each with its key.
     """
     columns = _columns(path)
-    problems = [*_differing_keys(path, columns), *_bad_values(path, columns)]
-    if problems:
+    if problems := list(_problems(path, columns)):
         raise UserErrors(problems[:REPORTED], more=max(len(problems) - REPORTED, 0))
     keys = columns["response"]
     if not keys:
@@ -87,66 +81,44 @@ def read_responses(path: Path) -> ResponseFile:
     return ResponseFile(path=path, rows=tuple(rows))
 
 
-def write_responses(path: Path, rows: Sequence[ResponseRow]) -> None:
-    """Write rows as the reference does, to the byte; whole or not at all.
-
-    Raises:
-        ValueError: two rows have the same key.
-    """
-    columns = {name: {row.key: getattr(row, name) for row in rows} for name in COLUMNS}
-    if any(len(column) != len(rows) for column in columns.values()):
-        raise ValueError("two rows have the same key")
-    write_text(path, json.dumps(columns, indent=4))
-
-
 def _columns(path: Path) -> dict[str, dict[str, Any]]:
-    text = read_text(path, expected="a response file")
-    found = parse_json(text, str(path), expected=FORM)
+    found = parse_json(read_text(path, expected="a response file"), str(path), expected=FORM)
     if not isinstance(found, dict):
-        kind = type(found).__name__
-        raise UserError(f"this is a JSON {kind}", where=str(path), expected=FORM)
-    problems = [_column_problem(path, name, found) for name in COLUMNS]
-    if any(problems):
-        raise UserErrors([p for p in problems if p])
+        raise UserError(f"this is a JSON {_kind(found)}", where=str(path), expected=FORM)
+    if wrong := [name for name in COLUMNS if not isinstance(found.get(name), dict)]:
+        listed = ", ".join(list(found)[:10]) or "nothing"
+        missing = f"the column is missing (there is {listed})"
+        raise UserErrors(
+            [
+                UserError(
+                    f"the column is of type {_kind(found[name])}" if name in found else missing,
+                    where=f"{path}, column '{name}'",
+                    expected=FORM,
+                )
+                for name in wrong
+            ]
+        )
     return {name: found[name] for name in COLUMNS}
 
 
-def _column_problem(path: Path, name: str, found: dict[str, Any]) -> UserError | None:
-    if name not in found:
-        listed = ", ".join(list(found)[:10]) or "nothing"
-        return UserError(
-            f"the column is missing (there is {listed})",
-            where=f"{path}, column '{name}'",
-            expected=FORM,
-        )
-    if not isinstance(found[name], dict):
-        kind = _kind(found[name])
-        return UserError(
-            f"the column is of type {kind}",
-            where=f"{path}, column '{name}'",
-            expected="an object from keys to texts",
-        )
-    return None
-
-
-def _differing_keys(path: Path, columns: dict[str, dict[str, Any]]) -> Iterator[UserError]:
-    for key in dict.fromkeys(key for name in COLUMNS for key in columns[name]):
-        lacking = [name for name in COLUMNS if key not in columns[name]]
-        if lacking:
+def _problems(path: Path, columns: Mapping[str, Mapping[str, Any]]) -> Iterator[UserError]:
+    """Keys that a column lacks, then values that are no texts."""
+    for key in dict.fromkeys(key for column in columns.values() for key in column):
+        if lacking := [name for name, column in columns.items() if key not in column]:
             yield UserError(
                 f"there is no {' and no '.join(lacking)}",
                 where=f"{path}, key '{key}'",
                 expected="the same keys in all three columns",
             )
-
-
-def _bad_values(path: Path, columns: dict[str, dict[str, Any]]) -> Iterator[UserError]:
-    for name in COLUMNS:
-        for key, value in columns[name].items():
-            expected = "a text" if name in ANY_TEXT else "a text that is not empty"
-            if bad := _value_problem(value, may_be_empty=name in ANY_TEXT):
-                where = f"{path}, column '{name}', key '{key}'"
-                yield UserError(bad, where=where, expected=expected)
+    for name, column in columns.items():
+        may_be_empty = name == "response"
+        for key, value in column.items():
+            if problem := _value_problem(value, may_be_empty=may_be_empty):
+                yield UserError(
+                    problem,
+                    where=f"{path}, column '{name}', key '{key}'",
+                    expected="a text" if may_be_empty else "a text that is not empty",
+                )
 
 
 def _value_problem(value: Any, *, may_be_empty: bool) -> str:
@@ -172,7 +144,7 @@ def response_pairs_of(ours: ResponseFile, theirs: ResponseFile) -> ResponsePairs
     """A pair for every key that both files have, under the constitution as its principle.
 
     Rows are joined by key, never by position, and must be the same question under the same
-    constitution. A question may occur under several constitutions: `prompt_id` tells them apart.
+    constitution. The same question under two constitutions has two values of `prompt_id`.
     A row that only one side has, or that repeats a question under its constitution, is rejected.
 
     Raises:
@@ -180,41 +152,38 @@ def response_pairs_of(ours: ResponseFile, theirs: ResponseFile) -> ResponsePairs
         UserError: no key is in both files.
     """
     other = {row.key: row for row in theirs.rows}
-    pairs = [(row, other[row.key]) for row in ours.rows if row.key in other]
-    if not pairs:
+    both = [(row, other[row.key]) for row in ours.rows if row.key in other]
+    if not both:
         raise UserError(
             "the two files have no key in common",
             where=f"{ours.path} and {theirs.path}",
             expected="responses of two policies to the same questions",
         )
-    problems = [p for a, b in pairs for p in _differences(ours.path, theirs.path, a, b)]
+    problems = [p for a, b in both for p in _differences(ours.path, theirs.path, a, b)]
     if problems:
         raise UserErrors(problems[:REPORTED], more=max(len(problems) - REPORTED, 0))
-    pairs_found: list[AnswerPair] = []
-    rows: dict[str, ResponseRow] = {}
-    rejected: list[Rejected] = []
-    for a, b in pairs:
+    found = ResponsePairs([], {}, [])
+    for a, b in both:
         pair = _pair(ours.path, theirs.path, a, b)
-        first = rows.setdefault(pair.prompt.prompt_id, a)
+        first = found.rows.setdefault(pair.prompt.prompt_id, a)
         if first is a:
-            pairs_found.append(pair)
+            found.pairs.append(pair)
         else:
             earlier = f"the same question and constitution as key '{first.key}'"
-            rejected.append(_rejected(ours.path, a, "duplicate", earlier))
-    for file, known in ((ours, other), (theirs, {row.key for row in ours.rows})):
-        absent = (theirs if file is ours else ours).path
-        rejected += [
-            _rejected(file.path, row, "no counterpart", f"{absent} has no key '{row.key}'")
-            for row in file.rows
-            if row.key not in known
-        ]
-    return ResponsePairs(pairs_found, rows, rejected)
+            found.rejected.append(_rejected(ours.path, a, "duplicate", earlier))
+    for file, counterpart in ((ours, theirs), (theirs, ours)):
+        keys = {row.key for row in counterpart.rows}
+        for row in file.rows:
+            if row.key not in keys:
+                absent = f"{counterpart.path} has no key '{row.key}'"
+                found.rejected.append(_rejected(file.path, row, "no counterpart", absent))
+    return found
 
 
 def with_constitution(pair: AnswerPair) -> AnswerPair:
-    """The pair with its constitution in the request, for a judge that reads no principle.
+    """The pair with its constitution in the user's turn, for a judge that reads no principle.
 
-    In the user's turn: many templates have no system turn, and some drop it without an error.
+    Not in a system turn: many templates have none, and some drop it without an error.
     """
     system = Message(role="system", content=pair.principle)
     asked = tuple(fold_system((system, *pair.prompt.prompt)))
@@ -223,7 +192,11 @@ def with_constitution(pair: AnswerPair) -> AnswerPair:
 
 def judged_rows(paired: ResponsePairs, rows: Sequence[Comparison]) -> list[JudgedRow]:
     """Comparisons with the key, question and constitution of their pairs."""
-    return [_judged(paired.rows[row.prompt_id], row) for row in rows]
+    asked = [paired.rows[row.prompt_id] for row in rows]
+    return [
+        JudgedRow(**fields(row), key=a.key, question=a.question, constitution=a.constitution)
+        for row, a in zip(rows, asked, strict=True)
+    ]
 
 
 def _differences(
@@ -274,10 +247,4 @@ def _rejected(path: Path, row: ResponseRow, reason: str, detail: str) -> Rejecte
     prompt = _prompt(path, row)
     return Rejected(
         prompt_id=prompt.prompt_id, sample=None, source=prompt.source, reason=reason, detail=detail
-    )
-
-
-def _judged(asked: ResponseRow, row: Comparison) -> JudgedRow:
-    return JudgedRow(
-        **fields(row), key=asked.key, question=asked.question, constitution=asked.constitution
     )

@@ -1,7 +1,7 @@
 """SAMI, sampling: for each query C constitutions, and one response of the policy under each.
 
-y_i ~ p_θ(· | x, c_i) (arXiv 2404.14313, section 3). Nobody says which response is better: that each
-is the answer to its own constitution is all that `train` learns from.
+y_i ~ p_θ(· | x, c_i) (arXiv 2404.14313, section 3). No response is called the better one: `train`
+learns only from which constitution each response was sampled under.
 """
 
 from __future__ import annotations
@@ -55,7 +55,11 @@ class SampleSettings(Settings):
 def sample_stage(
     at: Slot, settings: SampleSettings, policy: PolicySource, prompts: Attempt, written: Attempt
 ) -> Attempt:
-    """prompts, the pool of principles → sampled, shard by shard."""
+    """prompts, the pool of principles → sampled, shard by shard.
+
+    Raises:
+        UserError: the pool has no C different constitutions, or the policy cannot be loaded.
+    """
 
     def compute(work: Workspace) -> Metrics:
         key, principles = f"{at.seed}/{at.iteration}", pool_of(written).trained
@@ -85,17 +89,25 @@ def sample(
     rows: Sequence[Prompt],
     advance: Progress | None = None,
 ) -> list[Sampled]:
-    """C constitutions and responses for each prompt, in the order of the rows.
+    """C constitutions, and a response under each, for every prompt, in the order of the rows.
 
     Args:
         pool: the principles to draw from.
         key: "<seed>/<iteration>"; with prompt_id it seeds the draw and the noise.
-        advance: called with the number of responses that were given, C a prompt.
+        advance: called with the number of responses that were sampled, C a prompt.
 
     Raises:
         UserError: the pool has no C different constitutions.
     """
-    drawn = [_draw(row, settings, pool, key) for row in rows]
+    drawn = [
+        draw(
+            pool,
+            constitutions=settings.constitutions,
+            principles=settings.principles,
+            rng=random.Random(f"{key}/{row.prompt_id}/constitutions"),
+        )
+        for row in rows
+    ]
     requests = [
         Request(
             messages=under_constitution(wording, constitution.principles, row.prompt),
@@ -111,7 +123,7 @@ def sample(
     return [
         Sampled(
             **fields(row),
-            draws=tuple(map(_answered, constitutions, islice(responses, len(constitutions)))),
+            draws=tuple(map(drawn_response, constitutions, islice(responses, len(constitutions)))),
         )
         for row, constitutions in zip(rows, drawn, strict=True)
     ]
@@ -127,18 +139,8 @@ def check_mixtures(settings: SampleSettings, pool: Sequence[Principle]) -> None:
     draw(pool, constitutions=size, principles=each, rng=random.Random(0))
 
 
-def _draw(
-    row: Prompt, settings: SampleSettings, pool: Sequence[Principle], key: str
-) -> list[DrawnConstitution]:
-    return draw(
-        pool,
-        constitutions=settings.constitutions,
-        principles=settings.principles,
-        rng=random.Random(f"{key}/{row.prompt_id}/constitutions"),
-    )
-
-
-def _answered(constitution: DrawnConstitution, response: Completion) -> Draw:
+def drawn_response(constitution: DrawnConstitution, response: Completion) -> Draw:
+    """The row of a constitution and the response under it."""
     return Draw(
         identifiers=constitution.identifiers,
         principles=constitution.principles,

@@ -41,11 +41,11 @@ class Groups(NamedTuple):
 def groups_of(
     rows: Iterable[Sampled], encoder: Encoder, wording: ConstitutionWording, *, end_token: bool
 ) -> Groups:
-    """Encode every query, or say why not: a response is missing, empty, too long, or all are the
-    same, so that no response is more probable under its own constitution.
+    """Encode every query, or say why not: a response is missing, empty or too long, or all are the
+    same, so that none can become more probable under its own constitution.
 
     Args:
-        end_token: whether the end of the turn counts, where a response came to one.
+        end_token: whether the end of the turn counts, where a response was not cut off.
     """
     groups: list[Group] = []
     skipped: list[Rejected] = []
@@ -90,7 +90,11 @@ def _group(row: Sampled, encoder: Encoder, wording: ConstitutionWording, end_tok
 def train_stage(
     at: Slot, settings: TrainSettings, policy: PolicySource, sampled: Attempt
 ) -> Attempt:
-    """sampled, the adapter of iteration t−1 (inside `policy`) → adapter, curve, skipped."""
+    """sampled, the adapter of iteration t−1 (inside `policy`) → adapter, curve, skipped.
+
+    Raises:
+        UserError: no query can be trained on, or the training fails as `tasks.train.train` says.
+    """
 
     def compute(work: Workspace) -> Metrics:
         from models.training.bases import load_tokenizer

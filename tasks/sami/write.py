@@ -1,7 +1,7 @@
 """SAMI, step 1: a principle writer words principles and their antitheses.
 
-The writer is any policy, perhaps a weaker one than that which is trained. A constitution may also
-be given, or be one that STaPLe discovered, which lacks the antitheses only. `flows.sami` and
+The writer is any policy; it may be weaker than the policy that is trained. A constitution may also
+be given, or be one that STaPLe discovered, which lacks only the antitheses. `flows.sami` and
 `staple constitution write` call this; `tasks.sami.sample` reads the pairs.
 """
 
@@ -31,12 +31,7 @@ from models.policy import (
     Progress,
     Request,
 )
-from models.prompts import (
-    CONSTITUTION_WORDINGS,
-    ConstitutionWording,
-    ask_antithesis,
-    ask_principle,
-)
+from models.prompts import ConstitutionWording, ask_antithesis, ask_principle
 from models.settings import Settings
 from tasks.policies.opening import PolicySource
 from tasks.record.progress import progress
@@ -48,7 +43,7 @@ from tasks.rows import Rejected, prompt_id
 from tasks.sami.draw import HELD_OUT
 
 LONGEST = 300
-"""Characters of the longest principle or antithesis that is taken."""
+"""Characters of the longest principle or antithesis that is accepted."""
 FEWEST = 2
 """A constitution of fewer principles is not worth training on."""
 
@@ -82,7 +77,7 @@ class WriteSettings(Settings):
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """The pairs that were written, and what was asked for and not taken."""
+    """The pairs that were written, and the texts that were rejected."""
 
     constitution: Constitution
     rejected: list[Rejected]
@@ -90,7 +85,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class _Refusal:
-    """Why a text is not taken."""
+    """Why a text is rejected."""
 
     reason: str
     detail: str
@@ -98,7 +93,7 @@ class _Refusal:
 
 @dataclass(frozen=True, slots=True)
 class _Ask:
-    """A principle that is asked for, or whose antithesis is: by its number, on a topic."""
+    """A request for the principle of this number on a topic, or for its antithesis."""
 
     number: int
     topic: str
@@ -121,6 +116,8 @@ def write_pairs(
     progress: Progress | None = None,
 ) -> Written:
     """Ask the writer for principles, then for their antitheses, until enough pairs are kept.
+
+    It is asked for at most `attempts` times as many principles as are wanted; fewer pairs may come.
 
     Args:
         key: seeds the noise; with the same key the same policy writes the same constitution.
@@ -154,10 +151,10 @@ def oppose(
     key: str,
     progress: Progress | None = None,
 ) -> Written:
-    """The constitution with the antitheses that it lacks, by the writer.
+    """The constitution with the antitheses that it lacks, worded by the writer.
 
-    A principle of which no antithesis could be had, in `settings.attempts` tries, is rejected for
-    the reason that the last one failed.
+    A principle that has no antithesis after `settings.attempts` tries is rejected, for the reason
+    that the last try failed.
 
     Args:
         key: seeds the noise, with the principle's id and the number of the try.
@@ -228,10 +225,9 @@ def write_stage(
             expected="no other one beside the constitution that was discovered",
             fix="leave write.constitution unset",
         )
-    make = _given if settings.constitution else _opposed_by if discovered else _written_by
 
     def compute(work: Workspace) -> Metrics:
-        found = make(at, settings, writer, discovered)
+        found = _written(at, settings, writer, discovered)
         principles = found.constitution.principles
         constitution = Constitution(
             experiment=at.record.experiment, iteration=max(at.iteration, 0), principles=principles
@@ -249,7 +245,7 @@ def write_stage(
     if settings.constitution:
         noted = replace(at, notes={**at.notes, **source_digests(settings.constitution)})
         return noted.attempt("write", settings, {}, compute)
-    worded = hashlib.sha256("\0".join(astuple(_wording(writer))).encode()).hexdigest()
+    worded = hashlib.sha256("\0".join(astuple(writer.wording)).encode()).hexdigest()
     noted = replace(at, notes={**at.notes, "wording": worded})
     inputs = writer.inputs(**({"discovered": discovered} if discovered else {}))
     return writer.noted(noted).attempt("write", settings, inputs, compute)
@@ -264,34 +260,21 @@ def source_digests(source: str) -> dict[str, str]:
     return {f"constitution/{path.name}": file_sha256(path) for path in files_of(source)}
 
 
-def _given(at: Slot, settings: WriteSettings, writer: PolicySource, _: Attempt | None) -> Written:
-    return Written(load_pairs(settings.constitution or ""), [])
-
-
-def _written_by(
-    at: Slot, settings: WriteSettings, writer: PolicySource, _: Attempt | None
-) -> Written:
-    with progress("write", 2 * settings.principles, "requests") as tick:
-        return write_pairs(writer.load(), settings, _wording(writer), _key(at), tick)
-
-
-def _opposed_by(
+def _written(
     at: Slot, settings: WriteSettings, writer: PolicySource, discovered: Attempt | None
 ) -> Written:
-    assert discovered is not None, "there is one"
+    """The pairs, from the given constitution, the discovered one or the writer alone."""
+    if settings.constitution:
+        return Written(load_pairs(settings.constitution), [])
+    key = f"{at.seed}/{at.iteration}/write"
+    if discovered is None:
+        with progress("write", 2 * settings.principles, "requests") as tick:
+            return write_pairs(writer.load(), settings, writer.wording, key, tick)
     constitution = load(discovered.path("constitution.yaml"))
     if constitution.principles and all(p.antithesis for p in constitution.principles):
         return Written(constitution, [])  # a person worded them in the review
     with progress("write", len(constitution.principles), "requests") as tick:
-        return oppose(writer.load(), constitution, settings, _wording(writer), _key(at), tick)
-
-
-def _wording(writer: PolicySource) -> ConstitutionWording:
-    return CONSTITUTION_WORDINGS[writer.settings.templates]
-
-
-def _key(at: Slot) -> str:
-    return f"{at.seed}/{at.iteration}/write"
+        return oppose(writer.load(), constitution, settings, writer.wording, key, tick)
 
 
 def _topic(number: int, settings: WriteSettings) -> str:
@@ -329,7 +312,7 @@ def _round(
     wording: ConstitutionWording,
     kept: Sequence[Principle],
 ) -> list[tuple[_Ask, Principle | _Refusal]]:
-    """What comes of each ask, in order: a pair that may be kept beside those before, or why not."""
+    """For each request, in order: the pair, or why it cannot be kept beside those before it."""
     similar = asker.settings.similar
     named = asker("principle", [(str(a.number), ask_principle(wording, a.topic)) for a in asks])
     found: dict[int, Principle | _Refusal] = {
@@ -348,20 +331,20 @@ def _round(
     return [(ask, found[ask.number]) for ask in asks]
 
 
-# What is taken -----------------------------------------------------------------------------------
+# What is accepted --------------------------------------------------------------------------------
 
 _MARK = re.compile(
     r"(?:[-*•–]|#+|\(?\d{1,3}[.):])\s+|(?:principle|antithesis)(?:\s*\d{1,3})?\s*:\s*",
     re.IGNORECASE,
 )
-"""What a writer puts before a principle that is none of it: a list's mark, a title."""
+"""What a writer puts before a principle: a list's mark, a title."""
 _QUOTES = ('""', "''", "“”", "‘’", "„“", "«»", "``", "**", "__")
 
 
 def _named(
     completion: Completion, kept: Sequence[Principle], similar: float
 ) -> Principle | _Refusal:
-    """The principle that a completion words, if it is another one than those that are kept."""
+    """The principle that a completion words, if it differs from those that are kept."""
     text = _worded(completion, "principle")
     if isinstance(text, _Refusal):
         return text
@@ -380,10 +363,10 @@ def _repeated(text: str, kept: Sequence[Principle], similar: float) -> _Refusal 
 def _opposed(
     principle: Principle, completion: Completion, others: Sequence[Principle], similar: float
 ) -> Principle | _Refusal:
-    """The principle with the antithesis that a completion words, if it opposes that one alone.
+    """The principle with the antithesis that a completion words, if it opposes no other principle.
 
-    A short negation is much like its principle and like the negations of like principles: of those
-    only the very same is refused.
+    A short negation resembles its principle, and the negations of similar principles: from those it
+    only has to differ in wording.
     """
     text = _worded(completion, "antithesis")
     if isinstance(text, _Refusal):

@@ -1,7 +1,7 @@
-"""What every similarity f(y, yG) is: it says how near responses come to the gold response.
+"""The base of every similarity f(y, yG): how near a response comes to the gold response, in [0, 1].
 
 `tasks.score` scores the E-step with one, `tasks.judging.panel` compares answers with the same one.
-A text that cannot be scored has no score and a reason, never a 0.
+A text that cannot be scored has no score but a reason, never a 0.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ S = TypeVar("S", bound=Chosen)
 
 
 class Similarity(ABC, Generic[S]):
-    """A similarity with its settings. Making one loads nothing: its model is loaded when it is
-    first asked.
+    """A similarity with its settings. Its model is loaded when it first scores.
 
     Args:
         seed: of a similarity that samples.
@@ -49,15 +48,18 @@ class Similarity(ABC, Generic[S]):
     reads_prompt: ClassVar[bool] = False
     """It cannot compare two answers by the gold alone."""
     advice: ClassVar[str] = ""
-    """What to change where more than `score.max_unscored` of its scores fail; "": it has no model
-    or code of the user's that could fail, and no limit."""
+    """What the user can change where more than `score.max_unscored` of the scores fail; "" where
+    there is no limit, because no model and no code of the user's could fail."""
 
     def __init__(self, settings: S, seed: int = 0, where: Where = str) -> None:
         self.settings, self.seed, self.where = settings, seed, where
 
     def pool(self, opener: Opener[E]) -> Pool[E]:
-        """Where the shards of its scores are computed: in this process, if it has no model with
-        a pool of its own."""
+        """The pool that computes its scores: in this process, unless its model has another one.
+
+        Raises:
+            UserError: Ray is asked for and not installed.
+        """
         return open_pool(PolicySettings(), opener, models=())
 
     def check(self, home: Path) -> str:
@@ -74,12 +76,21 @@ class Similarity(ABC, Generic[S]):
 
     @abstractmethod
     def compare(self, gold: str, texts: Sequence[str]) -> list[Score]:
-        """One score for each text, in order."""
+        """One score for each text, in order.
+
+        Raises:
+            UserError: its model or the user's code cannot be loaded, or it cannot compare by the
+                gold alone (`reads_prompt`).
+        """
 
     def scores(
         self, rows: Iterable[Mined], advance: Progress | None = None
     ) -> Iterator[tuple[Mined, list[Score]]]:
-        """Each row with the scores of its `responses`, in order; `advance` counts responses."""
+        """Each row with the scores of its `responses`, in order; `advance` counts responses.
+
+        Raises:
+            UserError: its model or the user's code cannot be loaded.
+        """
         for row in rows:
             texts = responses(row)
             yield row, self.compare(row.gold, texts)
@@ -93,5 +104,5 @@ def responses(row: Mined) -> list[str]:
 
 
 def not_empty(row: Mined) -> list[str]:
-    """The responses that can be compared: none where the gold is empty."""
+    """The responses that are not empty; none where the gold is empty."""
     return [text for text in responses(row) if text.strip()] if row.gold.strip() else []

@@ -59,7 +59,11 @@ class JudgeGrade(Similarity[GradeSettings]):
 
     @cached_property
     def judge(self) -> AbsoluteJudge:
-        """The judge, with its model in memory."""
+        """The judge, with its model in memory.
+
+        Raises:
+            UserError: the model cannot be loaded, or its endpoint cannot be used.
+        """
         settings = located(self._settings, self.where)
         return AbsoluteJudge(open_policy(settings), settings, seed=self.seed)
 
@@ -76,14 +80,13 @@ class JudgeGrade(Similarity[GradeSettings]):
         return noted(super().noted(at), self._settings)
 
     def compare(self, gold: str, texts: Sequence[str]) -> list[Score]:
-        """Refuse: the grade needs the prompt.
+        """Not possible: the grade needs the prompt.
 
         Raises:
             UserError: always.
         """
         raise UserError(
-            "the similarity 'judge' needs the prompt, and cannot compare two answers by the gold "
-            "alone",
+            "the similarity 'judge' grades an answer to a prompt; it cannot compare two answers",
             where="settings 'score.similarity' and 'evaluate.judge.kind'",
             expected="a judge of its own for the held-out answers",
             fix="set evaluate.judge to the judge of score.judge, with show_gold: true",

@@ -7,67 +7,29 @@ thousands of new words, and stemming them would cost more than scoring.
 
 from __future__ import annotations
 
-_IRREGULAR = {
-    "sky": "sky",
-    "skies": "sky",
-    "dying": "die",
-    "lying": "lie",
-    "tying": "tie",
-    "news": "news",
-    "innings": "inning",
-    "inning": "inning",
-    "outings": "outing",
-    "outing": "outing",
-    "cannings": "canning",
-    "canning": "canning",
-    "howe": "howe",
-    "proceed": "proceed",
-    "exceed": "exceed",
-    "succeed": "succeed",
-}
 
-_STEP_2 = {
-    "ational": "ate",
-    "tional": "tion",
-    "enci": "ence",
-    "anci": "ance",
-    "izer": "ize",
-    "bli": "ble",
-    "alli": "al",
-    "entli": "ent",
-    "eli": "e",
-    "ousli": "ous",
-    "ization": "ize",
-    "ation": "ate",
-    "ator": "ate",
-    "alism": "al",
-    "iveness": "ive",
-    "fulness": "ful",
-    "ousness": "ous",
-    "aliti": "al",
-    "iviti": "ive",
-    "biliti": "ble",
-    "fulli": "ful",
-}
+def _rules(text: str) -> dict[str, str]:
+    """ "a→b c→" as {"a": "b", "c": ""}, in this order."""
+    return {old: new for old, _, new in (rule.partition("→") for rule in text.split())}
 
-_STEP_3 = {
-    "icate": "ic",
-    "ative": "",
-    "alize": "al",
-    "iciti": "ic",
-    "ical": "ic",
-    "ful": "",
-    "ness": "",
-}
+
+_IRREGULAR = _rules(
+    "sky→sky skies→sky dying→die lying→lie tying→tie news→news innings→inning inning→inning "
+    "outings→outing outing→outing cannings→canning canning→canning howe→howe proceed→proceed "
+    "exceed→exceed succeed→succeed"
+)
+_STEP_2 = _rules(
+    "ational→ate tional→tion enci→ence anci→ance izer→ize bli→ble alli→al entli→ent eli→e "
+    "ousli→ous ization→ize ation→ate ator→ate alism→al iveness→ive fulness→ful ousness→ous "
+    "aliti→al iviti→ive biliti→ble fulli→ful"
+)
+_STEP_3 = _rules("icate→ic ative→ alize→al iciti→ic ical→ic ful→ ness→")
 
 # The first suffix that fits decides, so "ement" stands before "ment" and "ent".
-# fmt: off
-_SUFFIXES_4 = (
-    "al", "ance", "ence", "er", "ic", "able", "ible", "ant", "ement", "ment", "ent",
-    "ou", "ism", "ate", "iti", "ous", "ive", "ize",
+_STEP_4 = _rules(
+    "al→ ance→ ence→ er→ ic→ able→ ible→ ant→ ement→ ment→ ent→ ou→ ism→ ate→ iti→ ous→ ive→ ize→"
 )
-# fmt: on
-_STEP_4 = dict.fromkeys(_SUFFIXES_4, "")
+_SUFFIXES_2, _SUFFIXES_3, _SUFFIXES_4 = tuple(_STEP_2), tuple(_STEP_3), tuple(_STEP_4)
 
 # fmt: off
 _ENDINGS = (
@@ -76,9 +38,6 @@ _ENDINGS = (
 )
 # fmt: on
 """A word that ends otherwise is its own stem: none of the steps applies."""
-
-
-_SUFFIXES_2, _SUFFIXES_3 = tuple(_STEP_2), tuple(_STEP_3)
 
 _CONSONANTS = "bcdfghjklmnpqrstvwxz0123456789"
 _SHAPE = str.maketrans("aeiou" + _CONSONANTS, "v" * 5 + "c" * len(_CONSONANTS))

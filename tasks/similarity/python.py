@@ -70,10 +70,14 @@ class Function(Similarity[FunctionSettings]):
         return found
 
     def check(self, home: Path) -> str:
-        """See `Similarity.check`; the file is not run."""
+        """See `Similarity.check`; the file is not run.
+
+        Raises:
+            UserError: `ALLOWED` is not set, or there is no such file.
+        """
         if os.environ.get(ALLOWED) != "1":
             raise self._wrong(
-                "code of a file of yours would be run", f"set {ALLOWED}=1 to allow it"
+                "this setting runs code from your file", f"set {ALLOWED}=1 to allow it"
             )
         _ = self._source
         return f"{super().check(home)} ({self.settings.function})"

@@ -21,10 +21,15 @@ from models.policy import Message, PolicySettings
 from tasks.judging.length_control import length_controlled
 from tasks.judging.winrate import win_rate
 from tasks.rows import from_table
-from tasks.sami.responses import JudgedRow, ResponseRow, read_responses
-from tasks.sami.responses import write_responses as write
+from tasks.sami.responses import COLUMNS, JudgedRow, ResponseRow, read_responses
 
 Rows = Sequence[ResponseRow]
+
+
+def write(path: Path, rows: Rows) -> None:
+    """A response file of these rows."""
+    columns = {name: {row.key: getattr(row, name) for row in rows} for name in COLUMNS}
+    path.write_text(json.dumps(columns))
 
 
 @pytest.fixture

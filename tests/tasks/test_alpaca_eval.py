@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ FIGURES = {
 }
 LENGTH_CONTROLLED = {"alpaca-7b": 5.875487163278986, "gpt-3.5-turbo-1106": 19.30058903498905}
 ODD = {"NullModel", "dbrx-instruct"}
-"""Their published weights and rates are of different fits: no instruction set makes them meet."""
+"""Their published weights and rates are of different fits: no instruction set makes them agree."""
 
 
 @pytest.fixture(scope="session")
@@ -157,14 +156,13 @@ def test_outputs_survive_writing_and_reading(tmp_path: Path) -> None:
         ae.Output(instruction="b", output="é", generator="m"),
     ]
     ae.write(tmp_path / "model_outputs.json", rows)
-    assert ae.read_outputs(tmp_path / "model_outputs.json", generator="other") == rows
+    assert ae.read_outputs(tmp_path / "model_outputs.json") == rows
 
 
-def test_a_missing_generator_is_the_callers_to_name(tmp_path: Path) -> None:
+def test_a_missing_generator_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "model_outputs.json"
     path.write_text('[{"instruction": "a", "output": "b"}]')
-    assert ae.read_outputs(path, generator="m")[0].generator == "m"
-    with pytest.raises(UserErrors, match=r"row 1, field 'generator'"):
+    with pytest.raises(UserErrors, match=r"row 1: field 'generator'"):
         ae.read_outputs(path)
 
 
@@ -189,7 +187,7 @@ def test_a_bad_value_is_named_by_file_row_and_field(
     path.write_text(json.dumps(rows))
     with pytest.raises(UserErrors) as caught:
         ae.read_outputs(path)
-    assert f"{path}, row 2, field '{field}'" in str(caught.value)
+    assert f"{path}, row 2: field '{field}'" in str(caught.value)
     assert len(caught.value.errors) == 1
 
 
@@ -199,7 +197,7 @@ def test_all_bad_rows_are_reported_at_once(tmp_path: Path) -> None:
     path.write_text(json.dumps(rows))
     with pytest.raises(UserErrors) as caught:
         ae.read_outputs(path)
-    assert "row 1, field 'output'" in str(caught.value)
+    assert "row 1: field 'output'" in str(caught.value)
     assert f"{path}, row 2: the value is of type int" in str(caught.value)
     assert (len(caught.value.errors), caught.value.more) == (20, 10)
 
@@ -207,7 +205,7 @@ def test_all_bad_rows_are_reported_at_once(tmp_path: Path) -> None:
 def test_a_file_of_two_models_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model_outputs.json"
     ae.write(path, [ae.Output(instruction=n, output="x", generator=n) for n in ("one", "another")])
-    with pytest.raises(UserError, match="row 2, field 'generator': this is of 'another'"):
+    with pytest.raises(UserError, match="field 'generator': this row is an answer of 'another'"):
         ae.read_outputs(path)
 
 
@@ -223,7 +221,7 @@ def test_a_file_without_rows_is_an_error(tmp_path: Path, content: str | None) ->
 def test_a_table_says_which_number_is_none(tmp_path: Path) -> None:
     path = tmp_path / "difficulty.csv"
     path.write_text(",instruction_difficulty\n0,0.5\n1,hard\n")
-    with pytest.raises(UserErrors, match=r"row 2, field 'instruction_difficulty': 'hard'"):
+    with pytest.raises(UserErrors, match=r"row 2: field 'instruction_difficulty': .*valid number"):
         ae.read_difficulties(path)
 
 
@@ -273,13 +271,14 @@ def hardness(n: int = 600) -> list[float]:
 
 
 def swapped(row: ae.Annotation) -> ae.Annotation:
-    return replace(
-        row,
-        output_1=row.output_2,
-        output_2=row.output_1,
-        generator_1=row.generator_2,
-        generator_2=row.generator_1,
-        preference=None if row.preference is None else 3 - row.preference,
+    return row.model_copy(
+        update={
+            "output_1": row.output_2,
+            "output_2": row.output_1,
+            "generator_1": row.generator_2,
+            "generator_2": row.generator_1,
+            "preference": None if row.preference is None else 3 - row.preference,
+        }
     )
 
 
@@ -313,11 +312,19 @@ def test_swapping_the_sides_gives_the_complement() -> None:
 def drawn(rows: list[ae.Annotation]) -> list[ae.Annotation]:
     """The same judgements by a judge that says only who wins."""
     rng = np.random.default_rng(11)
-    return [replace(row, preference=float(1 + (rng.random() < (row.outcome or 0)))) for row in rows]
+    return [
+        row.model_copy(update={"preference": 1.0 + (rng.random() < (row.outcome or 0))})
+        for row in rows
+    ]
 
 
 GAMED = [
-    ae.GamedRow(model, 1 / (1 + np.exp(0.5 * np.tanh(d))), d, 0.0)
+    ae.GamedRow(
+        model=model,
+        share=1 / (1 + np.exp(0.5 * np.tanh(d))),
+        std_delta_length=d,
+        difficulty=0.0,
+    )
     for model, sign in (("concise", 1), ("verbose", -1))
     for d in sign * np.abs(np.random.default_rng(5).standard_normal(800))
 ]
@@ -351,7 +358,7 @@ def test_a_missing_difficulty_is_an_error_that_names_the_row() -> None:
     rows, known = world(n=10), dict(enumerate(hardness(10)))
     del known[7]
     names = [row.instruction for row in rows]
-    with pytest.raises(UserError, match=r"row 8.*it has none"):
+    with pytest.raises(UserError, match=r"this instruction has no difficulty"):
         ae.difficulties_by_instruction(known, names, rows)
     with pytest.raises(UserError, match=r"row 3.*not in AlpacaEval's set"):
         ae.difficulties_by_instruction(known, names[:2], rows)
@@ -369,30 +376,34 @@ def test_a_dropped_row_shifts_no_difficulty() -> None:
 def test_failed_judgements_are_predicted_but_not_fitted() -> None:
     rows = world(length=-1.0, difficulty=1.0, bias=0.5)
     hard = [3.0 if i < 50 else d for i, d in enumerate(hardness())]
-    failed = [replace(row, preference=None) if i < 50 else row for i, row in enumerate(rows)]
+    failed = [
+        row.model_copy(update={"preference": None}) if i < 50 else row for i, row in enumerate(rows)
+    ]
     fitted = ae.length_controlled(failed, hard)
     assert fitted.weights == pytest.approx((-1.0, 1.0, 0.5), abs=0.05)
     assert fitted.rate == ae.predicted(fitted.weights, hard).rate
 
 
 def test_the_baseline_against_itself_is_half_by_construction() -> None:
-    rows = [replace(row, generator_2="baseline") for row in world(bias=1.0, n=20)]
+    rows = [row.model_copy(update={"generator_2": "baseline"}) for row in world(bias=1.0, n=20)]
     assert ae.length_controlled(rows).rate == 50
 
 
 def test_equal_lengths_leave_the_win_rate() -> None:
-    rows = [replace(row, output_2=row.output_1) for row in world(bias=0.7, n=100)]
+    rows = [row.model_copy(update={"output_2": row.output_1}) for row in world(bias=0.7, n=100)]
     plain = 100 * rate_of(rows).rate
     assert ae.length_controlled(rows).rate == pytest.approx(plain, abs=0.1)
 
 
 def test_a_constant_difference_of_length_is_refused() -> None:
-    rows = [replace(row, output_2=row.output_1 + "more") for row in world(n=20)]
+    rows = [row.model_copy(update={"output_2": row.output_1 + "more"}) for row in world(n=20)]
     with pytest.raises(UserError, match="is longer than the baseline's"):
         ae.length_controlled(rows, gamed=GAMED)
 
 
 def test_too_few_judgements_are_refused() -> None:
-    rows = [replace(r, preference=None) if i > 3 else r for i, r in enumerate(world(n=20))]
+    rows = [
+        r.model_copy(update={"preference": None}) if i > 3 else r for i, r in enumerate(world(n=20))
+    ]
     with pytest.raises(UserError, match="4 judged annotations are too few"):
         ae.length_controlled(rows)

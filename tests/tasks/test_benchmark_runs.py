@@ -16,12 +16,15 @@ from models.judges.registry import JudgeSettings
 from models.policy import Message, Policy
 from tasks.benchmarks.alpaca_eval.data import read_outputs
 from tasks.benchmarks.ifeval.data import read_examples
-from tasks.benchmarks.mt_bench.data import read_answers, read_games, read_ratings
-from tasks.benchmarks.mt_bench.run import TEMPERATURES
+from tasks.benchmarks.mt_bench.data import Game, Rating, read_answers
+from tasks.benchmarks.mt_bench.run import TEMPERATURES, MTBenchSettings
 from tasks.benchmarks.registry import BenchmarkSettings, columns
-from tasks.benchmarks.rows import read_records, spread
+from tasks.benchmarks.rows import read_records, read_rows, spread
+from tasks.judging.panel import Panel
 from tasks.record.record import Attempt
+from tasks.record.work import Workspace
 from tasks.rows import Answer, DialogueAnswer
+from tasks.score import ScoreSettings
 
 RATED = "[Question]\n{question}\n\n[The Start of Answer]\n{answer}\n[The End of Answer]"
 RATED_TWICE = "{question_1}\n{answer_1}\n{question_2}\n{answer_2}"
@@ -152,10 +155,10 @@ def test_alpaca_eval_by_hand(place: Place, files: dict[str, Any]) -> None:
     assert [a.preference for a in annotations] == [
         2.0 if len(a.output_2) >= len(a.output_1) else 1.0 for a in annotations
     ]
-    told = read_outputs(outputs / "model_outputs.json")
-    assert [row.instruction for row in told] == [row["instruction"] for row in INSTRUCTIONS]
-    assert {row.generator for row in told} == {"stage-iteration-0"}
-    assert all(row.output.endswith("And here is why.") for row in told)
+    written = read_outputs(outputs / "model_outputs.json")
+    assert [row.instruction for row in written] == [row["instruction"] for row in INSTRUCTIONS]
+    assert {row.generator for row in written} == {"stage-iteration-0"}
+    assert all(row.output.endswith("And here is why.") for row in written)
     assert {a.generator_1 for a in annotations} == {"base"}
     assert {a.annotator for a in annotations} == {"pairwise:helpfulness:small"}
 
@@ -169,11 +172,11 @@ def test_the_first_answer_another_reference_and_a_part_can_be_measured(
     done = run(place, {"alpaca_eval": files["alpaca_eval"] | chosen})
     assert done.metrics["alpaca_eval/win_rate"] == 1.0
     assert "alpaca_eval/length_controlled" not in done.metrics, "every answer is longer"
-    told = read_annotations(done.path("alpaca_eval") / "annotations.json")
-    things = [row.instruction.split()[-1] for row in told]
+    written = read_annotations(done.path("alpaca_eval") / "annotations.json")
+    things = [row.instruction.split()[-1] for row in written]
     assert things == ["cats.", "owls.", "ants."]
-    assert {row.generator_1 for row in told} == {"tiny"}
-    assert not any(row.output_2.endswith("why.") for row in told)
+    assert {row.generator_1 for row in written} == {"tiny"}
+    assert not any(row.output_2.endswith("why.") for row in written)
 
 
 def test_difficulties_and_gamed_baselines_enter_the_fit(
@@ -188,8 +191,8 @@ def test_difficulties_and_gamed_baselines_enter_the_fit(
     assert hard["alpaca_eval/win_rate"] == plain["alpaca_eval/win_rate"]
     assert "alpaca_eval/length_controlled_error" not in plain
     Path("hard.csv").write_text("index,instruction_difficulty\n0,1.0\n")
-    with pytest.raises(UserError, match="row 2: no difficulty"):
-        run(place, {"alpaca_eval": with_them}, silent_judge(), silent_judge())
+    with pytest.raises(UserError, match="row 2: this instruction has no difficulty"):
+        run(place, {"alpaca_eval": with_them}, unasked_judge(), unasked_judge())
 
 
 def test_the_published_file_gives_the_published_win_rate(
@@ -231,7 +234,7 @@ def test_mt_bench_by_hand(place: Place, files: dict[str, Any]) -> None:
     assert found["mt_bench/win_rate/turn_1"] == 1.0 and found["mt_bench/win_rate/turn_2"] == 0.0
     assert found["mt_bench/win_rate"] == 0.5 and found["mt_bench/bias"] == 0.0
     folder = done.path("mt_bench")
-    ratings = read_ratings(folder / "model_judgment_single.jsonl")
+    ratings = read_rows(folder / "model_judgment_single.jsonl", Rating)
     assert [(r.question_id, r.turn) for r in ratings] == [
         (q, turn) for q in (81, 82, 111) for turn in (1, 2)
     ]
@@ -240,7 +243,7 @@ def test_mt_bench_by_hand(place: Place, files: dict[str, Any]) -> None:
         ("small", "single-math-v1-multi-turn"),
     }
     assert "Reference: REF-2" in ratings[-1].user_prompt
-    games = read_games(folder / "model_judgment_pair.jsonl")
+    games = read_rows(folder / "model_judgment_pair.jsonl", Game)
     assert [g.outcome for g in games] == [1.0, 0.0] * 3
 
 
@@ -263,8 +266,42 @@ def test_the_second_turn_follows_the_answer_that_is_measured(
         }
         assert seen == {q["turns"][0]: first[q["question_id"]] for q in QUESTIONS}
         written = read_answers(done.path("mt_bench") / "model_answer.jsonl")
-        told = {(r.question_id, r.turn): getattr(r, which) for r in rows}
-        assert written == {q: (told[q, 1], told[q, 2]) for q in (81, 82, 111)}
+        texts = {(r.question_id, r.turn): getattr(r, which) for r in rows}
+        assert written == {q: (texts[q, 1], texts[q, 2]) for q in (81, 82, 111)}
+
+
+def test_finished_judgements_open_no_pool(
+    place: Place, files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill between the last judgement and the record of the stage."""
+    bench = MTBenchSettings.model_validate(files["mt_bench"]).load(place.judge())
+    answers = run(place, {"mt_bench": files["mt_bench"]}).read("mt_bench-answers", DialogueAnswer)
+
+    def measured() -> dict[str, float]:
+        panel = Panel(
+            oracle=None,
+            scoring=ScoreSettings(),
+            model="m",
+            work=Workspace(tmp_path / "work"),
+            iteration=0,
+            seed=0,
+            resamples=100,
+            max_failed=0.0,
+            open_policy=lambda _: reader(),
+        )
+        with panel:
+            return bench.measure(answers, panel)
+
+    first = measured()
+
+    def opened(*_: object) -> None:
+        raise AssertionError("a pool was opened")
+
+    monkeypatch.setattr("tasks.judging.panel.judge_pool", opened)
+    assert measured() == first
+    (next((tmp_path / "work/parts").glob("mt_bench-pair-*"))).unlink()
+    with pytest.raises(AssertionError, match="a pool was opened"):
+        measured()
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -342,7 +379,7 @@ def test_principles_are_judged_where_there_are_any_and_somebody_can(
     assert "ifeval/prompt_strict" in unguided.metrics
     assert "ifeval/principle_win_rate" not in unguided.metrics
     settings = place.settings(judge="similarity", benchmarks={"ifeval": files["ifeval"]})
-    nobody = place.evaluate(settings, lambda _: silent_judge())
+    nobody = place.evaluate(settings, lambda _: unasked_judge())
     assert "ifeval/principle_win_rate" not in nobody.metrics
     own = files["ifeval"] | {"judge": place.judge()}
     settings = place.settings(judge="similarity", benchmarks={"ifeval": own})
@@ -378,9 +415,9 @@ def test_the_published_prompts_are_answered_and_checked(
 # --- all of them
 
 
-def silent_judge() -> Script:
+def unasked_judge() -> Script:
     def say(messages: Sequence[Message]) -> str:
-        raise AssertionError("nobody was to be asked")
+        raise AssertionError("no judge must be asked")
 
     return Script(say)
 
@@ -407,8 +444,8 @@ def test_a_killed_attempt_asks_nobody_twice(
     files: dict[str, Any],
     after: int,
 ) -> None:
-    asked, told = reader(), talker()
-    whole = run(place, files, asked, told)
+    judge, answerer = reader(), talker()
+    whole = run(place, files, judge, answerer)
 
     class Killed(Script):
         def generate(self, requests: Any, progress: Any = None) -> Any:
@@ -416,13 +453,13 @@ def test_a_killed_attempt_asks_nobody_twice(
                 raise KeyboardInterrupt
             return super().generate(requests, progress)
 
-    first, second, speaker = Killed(asked.say), reader(), talker()
+    first, second, speaker = Killed(judge.say), reader(), talker()
     with pytest.raises(KeyboardInterrupt):
         run(place, files, first, speaker)
     again = run(place, files, second, speaker)
     for once, all_of_them in (
-        (told.asked, speaker.asked),
-        (asked.asked, first.asked + second.asked),
+        (answerer.asked, speaker.asked),
+        (judge.asked, first.asked + second.asked),
     ):
         assert sorted(r.key for r in all_of_them) == sorted(r.key for r in once)
     assert again.digest == whole.digest
@@ -437,7 +474,7 @@ def test_a_killed_attempt_asks_nobody_twice(
         ("mt_bench", {"judge_prompts": "few.jsonl"}, "no judge prompt pair-v2"),
         ("mt_bench", {"against": "one.jsonl"}, r"one.jsonl: questions without an answer: \[82"),
         ("ifeval", {"prompts": "broken.jsonl"}, "broken.jsonl, row 1.*no instruction type"),
-        ("ifeval", {"prompts": "hub:a:b:c:d"}, "names no data set"),
+        ("ifeval", {"prompts": "hub:a:b:c:d"}, "no data set's name"),
     ],
 )
 def test_bad_files_end_with_one_message_before_anything_is_answered(
@@ -453,7 +490,7 @@ def test_bad_files_end_with_one_message_before_anything_is_answered(
     few = {"name": "single-v1", "type": "single", "system_prompt": "s", "prompt_template": "t"}
     lines("few.jsonl", [few])
     with pytest.raises(UserError, match=named):
-        run(place, {name: files[name] | change}, silent_judge(), silent_judge())
+        run(place, {name: files[name] | change}, unasked_judge(), unasked_judge())
 
 
 def test_another_file_is_another_fingerprint(place: Place, files: dict[str, Any]) -> None:
@@ -490,7 +527,6 @@ def test_a_random_chat_model_goes_through_all_of_it(
     """A real model answers; IFEval needs no judge, and judging by a real one ends as it must."""
     from tasks.evaluate import evaluate_stage
     from tasks.policies.opening import PolicySource
-    from tasks.score import ScoreSettings
 
     source = place.source()
     real = PolicySource(source.settings, source.model, source.base_digest)

@@ -294,7 +294,7 @@ HH = "\n\nHuman: How?\n\nAssistant: So.\n\nHuman: Why?\n\nAssistant: Because.\n\
         ),
     ],
 )  # fmt: skip
-def test_formats_are_told_by_their_columns(
+def test_formats_are_detected_by_their_columns(
     tmp_path: Path, record: Any, prompt: list[str], gold: str
 ) -> None:
     (row,) = load_corpus([jsonl(tmp_path / "a.jsonl", [record])]).rows

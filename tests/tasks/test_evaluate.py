@@ -177,7 +177,7 @@ def test_rows_are_joined_by_prompt_whatever_their_order() -> None:
     assert rates["initial_vs_0"].ties == 6
 
 
-def test_each_arm_meets_its_own_reference() -> None:
+def test_each_arm_is_compared_with_its_own_reference() -> None:
     zero = answers(0, refined=lambda i: "x" * 5, initial=lambda i: "x" * 3)
     two = answers(2, refined=lambda i: "x" * 4, initial=lambda i: "x" * 4)
     three = answers(3, refined=lambda i: "x" * 4, initial=lambda i: "x" * 2)
@@ -226,9 +226,9 @@ def test_an_empty_answer_loses_but_an_overflow_is_a_failure() -> None:
     assert outcomes == [0.0, None, 1.0, 0.5, 0.0, 0.0]
 
 
-def test_when_every_judgement_fails_the_reason_is_told() -> None:
-    silent = GoldSimilarity(lambda gold, texts: [Grade(None, "no words left")] * 2, "rouge_l")
-    rows = compare(answers(1, lambda i: "a"), answers(0, lambda i: "b"), PROMPTS, silent)
+def test_when_every_judgement_fails_the_error_gives_the_reason() -> None:
+    speechless = GoldSimilarity(lambda gold, texts: [Grade(None, "no words left")] * 2, "rouge_l")
+    rows = compare(answers(1, lambda i: "a"), answers(0, lambda i: "b"), PROMPTS, speechless)
     with pytest.raises(UserError, match=r"all 6 judgements failed.*no words left"):
         win_rates(rows, seed=0)
 

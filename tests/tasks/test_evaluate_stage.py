@@ -32,7 +32,7 @@ from tasks.rows import Answer, Comparison, Prompt
 from tasks.score import ScoreSettings
 
 
-def silent(_: JudgeSettings) -> Policy:
+def no_judge(_: JudgeSettings) -> Policy:
     raise AssertionError("no judge was needed")
 
 
@@ -137,8 +137,8 @@ def test_every_further_judge_has_its_agreement_and_no_rate(place: Place) -> None
     for figure in alone.metrics.keys() - {"seconds"}:
         assert done.metrics[figure] == alone.metrics[figure], figure
     rows = done.read("comparisons", Comparison)
-    told = [row.judge for row in rows]
-    assert told == [
+    names = [row.judge for row in rows]
+    assert names == [
         f"pairwise:helpfulness:small{end}" for end in ("", "-2", "-3") for _ in range(7)
     ]
     assert rows[:HELD_OUT] == alone.read("comparisons", Comparison)
@@ -168,9 +168,9 @@ def test_a_random_models_judgements_end_the_stage_with_one_message(place: Place)
     """Policy and judge are the same real, random chat model; nothing stands in for either."""
     policy = PolicySettings(model=str(place.model), **ENGINE)
     source = PolicySource(policy, str(place.model), "digest")
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         evaluate_stage(place.at, place.settings(), ScoreSettings(), source, place.held_out)
-    said = str(told.value)
+    said = str(caught.value)
     assert "judgements failed" in said and "10%" in said and "evaluate.max_failed" in said
     assert "refined_vs_initial_0" in said and "pairwise:helpfulness:small" in said
     assert "answer first" in said
@@ -273,7 +273,7 @@ def test_the_principle_judge_reads_the_principle_that_the_answer_names(place: Pl
 
 def test_a_policy_without_principles_has_no_such_rate(place: Place) -> None:
     settings = place.settings(judge="similarity", principle_judge=place.judge())
-    done = place.evaluate(settings, silent, talker(), guided=False)
+    done = place.evaluate(settings, no_judge, talker(), guided=False)
     assert not any(name.startswith("principle/") for name in done.metrics)
 
 
@@ -299,7 +299,7 @@ def test_judges_that_cannot_judge_are_refused(given: Any, named: str) -> None:
 def test_the_oracle_is_refused_before_anything_is_answered(place: Place) -> None:
     speaker = talker()
     with pytest.raises(UserError, match="embedded world"):
-        place.evaluate(place.settings(judge="oracle"), silent, speaker)
+        place.evaluate(place.settings(judge="oracle"), no_judge, speaker)
     assert not speaker.asked
 
 

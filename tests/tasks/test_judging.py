@@ -34,21 +34,22 @@ def at(model: Path | str, device: str = "cpu") -> JudgeSettings:
     return JudgeSettings(kind="absolute", policy=policy)
 
 
-def test_a_judge_without_a_model_has_no_notes() -> None:
-    assert judge_notes(JudgeSettings()) == judge_notes(JudgeSettings(kind="oracle")) == {}
+def test_a_judge_without_a_model_has_no_notes(tmp_path: Path) -> None:
+    for judge in (JudgeSettings(), JudgeSettings(kind="oracle")):
+        assert judge_notes(judge, tmp_path) == {}
 
 
-def test_a_model_elsewhere_is_known_by_its_name() -> None:
-    notes = judge_notes(HUB)
-    assert notes.pop("rubric") != judge_notes(ABOUT_PRINCIPLES)["rubric"]
+def test_a_model_elsewhere_is_known_by_its_name(tmp_path: Path) -> None:
+    notes = judge_notes(HUB, tmp_path)
+    assert notes.pop("rubric") != judge_notes(ABOUT_PRINCIPLES, tmp_path)["rubric"]
     assert notes == {"judge": "owner/judge@abc", "judge_wording": llm_judge.WORDING}
-    assert judge_notes(REMOTE)["judge"] == "owner/judge"
+    assert judge_notes(REMOTE, tmp_path)["judge"] == "owner/judge"
 
 
 def test_a_directory_is_known_by_what_its_files_hold(tmp_path: Path) -> None:
     model, home = build_chat_model(tmp_path / "model", "llama"), tmp_path / "home"
     before = judge_notes(at(model), home)
-    assert before == judge_notes(at(model)), "with or without a memory"
+    assert before == judge_notes(at(model), tmp_path / "another"), "in any home"
     os.utime(model / "model.safetensors", (1, 1))
     assert judge_notes(at(model), home) == before
     build_chat_model(model, "llama", seed=1)
@@ -77,7 +78,7 @@ def test_a_judge_in_this_process_holds_its_device(tmp_path: Path) -> None:
     slot = Slot(Record("an-experiment", tmp_path), 1, seed=0, notes={"base": "b"})
     assert noted(slot, None) is slot
     assert noted(slot, HUB).device == "cuda"
-    assert noted(slot, HUB).notes == {"base": "b", **judge_notes(HUB)}
+    assert noted(slot, HUB).notes == {"base": "b", **judge_notes(HUB, tmp_path)}
     assert noted(slot, REMOTE).device == "cpu"
     held = Slot(Record("an-experiment", tmp_path), 1, seed=0, device="cuda")
     assert noted(held, REMOTE).device == "cuda", "the policy's stays held"
@@ -88,11 +89,11 @@ def test_a_model_that_is_not_there_is_reported_as_the_judge_s(tmp_path: Path) ->
         check_judge(at(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"judge: .*lacks safetensors weights"):
-        judge_notes(at(tmp_path / "empty"))
+        judge_notes(at(tmp_path / "empty"), tmp_path)
     assert check_judge(REMOTE) == "owner/judge at http://localhost:8000/v1"
 
 
-def test_a_judge_whose_key_is_missing_is_told_before_it_is_asked() -> None:
+def test_a_missing_key_is_an_error_before_the_judge_is_asked() -> None:
     locked = JudgeSettings(  # type: ignore[call-arg]
         kind="pairwise", policy=ENGINE, endpoint="http://localhost:1", key_variable="NO_SUCH_KEY"
     )

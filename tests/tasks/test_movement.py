@@ -29,8 +29,10 @@ THIRD = Constitution(iteration=3, principles=(Principle(text="cite sources", sup
 
 def test_what_became_of_every_principle() -> None:
     lines, (step,) = movement({1: FIRST, 2: SECOND})
-    told = {line.newest.text: ([*line.principles], line.earlier, line.events) for line in lines}
-    assert told == {
+    histories = {
+        line.newest.text: ([*line.principles], line.earlier, line.events) for line in lines
+    }
+    assert histories == {
         "caution people": ([1, 2], [(1, "warn of risks")], [Event(2, "reworded")]),
         "cite sources": ([2], [], [Event(2, "added")]),
         "be brief": ([1, 2], [], []),
@@ -38,7 +40,7 @@ def test_what_became_of_every_principle() -> None:
         "inquire": ([1], [], [Event(2, "merged", "ask back")]),
         "tell a joke": ([1], [], [Event(2, "dropped")]),
     }
-    assert list(told) == [
+    assert list(histories) == [
         "caution people", "cite sources", "be brief", "ask back", "inquire", "tell a joke",
     ], "by support at the end, then what ended"  # fmt: skip
     assert step._asdict() == {

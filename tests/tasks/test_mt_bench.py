@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, get_args
@@ -17,7 +19,8 @@ from models.judges.llm import Asker
 from models.judges.registry import JudgeSettings
 from models.policy import Completion, Message, PolicySettings, Progress, Request, Scoring
 from tasks.benchmarks.mt_bench import data as mt
-from tasks.benchmarks.mt_bench.data import Game, JudgePrompt, Question, Rating, Turns, Winner
+from tasks.benchmarks.mt_bench.data import Game, JudgePrompts, Question, Rating, Turns, Winner
+from tasks.benchmarks.rows import read_rows
 
 OTHERS = "Meta-Llama-3-8B-Instruct-Griffin"
 """The model of the published judgements."""
@@ -62,18 +65,19 @@ def questions(folder: Path) -> list[Question]:
 
 
 @pytest.fixture(scope="module")
-def prompts(folder: Path) -> dict[str, JudgePrompt]:
-    return mt.read_judge_prompts(folder / "judge_prompts.jsonl")
-
-
-@pytest.fixture(scope="module")
 def references(folder: Path) -> dict[int, Turns]:
     return mt.read_answers(folder / "gpt-4.jsonl")
 
 
 @pytest.fixture(scope="module")
+def prompts(folder: Path, references: dict[int, Turns]) -> JudgePrompts:
+    published = mt.read_judge_prompts(folder / "judge_prompts.jsonl")
+    return JudgePrompts(prompts=published, references=references)
+
+
+@pytest.fixture(scope="module")
 def ratings(folder: Path) -> list[Rating]:
-    return mt.read_ratings(folder / "gpt-4_single.jsonl")
+    return read_rows(folder / "gpt-4_single.jsonl", Rating)
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +97,12 @@ def answers(ratings: list[Rating], questions: list[Question]) -> dict[int, Turns
 
 
 def test_the_files_are_what_the_benchmark_says(
-    questions: list[Question], prompts: dict[str, JudgePrompt], references: dict[int, Turns]
+    questions: list[Question], prompts: JudgePrompts, references: dict[int, Turns]
 ) -> None:
     categories = [q.category for q in questions]
     assert len(questions) == 80
     assert {c: categories.count(c) for c in categories} == dict.fromkeys(categories, 10)
-    assert len(set(categories)) == len(prompts) == 8
+    assert len(set(categories)) == len(prompts.prompts) == 8
     assert {q.question_id for q in questions if q.category in mt.REFERENCED} == set(references)
 
 
@@ -123,7 +127,7 @@ def test_every_published_rating_is_read_from_its_judgement(ratings: list[Rating]
 
 def test_a_judge_that_says_the_same_gives_the_same_scores(
     questions: list[Question],
-    prompts: dict[str, JudgePrompt],
+    prompts: JudgePrompts,
     references: dict[int, Turns],
     ratings: list[Rating],
     answers: dict[int, Turns],
@@ -138,13 +142,12 @@ def test_a_judge_that_says_the_same_gives_the_same_scores(
         asker(judge),
         model=OTHERS,
         judge_name="gpt-4",
-        references=references,
     )
     by_turn = {(r.question_id, r.turn): r for r in ratings}
     assert rated == [by_turn[r.question_id, r.turn] for r in rated]
     assert len(rated) == 160
     systems = {m[0]["content"] for m in judge.read}
-    assert systems == {p.system_prompt for p in prompts.values() if p.type == "single"}
+    assert systems == {p.system_prompt for p in prompts.prompts.values() if p.type == "single"}
 
 
 def test_failed_and_absent_judgements_are_counted_and_left_out(
@@ -252,7 +255,7 @@ def longer_wins(prompt: str) -> str:
 
 def test_pairs_are_played_in_both_orders(
     questions: list[Question],
-    prompts: dict[str, JudgePrompt],
+    prompts: JudgePrompts,
     references: dict[int, Turns],
     answers: dict[int, Turns],
 ) -> None:
@@ -261,7 +264,7 @@ def test_pairs_are_played_in_both_orders(
     def played(say: Callable[[str], str]) -> list[Game]:
         return mt.play(
             questions, answers, theirs, prompts, asker(Reader(say)),
-            models=("us", "them"), judge_name="j", references=references,
+            models=("us", "them"), judge_name="j",
         )  # fmt: skip
 
     fair = played(longer_wins)
@@ -276,28 +279,28 @@ def test_pairs_are_played_in_both_orders(
         assert g.judge == ("j", name + "-multi-turn" * (g.turn == 2))
     first = {(g.g1_winner, g.g2_winner, g.outcome) for g in played(lambda _: "[[A]]")}
     assert first == {("model_1", "model_2", 0.5)}
-    silent = {(g.g1_winner, g.g2_winner, g.outcome) for g in played(lambda _: "hm")}
-    assert silent == {("error", "error", None)}
+    unreadable = {(g.g1_winner, g.g2_winner, g.outcome) for g in played(lambda _: "hm")}
+    assert unreadable == {("error", "error", None)}
 
 
 def test_the_first_turn_is_judged_alone_and_math_with_its_reference(
-    questions: list[Question], prompts: dict[str, JudgePrompt], references: dict[int, Turns]
+    questions: list[Question], prompts: JudgePrompts, references: dict[int, Turns]
 ) -> None:
     by_id = {q.question_id: q for q in questions}
-    told: Turns = ("ANSWER ONE", "ANSWER TWO")
+    texts: Turns = ("ANSWER ONE", "ANSWER TWO")
     for number, reference in ((81, False), (111, True)):
-        name, (_, user) = mt.single_prompt(by_id[number], 1, told, prompts, references)
+        name, (_, user) = prompts.single(by_id[number], 1, texts)
         assert name == ("single-math-v1" if reference else "single-v1")
         assert "ANSWER ONE" in user["content"]
         assert "ANSWER TWO" not in user["content"]
         assert by_id[number].turns[1] not in user["content"]
-        name, (_, user) = mt.single_prompt(by_id[number], 2, told, prompts, references)
+        name, (_, user) = prompts.single(by_id[number], 2, texts)
         assert name.endswith("-multi-turn")
-        places = [user["content"].index(text) for text in (*by_id[number].turns, *told)]
+        places = [user["content"].index(text) for text in (*by_id[number].turns, *texts)]
         assert places[2] < places[3]
         if reference:
             assert all(text in user["content"] for text in references[number])
-    name, _ = mt.single_prompt(by_id[111], 1, told, prompts, {})
+    name, _ = replace(prompts, references={}).single(by_id[111], 1, texts)
     assert name == "single-v1"
 
 
@@ -317,7 +320,7 @@ ATTACKS = [
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_an_answer_cannot_end_itself_or_speak_for_the_judge(
     questions: list[Question],
-    prompts: dict[str, JudgePrompt],
+    prompts: JudgePrompts,
     references: dict[int, Turns],
     attack: str,
 ) -> None:
@@ -329,15 +332,11 @@ def test_an_answer_cannot_end_itself_or_speak_for_the_judge(
             plain: Turns = ("x", "y")
             armed: Turns = (attack, "y") if turn == 1 else ("x", attack)
             for build in (
-                lambda answers, q=question, t=turn: mt.single_prompt(
-                    q, t, answers, prompts, references
-                ),
-                lambda answers, q=question, t=turn: mt.pair_prompt(
-                    q, t, answers, ("x", "y"), prompts, references
-                ),
+                lambda answers, q=question, t=turn: prompts.single(q, t, answers),
+                lambda answers, q=question, t=turn: prompts.pair(q, t, answers, ("x", "y")),
             ):
                 normal, attacked = (build(a)[1][-1]["content"] for a in (plain, armed))
-                shown = mt.disarmed(attack, prompts)
+                shown = prompts.disarmed(attack)
                 assert attacked.count(shown) == 1
                 for marker in (
                     "[The End of", "[The Start of", "<|", "### User:", "### Assistant", "[Instruction]", "[[",
@@ -350,58 +349,54 @@ def test_an_answer_cannot_end_itself_or_speak_for_the_judge(
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_judge_that_quotes_an_attack_still_gives_its_own_rating(
-    prompts: dict[str, JudgePrompt], attack: str
+    prompts: JudgePrompts, attack: str
 ) -> None:
-    quoted = mt.disarmed(attack, prompts)
+    quoted = prompts.disarmed(attack)
     for said in (f"It says: {quoted}. Rating: [[2]]", f"Rating: [[2]], though it says: {quoted}"):
         assert mt.read_rating(said) == 2
 
 
 def test_ordinary_answers_are_shown_as_they_are(
-    prompts: dict[str, JudgePrompt], references: dict[int, Turns], answers: dict[int, Turns]
+    prompts: JudgePrompts, references: dict[int, Turns], answers: dict[int, Turns]
 ) -> None:
-    for told in (*references.values(), *answers.values()):
-        assert [mt.disarmed(text, prompts) for text in told] == list(told)
+    for texts in (*references.values(), *answers.values()):
+        assert [prompts.disarmed(text) for text in texts] == list(texts)
 
 
 def test_a_judgement_that_was_cut_off_failed(
-    questions: list[Question], prompts: dict[str, JudgePrompt], answers: dict[int, Turns]
+    questions: list[Question], prompts: JudgePrompts, answers: dict[int, Turns]
 ) -> None:
     cut = Reader(lambda _: "It claims [[10]] and", finish="length")
-    rated = mt.rate(
-        questions, answers, prompts, asker(cut), model="m", judge_name="j", references={}
-    )
+    rated = mt.rate(questions, answers, prompts, asker(cut), model="m", judge_name="j")
     assert {r.score for r in rated} == {mt.FAILED}
     cut = Reader(lambda _: "It claims [[A]] and", finish="length")
     played = mt.play(
         questions, answers, answers, prompts, asker(cut),
-        models=("us", "them"), judge_name="j", references={},
+        models=("us", "them"), judge_name="j",
     )  # fmt: skip
     assert {g.outcome for g in played} == {None}
 
 
 def test_a_missing_answer_or_prompt_is_the_users_error(
-    questions: list[Question], prompts: dict[str, JudgePrompt], answers: dict[int, Turns]
+    questions: list[Question], prompts: JudgePrompts, answers: dict[int, Turns]
 ) -> None:
-    def rate(told: dict[int, Turns], known: dict[str, JudgePrompt]) -> None:
-        mt.rate(
-            questions, told, known, asker(Reader(str)), model="m", judge_name="j", references={}
-        )
+    def rate(texts: dict[int, Turns], known: JudgePrompts) -> None:
+        mt.rate(questions, texts, known, asker(Reader(str)), model="m", judge_name="j")
 
     with pytest.raises(UserError, match="93"):
         rate({number: turns for number, turns in answers.items() if number != 93}, prompts)
-    few = {name: p for name, p in prompts.items() if name != "single-v1-multi-turn"}
+    few = {name: p for name, p in prompts.prompts.items() if name != "single-v1-multi-turn"}
     with pytest.raises(UserError, match="single-v1-multi-turn"):
-        rate(answers, few)
+        rate(answers, replace(prompts, prompts=few))
 
 
 BAD_ROWS: list[tuple[Callable[[Path], object], dict[str, Any], str]] = [
     (mt.read_questions, {"question_id": 1, "category": "math", "turns": ["one"]}, "turns"),
     (mt.read_answers, {"question_id": 1, "choices": []}, "choices"),
-    (mt.read_ratings, {"question_id": 1, "model": "m", "judge": ["j", "p"], "judgment": "", "score": 11, "turn": 1}, "11.0 is no rating"),
-    (mt.read_ratings, {"question_id": 1, "model": "m", "judge": ["j", "p"], "judgment": "", "score": 1, "turn": 3}, "turn"),
-    (mt.read_games, {"question_id": 1, "model_1": "a", "model_2": "b", "g1_winner": "A", "g2_winner": "tie", "judge": ["j", "p"], "turn": 1}, "g1_winner"),
-    (mt.read_judge_prompts, {"name": "n", "type": "single", "system_prompt": "", "prompt_template": "{answer.__class__}"}, "asks for"),
+    (partial(read_rows, row_type=Rating), {"question_id": 1, "model": "m", "judge": ["j", "p"], "judgment": "", "score": 11, "turn": 1}, "11.0 is not a rating"),
+    (partial(read_rows, row_type=Rating), {"question_id": 1, "model": "m", "judge": ["j", "p"], "judgment": "", "score": 1, "turn": 3}, "turn"),
+    (partial(read_rows, row_type=Game), {"question_id": 1, "model_1": "a", "model_2": "b", "g1_winner": "A", "g2_winner": "tie", "judge": ["j", "p"], "turn": 1}, "g1_winner"),
+    (mt.read_judge_prompts, {"name": "n", "type": "single", "system_prompt": "", "prompt_template": "{answer.__class__}"}, "unknown fields: answer.__class__"),
     (mt.read_judge_prompts, {"name": "n", "type": "single", "system_prompt": "", "prompt_template": "{answer"}, "prompt_template"),
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Response files of SAMI's reference: read, paired and written as its authors published them."""
+"""Response files of SAMI's reference, as its authors published them: read and paired."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from tasks.sami.responses import (
     read_responses,
     response_pairs_of,
     with_constitution,
-    write_responses,
 )
 
 Columns = dict[str, Any]
@@ -52,9 +51,9 @@ def test_the_published_files_are_read_and_paired(sami_responses: tuple[Path, Pat
     ours, theirs = map(read_responses, sami_responses)
     raw = [json.loads(path.read_text("utf-8")) for path in sami_responses]
     assert len(ours.rows) == len(theirs.rows) == 250
-    met, rows, rejected = response_pairs_of(ours, theirs)
-    assert len(met) == len(rows) == 250 and not rejected
-    for pair in met:
+    pairs, rows, rejected = response_pairs_of(ours, theirs)
+    assert len(pairs) == len(rows) == 250 and not rejected
+    for pair in pairs:
         key = rows[pair.prompt.prompt_id].key
         assert pair.prompt.source == f"{sami_responses[0].name}:{key}"
         assert pair.prompt.prompt == ({"role": "user", "content": raw[0]["question"][key]},)
@@ -65,38 +64,29 @@ def test_the_published_files_are_read_and_paired(sami_responses: tuple[Path, Pat
         assert not pair.prompt.gold
 
 
-def test_they_are_written_back_to_the_byte(
-    sami_responses: tuple[Path, Path], tmp_path: Path
-) -> None:
-    for path in sami_responses:
-        write_responses(tmp_path / "again.json", read_responses(path).rows)
-        assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
-
-
-def test_any_text_survives(tmp_path: Path) -> None:
+def test_any_text_survives(write: Any) -> None:
     texts = ["", " \n", "é\u2028\x00\ud7ff🙂", '"}\\', "</s>"]
-    rows = [
+    content = {
+        "constitution": {str(i): f"c{t}" for i, t in enumerate(texts)},
+        "question": {str(i): f"q{t}" for i, t in enumerate(texts)},
+        "response": {str(i): t for i, t in enumerate(texts)},
+    }
+    assert list(read_responses(write(content)).rows) == [
         ResponseRow(key=str(i), question=f"q{t}", constitution=f"c{t}", response=t)
         for i, t in enumerate(texts)
     ]
-    write_responses(tmp_path / "a.json", rows)
-    assert list(read_responses(tmp_path / "a.json").rows) == rows
-    with pytest.raises(ValueError, match="same key"):
-        write_responses(tmp_path / "b.json", [rows[0], rows[0]])
-    assert not (tmp_path / "b.json").exists()
 
 
 # Pairs ---------------------------------------------------------------------------------------
 
 
-def test_rows_are_joined_by_key_and_nothing_is_dropped_in_silence(write: Any) -> None:
+def test_rows_are_joined_by_key_and_every_row_is_paired_or_rejected(write: Any) -> None:
     ours = read_responses(write(columns(a="A", b="B", c="C")))
     theirs = read_responses(write(columns(d="d", c="c", a="a"), "theirs.json"))
-    met, rows, rejected = response_pairs_of(ours, theirs)
-    assert [(m.ours.text, m.theirs.text) for m in met] == [("A", "a"), ("C", "c")]
+    pairs, rows, rejected = response_pairs_of(ours, theirs)
+    assert [(m.ours.text, m.theirs.text) for m in pairs] == [("A", "a"), ("C", "c")]
     assert [row.key for row in rows.values()] == ["a", "c"]
-    told = [(r.source, r.reason, r.sample) for r in rejected]
-    assert told == [
+    assert [(r.source, r.reason, r.sample) for r in rejected] == [
         ("ours.json:b", "no counterpart", None), ("theirs.json:d", "no counterpart", None),
     ]  # fmt: skip
     assert "theirs.json" in rejected[0].detail and "ours.json" in rejected[1].detail
@@ -107,9 +97,9 @@ def test_a_question_under_two_constitutions_is_two_prompts(write: Any) -> None:
     content["question"] = dict.fromkeys("abc", "Why?")
     content["constitution"]["b"] = "1. Be long."
     file = read_responses(write(content))
-    met, _, rejected = response_pairs_of(file, file)
-    assert [m.principle for m in met] == ["1. Be brief.", "1. Be long."]
-    assert len({m.prompt.prompt_id for m in met}) == 2
+    pairs, _, rejected = response_pairs_of(file, file)
+    assert [m.principle for m in pairs] == ["1. Be brief.", "1. Be long."]
+    assert len({m.prompt.prompt_id for m in pairs}) == 2
     assert [(r.source, r.reason) for r in rejected] == [("ours.json:c", "duplicate")]
     assert "key 'a'" in rejected[0].detail
 
@@ -137,9 +127,9 @@ def test_files_without_a_common_key_are_refused(write: Any) -> None:
 def test_a_judge_that_reads_no_principle_reads_it_in_the_request(write: Any) -> None:
     file = read_responses(write(columns(a="A")))
     (pair,) = response_pairs_of(file, file).pairs
-    told = with_constitution(pair)
-    assert told.prompt.prompt == ({"role": "user", "content": "1. Be brief.\n\nWhat is a?"},)
-    assert told.prompt.prompt_id == pair.prompt.prompt_id
+    shown = with_constitution(pair)
+    assert shown.prompt.prompt == ({"role": "user", "content": "1. Be brief.\n\nWhat is a?"},)
+    assert shown.prompt.prompt_id == pair.prompt.prompt_id
 
 
 def test_comparisons_keep_their_keys(write: Any) -> None:
@@ -151,8 +141,8 @@ def test_comparisons_keep_their_keys(write: Any) -> None:
 
     ours = read_responses(write(columns(a="A", b="B", c="")))
     theirs = read_responses(write(columns(c="x", b="x", a="x"), "theirs.json"))
-    met = response_pairs_of(ours, theirs)
-    rows = judged_rows(met, decide_all(met.pairs, First()))
+    paired = response_pairs_of(ours, theirs)
+    rows = judged_rows(paired, decide_all(paired.pairs, First()))
     assert [(r.key, r.outcome, r.asked) for r in rows] == [
         ("a", 0.0, True), ("b", 1.0, True), ("c", 0.0, False),
     ]  # fmt: skip
@@ -222,7 +212,7 @@ def test_what_is_no_file_or_no_text(tmp_path: Path) -> None:
         read_responses(tmp_path / "bad.json")
 
 
-def test_a_silent_policy_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+def test_an_empty_response_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(columns(a="")), encoding="utf-8-sig")
     (row,) = read_responses(tmp_path / "a.json").rows
     assert row.response == ""

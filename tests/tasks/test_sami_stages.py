@@ -63,12 +63,16 @@ def test_constitutions_of_a_query_mix_the_same_principles() -> None:
     orders, sides = set(), Counter[bool]()
     for _ in range(200):
         drawn = draw(POOL, constitutions=4, principles=3, rng=rng)
-        names = [frozenset(id.split()[1] for id in told.identifiers) for told in drawn]
+        names = [
+            frozenset(id.split()[1] for id in constitution.identifiers) for constitution in drawn
+        ]
         assert len(set(names)) == 1 and len(names[0]) == 3
-        assert len({frozenset(told.identifiers) for told in drawn}) == 4, "no two are alike"
-        for told in drawn:
-            orders.add(tuple(id.split()[1] for id in told.identifiers))
-            for id, text in zip(told.identifiers, told.principles, strict=True):
+        assert len({frozenset(constitution.identifiers) for constitution in drawn}) == 4, (
+            "no two are alike"
+        )
+        for constitution in drawn:
+            orders.add(tuple(id.split()[1] for id in constitution.identifiers))
+            for id, text in zip(constitution.identifiers, constitution.principles, strict=True):
                 side, name = id.split()
                 sides[side == "pos"] += 1
                 assert text == f"{'Be' if side == 'pos' else 'Never be'} {name}."
@@ -79,14 +83,14 @@ def test_constitutions_of_a_query_mix_the_same_principles() -> None:
 def test_a_principle_without_antithesis_stands_as_it_is() -> None:
     rng, seen = random.Random(1), Counter[str]()
     for _ in range(100):
-        for told in draw((*POOL[:2], ONE_SIDED), constitutions=4, principles=3, rng=rng):
-            seen.update(told.identifiers)
+        for constitution in draw((*POOL[:2], ONE_SIDED), constitutions=4, principles=3, rng=rng):
+            seen.update(constitution.identifiers)
     assert seen["pos honest"] == 400 and "neg honest" not in seen
     assert draw(POOL[:1], constitutions=2, principles=5, rng=rng), "fewer where there are fewer"
 
 
 @pytest.mark.parametrize("pool", [(ONE_SIDED,), (POOL[0], ONE_SIDED), ()])
-def test_too_few_antitheses_are_told(pool: tuple[Principle, ...]) -> None:
+def test_too_few_antitheses_are_an_error(pool: tuple[Principle, ...]) -> None:
     with pytest.raises(UserError, match=r"have an antithesis.*expected at least 2"):
         draw(pool, constitutions=3, principles=2, rng=random.Random(0))
 
@@ -101,12 +105,12 @@ def test_more_constitutions_than_mixtures_are_refused() -> None:
 
 
 def follower(messages: Sequence[Message]) -> str:
-    """Says what it was told."""
+    """Repeats what it reads."""
     system = messages[0]["content"].partition("\n\n")[2]
     return f"{messages[-1]['content']} {system}" if messages[0]["role"] == "system" else "plain"
 
 
-def test_every_query_meets_constitutions_of_its_own_whatever_the_shard() -> None:
+def test_every_query_has_its_own_constitutions_in_any_shard() -> None:
     settings = SampleSettings(constitutions=2, principles=2, temperature=0.7)
     script, ticks = Script(follower), list[int]()
     rows = sample(settings, CHAT_CONSTITUTION, POOL, "3/1", script, PROMPTS, ticks.append)
@@ -188,7 +192,7 @@ def test_a_cut_response_has_no_end_to_count(encoder: Encoder) -> None:
 # Evaluation ----------------------------------------------------------------------------------
 
 
-def test_every_policy_meets_the_same_constitutions_in_every_arm() -> None:
+def test_every_policy_has_the_same_constitutions_in_every_arm() -> None:
     pool = PrinciplePool(POOL[:3], POOL[3:])
     found = asks(PROMPTS, pool, 2, seed=5)
     assert found == asks(PROMPTS, pool, 2, seed=5) != asks(PROMPTS, pool, 2, seed=6)
@@ -211,15 +215,15 @@ HELLO, HAHA = "hello there, dear friend.", "haha, what a clown!"
 
 
 def test_the_oracle_judges_by_the_constitution() -> None:
-    told = [GREET, f"never {JOKE}"]
-    best = oracle.obedience(CHORE, told, f"{HELLO} {CORE}")
+    constitution = [GREET, f"never {JOKE}"]
+    best = oracle.obedience(CHORE, constitution, f"{HELLO} {CORE}")
     assert best == 2
-    assert oracle.obedience(CHORE, told, CORE) == 0
-    assert oracle.obedience(CHORE, told, f"{CORE} {HAHA}") == -2
+    assert oracle.obedience(CHORE, constitution, CORE) == 0
+    assert oracle.obedience(CHORE, constitution, f"{CORE} {HAHA}") == -2
     stray = f"{HELLO} {CORE} good luck, goodbye now."
-    assert oracle.obedience(CHORE, told, stray) == 1.5
-    assert oracle.obedience(CHORE, told, HELLO) == 0, "the content is gone"
-    assert oracle.obeyed(told, f"{HELLO} {CORE} {HAHA}") == 0.5
+    assert oracle.obedience(CHORE, constitution, stray) == 1.5
+    assert oracle.obedience(CHORE, constitution, HELLO) == 0, "the content is gone"
+    assert oracle.obeyed(constitution, f"{HELLO} {CORE} {HAHA}") == 0.5
     assert oracle.obedience(CHORE, ["always win", GREET], f"{HELLO} {CORE}") == 1
     assert oracle.obeyed(["always win"], CORE) is None, "a platitude asks for nothing"
 
@@ -230,12 +234,15 @@ def test_the_oracle_judges_by_the_constitution() -> None:
                 gold="",
                 ours=f"{HELLO} {CORE}",
                 theirs=CORE,
-                principle=numbered(told),
+                principle=numbered(constitution),
             )
         ]
     )
     assert (judged.outcome, judged.our_score, judged.their_score) == (1, 2, 0)
-    assert listed(numbered(told)) == told and listed(numbered(told[:1])) == told[:1]
+    assert (
+        listed(numbered(constitution)) == constitution
+        and listed(numbered(constitution[:1])) == constitution[:1]
+    )
 
 
 def response(arm: str, text: str, *principles: str, iteration: int, of: Prompt) -> Response:
@@ -251,7 +258,7 @@ def response(arm: str, text: str, *principles: str, iteration: int, of: Prompt) 
     )
 
 
-def test_responses_meet_under_their_constitution_and_never_by_position() -> None:
+def test_responses_are_paired_by_constitution_and_never_by_position() -> None:
     rows = [prompt(CHORE), prompt(CHORE.replace("red", "cold"))]
     ours, theirs = (
         [
@@ -260,12 +267,12 @@ def test_responses_meet_under_their_constitution_and_never_by_position() -> None
         ]
         for iteration, said in ((2, "ours"), (0, "theirs"))
     )
-    met = response_pairs(ours, theirs[::-1], rows)
-    assert [(m.ours.text, m.theirs.text) for m in met] == [
+    pairs = response_pairs(ours, theirs[::-1], rows)
+    assert [(m.ours.text, m.theirs.text) for m in pairs] == [
         ("ours 0", "theirs 0"),
         ("ours 1", "theirs 1"),
     ]
-    assert {(m.principle, m.answer, m.iteration, m.against) for m in met} == {
+    assert {(m.principle, m.answer, m.iteration, m.against) for m in pairs} == {
         (GREET, "principles", 2, 0)
     }
     (half,) = (m for m in response_pairs(ours, theirs[:1], rows) if m.theirs.missing)
@@ -309,7 +316,7 @@ def test_arms_together_count_a_prompt_once_and_lose_no_failure() -> None:
     assert (second.outcome, second.failure) == (None, "no result")
 
 
-def test_lengths_and_obedience_are_told_by_arm() -> None:
+def test_lengths_and_obedience_are_reported_by_arm() -> None:
     row = prompt(CHORE)
     rows = [
         response("principles", f"{HELLO} {CORE}", GREET, JOKE, iteration=1, of=row),

@@ -38,7 +38,7 @@ WORDS = ("kind", "brief", "honest", "funny", "calm", "precise", "formal", "warm"
 
 @dataclass
 class Writer(Script):
-    """Words its n-th principle and antithesis as it is told; remembers what it was asked."""
+    """Words its n-th principle and antithesis as it is asked; it keeps the requests."""
 
     principle: Callable[[int], str | Completion] = lambda n: f"Be {WORDS[n]}."
     antithesis: Callable[[int, str], str | Completion] = lambda n, text: f"Never {text.lower()}"

@@ -355,11 +355,11 @@ def test_the_judge_reads_the_prompt_and_the_gold_of_every_response() -> None:
 
 
 def test_a_shard_is_asked_at_once_and_equal_responses_once() -> None:
-    policy, told = Grading(a="[RESULT] 1", b="[RESULT] 2"), list[int]()
-    rows = judged(policy, [mined("a", "b", "a", "b"), mined("a", "", "b")], told.append)
+    policy, counts = Grading(a="[RESULT] 1", b="[RESULT] 2"), list[int]()
+    rows = judged(policy, [mined("a", "b", "a", "b"), mined("a", "", "b")], counts.append)
     assert [c.score for c in rows[0].candidates] == [0.25, 0.0, 0.25]
     assert policy.calls == 1 and len(policy.requests) == 4
-    assert sum(told) == 7, "progress counts every response"
+    assert sum(counts) == 7, "progress counts every response"
 
 
 def test_a_failed_grade_is_an_unscored_response_with_its_reason() -> None:

@@ -150,7 +150,7 @@ def test_a_judge_that_always_names_one_place_yields_half_and_is_found_out(
     games = read_twice(lambda first, second: verdict, PAIRS)
     assert win_rate([settle(g) for g in games], seed=0).rate == 0.5
     effect = order_effect(games)
-    assert (effect.bias, effect.consistency, effect.n) == (bias, 0.0, len(PAIRS))
+    assert (effect.bias, effect.consistency) == (bias, 0.0)
 
 
 def test_a_judge_that_reads_the_answers_has_no_bias() -> None:
@@ -201,7 +201,6 @@ def test_swapping_the_answers_changes_no_figure_of_the_judge() -> None:
     assert theirs.rate == 1 - ours.rate and ours.failed == theirs.failed == 1
     assert order_effect(games) == order_effect(mirror)
     assert order_effect(games).bias == pytest.approx(3 / 5)
-    assert (order_effect(games).failed, order_effect(games).n) == (1, 5)
 
 
 def test_no_pair_judged_twice_has_no_order_effect() -> None:
@@ -217,7 +216,6 @@ def test_kappa_by_hand() -> None:
     result = agreement([1, 1, 1, 0.5, 0, 0, None, 1], [1, 1, 0.5, 0.5, 0, 1, 1, None])
     assert result.observed == pytest.approx(4 / 6)
     assert result.kappa == pytest.approx((24 / 36 - 13 / 36) / (23 / 36))
-    assert (result.n, result.failed) == (6, 2)
 
 
 def test_kappa_is_scikit_learns() -> None:

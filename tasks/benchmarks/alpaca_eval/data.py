@@ -11,33 +11,38 @@ import json
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat
 
 from constitutions.errors import UserError
-from tasks.benchmarks.rows import Source, read_records
-from tasks.corpus.rows import Record, RowError, wrong_type
+from tasks.benchmarks.rows import Source, ValidText, read_records, read_rows
+from tasks.corpus.rows import Record
 from tasks.judging.length_control import standardised
 
 # Files
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Output:
+class _Row(BaseModel):
+    model_config = ConfigDict(frozen=True, populate_by_name=True)
+
+
+class Output(_Row):
     """A row of `model_outputs.json`: what one model answers to one instruction."""
 
-    instruction: str
-    output: str
-    generator: str
+    instruction: ValidText
+    output: ValidText
+    """May be empty: a model may have nothing to say."""
+    generator: str = Field(pattern=r"\S")
+    """The model's name."""
     dataset: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Annotation:
+class Annotation(_Row):
     """A row of `annotations.json`: the baseline's answer (1) against the model's (2)."""
 
     instruction: str
@@ -64,83 +69,31 @@ class Annotation:
         return len(self.output_1) - len(self.output_2)
 
 
-def read_outputs(path: Source, generator: str = "") -> list[Output]:
-    """The answers of one model, as `model_outputs.json` has them; fields of no use are dropped.
-
-    Args:
-        generator: the model's name, for files that do not give it.
+def read_outputs(path: Source) -> list[Output]:
+    """The answers of one model, as `model_outputs.json` has them; other fields are dropped.
 
     Raises:
         UserErrors: rows that cannot be read, each with its field.
-        UserError: the file mixes the answers of several models.
+        UserError: the file cannot be read, or mixes the answers of several models.
     """
-
-    def parse(row: Record) -> Output:
-        return Output(
-            instruction=_text(row, "instruction"),
-            output=_text(row, "output"),
-            generator=generator if generator and not row.get("generator") else _name(row),
-            dataset=_text(row, "dataset") if row.get("dataset") else "",
-        )
-
-    rows = read_records(path, parse, lambda row: row.instruction)
+    rows = read_rows(path, Output, lambda row: row.instruction)
     for number, row in enumerate(rows, start=1):
         if row.generator != rows[0].generator:
             raise UserError(
-                f"this is of {row.generator!r}, and row 1 of {rows[0].generator!r}",
+                f"this row is an answer of {row.generator!r}, row 1 one of {rows[0].generator!r}",
                 where=f"{path}, row {number}, field 'generator'",
                 expected="the answers of one model",
             )
     return rows
 
 
-def write(path: Path, rows: Sequence[Output] | Sequence[Annotation]) -> None:
+def write(path: Path, rows: Sequence[Output | Annotation]) -> None:
     """Write answers or judged pairs as AlpacaEval reads them; a failed judgement is null.
 
     In ASCII, as AlpacaEval itself writes: every locale reads it alike.
     """
-    plain = [{k: v for k, v in asdict(row).items() if (k, v) != ("dataset", "")} for row in rows]
+    plain = [row.model_dump(exclude={"dataset"} if not row.dataset else None) for row in rows]
     path.write_text(json.dumps(plain, indent=1, allow_nan=False), encoding="ascii")
-
-
-def _given(row: Record, field: str) -> object:
-    if field not in row:
-        names = ", ".join(map(str, row)) or "none"
-        detail = f"there is no such field (found: {names})"
-        raise RowError("missing field", detail, field=field, expected="a field of this name")
-    return row[field]
-
-
-def _text(row: Record, field: str) -> str:
-    """A text that may be empty: a model may have nothing to say."""
-    value = _given(row, field)
-    if not isinstance(value, str):
-        raise wrong_type(value, field, "a text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        detail = f"character {error.start + 1} is not valid Unicode"
-        raise RowError("broken text", detail, field=field, expected="text in UTF-8") from None
-    return value
-
-
-def _name(row: Record, field: str = "generator") -> str:
-    name = _text(row, field)
-    if not name.strip():
-        raise RowError("empty", "the name is empty", field=field, expected="a name")
-    return name
-
-
-def _number(row: Record, field: str) -> float:
-    value = _given(row, field)
-    try:
-        number = float(str(value))
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        detail = f"{str(value)!r} is no number"
-        raise RowError("wrong type", detail, field=field, expected="a finite number")
-    return number
 
 
 # The win rate
@@ -181,14 +134,20 @@ class Weights(NamedTuple):
     bias: float
 
 
-class GamedRow(NamedTuple):
-    """The baseline against itself, asked to be brief or verbose: what length alone is worth."""
+class GamedRow(_Row):
+    """A row of `df_gamed.csv`: the baseline against itself, asked to be brief or verbose. It shows
+    what length alone is worth."""
 
-    model: str
-    share: float
+    model: str = Field(pattern=r"\S")
+    share: float = Field(ge=0, le=1, validation_alias="preference")
     """P(the gamed answer is better)."""
-    std_delta_length: float
-    difficulty: float
+    std_delta_length: FiniteFloat = Field(validation_alias="std_delta_len")
+    difficulty: FiniteFloat = Field(validation_alias="instruction_difficulty")
+
+
+class _Difficulty(_Row):
+    place: int = Field(validation_alias=AliasChoices("index", ""))  # pandas' index has no name
+    difficulty: FiniteFloat = Field(validation_alias="instruction_difficulty")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,39 +167,23 @@ def read_difficulties(path: Source) -> dict[int, float]:
     Reads `instruction_difficulty.csv` and `df_gamed.csv` (where the first row of an index counts).
 
     Raises:
+        UserError: the file cannot be read.
         UserErrors: rows that cannot be read, each with its field.
     """
-
-    def parse(row: Record) -> tuple[int, float]:
-        place = "index" if "index" in row else ""  # pandas leaves its index unnamed
-        return int(_number(row, place)), _number(row, "instruction_difficulty")
-
-    difficulties: dict[int, float] = {}
-    for place, difficulty in read_records(path, parse):
-        difficulties.setdefault(place, difficulty)
-    return difficulties
+    rows = read_rows(path, _Difficulty)
+    return {row.place: row.difficulty for row in reversed(rows)}
 
 
 def read_gamed(path: Source) -> list[GamedRow]:
     """The gamed baselines' rows, as `df_gamed.csv` has them; rows without preference are left out.
 
     Raises:
+        UserError: the file cannot be read.
         UserErrors: rows that cannot be read, each with its field.
     """
 
     def parse(row: Record) -> GamedRow | None:
-        if _given(row, "preference") == "":
-            return None
-        share = _number(row, "preference")
-        if not 0 <= share <= 1:
-            detail = f"the preference is {share}"
-            raise RowError("out of range", detail, field="preference", expected="0 to 1")
-        return GamedRow(
-            model=_name(row, "model"),
-            share=share,
-            std_delta_length=_number(row, "std_delta_len"),
-            difficulty=_number(row, "instruction_difficulty"),
-        )
+        return None if row.get("preference") == "" else GamedRow.model_validate(row)
 
     return [row for row in read_records(path, parse) if row is not None]
 
@@ -248,7 +191,7 @@ def read_gamed(path: Source) -> list[GamedRow]:
 def difficulties_by_instruction(
     difficulties: dict[int, float],
     instructions: Sequence[str],
-    rows: Sequence[Annotation] | Sequence[Output],
+    rows: Sequence[Annotation | Output],
 ) -> list[float]:
     """Each row's difficulty by its instruction: rows may be missing or in any order.
 
@@ -259,20 +202,17 @@ def difficulties_by_instruction(
         UserError: an instruction that is not in the set, or has no difficulty.
     """
     places = {instruction: place for place, instruction in enumerate(instructions)}
-    found = [places.get(row.instruction) for row in rows]
-    return [_difficulty(difficulties, place, row) for row, place in enumerate(found)]
-
-
-def _difficulty(difficulties: dict[int, float], place: int | None, row: int) -> float:
-    if place is None or place not in difficulties:
-        missing = "its instruction is not in AlpacaEval's set" if place is None else "it has none"
-        raise UserError(
-            f"no difficulty is known for this instruction: {missing}",
-            where=f"AlpacaEval, row {row + 1}",
-            expected="instructions of AlpacaEval's set, each with a difficulty",
-            fix="give a complete table, or fit without difficulties",
-        )
-    return difficulties[place]
+    for number, row in enumerate(rows, start=1):
+        place = places.get(row.instruction)
+        if place not in difficulties:
+            missing = "is not in AlpacaEval's set" if place is None else "has no difficulty"
+            raise UserError(
+                f"this instruction {missing}",
+                where=f"AlpacaEval, row {number}",
+                expected="instructions of AlpacaEval's set, each with a difficulty",
+                fix="give a complete table, or fit without difficulties",
+            )
+    return [difficulties[places[row.instruction]] for row in rows]
 
 
 def length_controlled(
@@ -291,8 +231,9 @@ def length_controlled(
             empty fits without this regularisation.
 
     Raises:
-        UserError: too few judged rows to cross-validate; or length cannot be told from quality,
-            as all differences of length are the same, or (without gamed baselines) of one sign.
+        UserError: too few judged rows to cross-validate; or no fit can separate length from
+            quality, as all differences of length are the same, or (without gamed baselines) of
+            one sign.
         ValueError: when the number of difficulties is not that of the annotations.
     """
     if difficulties is not None and len(difficulties) != len(annotations):
@@ -357,7 +298,7 @@ def _examples(
 
 
 def _check_lengths(lengths: Sequence[int], *, alone: bool) -> None:
-    """Refuse lengths from which no fit can say what equal lengths would give.
+    """Refuse lengths from which no fit can estimate the rate at equal lengths.
 
     A fit that never saw the model's answer shorter, or never longer, splits quality between the
     bias and the length term as the penalty pleases: 50 % and 99 % come from one truth.

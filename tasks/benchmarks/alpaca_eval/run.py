@@ -150,17 +150,16 @@ class AlpacaEval:
         ]
 
     def _length_controlled(self, annotations: Sequence[Annotation]) -> Metrics:
-        """Nothing, and a line that says why, where no fit can tell length from quality."""
+        """Empty where no fit can separate length from quality; a printed line then says why."""
         try:
             found = length_controlled(annotations, self.difficulties, self.gamed)
         except UserError as error:
             say(f"AlpacaEval: no length-controlled win rate: {error}")
             return {}
-        name = f"{NAME}/length_controlled"
-        error_ = found.standard_error
-        return {name: found.rate / 100} | (
-            {f"{name}_error": error_ / 100} if error_ is not None else {}
-        )
+        figures = {f"{NAME}/length_controlled": found.rate / 100}
+        if found.standard_error is not None:
+            figures[f"{NAME}/length_controlled_error"] = found.standard_error / 100
+        return figures
 
 
 def _of(source: str, chosen: Sequence[Output]) -> list[Output]:

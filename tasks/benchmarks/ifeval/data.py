@@ -41,6 +41,8 @@ from pydantic import (
 
 from constitutions.errors import UserError
 from tasks.benchmarks.rows import Source, clustered_mean, read_rows
+from tasks.judging.rates import interval_metrics
+from tasks.judging.winrate import Mean
 
 Relation = Literal["less than", "at least"]
 Amount = Annotated[int, Field(ge=0)]
@@ -120,22 +122,12 @@ class InstructionChecks:
     """Any of its `variants`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Accuracy:
-    """A share in [0, 1] of `n` prompts or instructions, with its 95 % interval."""
-
-    rate: float
-    low: float
-    high: float
-    followed: int
-    n: int
-
-
 def read_examples(path: Source) -> list[InstructedPrompt]:
     """The prompts of IFEval's `input_data.jsonl`, or of the hub's copy of it.
 
     Raises:
-        UserError: the file or some of its rows cannot be read; each bad row is named.
+        UserError: the file cannot be read.
+        UserErrors: its rows that are not as expected.
     """
     return read_rows(path, InstructedPrompt, lambda row: row.key)
 
@@ -183,8 +175,8 @@ def variants(response: str) -> tuple[str, ...]:
 
 def accuracies(
     verdicts: Sequence[InstructionChecks], *, seed: int, resamples: int = 10_000
-) -> dict[str, Accuracy]:
-    """The benchmark's four figures: "prompt_strict", "instruction_strict" and the same loose.
+) -> dict[str, Mean]:
+    """The benchmark's four figures in [0, 1]: "prompt_strict", "instruction_strict", and loose.
 
     A prompt counts when every instruction in it is followed. The intervals are percentiles of a
     bootstrap over prompts, also for instructions: those of one prompt share its response.
@@ -196,30 +188,26 @@ def accuracies(
         raise ValueError("there is no verdict to average")
     figures = {}
     for mode in ("strict", "loose"):
-        flags = [v.strict if mode == "strict" else v.loose for v in verdicts]
-        whole = [(int(all(f)), 1) for f in flags]
-        single = [(sum(f), len(f)) for f in flags]
-        figures[f"prompt_{mode}"] = _accuracy(whole, seed, resamples)
-        figures[f"instruction_{mode}"] = _accuracy(single, seed, resamples)
+        flags: list[tuple[bool, ...]] = [getattr(v, mode) for v in verdicts]
+        whole = [(float(all(f)), 1) for f in flags]
+        single = [(float(sum(f)), len(f)) for f in flags]
+        for unit, counts in (("prompt", whole), ("instruction", single)):
+            figures[f"{unit}_{mode}"] = clustered_mean(counts, seed=seed, resamples=resamples)
     return figures
 
 
 def ifeval_metrics(
     verdicts: Sequence[InstructionChecks], *, seed: int, resamples: int = 10_000
 ) -> dict[str, float]:
-    """The four figures and their intervals under flat names, as MLflow charts them."""
+    """The four figures and their intervals under flat names, as MLflow charts them.
+
+    Raises:
+        ValueError: there is no verdict.
+    """
     figures: dict[str, float] = {}
     for name, found in accuracies(verdicts, seed=seed, resamples=resamples).items():
-        figures[f"ifeval/{name}"] = found.rate
-        figures[f"ifeval/{name}_low"] = found.low
-        figures[f"ifeval/{name}_high"] = found.high
+        figures |= interval_metrics(f"ifeval/{name}", found)
     return figures
-
-
-def _accuracy(counts: Sequence[tuple[int, int]], seed: int, resamples: int) -> Accuracy:
-    rate, low, high = clustered_mean(counts, seed=seed, resamples=resamples)
-    followed, n = (sum(column) for column in zip(*counts, strict=True))
-    return Accuracy(rate=rate, low=low, high=high, followed=followed, n=n)
 
 
 @cache
@@ -232,9 +220,9 @@ def _arguments_model(name: str) -> type[BaseModel]:
 
 def _arguments(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments as the check of this name takes them; raises ValueError naming the wrong."""
-    told = {key: value for key, value in given.items() if value is not None}
+    known = {key: value for key, value in given.items() if value is not None}
     try:
-        return dict(_arguments_model(name).model_validate(told))
+        return dict(_arguments_model(name).model_validate(known))
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise ValueError(f"{name}: {'; '.join(wrong)}") from None
@@ -416,8 +404,8 @@ def _no_comma(response: str) -> bool:
 def _two_responses(response: str) -> bool:
     """Two different texts, divided by ******; empty ones only at the outer ends."""
     parts = [part.strip() for part in response.split("******")]
-    told = [part for part in parts if part]
-    return all(parts[1:-1]) and len(told) == 2 and told[0] != told[1]
+    texts = [part for part in parts if part]
+    return all(parts[1:-1]) and len(texts) == 2 and texts[0] != texts[1]
 
 
 @_checks("combination:repeat_prompt")
@@ -441,9 +429,9 @@ def _quotation(response: str) -> bool:
 
 
 def detected_language(text: str) -> str | None:
-    """The text's language as an ISO 639-1 code ("zh-cn" and "zh-tw" for Chinese), or None.
+    """The text's language as an ISO 639-1 code ("zh-cn" and "zh-tw" for Chinese).
 
-    None when the text has nothing to tell a language by.
+    None where nothing in the text shows a language, such as numbers alone.
     """
     from langdetect.lang_detect_exception import LangDetectException
 

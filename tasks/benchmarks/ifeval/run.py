@@ -58,7 +58,7 @@ class IFEvalSettings(RunSettings):
         examples = spread(read_examples(self.prompts), self.limit)
         checks = {name for example in examples for name in example.instruction_id_list}
         packages = [package for name, package in NEEDS.items() if name in checks]
-        require(packages, "its checks of languages and sentences", self.prompts)
+        require(packages, "IFEval's checks of languages and sentences", self.prompts)
         return IFEval(judge=judge, which=self.answer, examples=examples)
 
 
@@ -82,8 +82,8 @@ class IFEval:
 
     def measure(self, answers: Sequence[Answer], panel: Panel) -> Metrics:
         """Shares in [0, 1] of prompts and instructions, strict and loose; the principle's rate."""
-        told = {row.prompt_id: given(row, self.which).text for row in answers}
-        responses = {e.key: told[single_turn(e.prompt, NAME).prompt_id] for e in self.examples}
+        texts = {row.prompt_id: given(row, self.which).text for row in answers}
+        responses = {e.key: texts[single_turn(e.prompt, NAME).prompt_id] for e in self.examples}
         lines = [{"prompt": e.prompt, "response": responses[e.key]} for e in self.examples]
         write_lines(
             panel.work.outputs / NAME / "input_response_data.jsonl",
@@ -94,6 +94,6 @@ class IFEval:
         return figures | (self._principle(answers, panel, self.judge) if self.judge else {})
 
     def _principle(self, answers: Sequence[Answer], panel: Panel, judge: JudgeSettings) -> Metrics:
-        met = principle_pairs(answers, self.prompts)
-        (rows,) = panel.compare(f"{NAME}-comparisons", met, [judge])
+        pairs = principle_pairs(answers, self.prompts)
+        (rows,) = panel.compare(f"{NAME}-comparisons", pairs, [judge])
         return rate_metrics(f"{NAME}/principle_win_rate", panel.rate(rows, "IFEval's principles"))

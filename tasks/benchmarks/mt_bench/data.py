@@ -1,15 +1,15 @@
-"""MT-Bench: eighty dialogues of two turns, rated by a judge, or two models' played in pairs.
+"""MT-Bench: eighty dialogues of two turns, rated by a judge, or compared with another model's.
 
 The benchmark of Zheng et al., "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena" (arXiv
-2306.05685), in the files of FastChat's `llm_judge`. `rate` and `play` have a judge read answers;
-`mt_bench_metrics` and `win_rates` sum up what it said, or what a published file says.
+2306.05685), in the files of FastChat's `llm_judge`. `rate` and `play` ask a judge about answers;
+`mt_bench_metrics` and `win_rates` turn its judgements, or a published file's, into figures.
 
 The first turn is judged alone, the second with the whole dialogue; mathematics, reasoning and
 coding with a reference answer. A pair is played twice with the places swapped, and a disagreement
 is a tie. What differs from FastChat:
 
-- Of several ratings in a judge's text the last counts (FastChat: the first). The judge is told to
-  explain first: what stands earlier may be quoted. Of several choices also the last (FastChat: an
+- Of several ratings in a judge's text the last counts (FastChat: the first), since the prompt asks
+  for the explanation first, which may quote others. Of several choices also the last (FastChat: an
   [[A]] anywhere, then a [[B]]). Where there is only one, as there should be, it is the same.
 - A rating outside 1 to 10, or one in a text that was cut off, is a failed judgement; the judge is
   asked again, as often as its settings say (FastChat: never).
@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import partial
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from string import Formatter
 from typing import Annotated, Literal
 
@@ -30,8 +32,9 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
 from constitutions.errors import UserError
 from constitutions.foreign_text import disarm
 from models.judges.llm import Asker, JudgeReply
-from models.policy import Message, Progress
+from models.policy import Message, Messages, Progress
 from tasks.benchmarks.rows import Source, clustered_mean, read_rows
+from tasks.judging.rates import interval_metrics
 from tasks.judging.winrate import BothOrders, NoOutcomeError, WinRate, settle, win_rate
 
 REFERENCED = frozenset({"math", "reasoning", "coding"})
@@ -74,7 +77,7 @@ class JudgePrompt(_Row):
     def _known_fields(cls, template: str) -> str:
         unknown = sorted({f for _, f, *_ in Formatter().parse(template) if f is not None} - _FIELDS)
         if unknown:
-            raise ValueError(f"the template asks for {unknown}, which there is not")
+            raise ValueError(f"the template has unknown fields: {', '.join(unknown)}")
         return template
 
 
@@ -107,7 +110,7 @@ class Rating(_Row):
     @classmethod
     def _in_range(cls, score: float) -> float:
         if score != FAILED and not 0 <= score <= 10:
-            raise ValueError(f"{score} is no rating; −1 is a failed one")
+            raise ValueError(f"{score} is not a rating from 0 to 10, nor −1 for a failed one")
         return score
 
 
@@ -142,36 +145,34 @@ _ANSWERS = ("answer", "answer_1", "answer_2", "answer_a", "answer_b")
 _ANSWERS_OF_TWO = ("answer_a_1", "answer_a_2", "answer_b_1", "answer_b_2")
 _ASKED = ("question", "question_1", "question_2", "ref_answer_1", "ref_answer_2")
 _FIELDS = frozenset((*_ANSWERS, *_ANSWERS_OF_TWO, *_ASKED))
-Prompts = Mapping[str, JudgePrompt]
-"""Judge prompts by name."""
 
 
 def read_questions(path: Source) -> list[Question]:
-    """The dialogues of `question.jsonl`; raises UserError, naming each bad row (as all here)."""
+    """The dialogues of `question.jsonl`.
+
+    Raises:
+        UserError: see `read_rows`.
+    """
     return read_rows(path, Question, lambda row: row.question_id)
 
 
 def read_judge_prompts(path: Source) -> dict[str, JudgePrompt]:
-    """The prompts of `judge_prompts.jsonl`, by name."""
+    """The prompts of `judge_prompts.jsonl`, by name.
+
+    Raises:
+        UserError: see `read_rows`.
+    """
     return {row.name: row for row in read_rows(path, JudgePrompt, lambda row: row.name)}
 
 
 def read_answers(path: Source) -> dict[int, Turns]:
-    """A model's answers, or the reference's, by question."""
+    """A model's answers, or the reference's, by question.
+
+    Raises:
+        UserError: see `read_rows`.
+    """
     rows = read_rows(path, ModelAnswer, lambda row: row.question_id)
     return {row.question_id: row.choices[0].turns for row in rows}
-
-
-def read_ratings(path: Source) -> list[Rating]:
-    """The judgements of `…_single.jsonl`, of one or more models."""
-    return read_rows(path, Rating, lambda row: (row.question_id, row.model, row.judge, row.turn))
-
-
-def read_games(path: Source) -> list[Game]:
-    """The judgements of `…_pair.jsonl`, of one or more pairs of models."""
-    return read_rows(
-        path, Game, lambda row: (row.question_id, row.model_1, row.model_2, row.judge, row.turn)
-    )
 
 
 def mt_bench_metrics(
@@ -188,7 +189,7 @@ def mt_bench_metrics(
     questions that have no score: failed and absent ones.
 
     Raises:
-        ValueError: the ratings are of several models, or of questions that there are not.
+        ValueError: the ratings are of several models, or of unknown questions.
     """
     if len({r.model for r in ratings}) > 1:
         raise ValueError("the ratings are of several models: choose one")
@@ -203,9 +204,7 @@ def mt_bench_metrics(
     for name, rows in groups.items():
         if rows:
             mean = clustered_mean(_by_question(rows), seed=seed, resamples=resamples)
-            figures[f"mt_bench/{name}"] = mean.rate
-            figures[f"mt_bench/{name}_low"] = mean.low
-            figures[f"mt_bench/{name}_high"] = mean.high
+            figures |= interval_metrics(f"mt_bench/{name}", mean)
     return figures
 
 
@@ -231,10 +230,8 @@ def win_rates(
             groups.setdefault(name, []).append(game.outcome)
     rates = {}
     for name, outcomes in groups.items():
-        try:
+        with suppress(NoOutcomeError):
             rates[name] = win_rate(outcomes, seed=seed, resamples=resamples)
-        except NoOutcomeError:
-            continue
     return rates
 
 
@@ -242,7 +239,7 @@ def _categories(asked: Iterable[int], questions: Sequence[Question]) -> dict[int
     categories = {q.question_id: q.category for q in questions}
     unknown = sorted(set(asked) - set(categories))
     if unknown:
-        raise ValueError(f"there are judgements of questions that there are not: {unknown[:10]}")
+        raise ValueError(f"there are judgements of unknown questions: {unknown[:10]}")
     return categories
 
 
@@ -254,46 +251,128 @@ def _by_question(ratings: Iterable[Rating]) -> list[tuple[float, int]]:
     return list(groups.values())
 
 
+_VERDICT = r"\[(?=\[\s*(?:\d+(?:\.\d+)?|[ABC])\s*\]\])"
+LONGEST_MARKER = 80
+"""Longest line of a template, in characters, that marks a place and is no instruction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgePrompts:
+    """What a judge reads: prompts, filled in with questions, answers and reference answers."""
+
+    prompts: Mapping[str, JudgePrompt]
+    """By name."""
+    references: Mapping[int, Turns]
+    """Reference answers by question, for the categories that want one."""
+    control: Collection[str] = ()
+    """The judge's own control strings (`models.judges.llm.control_of`)."""
+
+    def single(self, question: Question, turn: Turn, answers: Turns) -> tuple[str, Messages]:
+        """The prompt's name and the messages that ask for a rating of one turn.
+
+        Raises:
+            UserError: there is no such judge prompt.
+        """
+        shown = [self.disarmed(answer) for answer in answers]
+        fields = {"answer": shown[0], "answer_1": shown[0], "answer_2": shown[1]}
+        return self._filled(("single-v1", "single-math-v1"), question, turn, fields)
+
+    def pair(
+        self, question: Question, turn: Turn, first: Turns, second: Turns
+    ) -> tuple[str, Messages]:
+        """The prompt's name and the messages that compare two answers, the `first` as assistant A.
+
+        Raises:
+            UserError: there is no such judge prompt.
+        """
+        fields: dict[str, str] = {}
+        for letter, answers in (("a", first), ("b", second)):
+            shown = [self.disarmed(answer) for answer in answers]
+            fields |= {f"answer_{letter}": shown[0], f"answer_{letter}_1": shown[0]}
+            fields |= {f"answer_{letter}_2": shown[1]}
+        return self._filled(("pair-v2", "pair-math-v1"), question, turn, fields)
+
+    def _filled(
+        self, names: tuple[str, str], question: Question, turn: Turn, fields: Mapping[str, str]
+    ) -> tuple[str, Messages]:
+        """The prompt of these two names (without and with a reference), filled in once: braces in
+        an answer stay braces. Without a reference answer, a question is judged without one.
+        """
+        reference = self.references.get(question.question_id)
+        referenced = question.category in REFERENCED and reference is not None
+        name = names[referenced] + ("-multi-turn" if turn == 2 else "")
+        if name not in self.prompts:
+            raise UserError(
+                f"there is no judge prompt {name}",
+                where="MT-Bench's judge prompts",
+                expected="one of each name, as in judge_prompts.jsonl; found "
+                f"{sorted(self.prompts)}",
+            )
+        prompt, (one, two) = self.prompts[name], reference or ("", "")
+        text = prompt.prompt_template.format(
+            question=question.turns[0],
+            question_1=question.turns[0],
+            question_2=question.turns[1],
+            ref_answer_1=one,
+            ref_answer_2=two,
+            **fields,
+        )
+        system = Message(role="system", content=prompt.system_prompt)
+        return name, (system, Message(role="user", content=text))
+
+    def disarmed(self, answer: str) -> str:
+        """An answer with a space inside whatever a judge could take for more than words.
+
+        That is a line that marks a place in any of the prompts ("[The End of Assistant's Answer]",
+        in any case and spacing), a verdict ([[10]], [[A]]), and what chat templates write between
+        turns (`disarm`). So no answer can end itself, and no quotation of it is a verdict.
+        """
+        return disarm(self._armed.sub(r"\g<0> ", answer), self.control)
+
+    @cached_property
+    def _armed(self) -> re.Pattern[str]:
+        """Where `disarmed` puts a space: after a verdict's first bracket, or a marker's."""
+        texts = (p.prompt_template for p in self.prompts.values())
+        lines = {line.strip() for text in texts for line in text.split("\n")}
+        short = sorted(x for x in lines if x and "{" not in x and len(x) < LONGEST_MARKER)
+        markers = [r"\s+".join(map(re.escape, line.split())).replace("'", "['’]") for line in short]
+        return re.compile(rf"{_VERDICT}|(?=(?:{'|'.join(markers) or '(?!)'})).", re.I | re.S)
+
+
 def rate(
     questions: Sequence[Question],
     answers: Mapping[int, Turns],
-    prompts: Prompts,
+    prompts: JudgePrompts,
     judge: Asker,
     *,
     model: str,
     judge_name: str,
-    references: Mapping[int, Turns],
-    control: Collection[str] = (),
     advance: Progress | None = None,
 ) -> list[Rating]:
     """Have every answer rated: two ratings a question, in the order of the questions.
-
-    Args:
-        references: reference answers by question, for the categories that want one.
-        control: the judge's own control strings (`models.judges.llm.control_of`).
 
     Raises:
         UserError: an answer or a judge prompt is missing.
     """
     _complete(questions, answers)
     asked = [
-        (q, turn, *single_prompt(q, turn, answers[q.question_id], prompts, references, control))
+        (q, turn, *prompts.single(q, turn, answers[q.question_id]))
         for q in questions
         for turn in TURNS
     ]
-    told = judge.ask([m for *_, m in asked], _rating, advance)
+    replies = judge.ask([messages for *_, messages in asked], _rating, advance)
     return [
         Rating(
             question_id=q.question_id,
             model=model,
             judge=(judge_name, name),
             user_prompt=messages[-1]["content"],
-            judgment=said.feedback,
-            score=float(said.result or FAILED),
+            judgment=reply.feedback,
+            score=float(reply.result or FAILED),
             turn=turn,
-            failure=said.failure,
+            failure=reply.failure,
         )
-        for (q, turn, name, messages), said in zip(asked, told, strict=True)
+        for (q, turn, name, messages), reply in zip(asked, replies, strict=True)
     ]
 
 
@@ -301,13 +380,11 @@ def play(
     questions: Sequence[Question],
     ours: Mapping[int, Turns],
     theirs: Mapping[int, Turns],
-    prompts: Prompts,
+    prompts: JudgePrompts,
     judge: Asker,
     *,
     models: tuple[str, str],
     judge_name: str,
-    references: Mapping[int, Turns],
-    control: Collection[str] = (),
     advance: Progress | None = None,
 ) -> list[Game]:
     """Have two models' answers compared in both orders: a game row for each turn of a question.
@@ -318,13 +395,12 @@ def play(
     _complete(questions, ours)
     _complete(questions, theirs)
     rounds = [(q, turn) for q in questions for turn in TURNS]
-    ask = partial(pair_prompt, prompts=prompts, references=references, control=control)
     asked = [
-        ask(q, turn, first[q.question_id], second[q.question_id])
+        prompts.pair(q, turn, first[q.question_id], second[q.question_id])
         for q, turn in rounds
         for first, second in ((ours, theirs), (theirs, ours))
     ]
-    told = judge.ask([m for _, m in asked], read_choice, advance)
+    replies = judge.ask([messages for _, messages in asked], read_choice, advance)
     return [
         Game(
             question_id=q.question_id,
@@ -339,7 +415,7 @@ def play(
             failure=g1.failure or g2.failure,
         )
         for (q, turn), (name, _), g1, g2 in zip(
-            rounds, asked[::2], told[::2], told[1::2], strict=True
+            rounds, asked[::2], replies[::2], replies[1::2], strict=True
         )
     ]
 
@@ -355,9 +431,9 @@ def _rating(judgment: str) -> str | None:
     return None if rating is None else str(rating)
 
 
-def _winner(said: JudgeReply, places: tuple[Winner, Winner]) -> Winner:
+def _winner(reply: JudgeReply, places: tuple[Winner, Winner]) -> Winner:
     winners: dict[str | None, Winner] = {"A": places[0], "B": places[1], "C": "tie"}
-    return winners.get(said.result, "error")
+    return winners.get(reply.result, "error")
 
 
 def read_rating(judgment: str) -> float | None:
@@ -372,102 +448,3 @@ def read_choice(judgment: str) -> Literal["A", "B", "C"] | None:
     """The last [[A]], [[B]] or [[C]] (a tie) of a judge's text; None when there is none."""
     found = re.findall(r"\[\[([ABC])\]\]", judgment)
     return found[-1] if found else None
-
-
-def single_prompt(
-    question: Question,
-    turn: Turn,
-    answers: Turns,
-    prompts: Prompts,
-    references: Mapping[int, Turns],
-    control: Collection[str] = (),
-) -> tuple[str, tuple[Message, ...]]:
-    """What the judge reads to rate one turn: the prompt's name, and the messages.
-
-    A category that wants a reference but has none for this question is judged without.
-    """
-    prompt = _choose(prompts, ("single-v1", "single-math-v1"), question, turn, references)
-    shown = [disarmed(answer, prompts, control) for answer in answers]
-    fields = {"answer": shown[0], "answer_1": shown[0], "answer_2": shown[1]}
-    return prompt.name, _messages(prompt, question, references, fields)
-
-
-def pair_prompt(
-    question: Question,
-    turn: Turn,
-    first: Turns,
-    second: Turns,
-    prompts: Prompts,
-    references: Mapping[int, Turns],
-    control: Collection[str] = (),
-) -> tuple[str, tuple[Message, ...]]:
-    """What the judge reads to compare two answers, the `first` as assistant A."""
-    prompt = _choose(prompts, ("pair-v2", "pair-math-v1"), question, turn, references)
-    fields: dict[str, str] = {}
-    for letter, answers in (("a", first), ("b", second)):
-        shown = [disarmed(answer, prompts, control) for answer in answers]
-        fields |= {f"answer_{letter}": shown[0], f"answer_{letter}_1": shown[0]}
-        fields |= {f"answer_{letter}_2": shown[1]}
-    return prompt.name, _messages(prompt, question, references, fields)
-
-
-def _choose(
-    prompts: Prompts,
-    names: tuple[str, str],
-    question: Question,
-    turn: Turn,
-    references: Mapping[int, Turns],
-) -> JudgePrompt:
-    """The prompt of these two names (without and with a reference) for the question and turn."""
-    referenced = question.category in REFERENCED and question.question_id in references
-    name = names[referenced] + ("-multi-turn" if turn == 2 else "")
-    if name not in prompts:
-        raise UserError(
-            f"there is no judge prompt {name}",
-            where="MT-Bench's judge prompts",
-            expected=f"one of each name, as in judge_prompts.jsonl; found {sorted(prompts)}",
-        )
-    return prompts[name]
-
-
-def _messages(
-    prompt: JudgePrompt,
-    question: Question,
-    references: Mapping[int, Turns],
-    fields: Mapping[str, str],
-) -> tuple[Message, ...]:
-    """The template filled in: once, so that braces in an answer stay braces."""
-    asked, reference = question.turns, references.get(question.question_id, ("", ""))
-    text = prompt.prompt_template.format(
-        question=asked[0],
-        question_1=asked[0],
-        question_2=asked[1],
-        ref_answer_1=reference[0],
-        ref_answer_2=reference[1],
-        **fields,
-    )
-    return (
-        Message(role="system", content=prompt.system_prompt),
-        Message(role="user", content=text),
-    )
-
-
-_VERDICT = r"\[(?=\[\s*(?:\d+(?:\.\d+)?|[ABC])\s*\]\])"
-LONGEST_MARKER = 80
-"""Longest line of a template, in characters, that marks a place and is no instruction."""
-
-
-def disarmed(answer: str, prompts: Prompts, control: Collection[str] = ()) -> str:
-    """An answer as the judge sees it: a space inside whatever could pass for more than words.
-
-    That is a line that marks a place in any of the prompts ("[The End of Assistant's Answer]", in
-    any case and spacing), a verdict ([[10]], [[A]]), and what chat templates write between turns
-    (`disarm`). So no answer can end itself, and no quotation of it is a verdict.
-    """
-    lines = {line.strip() for p in prompts.values() for line in p.prompt_template.split("\n")}
-    short = sorted(
-        line for line in lines if line and "{" not in line and len(line) < LONGEST_MARKER
-    )
-    markers = [r"\s+".join(map(re.escape, line.split())).replace("'", "['’]") for line in short]
-    armed = re.compile(rf"{_VERDICT}|(?=(?:{'|'.join(markers) or '(?!)'})).", re.I | re.S)
-    return disarm(armed.sub(r"\g<0> ", answer), control)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import TypeVar
 
 from pydantic import BaseModel, Field
@@ -26,18 +27,16 @@ from tasks.benchmarks.mt_bench.data import (
     FAILED,
     TURNS,
     Game,
-    Prompts,
+    JudgePrompts,
     Question,
     Rating,
     Turns,
     mt_bench_metrics,
-    pair_prompt,
     play,
     rate,
     read_answers,
     read_judge_prompts,
     read_questions,
-    single_prompt,
     win_rates,
 )
 from tasks.benchmarks.rows import single_turn, spread, write_lines
@@ -91,28 +90,29 @@ class MTBenchSettings(RunSettings):
         return 3 if self.against else 1, 1
 
     def load(self, judge: JudgeSettings | None) -> MTBench:
-        """See `RunSettings.load`: a question without judge prompt or opponent's answer is wrong."""
+        """See `RunSettings.load`; each question needs its judge prompts and opponent's answer."""
         assert judge is not None, "it needs a judge"
         questions = spread(read_questions(self.questions), self.limit)
-        bench = MTBench(
+        prompts = JudgePrompts(
+            prompts=read_judge_prompts(self.judge_prompts),
+            references=read_answers(self.references) if self.references else _own(questions),
+        )
+        against = read_answers(self.against) if self.against else None
+        missing = [q.question_id for q in questions if q.question_id not in (against or {})]
+        if self.against and missing:
+            raise UserError(f"questions without an answer: {missing[:10]}", where=self.against)
+        for question, turn in product(questions, TURNS):  # a missing judge prompt raises
+            prompts.single(question, turn, ("", ""))
+            if self.against:
+                prompts.pair(question, turn, ("", ""), ("", ""))
+        return MTBench(
             judge=judge,
             which=self.answer,
             questions=questions,
-            judge_prompts=read_judge_prompts(self.judge_prompts),
-            references=read_answers(self.references) if self.references else _own(questions),
-            against=read_answers(self.against) if self.against else None,
+            prompts=prompts,
+            against=against,
             temperatures=TEMPERATURES if self.category_temperatures else {},
         )
-        missing = [q.question_id for q in questions if q.question_id not in (bench.against or {})]
-        if self.against and missing:
-            raise UserError(f"questions without an answer: {missing[:10]}", where=self.against)
-        for question in questions:  # all of their prompts are there
-            for turn in TURNS:
-                how = bench.judge_prompts, bench.references
-                single_prompt(question, turn, ("", ""), *how)
-                if self.against:
-                    pair_prompt(question, turn, ("", ""), ("", ""), *how)
-        return bench
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,11 +129,11 @@ class MTBench:
     judge: JudgeSettings
     which: Which
     questions: Sequence[Question]
-    judge_prompts: Prompts
-    references: Mapping[int, Turns]
+    prompts: JudgePrompts
     against: Mapping[int, Turns] | None
+    """Another model's answers by question; None: there are no games."""
     temperatures: Mapping[str, float]
-    """By category; a category that is not there is answered at evaluate's."""
+    """By category; other categories are answered at evaluate's temperature."""
 
     def answer(self, respondent: Respondent) -> list[DialogueAnswer]:
         """Two rows a question."""
@@ -175,9 +175,10 @@ class MTBench:
 
     def measure(self, answers: Sequence[DialogueAnswer], panel: Panel) -> Metrics:
         """Scores from 1 to 10, overall, per turn and per category; the win rate in [0, 1]."""
-        told = {(a.question_id, a.turn): given(a, self.which).text for a in answers}
+        texts = {(a.question_id, a.turn): given(a, self.which).text for a in answers}
         ours = {
-            q.question_id: (told[q.question_id, 1], told[q.question_id, 2]) for q in self.questions
+            q.question_id: (texts[q.question_id, 1], texts[q.question_id, 2])
+            for q in self.questions
         }
         self._write(
             panel, "model_answer", [_answer_line(panel.model, *item) for item in ours.items()]
@@ -218,23 +219,15 @@ class MTBench:
         """Rows of one of the judgements' files, made in shards of questions, and the file.
 
         Args:
-            judge: `rate` or `play`, with what only it needs.
+            judge: `rate` or `play`, with the arguments that only it takes.
             each: judgements of a question.
         """
-        judge = partial(
-            judge,
-            prompts=self.judge_prompts,
-            judge_name=self.judge.model_name,
-            references=self.references,
-        )
-        lines = panel.work.in_shards(
+        lines = panel.in_shards(
             f"{NAME}-{kind}",
             FastChatLine,
             self.questions,
-            panel.pool_of(self.judge),
-            partial(_lines, judge, self.judge, panel.seed),
-            what=f"judge {panel.iteration}: {NAME}-{kind}",
-            unit="judgements",
+            self.judge,
+            partial(_lines, judge, self.prompts, self.judge, panel.seed),
             each=each,
         )
         self._write(panel, f"model_judgment_{kind}", [line.json for line in lines])
@@ -250,6 +243,7 @@ class MTBench:
 
 def _lines(
     judge: Callable[..., Sequence[BaseModel]],
+    prompts: JudgePrompts,
     settings: JudgeSettings,
     seed: int,
     judges: Judges,
@@ -257,8 +251,13 @@ def _lines(
     tick: Progress,
 ) -> list[FastChatLine]:
     policy = judges.model(settings)
-    asker = Asker(policy=policy, settings=settings, seed=seed)
-    found = judge(questions, judge=asker, control=control_of(policy), advance=tick)
+    found = judge(
+        questions,
+        prompts=replace(prompts, control=control_of(policy)),
+        judge=Asker(policy=policy, settings=settings, seed=seed),
+        judge_name=settings.model_name,
+        advance=tick,
+    )
     return [FastChatLine(json=row.model_dump_json(exclude_none=True)) for row in found]
 
 
