@@ -124,11 +124,8 @@ class _Document:
                 raise self._broken(f"{self._value()[:40]!r} stands after the last row")
 
     def _rows_of_list(self) -> Records:
-        number, closed = 0, False
         self._take("[")
-        if self._peek() == "]":
-            self._take("]")
-            return
+        closed = self._peek() == "]" and bool(self._take("]"))
         while not closed:
             number = next(self._number)
             yield number, _parsed(self._value())

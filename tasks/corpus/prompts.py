@@ -17,10 +17,11 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from constitutions.errors import UserError, UserErrors
+from models.policy import Message
 from models.settings import Settings
 from tasks.corpus.files import checked_file, file_records, hub_data
-from tasks.corpus.formats import ADAPTERS, Adapter, Columns, Format, detected
-from tasks.corpus.rows import Record, Records, RowError
+from tasks.corpus.formats import ADAPTERS, Columns, Format, detected
+from tasks.corpus.rows import Records, RowError
 from tasks.rows import Prompt, Rejected, prompt_id
 
 REPORTED = 20
@@ -221,7 +222,8 @@ def _load(source: CorpusSettings, seen: dict[str, str]) -> tuple[list[Prompt], P
             found = detected(record, columns) if source.format == "auto" else usual
             usual = usual or found  # for a later row that lacks the column that shows the format
             adapt = ADAPTERS[found or usual or "plain"]
-            rows.append(_prompt(record, adapt, source, number, seen))
+            where = f"{source.label}:{number}"
+            rows.append(_prompt(*adapt(record, columns), columns, where, seen))
         except RowError as problem:
             problem.__traceback__ = None  # it would keep the row
             problems.append((number, problem))
@@ -243,15 +245,10 @@ def _drawn(rows: list[Prompt], limit: int | None, seed: int) -> list[Prompt]:
 
 
 def _prompt(
-    record: Record,
-    adapt: Adapter,
-    source: CorpusSettings,
-    number: int,
-    seen: dict[str, str],
+    prompt: tuple[Message, ...], gold: str, columns: Columns, where: str, seen: dict[str, str]
 ) -> Prompt:
-    columns = Columns(source.prompt_column, source.gold_column)
-    prompt, gold = adapt(record, columns)
-    row_id, where = prompt_id(prompt), f"{source.label}:{number}"
+    """The row, checked for its length and against the prompts that were `seen`."""
+    row_id = prompt_id(prompt)
     characters = sum(len(message["content"]) for message in prompt)
     for field, length in ((columns.prompt, characters), (columns.gold, len(gold))):
         if length > LONGEST:

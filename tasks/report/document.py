@@ -294,14 +294,10 @@ def _costs(e: Recorded) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     seconds, tokens = stage_seconds(e.history), stage_tokens(e.history)
     there = {stage.name for stage in e.stages}
     for name in (name for name in STAGES if name in there):
-        spent = [seconds[t].get(name) for t in sorted(e.history)]
-        counts = [tokens[t].get(name) for t in sorted(e.history)]
+        spent = [(seconds[t].get(name), tokens[t].get(name)) for t in sorted(e.history)]
         yield (
             name,
-            [
-                ("–" if s is None else f"{s:,.1f}\u00a0s", f"{n:,.0f}" if n else "")
-                for s, n in zip(spent, counts, strict=True)
-            ],
+            [("–" if s is None else f"{s:,.1f}\u00a0s", number(n) if n else "") for s, n in spent],
         )
 
 

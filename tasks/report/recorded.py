@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -101,6 +101,19 @@ class Recorded:
 # How figures are written -------------------------------------------------------------------------
 
 
+number = "{:,.0f}".format
+"""A count in words."""
+nats = "{:.3f}".format
+"""An amount of information in words."""
+FORMS: dict[str, Callable[[float], str]] = {
+    "percent": lambda share: f"{100 * share:.1f}\u00a0%",
+    "score": "{:.2f}".format,
+    "count": number,
+    "nats": nats,
+}
+"""How each `Column.form` is written."""
+
+
 class Cell(NamedTuple):
     """A figure and its 95 % interval (of nats: its standard error), in words."""
 
@@ -112,7 +125,7 @@ def cell(metrics: Mapping[str, float], metric: str, form: str = "percent") -> Ce
     """A figure as tables show it; a dash where it was not measured."""
     if metric not in metrics:
         return Cell("–")
-    show = {"percent": percent, "score": score, "count": number, "nats": nats}[form]
+    show = FORMS[form]
     ends = [metrics.get(f"{metric}_{end}") for end in ("low", "high")]
     low, high = (None if end is None else show(end).removesuffix("\u00a0%") for end in ends)
     interval = "" if low is None or high is None else f"[{low}, {high}]"
@@ -128,23 +141,3 @@ def cells(e: Recorded, columns: Sequence[Column]) -> list[tuple[str, list[Cell]]
         for c in columns
         if any(c.metric in metrics for metrics in e.history.values())
     ]
-
-
-def percent(value: float) -> str:
-    """A share in [0, 1]."""
-    return f"{100 * value:.1f}\u00a0%"
-
-
-def score(value: float) -> str:
-    """A rating."""
-    return f"{value:.2f}"
-
-
-def nats(value: float) -> str:
-    """An amount of information."""
-    return f"{value:.3f}"
-
-
-def number(value: float) -> str:
-    """A count."""
-    return f"{value:,.0f}"

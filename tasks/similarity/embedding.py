@@ -57,14 +57,12 @@ class Embedding(Similarity[EmbeddingSettings]):
         reference = vectors.get(gold)
         if reference is None:
             return [Score(None, f"gold: {_no_vector(gold)}")] * len(texts)
-        scores = []
-        for text in texts:
-            vector = vectors.get(text)
-            if vector is None:
-                scores.append(Score(None, _no_vector(text)))
-            else:
-                scores.append(Score(float(np.clip(vector @ reference, 0.0, 1.0)), None))
-        return scores
+        return [
+            Score(None, _no_vector(text))
+            if (vector := vectors.get(text)) is None
+            else Score(float(np.clip(vector @ reference, 0.0, 1.0)), None)
+            for text in texts
+        ]
 
 
 def _unit_vectors(embedded: np.ndarray, texts: int) -> list[np.ndarray | None]:
