@@ -97,7 +97,7 @@ class Experiment:
         if self.start:
             order = _order((iteration, stage)) < _order(self.start)
             return "take" if order else "force"
-        return "force" if self.force else "ask"
+        return "force" if self.force else "reuse"
 
     def needs(self, stage: str, iteration: int) -> Attempt:
         """The attempt of a stage that this run uses, else the current one.

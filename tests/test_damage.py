@@ -286,7 +286,7 @@ def test_the_note_of_who_holds_a_lock(tmp_path: Path, damage: Damage) -> None:
     lock = tmp_path / "a.lock"
     with locks.held(lock, "mine of iteration 1"):
         damage(lock.with_suffix(".holder"))
-        said = locks._told(lock.with_suffix(".holder"))
+        said = locks.holder(lock)
         assert said == "another process" or f"process {os.getpid()}" in said or damage is flipped
         if lock.with_suffix(".holder").is_dir():
             shutil.rmtree(lock.with_suffix(".holder"))
@@ -294,4 +294,4 @@ def test_the_note_of_who_holds_a_lock(tmp_path: Path, damage: Damage) -> None:
     a.write_text("left by a process that was killed")
     damage(a)
     with locks.held(lock, "next"):
-        assert f"process {os.getpid()}: next" in locks._told(a)
+        assert f"process {os.getpid()}: next" in locks.holder(lock)

@@ -17,7 +17,7 @@ import typer.core
 
 from constitutions.errors import UserError
 from constitutions.terminal import clean_logs, fail, say
-from tasks.record import kept
+from tasks.record import interruption
 
 app = typer.Typer(
     name="staple",
@@ -80,7 +80,7 @@ def run(
         if recorded:  # the run that held the lock may have changed them
             settings = recorded_settings(source, set_ or [])
         keep = list(parse_overrides(set_ or [])) if recorded else None
-        kept.tell(command=f"staple run {settings.experiment} --resume")
+        interruption.note(command=f"staple run {settings.experiment} --resume")
         done = run_experiment(settings, keep_changes=keep, force=force, start=place)
         results.show_ending(settings, done)
         if followed := run_following(settings, done, resume=recorded, force=force):
@@ -424,7 +424,7 @@ def up(
     """Start Prefect, MLflow and workers on this machine, for schedules and runs in a browser."""
     from flows.server import services
 
-    kept.tell(all="the services that it had started are stopped")
+    interruption.note(all="the services that it had started are stopped")
     found = services.up(port, mlflow_port)
     say(f"Prefect  {found.prefect}  runs, schedules and a form for each stage")
     if found.login:
@@ -442,7 +442,7 @@ def down() -> None:
     """Stop the services that `staple up` started, and nothing else."""
     from flows.server import services
 
-    kept.tell(all="some services may still run")
+    interruption.note(all="some services may still run")
     say(f"Stopped: {', '.join(services.down()) or 'nothing, as no service was running'}.")
 
 

@@ -20,7 +20,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from tasks.record import kept
+from tasks.record import interruption
 
 if TYPE_CHECKING:
     import psutil
@@ -98,7 +98,8 @@ def _end(child: int, stops: list[int]) -> int:
     _kill(family)
     if status is not None and _exit_code(status) == 0:
         return 0  # it finished at that moment
-    _say(kept.words(), kept.told().get("command") or shlex.join(["staple", *sys.argv[1:]]))
+    resume = interruption.noted().get("command") or shlex.join(["staple", *sys.argv[1:]])
+    _say(interruption.kept(), resume)
     return 128 + stops[0]
 
 

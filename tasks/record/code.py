@@ -27,10 +27,10 @@ APART = (
     *("models.engine.local", "models.endpoint.server", "models.training.sami", "models.embedders"),
     *("models.planted.oracle", "models.planted.pretrain"),
 )
-"""Modules and packages that do not count because something imports them. The first two lines keep
-and show results, find and check a model's files, and say what else a result depends on: they
-change none. The others are chosen by settings: a stage names one where it uses it (`Slot.uses`),
-and every module that a `registry` lists. Of a registry itself only the functions count."""
+"""Modules and packages that do not count just because a module imports them. Those of the first two
+lines keep and show results, find and check a model's files, and name what else a result depends on:
+they change no result. Settings choose the others: a stage names them where it uses them
+(`Slot.uses`), and those that a `registry` lists. Of a registry only the functions count."""
 TEXTS = ("Rubric", "Templates", "ConstitutionWording")
 """Classes whose module-level objects are texts: a stage notes the digest of those it uses."""
 
@@ -66,7 +66,7 @@ def code_version(*modules: str) -> str:
 def _source(module: str) -> Path | None:
     """The file of one of the project's modules; nothing is imported (torch takes seconds).
 
-    A stage of one's own lies elsewhere: where it was loaded from.
+    A user's own stage is where it was loaded from.
     """
     if not _is_of_project(module):
         file = getattr(sys.modules.get(module), "__file__", None)
@@ -84,9 +84,9 @@ def _is_of_project(module: str) -> bool:
 
 @cache
 def _check_is_ours(module: str) -> None:
-    """Refuse to vouch for code that is not what runs: `tasks` is a common name for a folder.
+    """Refuse a version of code that is not the code that runs: `tasks` is a common folder name.
 
-    What is not loaded yet is looked for, as the import will.
+    A module that is not loaded yet is searched for as its import will do.
     """
     source = _source(module)
     loaded = sys.modules.get(module)
@@ -110,9 +110,9 @@ def _entry(file: str) -> str:
 
 class _Module(NamedTuple):
     tree: str
-    """sha256 of the syntax tree without docstrings and the texts that are noted."""
+    """sha256 of the syntax tree without docstrings and texts (`TEXTS`)."""
     imports: frozenset[str]
-    """The modules that count because this one imports them, inside functions too."""
+    """The modules that count because this one imports them, also inside functions."""
 
 
 @cache
@@ -121,7 +121,7 @@ def _read(module: str) -> _Module:
     if source is None:
         return _Module("", frozenset())
     tree = ast.parse(source.read_bytes())
-    if module.endswith(".registry"):  # what it lists may grow; what it does counts
+    if module.endswith(".registry"):  # its list may grow
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
         tree = ast.Module(list(functions), [])
     tree.body = [node for node in tree.body if not _is_noted(node)]

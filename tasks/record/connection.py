@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class RecordConnection:
-    """One experiment in MLflow. Opening it creates what is missing; several processes may.
+    """One experiment in MLflow. Opening it creates what is missing, from several processes at once.
 
     Args:
         experiment: the experiment's name.
@@ -33,7 +33,7 @@ class RecordConnection:
 
     @cached_property
     def client(self) -> MlflowClient:
-        """The MLflow client; what is missing is created, under a lock (two creators break it).
+        """The MLflow client. It creates what is missing, under a lock: two at once break it.
 
         Raises:
             UserError: the experiment was deleted, or the record cannot be used.
@@ -80,7 +80,7 @@ class RecordConnection:
         )
 
     def _connect(self) -> MlflowClient:
-        """A client whose server is there: MLflow itself would try for two minutes, silently."""
+        """A client whose server answers: MLflow itself would retry silently for two minutes."""
         from mlflow import MlflowClient
 
         address = urlsplit(self.tracking_uri)

@@ -1,7 +1,7 @@
-"""MLflow's SQLite database: made whole or not at all, and looked at before it is used.
+"""MLflow's SQLite database: made whole or not at all, and checked before it is used.
 
-MLflow makes one in some hundred steps, each kept as it is done: a process that is killed among them
-leaves a database that no MLflow opens again. Here it is made under another name and then renamed.
+MLflow makes one in some hundred transactions: a process that is killed between two of them leaves a
+database that no MLflow opens again. So it is made under another name and then renamed.
 `tasks.record.connection` and `staple up` call `ready` before anything else opens it.
 """
 
@@ -10,8 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -26,7 +25,9 @@ DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 OTHER_STORES = ("http", "https", "file", "databricks", "databricks-uc", "uc")
 BUSY_SECONDS = 30
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-"""What the system says of a place where this user cannot write."""
+"""Errors of a place where this user cannot write."""
+TABLES = "select name from sqlite_master where type = 'table' and name not like 'sqlite_%'"
+REVISION = "select version_num from alembic_version"
 
 
 def tracking_uri() -> str:
@@ -70,9 +71,9 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def ready(uri: str) -> None:
-    """Make the database that a tracking URI names, unless it is there; other stores are left alone.
+    """Make the database that a tracking URI names, where it is missing or half made and empty.
 
-    A half-made one that holds nothing is made again. Killed at any moment, the next call goes on.
+    Stores of other kinds are left alone.
 
     Raises:
         UserError: the file is damaged or another MLflow's, or cannot be written.
@@ -83,12 +84,16 @@ def ready(uri: str) -> None:
     from filelock import FileLock
 
     lock = file.with_name(f".{file.name}.lock")
-    with _writable(file):
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):
             if not is_whole(file):
                 _make(uri, file)
-            lock.unlink(missing_ok=True)  # who waited for it finds the database
+            lock.unlink(missing_ok=True)  # a process that waits for it finds the database
+    except OSError as error:
+        if error.errno in CLOSED:
+            raise _closed(file, str(error.strerror)) from None
+        raise
 
 
 def is_whole(file: Path) -> bool:
@@ -116,10 +121,6 @@ def is_whole(file: Path) -> bool:
         expected=f"schema {_newest_revision()}",
         fix=f"copy the file, then: mlflow db upgrade sqlite:///{file.absolute()}",
     )
-
-
-TABLES = "select name from sqlite_master where type = 'table' and name not like 'sqlite_%'"
-REVISION = "select version_num from alembic_version"
 
 
 def _holds_data(database: sqlite3.Connection, table: str) -> bool:
@@ -169,9 +170,9 @@ def _unusable(file: Path, error: sqlite3.DatabaseError) -> UserError:
 
 
 def damage_behind(error: BaseException | None) -> UserError | None:
-    """The message for damage that SQLite met only while it worked; None: that is not what failed.
+    """The message for damage that SQLite found while it worked; None: something else failed.
 
-    MLflow wraps SQLite's errors: the whole chain is looked through.
+    MLflow wraps SQLite's errors: the whole chain is searched.
     """
     while error is not None:
         text = str(error)
@@ -200,13 +201,3 @@ def _closed(file: Path, what: str) -> UserError:
         expected="a file that this user may read and write, in such a folder",
         fix="work in another folder, or name one: MLFLOW_TRACKING_URI=sqlite:////FOLDER/mlflow.db",
     )
-
-
-@contextmanager
-def _writable(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in CLOSED:
-            raise _closed(file, str(error.strerror)) from None
-        raise

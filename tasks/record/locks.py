@@ -1,6 +1,6 @@
-"""Who computes what, and who holds the device: a second process waits, and is told for whom.
+"""File locks: one process computes a thing or uses a device; the next waits, and says for whom.
 
-The locks are the system's file locks: they end with the process that holds them, however it ended.
+They are the system's: a lock ends with the process that holds it, however that ends.
 """
 
 from __future__ import annotations
@@ -25,24 +25,39 @@ BEATS_MISSED = 6
 
 @contextmanager
 def held(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path`; while another process has it, say who does what, and wait."""
+    """Hold the lock file `path`; while another process holds it, say what that one does, and wait.
+
+    Args:
+        what: this process does, for the message of the next one.
+    """
     from filelock import FileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock, holder = FileLock(path), path.with_suffix(".holder")
+    lock, note = FileLock(path), _note(path)
     try:
-        lock.acquire(timeout=0)
+        acquired = lock.acquire(timeout=0)
     except Timeout:
-        say(f"waiting for {_told(holder)}")
-        lock.acquire()
-    try:
-        if holder.is_dir():  # nobody else's business: the lock is ours
-            remove(holder)
-        write_text(holder, json.dumps({"pid": os.getpid(), "what": what, "since": time.time()}))
+        say(f"waiting for {holder(path)}")
+        acquired = lock.acquire()
+    with acquired:
+        remove(note)  # a killed process may have left one
+        write_text(note, json.dumps({"pid": os.getpid(), "what": what, "since": time.time()}))
         yield
-        holder.unlink(missing_ok=True)
-    finally:
-        lock.release()
+        note.unlink(missing_ok=True)
+
+
+def holder(path: Path) -> str:
+    """Who holds a lock, in words."""
+    try:
+        facts = json.loads(_note(path).read_bytes())
+        seconds = max(time.time() - facts["since"], 0)
+        return f"process {facts['pid']}: {facts['what']} (for {seconds:,.0f} s)"
+    except UNREADABLE:  # not written yet, or damaged
+        return "another process"
+
+
+def _note(path: Path) -> Path:
+    return path.with_suffix(".holder")
 
 
 def is_held(path: Path) -> bool:
@@ -62,17 +77,23 @@ def is_held(path: Path) -> bool:
 def device(name: str, what: str) -> Iterator[None]:
     """Hold the visible accelerators: one policy of this user's in their memory at a time.
 
+    Another user's processes have locks of their own. People who share a device agree on it
+    themselves, or by the machine's scheduler: a file that all could lock, all could spoil.
+
     Args:
         name: "cpu" needs no lock; "cuda", or "auto" where there is an NVIDIA device, does.
+
+    Raises:
+        UserError: the folder of the locks cannot be used.
     """
     present = sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
     if name == "cpu" or (name == "auto" and not present):
         yield
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(present))
-    folder = private.device_locks()
+    folder = private.folder(Path.home() / ".cache" / "staple" / "locks" / platform.node())
     with ExitStack() as locks:
-        for number in sorted(visible.split(",")):  # one order for all: nobody waits in a circle
+        for number in sorted(visible.split(",")):  # in the same order everywhere: no deadlock
             locks.enter_context(held(folder / f"device-{number.strip()}.lock", what))
         yield
 
@@ -84,12 +105,12 @@ def place(home: Path) -> str:
 
 @contextmanager
 def heartbeat(beat: Callable[[], object]) -> Iterator[None]:
-    """Call `beat` every HEARTBEAT_SECONDS from a thread: other machines see that we live."""
+    """Call `beat` every HEARTBEAT_SECONDS from a thread: other machines see this process live."""
     ended = threading.Event()
 
     def run() -> None:
         while not ended.wait(HEARTBEAT_SECONDS):
-            with suppress(Exception):  # the record may be away for a while; the work goes on
+            with suppress(Exception):  # the record may be away for a while; the work continues
                 beat()
 
     thread = threading.Thread(target=run, daemon=True, name="heartbeat")
@@ -99,12 +120,3 @@ def heartbeat(beat: Callable[[], object]) -> Iterator[None]:
     finally:
         ended.set()
         thread.join(timeout=1)  # a beat may hang on a record that is away
-
-
-def _told(holder: Path) -> str:
-    try:
-        facts = json.loads(holder.read_bytes())
-        seconds = max(time.time() - facts["since"], 0)
-        return f"process {facts['pid']}: {facts['what']} (for {seconds:,.0f} s)"
-    except UNREADABLE:  # not written yet, or damaged
-        return "another process"

@@ -1,13 +1,8 @@
-"""Folders and files for this user alone, where others of this machine may have been before us.
-
-Nothing of ours lies under a predictable name in a folder that everybody writes to: the locks of
-the devices are in the user's own cache.
-"""
+"""Folders and files for this user alone: nobody else's is used, and no link is followed."""
 
 from __future__ import annotations
 
 import os
-import platform
 import stat
 from pathlib import Path
 
@@ -18,7 +13,7 @@ def folder(path: Path) -> Path:
     """The folder, made where it is missing, for its owner alone.
 
     Raises:
-        UserError: a link or a file stands there, or a folder of somebody else; it cannot be made.
+        UserError: it is a link, a file or another user's; it cannot be made.
     """
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -49,13 +44,3 @@ def folder(path: Path) -> Path:
 def opener(path: str, flags: int) -> int:
     """For `open`: a new file is its owner's alone, and a link is not followed."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o600)
-
-
-def device_locks() -> Path:
-    """Where the locks of this machine's devices are, the same for all processes of this user.
-
-    Another user's processes have locks of their own: who shares a device with other people has to
-    agree with them (or with the machine's scheduler), as a lock that all of them may open would be
-    a file that all of them may spoil.
-    """
-    return folder(Path.home() / ".cache" / "staple" / "locks" / platform.node())

@@ -20,26 +20,20 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]
 
 @contextmanager
 def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress as rich
 
     from constitutions.terminal import errors
 
+    texts = ("{task.completed:.0f}/{task.total:.0f} " + unit, "{task.fields[rate]}")
     columns = (
-        TextColumn("{task.description:<22}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        rich.TextColumn("{task.description:<22}"),
+        rich.BarColumn(),
+        *map(rich.TextColumn, texts),
+        rich.TimeElapsedColumn(),
+        rich.TimeRemainingColumn(),
     )
     started = time.monotonic()
-    with Progress(*columns, console=errors, transient=True) as bar:
+    with rich.Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task(what, total=total, rate="")
 
         def advance(count: int) -> None:
@@ -52,15 +46,15 @@ def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def _lines(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    started = said = time.monotonic()
+    started = shown = time.monotonic()
     done = 0
 
     def advance(count: int) -> None:
-        nonlocal done, said
+        nonlocal done, shown
         done += count
         now = time.monotonic()
-        if now - said >= 10 and done < total:
-            said, rate = now, done / (now - started)
+        if now - shown >= 10 and done < total:
+            shown, rate = now, done / (now - started)
             left = (total - done) / rate if rate else 0.0
             line = f"{what}: {done:,}/{total:,} {unit}, {rate:,.1f}/s, {left:.0f} s left"
             print(line, file=sys.stderr, flush=True)

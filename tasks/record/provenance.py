@@ -12,11 +12,22 @@ from models.files import text_sha256
 
 
 class Source(NamedTuple):
-    """An attempt that another one read: where it stood, and the digest that it had then."""
+    """An attempt that another one read, and the digest that its outputs had then."""
 
     stage: str
     iteration: int
     digest: str
+
+    @property
+    def tag(self) -> str:
+        """The source as the value of a tag."""
+        return f"{self.stage}:{self.iteration}:{self.digest}"
+
+    @classmethod
+    def read(cls, tag: str) -> Source:
+        """A source from its tag."""
+        stage, iteration, digest = tag.split(":")
+        return cls(stage, int(iteration), digest)
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,13 @@ class Provenance:
         parts = asdict(self) | {"inputs": {k: v.digest for k, v in self.inputs.items()}}
         return text_sha256(json.dumps(parts, sort_keys=True))
 
+    @classmethod
+    def read(cls, text: bytes) -> Provenance:
+        """A provenance from its JSON; one of `models.files.UNREADABLE` if it is damaged."""
+        found = json.loads(text)
+        found["inputs"] = {name: Source(*source) for name, source in found["inputs"].items()}
+        return cls(**found)
+
     @property
     def place(self) -> tuple[str, int]:
         """(stage, iteration)."""
@@ -50,7 +68,7 @@ class Provenance:
 
 
 class Acceptance(NamedTuple):
-    """Somebody's word that a change of code leaves an attempt valid."""
+    """Who declared that a change of code leaves an attempt valid."""
 
     by: str
     when: str
@@ -59,7 +77,7 @@ class Acceptance(NamedTuple):
 
     @classmethod
     def read(cls, tag: str) -> Acceptance | None:
-        """An acceptance from its tag; None where somebody else wrote something else there."""
+        """An acceptance from its tag; None: another program wrote the tag."""
         with suppress(ValueError, TypeError):
             return cls(**json.loads(tag))
         return None

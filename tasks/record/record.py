@@ -1,9 +1,7 @@
 """The record: what every stage read and wrote, kept in MLflow.
 
 One MLflow experiment per experiment, one top-level run per iteration, one nested run per attempt of
-a stage. An attempt counts only when its run is FINISHED and complete; the *current* one is the one
-that was made or asked for last. It is *stale* when the stage would compute something else now
-(`flows.states`). `tasks.record.slot` makes attempts; flows and the CLI read `Record.current`.
+a stage. `tasks.record.slot` makes attempts; flows and the CLI read `Record.current`.
 """
 
 from __future__ import annotations
@@ -33,14 +31,16 @@ if TYPE_CHECKING:
 Row = TypeVar("Row")
 
 PROVENANCE = "derivation.json"
-ASKED = "asked"
-"""Tag: when an attempt began, ended, or was last asked for. The newest is the current one."""
+LAST_USED = "asked"
+"""Tag: when an attempt began, ended or was reused. The newest is the current one."""
 HEARTBEAT = "heartbeat"
 """Tag of a running attempt: the wall-clock time at which its process was last alive."""
 CHANGE = "set."
 """Tags of an iteration's run: settings that were changed for this iteration alone, as JSON."""
+INPUT = "input."
+"""Tags of an attempt: what it read, by name."""
 ACCEPTED = "accepted."
-"""Tags of an attempt: fingerprints that it stands for as well, with who said so, as JSON."""
+"""Tags of an attempt: further fingerprints that it stands for, and who accepted them, as JSON."""
 SUMMARY = -1
 """The iteration number under which the experiment's own summary run is kept."""
 AttemptKey = tuple[str, str, int]
@@ -84,16 +84,29 @@ class Attempt:
         return self.record.artifacts.verified(self.run_id, name, self.digest)
 
     def read(self, name: str, row_type: type[Row]) -> list[Row]:
-        """The rows of `<name>.parquet`."""
+        """The rows of `<name>.parquet`.
+
+        Raises:
+            UserError: the file is not what the attempt wrote.
+        """
         return read_rows(self.path(f"{name}.parquet"), row_type)
 
     def provenance(self) -> Provenance:
-        """What its outputs were made from."""
-        return self.record.provenance(self.run_id)
+        """What its outputs depend on.
+
+        Raises:
+            UserError: the file that says so is damaged.
+        """
+        path = self.record.artifacts.path(self.run_id, PROVENANCE)
+        with suppress(*UNREADABLE):
+            found = Provenance.read(path.read_bytes())
+            if found.fingerprint == self.fingerprint and found.inputs == self.inputs:
+                return found
+        raise self.record.artifacts.damage(self.run_id, PROVENANCE, path)
 
 
 Attempts = dict[AttemptKey, Attempt]
-"""What a run has made or found so far, and feeds on."""
+"""What a run of the loop has made or reused so far."""
 
 
 class Record(RecordConnection):
@@ -113,7 +126,7 @@ class Record(RecordConnection):
         if found:
             return str(found[-1].info.run_id)  # the first that was made, should there be two
         name = "summary" if iteration == SUMMARY else f"iteration {iteration}"
-        tags = {"kind": kind, "iteration": str(iteration), ASKED: self.stamp()}
+        tags = {"kind": kind, "iteration": str(iteration), LAST_USED: self.stamp()}
         run = self.client.create_run(self.experiment_id, tags=tags, run_name=name)
         self.client.set_terminated(run.info.run_id)
         return str(run.info.run_id)
@@ -175,13 +188,15 @@ class Record(RecordConnection):
 
     def all_changes(self) -> dict[int, dict[str, Any]]:
         """`changes` of every iteration that has any."""
-        found: dict[int, dict[str, Any]] = {}
-        for run in self.runs("tags.kind = 'iteration'"):
-            for tag, value in run.data.tags.items():
-                if tag.startswith(CHANGE):
-                    changes = found.setdefault(int(run.data.tags["iteration"]), {})
-                    changes[tag.removeprefix(CHANGE)] = json.loads(value)
-        return found
+        changed = {
+            int(run.data.tags["iteration"]): _tags(run, CHANGE)
+            for run in self.runs("tags.kind = 'iteration'")
+        }
+        return {
+            iteration: {name: json.loads(value) for name, value in tags.items()}
+            for iteration, tags in changed.items()
+            if tags
+        }
 
     def change(self, iteration: int, settings: Mapping[str, Any]) -> None:
         """Change settings for one iteration, from now on; a value of None is a value."""
@@ -203,7 +218,11 @@ class Record(RecordConnection):
         return found[0] if found else None
 
     def needs(self, stage: str, iteration: int) -> Attempt:
-        """`current`, or a UserError that says how to make it."""
+        """As `current`.
+
+        Raises:
+            UserError: it was never finished; the message says how to make it.
+        """
         found = self.current(stage, iteration)
         if found is None:
             raise UserError(
@@ -220,48 +239,39 @@ class Record(RecordConnection):
         return [self.attempt(run) for run in self.runs(runs_of(stage, iteration)) if finished(run)]
 
     def attempt(self, run: Run, *, reused: bool = True) -> Attempt:
-        """The finished attempt that an MLflow run stands for."""
-        tags = run.data.tags
-        sources = {
-            key.removeprefix("input."): value.split(":")
-            for key, value in tags.items()
-            if key.startswith("input.")
-        }
+        """A finished MLflow run as an attempt."""
+        tags, accepted = run.data.tags, _tags(run, ACCEPTED)
         return Attempt(
             stage=tags["stage"],
             iteration=int(tags["iteration"]),
             run_id=run.info.run_id,
             fingerprint=tags["fingerprint"],
             digest=tags["digest"],
-            inputs={name: Source(s, int(t), digest) for name, (s, t, digest) in sources.items()},
+            inputs={name: Source.read(tag) for name, tag in _tags(run, INPUT).items()},
             metrics=dict(run.data.metrics),
             seconds=float(tags["seconds"]),
             reused=reused,
             record=self,
-            accepted={
-                key.removeprefix(ACCEPTED): acceptance
-                for key, value in tags.items()
-                if key.startswith(ACCEPTED) and (acceptance := Acceptance.read(value))
-            },
+            accepted={name: by for name, tag in accepted.items() if (by := Acceptance.read(tag))},
         )
 
-    def touch(self, attempt: Attempt) -> None:
-        """Make an older attempt the current one again (its fingerprint was asked for)."""
-        self.client.set_tag(attempt.run_id, ASKED, self.stamp())
+    def make_current(self, attempt: Attempt) -> None:
+        """Make an older attempt the current one again, because it is reused."""
+        self.client.set_tag(attempt.run_id, LAST_USED, self.stamp())
 
     def accept(self, attempt: Attempt, fingerprint: str, by: str, modules: Iterable[str]) -> None:
         """Let an attempt stand for another fingerprint, from which only its code differs."""
         when = datetime.now(UTC).isoformat(timespec="seconds")
-        word = Acceptance(by, when, list(modules))
-        self.client.set_tag(attempt.run_id, ACCEPTED + fingerprint, json.dumps(word._asdict()))
+        accepted = json.dumps(Acceptance(by, when, list(modules))._asdict())
+        self.client.set_tag(attempt.run_id, ACCEPTED + fingerprint, accepted)
 
     def runs(self, where: str) -> list[Run]:
-        """The experiment's MLflow runs that match a filter, the newest by ASKED first."""
+        """The experiment's MLflow runs that match a filter, the newest by LAST_USED first."""
         found: list[Run] = []
         token: str | None = None
         while token is None or token:
             page = self.client.search_runs(
-                [self.experiment_id], where, order_by=[f"tags.{ASKED} DESC"], page_token=token
+                [self.experiment_id], where, order_by=[f"tags.{LAST_USED} DESC"], page_token=token
             )
             found += page
             token = page.token or ""
@@ -270,7 +280,7 @@ class Record(RecordConnection):
     def is_alive(self, run: Run) -> bool:
         """Whether the process behind a RUNNING attempt still works on it.
 
-        Of this place its lock tells; of another machine its heartbeat, by this machine's clock.
+        Here its lock shows that; on another machine its heartbeat does, by this machine's clock.
         """
         tags = run.data.tags
         if run.info.status != "RUNNING":
@@ -284,25 +294,13 @@ class Record(RecordConnection):
         """The lock of what has this fingerprint; its working folder lies beside it."""
         return self.home / "work" / f"{fingerprint}.lock"
 
-    def provenance(self, run_id: str) -> Provenance:
-        """What an attempt (of any status) was to be made from."""
-        path = self.artifacts.path(run_id, PROVENANCE)
-        tags = self.client.get_run(run_id).data.tags
-        with suppress(*UNREADABLE):
-            found = json.loads(path.read_bytes())
-            found["inputs"] = {name: Source(*source) for name, source in found["inputs"].items()}
-            provenance = Provenance(**found)
-            noted = {f"input.{n}": ":".join(map(str, s)) for n, s in provenance.inputs.items()}
-            if provenance.fingerprint == tags["fingerprint"] and noted.items() <= tags.items():
-                return provenance
-        raise self.artifacts.damage(run_id, PROVENANCE, path)
-
     def stamp(self) -> str:
-        """Nanoseconds that sort as text, later than every stamp before, whatever the clock says."""
+        """The time in nanoseconds, sortable as text, and later than every earlier stamp even if the
+        clock was set back."""
         newest = self.client.search_runs(
-            [self.experiment_id], order_by=[f"tags.{ASKED} DESC"], max_results=1
+            [self.experiment_id], order_by=[f"tags.{LAST_USED} DESC"], max_results=1
         )
-        last = int(newest[0].data.tags.get(ASKED, 0)) if newest else 0
+        last = int(newest[0].data.tags.get(LAST_USED, 0)) if newest else 0
         return f"{max(time.time_ns(), last + 1):020}"
 
 
@@ -314,3 +312,9 @@ def finished(run: Run) -> bool:
 def runs_of(stage: str, iteration: int) -> str:
     """MLflow's filter for the attempts of a stage."""
     return f"tags.kind = 'stage' and tags.stage = '{stage}' and tags.iteration = '{iteration}'"
+
+
+def _tags(run: Run, prefix: str) -> dict[str, str]:
+    """The tags that begin with a prefix, without it."""
+    tags = run.data.tags.items()
+    return {tag.removeprefix(prefix): value for tag, value in tags if tag.startswith(prefix)}

@@ -1,8 +1,4 @@
-"""Where a stage runs: `Slot.attempt` finds its outputs by their fingerprint, or computes them.
-
-An attempt counts only when its run is FINISHED and its manifest was written, last. Work of a killed
-process that is whole, shard by shard, is found again (`tasks.record.work`).
-"""
+"""Where a stage runs: `Slot.attempt` finds its outputs by their fingerprint, or computes them."""
 
 from __future__ import annotations
 
@@ -16,24 +12,33 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from models.engine.threads import pinned
 from models.policy import FINGERPRINT
 from models.settings import Settings
-from tasks.record import kept, locks
+from tasks.record import interruption, locks
 from tasks.record.artifacts import MANIFEST
 from tasks.record.code import code_versions
 from tasks.record.progress import say
 from tasks.record.provenance import Provenance, Source
-from tasks.record.record import ASKED, HEARTBEAT, PROVENANCE, Attempt, Attempts, Record, runs_of
+from tasks.record.record import (
+    HEARTBEAT,
+    INPUT,
+    LAST_USED,
+    PROVENANCE,
+    Attempt,
+    Attempts,
+    Record,
+    runs_of,
+)
 from tasks.record.work import Done, Metrics, Workspace, manifest_digest
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-Mode = Literal["ask", "take", "force"]
+Mode = Literal["reuse", "take", "force"]
 """How a stage gets its outputs: found by fingerprint or computed; the current ones, whatever they
 were made from; computed even when the record has them."""
 
 
 class Looker(Protocol):
-    """What stands in for computing when one only looks; `flows.states` has one."""
+    """Answers instead of a computation, for `staple status`: see `flows.states`."""
 
     def __call__(self, wanted: Provenance) -> Attempt: ...
 
@@ -42,35 +47,33 @@ class Looker(Protocol):
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a stage runs: an experiment's record, an iteration, a seed; and how it gets on.
-
-    `look`: nothing is computed, the looker answers.
-    """
+    """Where a stage runs: an experiment's record, an iteration, a seed."""
 
     record: Record
     iteration: int
     seed: int
-    mode: Callable[[str], Mode] = lambda _stage: "ask"
+    mode: Callable[[str], Mode] = lambda _stage: "reuse"
     look: Looker | None = None
+    """Answers, where nothing is to be computed."""
     device: str = "cpu"
     """What the stage computes on: an accelerator is held while it does."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """What else the outputs depend on, by name: the base model's digest."""
     made: Attempts = field(default_factory=dict)
-    """What the run has made or found so far: it goes on from that, whatever is current by now."""
+    """What the run has made or reused so far, and reads even if another attempt is current now."""
     uses: tuple[str, ...] = ()
     """Modules that the settings chose from a registry: their code counts like the stage's own."""
     shard_size: int = 64
     """Prompts that are computed and saved together; it is in no fingerprint."""
     tags: Mapping[str, str] = field(default_factory=dict)
-    """What is worth knowing of an attempt and changes nothing: who asked for it."""
+    """Further tags of the attempt, such as who started it; they are in no fingerprint."""
 
     def using(self, *modules: str, **notes: str) -> Slot:
         """The slot with what else the outputs depend on: modules, and notes by name."""
         return replace(self, uses=(*self.uses, *modules), notes={**self.notes, **notes})
 
     def needs(self, stage: str, iteration: int) -> Attempt:
-        """What this run made, found or read first; else the current attempt, from now on.
+        """What this run made, reused or read before; else the current attempt, from now on.
 
         Raises:
             UserError: it was never finished.
@@ -89,7 +92,12 @@ class Slot:
     ) -> Attempt:
         """The stage's outputs: found by fingerprint, or computed and recorded.
 
-        `compute` writes into the workspace and returns the attempt's metrics.
+        Args:
+            inputs: the attempts that it reads, by name.
+            compute: writes into the workspace and returns the attempt's metrics.
+
+        Raises:
+            UserError: the record or a file of it cannot be used; what `compute` raises.
         """
         wanted = Provenance(
             stage=stage,
@@ -117,7 +125,7 @@ class Slot:
         for place, attempt in enumerate(self.record.attempts(*wanted.place)):
             if attempt.stands_for(wanted.fingerprint):
                 if place > 0:
-                    self.record.touch(attempt)
+                    self.record.make_current(attempt)
                 return attempt
         return None
 
@@ -138,7 +146,7 @@ class Slot:
     ) -> Attempt:
         client, run_id = self.record.client, self._begin(wanted)
         work.note("begun", stage=wanted.stage, iteration=wanted.iteration, run_id=run_id)
-        kept.tell(stage=f"{wanted.stage} {wanted.iteration}", parts="")
+        interruption.note(stage=f"{wanted.stage} {wanted.iteration}", parts="")
         try:
             with locks.heartbeat(lambda: client.set_tag(run_id, HEARTBEAT, f"{time.time():.1f}")):
                 done = work.finished() or self._work(compute, work, what)
@@ -147,7 +155,7 @@ class Slot:
             _give_up(client, run_id, error)
             raise
         client.set_terminated(run_id, "FINISHED")
-        kept.tell(stage="")
+        interruption.note(stage="")
         work.note("recorded", stage=wanted.stage, iteration=wanted.iteration, run_id=run_id)
         work.remove()
         return self.record.attempt(client.get_run(run_id), reused=False)
@@ -162,7 +170,6 @@ class Slot:
         """A RUNNING run under the iteration's, with what it is made from."""
         from mlflow.entities import Param
 
-        sources = {f"input.{n}": ":".join(map(str, s)) for n, s in wanted.inputs.items()}
         run = self.record.client.create_run(
             self.record.experiment_id,
             run_name=f"{wanted.stage} {self.iteration}",
@@ -174,8 +181,8 @@ class Slot:
                 "mlflow.parentRunId": self.record.iteration_run(self.iteration),
                 "place": locks.place(self.record.home),
                 HEARTBEAT: f"{time.time():.1f}",
-                ASKED: self.record.stamp(),
-                **sources,
+                LAST_USED: self.record.stamp(),
+                **{INPUT + name: source.tag for name, source in wanted.inputs.items()},
                 **self.tags,
             },
         )
@@ -190,13 +197,14 @@ class Slot:
         figures = {**done.metrics, "seconds": done.seconds}
         self.record.log_metrics(run_id, figures, step=max(self.iteration, 0))
         client.log_artifacts(run_id, str(outputs))
-        client.log_dict(run_id, done.manifest, MANIFEST)  # last: without it the attempt is litter
-        for key, value in (
-            ("digest", manifest_digest(done.manifest)),
-            ("seconds", f"{done.seconds:.3f}"),
-            (ASKED, self.record.stamp()),
-            ("complete", "true"),
-        ):
+        client.log_dict(run_id, done.manifest, MANIFEST)  # last: before, the attempt does not count
+        tags = {
+            "digest": manifest_digest(done.manifest),
+            "seconds": f"{done.seconds:.3f}",
+            LAST_USED: self.record.stamp(),
+            "complete": "true",
+        }
+        for key, value in tags.items():
             client.set_tag(run_id, key, value)
 
 

@@ -1,8 +1,8 @@
 """How a function becomes a stage: a Prefect task without Prefect's cache, with a table of figures.
 
-The store decides what is computed; Prefect orchestrates and shows. Outside a Prefect run a stage is
-a plain function; so is one whose current outputs are only taken, or looked at. Prefect is imported
-when a stage runs.
+The record decides what is computed; Prefect orchestrates and shows. Outside a Prefect run a stage
+is a plain function; so is one whose current outputs are taken, or only looked at. Prefect is
+imported when a stage runs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Rows on disk: Parquet in row groups that can be read back, whatever the rows hold.
 
 Arrow counts a column's text in a row group with 32 bits: a nested one past 2³¹ bytes is written
-without a word and never read again. So no row group holds more text than `GROUP_BYTES`, and tables
-are written and read one row group at a time.
+without an error and never read again. So no row group holds more text than `GROUP_BYTES`, and
+tables are written and read one row group at a time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Where an attempt works before it counts: a folder on this machine's disk, named by what it makes.
+"""Where an attempt works before it counts: a folder of this machine, named by its fingerprint.
 
 A killed attempt leaves its finished shards, its training checkpoints or even its finished outputs
 here; the next attempt with the same fingerprint finds them. `journal.jsonl` beside the folders
-says what this machine computed and what it found again.
+says what this machine computed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from models.files import (
     written,
 )
 from models.pools.base import Compute, E, Finished, Pool, Shards
-from tasks.record import kept
+from tasks.record import interruption
 from tasks.record.progress import progress, say
 from tasks.record.tables import read_rows, rows_as_bytes, write_rows
 
@@ -56,7 +56,7 @@ class Done(NamedTuple):
 class Workspace:
     """The folder of one fingerprint: `outputs` of the attempt, and `parts` that are finished.
 
-    Made by the holder of the fingerprint's lock: nobody else writes there.
+    Only the holder of the fingerprint's lock writes there.
 
     Args:
         shard_size: items that are computed and kept together.
@@ -69,8 +69,8 @@ class Workspace:
         self._done = folder / "done.json"
         for path in (self.outputs, self.parts):
             path.mkdir(parents=True, exist_ok=True)
-        for litter in folder.rglob("*.tmp"):  # of a process that was killed while it wrote
-            litter.unlink(missing_ok=True)
+        for unfinished in folder.rglob("*.tmp"):  # of a process that was killed while it wrote
+            unfinished.unlink(missing_ok=True)
 
     def write(self, name: str, rows: Iterable[Any], row_type: type) -> None:
         """Write `<name>.parquet` whole or not at all."""
@@ -110,11 +110,10 @@ class Workspace:
         compute: Callable[[Shards], Iterable[Finished]],
         found: Callable[[Sequence[Any]], None],
     ) -> list[Row]:
-        """Compute the shards that are missing, keep each when it is finished, in whatever order;
-        then write `<name>.parquet` from all of them.
+        """Compute the missing shards, in any order, and keep each when it is finished; then write
+        `<name>.parquet` from all of them.
 
-        A part is named by the range of its items, so that shards of another size are not taken
-        for it.
+        A part is named by the range of its items: a shard of another size is another part.
 
         Args:
             compute: yields shards as they are finished, as `Pool.map` does.
@@ -125,37 +124,39 @@ class Workspace:
             Part(self.parts, f"{name}-{end - len(shard):05}-{end:05}")
             for shard, end in zip(shards, ends, strict=True)
         ]
-        missing = {n: shard for n, shard in enumerate(shards) if not parts[n].is_finished()}
-        whole = len(shards) - len(missing)
-        kept.tell(parts=f"{whole} of {len(shards)} shards")
+        missing: dict[int, Sequence[Any]] = {}
         for number, shard in enumerate(shards):
-            if number not in missing:
+            if parts[number].is_finished():
                 found(shard)
+            else:
+                missing[number] = shard
+        kept = len(shards) - len(missing)
+        interruption.note(parts=f"{kept} of {len(shards)} shards")
         for done in compute(missing):
             part = parts[done.number]
             part.write(done.rows, row_type)
             self.note("shard", name=part.name, seconds=done.seconds)
-            whole += 1
-            kept.tell(parts=f"{whole} of {len(shards)} shards")
+            kept += 1
+            interruption.note(parts=f"{kept} of {len(shards)} shards")
         rows = [row for part in parts for row in part.read(row_type)]
         self.write(name, rows, row_type)
         return rows
 
     def finish(self, metrics: Metrics, seconds: float) -> Done:
-        """Mark the outputs as whole: from now on only recording them is left to do."""
+        """Mark the outputs as whole: only recording them is left to do."""
         done = Done(metrics, seconds, manifest(self.outputs))
         write_sealed(self._done, done._asdict())
         self.note("computed", seconds=seconds)
         return done
 
     def finished(self) -> Done | None:
-        """What an attempt computed that ended but was not recorded, if it is intact."""
+        """What an earlier attempt finished but did not record, if it is intact."""
         try:
             done = Done(**read_sealed(self._done))
         except FileNotFoundError:
             return None
         except Damaged as error:
-            say(f"{error}; what it stood for is computed again")
+            say(f"{error}; the stage's outputs are computed again")
         else:
             if is_intact(self.outputs, done.manifest):
                 return done
@@ -166,31 +167,26 @@ class Workspace:
         return None
 
     def note(self, event: str, **facts: Any) -> None:
-        """Append a line to this machine's journal: one write, so that several processes may."""
-        line = {
-            "time": time.time(),
-            "pid": os.getpid(),
-            "fingerprint": self.folder.name,
-            "event": event,
-            **facts,
-        }
+        """Append a line to this machine's journal: in one write, as several processes may."""
+        who = {"time": time.time(), "pid": os.getpid(), "fingerprint": self.folder.name}
+        line = {**who, "event": event, **facts}
         with (self.folder.parent / JOURNAL).open("a", encoding="utf-8") as journal:
             journal.write(json.dumps(line) + "\n")
 
     def remove(self) -> None:
-        """The record has it all: nothing here is needed any more."""
+        """Delete the folder: the record has everything."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Part:
-    """A finished shard on disk. Its digest is in the file's name, so that both are there at once;
-    it covers the shard's own name, so that no other shard can be taken for it."""
+    """A finished shard on disk. Its digest is part of the file's name, so that both appear at once;
+    it covers the shard's own name, so that no other shard is taken for it."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
 
     def is_finished(self) -> bool:
-        """Whether it is there and intact; one that was damaged is removed, and said."""
+        """Whether it is there and intact; a damaged one is deleted with a message."""
         files = sorted(self.folder.glob(f"{self.name}.*parquet"))
         intact = [file for file in files if self._content(file) is not None]
         for file in files:
@@ -236,16 +232,22 @@ class Part:
 
 def manifest(folder: Path) -> Manifest:
     """The files of a folder, by sorted relative path."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): _describe(p) for p in files}
+    found: Manifest = {}
+    for name, sha256 in _digests(folder).items():
+        found[name] = {"sha256": sha256}
+        if name.endswith(".parquet"):
+            found[name]["rows"] = pq.read_metadata(folder / name).num_rows
+    return found
 
 
 def is_intact(folder: Path, manifest: Manifest) -> bool:
     """Whether a folder holds the files of a manifest, byte for byte, and no others."""
-    files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-    return files == manifest.keys() and all(
-        file_sha256(folder / name) == facts["sha256"] for name, facts in manifest.items()
-    )
+    return _digests(folder) == {name: facts["sha256"] for name, facts in manifest.items()}
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): file_sha256(path) for path in files}
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
@@ -257,10 +259,3 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
 def shards(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
     """Rows in consecutive groups of at most `size`."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    described: dict[str, Any] = {"sha256": file_sha256(path)}
-    if path.suffix == ".parquet":
-        described["rows"] = pq.read_metadata(path).num_rows
-    return described

@@ -1,7 +1,8 @@
-"""One experiment is written by one run at a time; who comes second waits, and is told for whom.
+"""One experiment is written by one run at a time; the next one waits, and says for whom.
 
-On one machine a file lock tells. Machines that share nothing but MLflow claim the experiment in the
-record: a tag that a heartbeat keeps alive. Flows hold the experiment around all that they write.
+On one machine a file lock decides. Machines that share nothing but MLflow claim the experiment in
+the record: a tag that a heartbeat keeps alive. Flows hold the experiment around all that they
+write, so no stage has to wait for another machine by itself.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import NamedTuple
 
 from models.files import text_sha256
 from tasks.record import locks
@@ -21,23 +22,20 @@ from tasks.record.progress import say
 from tasks.record.record import Attempts, Record
 
 CLAIM = "writer."
-"""Tags of the MLflow experiment: who writes it, or wants to; one tag each."""
-
-CLAIMED = ("place", "pid", "what", "held")
-"""What a claim says, beside the time of its last heartbeat."""
+"""Tags of the MLflow experiment: one for each run that writes it, or wants to."""
 
 _HELD: dict[tuple[str, str], Attempts] = {}
-"""What this process holds, and what its runs have made or found meanwhile."""
+"""The experiments that this process holds, and what its runs have made or found meanwhile."""
 
 
 @contextmanager
 def writing(record: Record, command: str) -> Iterator[None]:
-    """Be the only one that writes an experiment; wait for who does, and say who that is.
+    """Be the only run that writes an experiment; wait for another one, and say which it is.
 
-    What this process holds already it may hold again: runs have parts that hold the same.
+    What this process holds it may hold again: parts of a run hold the same experiment.
 
     Args:
-        command: what is told to who waits, as in "staple run planted".
+        command: this run, as a waiting one shows it: "staple run planted".
 
     Raises:
         UserError: the experiment was deleted, or the record cannot be used.
@@ -60,7 +58,7 @@ def writing(record: Record, command: str) -> Iterator[None]:
 
 
 def made(record: Record) -> Attempts:
-    """What the run that holds the experiment in this process made or found; empty, where none."""
+    """What the run that holds the experiment in this process made or found; empty without one."""
     return _HELD.get(_key(record), {})
 
 
@@ -70,7 +68,6 @@ def _key(record: Record) -> tuple[str, str]:
 
 @contextmanager
 def _claimed(record: Record, what: str) -> Iterator[None]:
-    """Hold the claim of this machine, as long as no other one has one that lives."""
     claim = _Claim(record, what)
     try:
         claim.take()
@@ -81,89 +78,98 @@ def _claimed(record: Record, what: str) -> Iterator[None]:
             claim.withdraw()
 
 
+class _Facts(NamedTuple):
+    """What the tag of a claim holds, as JSON."""
+
+    place: str
+    pid: int
+    what: str
+    held: bool
+    beat: float
+    """The time of its last heartbeat, by its own clock."""
+
+    @classmethod
+    def read(cls, text: str) -> _Facts | None:
+        """None: another program wrote it."""
+        with suppress(ValueError, TypeError, KeyError):
+            facts = json.loads(text)
+            facts["beat"] = float(facts["beat"])
+            return cls(**facts)
+        return None
+
+
 class _Claim:
     """A claim to write an experiment.
 
-    Whoever reads no other claim after having written one of their own has the experiment: of two,
-    at least one sees the other. Where both do, the first by name stays and the other withdraws.
+    A run that has written its own claim and then reads no other one has the experiment: of two, at
+    least one sees the other. If both do, the first by name stays and the other withdraws.
     """
 
     def __init__(self, record: Record, what: str) -> None:
         self._record, self._tag = record, f"{CLAIM}{uuid.uuid4().hex[:12]}"
-        place = locks.place(record.home)
-        self._said = {"place": place, "pid": os.getpid(), "what": what, "held": False}
+        self._facts = _Facts(locks.place(record.home), os.getpid(), what, held=False, beat=0.0)
         self._claims = False
-        self._seen: dict[str, tuple[Any, float]] = {}
+        self._seen: dict[str, tuple[float, float]] = {}
+        """Another's tag → its last heartbeat, and when that was first seen here."""
 
     def take(self) -> None:
-        """Wait until it is ours."""
-        told = False
-        while True:
-            others = self._others()
+        """Wait until this claim is the only one."""
+        waits = False
+        while (others := self._others()) or not self._claims:
             if not others:
-                if self._claims:
-                    break
                 self.beat()
                 continue  # and look again
-            if any(other["held"] for other in others.values()) or min(others) < self._tag:
+            if any(other.held for other in others.values()) or min(others) < self._tag:
                 self.withdraw()
             elif self._claims:
-                self.beat()  # who waits for the other to withdraw lives
-            if not told:
+                self.beat()  # alive while it waits for the other to withdraw
+            if not waits:
                 first = others[min(others)]
-                say(f"waiting for process {first['pid']}: {first['what']}")
-                told = True
+                say(f"waiting for process {first.pid}: {first.what}")
+                waits = True
             time.sleep(min(2.0, locks.HEARTBEAT_SECONDS / 4))
-        self._said["held"] = True
+        self._facts = self._facts._replace(held=True)
         self.beat()
 
     def beat(self) -> None:
-        """Say that we live."""
+        """Write the claim, or renew it."""
         self._claims = True
-        said = json.dumps({**self._said, "beat": time.time()})
-        self._record.client.set_experiment_tag(self._record.experiment_id, self._tag, said)
+        text = json.dumps(self._facts._replace(beat=time.time())._asdict())
+        self._record.client.set_experiment_tag(self._record.experiment_id, self._tag, text)
 
     def withdraw(self) -> None:
-        """Let others have it."""
+        """Let another run have the experiment."""
         if self._claims:
             self._claims = False
-            self._drop(self._tag)
+            self._delete(self._tag)
 
-    def _others(self) -> dict[str, dict[str, Any]]:
-        """The other claims that live; what dead ones left is taken away."""
+    def _others(self) -> dict[str, _Facts]:
+        """The other claims that are alive, by tag; dead ones are deleted."""
         tags = self._record.client.get_experiment(self._record.experiment_id).tags
-        living: dict[str, dict[str, Any]] = {}
+        alive: dict[str, _Facts] = {}
         for tag in tags:
             if tag.startswith(CLAIM) and tag != self._tag:
-                said = _read(tags[tag])
-                if said and self._lives(tag, said):
-                    living[tag] = said
+                facts = _Facts.read(tags[tag])
+                if facts and self._is_alive(tag, facts):
+                    alive[tag] = facts
                 else:
-                    self._drop(tag)
-        return living
+                    self._delete(tag)
+        return alive
 
-    def _lives(self, tag: str, said: dict[str, Any]) -> bool:
-        """Whether its heartbeat goes on, whatever the two clocks say; here we hold its lock."""
-        if said["place"] == self._said["place"]:
+    def _is_alive(self, tag: str, facts: _Facts) -> bool:
+        """Whether its heartbeat continues, even if the two clocks differ. Here nobody's does: this
+        process holds the lock."""
+        if facts.place == self._facts.place:
             return False
         now, missed = time.monotonic(), locks.BEATS_MISSED * locks.HEARTBEAT_SECONDS
         beat, since = self._seen.get(tag, (None, now))
-        if beat != said["beat"]:
+        if beat != facts.beat:
             since = now
-        self._seen[tag] = said["beat"], since
-        return abs(time.time() - said["beat"]) < missed or now - since < missed / 2
+        self._seen[tag] = facts.beat, since
+        return abs(time.time() - facts.beat) < missed or now - since < missed / 2
 
-    def _drop(self, tag: str) -> None:
+    def _delete(self, tag: str) -> None:
         from mlflow.exceptions import MlflowException
 
-        with suppress(MlflowException):  # another one took it away in the same moment
+        with suppress(MlflowException):  # another run deleted it in the same moment
             self._record.client.delete_experiment_tag(self._record.experiment_id, tag)
-
-
-def _read(text: str) -> dict[str, Any] | None:
-    """What a claim says; None: it is none of ours."""
-    try:
-        said = json.loads(text)
-        return {**said, "beat": float(said["beat"]), **{n: said[n] for n in CLAIMED}}
-    except (ValueError, TypeError, KeyError):
-        return None
