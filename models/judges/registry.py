@@ -107,7 +107,7 @@ def judge_pool(settings: JudgeSettings, opener: Opener[E]) -> Pool[E]:
         UserError: Ray is asked for and not installed.
     """
     policy = settings.policy or PolicySettings()
-    return open_pool(policy, opener, models=[policy.model], local=bool(policy.endpoint))
+    return open_pool(policy, opener, models=[policy.model])
 
 
 def located(settings: JudgeSettings, where: Where) -> JudgeSettings:

@@ -11,19 +11,16 @@ from models.pools.base import E, Opener, Pool
 from models.pools.local import LocalPool
 
 
-def open_pool(
-    settings: PolicySettings, opener: Opener[E], *, models: Sequence[str], local: bool = False
-) -> Pool[E]:
-    """The pool that the settings ask for.
+def open_pool(settings: PolicySettings, opener: Opener[E], *, models: Sequence[str]) -> Pool[E]:
+    """The pool that the settings ask for; this process, where a server computes.
 
     Args:
         models: what the opener asks `Where` for: their folders are copied to the nodes.
-        local: in this process whatever the settings say, because a server computes.
 
     Raises:
         UserError: Ray is asked for and not installed.
     """
-    if local or settings.pool.kind == "local":
+    if not settings.in_ray:
         return LocalPool(lambda: opener(str))
     check_pool(settings.pool)
     from models.pools.ray_cluster import RayPool
@@ -32,13 +29,11 @@ def open_pool(
 
 
 def check_pool(settings: PoolSettings) -> str:
-    """Where shards are computed, in words; starts and joins nothing.
+    """Where Ray computes shards, in words; starts and joins nothing.
 
     Raises:
-        UserError: Ray is asked for and not installed.
+        UserError: Ray is not installed.
     """
-    if settings.kind == "local":
-        return "this process"
     if find_spec("ray") is None:
         raise UserError(
             "Ray is not installed",

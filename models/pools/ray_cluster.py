@@ -16,16 +16,17 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic
 
 import psutil
 
 from constitutions.errors import UserError
 from models.policy import PolicySettings, PoolSettings, Progress
 from models.pools.base import Compute, E, Finished, Opener, Pool, Row, Shards
-from models.pools.weights import Folder, Read, Shelf, bring, folders
+from models.pools.weights import Folder, Shelf, bring, folders
 
 LOSSES = 3
 """Lost workers after which a stage gives up: at one shard, or in a row while opening engines."""
@@ -139,13 +140,6 @@ class _Opening(Generic[E]):
     home: Path
 
 
-class _Computed(NamedTuple):
-    rows: Sequence[Any]
-    units: int
-    """Units of progress."""
-    seconds: float
-
-
 class Worker(Generic[E]):
     """A Ray actor: an engine, in a process of its own."""
 
@@ -172,33 +166,33 @@ class Worker(Generic[E]):
                 )
         home = opening.home if node == opening.node else _home(Path.home() / ".cache" / "staple")
         places = {
-            name: str(bring(folder, home, _reader(opening.shelf, folder)))
+            name: str(bring(folder, home, partial(_piece, opening.shelf, folder.path)))
             for name, folder in opening.models.items()
         }
         self.engine = opening.opener(lambda model: places.get(model, model))
         return node, os.getpid()
 
-    def run(self, compute: Compute[E, Row], shard: Sequence[Any]) -> _Computed:
-        """Compute a shard."""
+    def run(
+        self, compute: Compute[E, Row], number: int, shard: Sequence[Any]
+    ) -> tuple[Finished, int]:
+        """A shard's rows, and the units of progress that they are."""
         ticks, started = list[int](), time.monotonic()
-        rows = compute(self.engine, shard, ticks.append)
-        return _Computed(list(rows), sum(ticks), time.monotonic() - started)
+        rows = list(compute(self.engine, shard, ticks.append))
+        return Finished(number, rows, time.monotonic() - started), sum(ticks)
 
 
 def _home(default: Path) -> Path:
     return Path(os.environ.get("STAPLE_HOME") or default).absolute()
 
 
-def _reader(shelf: Any, folder: Folder) -> Read:
-    def read(name: str, offset: int) -> bytes:
-        import ray
+def _piece(shelf: Any, path: str, name: str, offset: int) -> bytes:
+    """A piece of a file of the folder `path`, from the driver's machine."""
+    import ray
 
-        if shelf is None:
-            raise FileNotFoundError(f"{folder.path} has changed while a stage uses it")
-        piece: bytes = ray.get(shelf.piece.remote(folder.path, name, offset))
-        return piece
-
-    return read
+    if shelf is None:
+        raise FileNotFoundError(f"{path} has changed while a stage uses it")
+    piece: bytes = ray.get(shelf.piece.remote(path, name, offset))
+    return piece
 
 
 # The pool ----------------------------------------------------------------------------------
@@ -233,7 +227,7 @@ class RayPool(Pool[E]):
             self._hire(cluster, len(left) + self._busy)
             while left and self._idle:
                 number, worker = left.popleft(), self._idle.pop()
-                self._tasks[worker.run.remote(job, shards[number])] = worker, number
+                self._tasks[worker.run.remote(job, number, shards[number])] = worker, number
             yield from finished  # while the workers are at the next ones already
             finished = list(self._collect(cluster, left, losses, tick))
         yield from finished
@@ -298,8 +292,9 @@ class RayPool(Pool[E]):
                 losses[None] = 0
                 self._neighbours |= {pid for node, pid in [found] if node == cluster.node}
             else:
-                tick(found.units)
-                yield Finished(number, found.rows, found.seconds)
+                shard, units = found
+                tick(units)
+                yield shard
 
 
 @dataclass(frozen=True)
