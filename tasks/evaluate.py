@@ -1,9 +1,8 @@
 """Evaluation: what did an iteration gain, on prompts that no iteration has mined?
 
-The stage reads top to bottom: `tasks.policies.answers` lets the policy answer,
-`tasks.judging.panel` has the judges decide, `tasks.judging.rates` and
-`tasks.judging.truth` turn rows into figures. The benchmarks are answered with the rest,
-before any judge is opened: the policy's memory is then the judges'.
+`tasks.policies.answers` lets the policy answer, `tasks.judging.panel` has the judges decide,
+`tasks.judging.rates` and `tasks.judging.truth` turn rows into figures. The benchmarks are answered
+with the rest, before any judge is opened: the judges then have the policy's memory.
 
 A figure that is undefined (nothing was kept, so nothing can be faithful) is left out: never NaN,
 never 0.
@@ -11,7 +10,7 @@ never 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,14 +19,12 @@ from pydantic import Field, field_validator, model_validator
 from constitutions.constitution import load
 from constitutions.errors import UserError
 from models.judges.registry import JudgeSettings, kinds_that, open_policy
-from models.policy import Policy
-from models.pools.base import Pool
 from models.worlds.base import Oracle
 from models.worlds.registry import WORLDS
 from tasks.benchmarks.registry import BenchmarkSettings
 from tasks.judging.judge import judge_notes, noted
 from tasks.judging.pairs import AnswerPair, answer_pairs, principle_pairs
-from tasks.judging.panel import OpenPolicy, Panel
+from tasks.judging.panel import Panel
 from tasks.judging.rates import (
     agreement_metrics,
     length_metrics,
@@ -58,8 +55,8 @@ class EvaluateSettings(AnswerSettings):
     """Further judges of the same pairs: their agreement with the first is reported (Cohen's κ), and
     no win rate is theirs."""
     principle_judge: JudgeSettings | None = None
-    """An LLM that says whether a refinement follows the principle that it names better than the
-    first response does. Unset: nobody."""
+    """An LLM that judges whether a refinement follows its principle better than the first response
+    does; unset: no such figure."""
     max_failed: float = Field(default=0.1, ge=0, le=1)
     """Share of failed judgements above which there is no win rate, but an error."""
     resamples: int = Field(default=10_000, ge=100, le=1_000_000)
@@ -88,12 +85,12 @@ class EvaluateSettings(AnswerSettings):
 
     @property
     def judges(self) -> tuple[JudgeSettings, ...]:
-        """Who compares the held-out answers; the first one's word counts."""
+        """Who compares the held-out answers; the first one's verdicts count."""
         return (self.judge, *self.also)
 
     @property
     def all_judges(self) -> list[JudgeSettings]:
-        """Everybody whose judgements the outputs rest on."""
+        """All judges on which the outputs depend."""
         others = [judge for _, judge in self.benchmarks.judges(self.judge)]
         principle = [self.principle_judge.about_principles()] if self.principle_judge else []
         return [*self.judges, *principle, *others]
@@ -114,64 +111,50 @@ def evaluate_stage(
 ) -> Attempt:
     """held-out prompts, earlier policies' answers → answers, comparisons, metrics.
 
-    `scoring` is the similarity of the judge "similarity". Iteration 0 has nothing earlier: its
-    refined answers are compared with its own first ones.
-    """
-    given = {"initial": initial, "previous": previous, "scored": scored, "labelled": labelled}
-    inputs = {name: attempt for name, attempt in given.items() if attempt is not None}
-    return evaluate(at, settings, scoring, policy, {"held_out": held_out, **inputs})
+    Iteration 0 has nothing earlier: its refined answers are compared with its own first ones.
 
-
-def evaluate(
-    at: Slot,
-    settings: EvaluateSettings,
-    scoring: ScoreSettings,
-    policy: PolicySource,
-    inputs: Mapping[str, Attempt],
-    open_policy: OpenPolicy = open_policy,
-) -> Attempt:
-    """The stage on the attempts that there are, by name; `open_policy` opens an LLM judge's model.
+    Args:
+        scoring: the similarity of the judge "similarity".
 
     Raises:
         UserError: a benchmark's file or a judge is wrong (before anything is answered); more than
             `max_failed` of the judgements of one kind failed (the finished shards are kept).
     """
+    earlier = {"initial": initial, "previous": previous}
+    references = [attempt for attempt in earlier.values() if attempt]
+    given = {"held_out": held_out, **earlier, "scored": scored, "labelled": labelled}
+    inputs = {name: attempt for name, attempt in given.items() if attempt}
 
     def compute(work: Workspace) -> Metrics:
-        prompts = inputs["held_out"].read("prompts", Prompt)
+        prompts = held_out.read("prompts", Prompt)
         world, guided = world_of(prompts), policy.templates.guided
         oracle = world.oracle if world else None
         check_judges(settings, scoring, oracle)
         benchmarks = settings.benchmarks.load(settings.judge, guided=guided)
 
         with policy.pool() as pool:
-            respondent = _respondent(pool, settings, policy, at, work)
+            generation = Generation(
+                templates=policy.templates, settings=settings, seed=at.seed, iteration=at.iteration
+            )
+            respondent = Respondent(pool=pool, generation=generation, work=work)
             answers = respondent.answers("answers", prompts)
             answered = {name: b.answer(respondent) for name, b in benchmarks.items()}
 
-        with panel_of(settings, scoring, at, work, oracle, open_policy) as panel:
-            met = [
-                m for r in _references(answers, inputs) for m in answer_pairs(answers, r, prompts)
-            ]
-            metrics = answer_metrics(answers) | _compared(panel, settings, met, prompts)
+        once = {attempt.run_id: attempt for attempt in references}  # at iteration 1 they are one
+        compared = [answers, *(attempt.read("answers", Answer) for attempt in once.values())]
+        pairs = [pair for other in compared for pair in answer_pairs(answers, other, prompts)]
+        with panel_of(settings, scoring, at, work, oracle) as panel:
+            metrics = answer_metrics(answers) | _compared(panel, settings, pairs, prompts)
             if settings.principle_judge and guided:
                 metrics |= _principles(panel, settings.principle_judge, answers, prompts)
             for name, benchmark in benchmarks.items():
                 metrics |= benchmark.measure(answered[name], panel)
-        if world and oracle and {"scored", "labelled"} <= inputs.keys():
-            scored, labelled = inputs["scored"], inputs["labelled"]
+        if world and oracle and scored and labelled:
             metrics |= _truth(world.name, oracle, prompts, answers, scored, labelled)
         return metrics
 
     where = noted_judges(policy.noted(at), settings, scoring)
     return where.attempt("evaluate", settings, policy.inputs(**inputs), compute)
-
-
-def _references(answers: Sequence[Answer], inputs: Mapping[str, Attempt]) -> list[Sequence[Answer]]:
-    """The policy's own answers, the initial policy's and the previous one's, each once."""
-    earlier = [inputs[name] for name in ("initial", "previous") if name in inputs]
-    once = {a.run_id: a for a in earlier}  # one at iteration 1
-    return [answers, *(a.read("answers", Answer) for a in once.values())]
 
 
 def check_judges(settings: EvaluateSettings, scoring: ScoreSettings, oracle: Oracle | None) -> None:
@@ -212,26 +195,12 @@ def noted_judges(at: Slot, settings: EvaluateSettings, scoring: ScoreSettings) -
     return replace(at, notes=notes)
 
 
-def _respondent(
-    pool: Pool[Policy],
-    settings: EvaluateSettings,
-    policy: PolicySource,
-    at: Slot,
-    work: Workspace,
-) -> Respondent:
-    generation = Generation(
-        templates=policy.templates, settings=settings, seed=at.seed, iteration=at.iteration
-    )
-    return Respondent(pool=pool, generation=generation, work=work)
-
-
 def panel_of(
     settings: EvaluateSettings,
     scoring: ScoreSettings,
     at: Slot,
     work: Workspace,
     oracle: Oracle | None,
-    open_policy: OpenPolicy = open_policy,
 ) -> Panel:
     """The judges of an iteration, none of them opened yet."""
     return Panel(
@@ -248,10 +217,10 @@ def panel_of(
 
 
 def _compared(
-    panel: Panel, settings: EvaluateSettings, met: Sequence[AnswerPair], prompts: Sequence[Prompt]
+    panel: Panel, settings: EvaluateSettings, pairs: Sequence[AnswerPair], prompts: Sequence[Prompt]
 ) -> Metrics:
-    """Win rates by the first judge; how far it is to be trusted, and the others agree with it."""
-    rows, *others = panel.compare("comparisons", met, settings.judges)
+    """Win rates by the first judge; how far to trust it, and how far the others agree with it."""
+    rows, *others = panel.compare("comparisons", pairs, settings.judges)
     how = {"seed": panel.seed, "resamples": panel.resamples}
     return {
         **win_rate_metrics(win_rates(rows, max_failed=panel.max_failed, **how)),
@@ -265,9 +234,9 @@ def _compared(
 def _principles(
     panel: Panel, judge: JudgeSettings, answers: Sequence[Answer], prompts: Sequence[Prompt]
 ) -> Metrics:
-    """How often a refinement follows the principle that it names better than the first response."""
-    met = principle_pairs(answers, prompts)
-    (rows,) = panel.compare("principle-comparisons", met, [judge.about_principles()])
+    """How often a refinement follows its principle better than the first response does."""
+    pairs = principle_pairs(answers, prompts)
+    (rows,) = panel.compare("principle-comparisons", pairs, [judge.about_principles()])
     return rate_metrics("principle/win_rate", panel.rate(rows, "principle-following win rate"))
 
 

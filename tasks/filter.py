@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -22,7 +21,7 @@ from tasks.record.record import Attempt
 from tasks.record.slot import Slot
 from tasks.record.stage import stage
 from tasks.record.work import Metrics, Workspace
-from tasks.rows import Prompt, Rejected, Scored, ScoredCandidate, Trajectory
+from tasks.rows import Rejected, Scored, ScoredCandidate, Trajectory, fields
 
 LONGEST_PRINCIPLE = 40
 """Words. A longer principle is malformed: it is a response or an argument, not a principle."""
@@ -48,7 +47,7 @@ class FilterSettings(Settings):
 def filter_stage(
     at: Slot, settings: FilterSettings, scored: Attempt, guided: bool = True
 ) -> Attempt:
-    """scored → trajectories, rejected. `guided`: see `filter_rows`."""
+    """scored → trajectories, rejected; `guided` as `filter_rows` has it."""
 
     def compute(work: Workspace) -> Metrics:
         rows = scored.read("scored", Scored)
@@ -57,7 +56,7 @@ def filter_stage(
         work.write("rejected", rejected, Rejected)
         return _metrics(rows, kept, rejected)
 
-    noted = at if guided else replace(at, notes={**at.notes, "guided": "no"})
+    noted = at if guided else at.using(guided="no")
     return noted.attempt("filter", settings, {"scored": scored}, compute)
 
 
@@ -193,20 +192,8 @@ def _grams(text: str) -> set[tuple[str, ...]]:
 
 
 def _trajectory(row: Scored, candidate: ScoredCandidate, weight: float) -> Trajectory:
-    assert row.initial_score is not None and candidate.score is not None
-    return Trajectory(
-        **{name: getattr(row, name) for name in Prompt.__dataclass_fields__},
-        sample=candidate.sample,
-        initial=row.initial,
-        initial_thoughts=row.initial_thoughts,
-        principle=candidate.principle,
-        principle_thoughts=candidate.principle_thoughts,
-        refined=candidate.refined,
-        refined_thoughts=candidate.refined_thoughts,
-        initial_score=row.initial_score,
-        score=candidate.score,
-        weight=weight,
-    )
+    known = {**fields(row), **fields(candidate), "weight": weight}
+    return Trajectory(**{name: known[name] for name in Trajectory.__dataclass_fields__})
 
 
 def _reject(row: Scored, candidate: ScoredCandidate | None, reason: str, detail: str) -> Rejected:

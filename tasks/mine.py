@@ -48,7 +48,11 @@ class MineSettings(Settings):
 
 @stage("mine")
 def mine_stage(at: Slot, settings: MineSettings, policy: PolicySource, prompts: Attempt) -> Attempt:
-    """prompts → mined, shard by shard."""
+    """prompts → mined, shard by shard.
+
+    Raises:
+        UserError: the policy cannot be opened.
+    """
 
     def compute(work: Workspace) -> Metrics:
         rows = prompts.read("prompts", Prompt)
@@ -62,7 +66,7 @@ def mine_stage(at: Slot, settings: MineSettings, policy: PolicySource, prompts: 
                 job,
                 what=f"mine {at.iteration}",
                 unit="requests",
-                each=requests_each(settings, policy.templates),
+                each=requests_per_prompt(settings, policy.templates),
             )
         return _metrics(mined)
 
@@ -81,7 +85,7 @@ def mine(
 
     Args:
         key: "<seed>/<iteration>"; with prompt_id, role and sample number it seeds the noise.
-        advance: called with the number of requests that were answered; `requests_each` a prompt.
+        advance: called with the number of requests that were answered.
     """
     sample = _Sampler(policy, settings, key, advance)
     initials = sample.one("initial", [(r.prompt_id, r.prompt) for r in rows])
@@ -100,8 +104,8 @@ def mine(
     ]
 
 
-def requests_each(settings: MineSettings, templates: Templates) -> int:
-    """Requests that one prompt takes: y1, the N principles together, and each refinement.
+def requests_per_prompt(settings: MineSettings, templates: Templates) -> int:
+    """Requests for one prompt: y1, the N principles together, each critique and each refinement.
 
     Without principles the N refinements share their prompt, and are one request.
     """

@@ -59,7 +59,7 @@ class PromptSettings(Settings):
 
     @property
     def oracle(self) -> Oracle | None:
-        """Who knows the truth of the prompts; None where nobody does."""
+        """The oracle of the embedded world; None for corpora, or where the world has none."""
         return self.world.oracle if self.world else None
 
     @property

@@ -1,9 +1,8 @@
 """The rows that travel through the loop, and their Arrow schemas.
 
 A prompt is one row; each stage adds columns and joins by `prompt_id`, never by position. What a
-policy thought before it answered stands in columns of its own, as it was sampled, tags included;
-records without them are of policies that did not think.
-Every stage and the store import this module; it imports no torch.
+policy thought before it answered has columns of its own, as it was sampled, tags included; they are
+empty for a policy that does not think. Every stage and the record import this module.
 """
 
 from __future__ import annotations
@@ -143,7 +142,7 @@ class Draw:
     """One of a query's constitutions, and the policy's response under it (SAMI)."""
 
     identifiers: tuple[str, ...]
-    """"pos ID" or "neg ID" of each principle or antithesis, in the order in which it is told."""
+    """"pos ID" or "neg ID" of each principle or antithesis, in the order of the prompt."""
     principles: tuple[str, ...]
     """Their texts."""
     response: str
@@ -207,8 +206,7 @@ class Comparison:
     against: int
     """The iteration of the reference policy; -1: a model outside the experiment."""
     reference: str
-    """Which answer of the reference policy it meets, "refined" or "initial"; or that model's name.
-    """
+    """Which answer of the reference policy it is, "refined" or "initial"; or that model's name."""
     judge: str
     ours: str
     theirs: str

@@ -96,7 +96,7 @@ class _Budget:
         self.advice, self.share = advice, share
 
     def checked(self, shards: Iterable[Finished]) -> Iterator[Finished]:
-        """The shards, until too many of their scores have failed: no further one is computed."""
+        """The shards, until too many of their scores failed: then no further one is computed."""
         failures: list[str] = []
         for done in shards:
             yield done
@@ -104,7 +104,11 @@ class _Budget:
             self.check(failures)
 
     def check(self, failures: Sequence[str]) -> None:
-        """Raise a UserError where there are too many."""
+        """Refuse too many failures.
+
+        Raises:
+            UserError: there are more than the share that may fail.
+        """
         if not self.advice or len(failures) <= self.share * self.asked:
             return
         kinds = Counter(map(_kind, failures))
@@ -129,7 +133,7 @@ def _failures(scored: Iterable[Scored]) -> Iterator[str]:
 
 
 def _kind(reason: str) -> str:
-    """What failures of one kind have in common: the details follow the colon."""
+    """The kind of a failure: the text before the colon."""
     return reason.partition(":")[0]
 
 

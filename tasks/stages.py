@@ -13,25 +13,13 @@ from typing import Annotated, Any, Literal
 
 from models.settings import Settings, is_settings
 from models.training.adapter import TrainingStep
+from tasks import rows
 from tasks.cluster import ClusterSettings
 from tasks.evaluate import EvaluateSettings
 from tasks.filter import FilterSettings
 from tasks.mine import MineSettings
 from tasks.prompts import PromptSettings
 from tasks.review import ReviewSettings
-from tasks.rows import (
-    Answer,
-    ClusterRow,
-    Comparison,
-    Labelled,
-    Mined,
-    Prompt,
-    Rejected,
-    Response,
-    Sampled,
-    Scored,
-    Trajectory,
-)
 from tasks.sami.evaluate import Estimate
 from tasks.sami.sample import SampleSettings
 from tasks.sami.write import WriteSettings
@@ -80,7 +68,7 @@ class StageSettings(Settings):
         PromptSettings,
         Stage(
             about="the prompts that an iteration mines or holds out",
-            writes={"prompts": Prompt, "rejected": Rejected},
+            writes={"prompts": rows.Prompt, "rejected": rows.Rejected},
             iterations="every",
             colour="#999999",
             hatch="||",
@@ -92,7 +80,7 @@ class StageSettings(Settings):
         Stage(
             about="the principles and antitheses to be taught",
             reads=("cluster", "review"),
-            writes={"rejected": Rejected},
+            writes={"rejected": rows.Rejected},
             publishes=("constitution.yaml",),
             part="given constitution",
             iterations="first",
@@ -107,7 +95,7 @@ class StageSettings(Settings):
         Stage(
             about="first answers, principles and refined answers",
             reads=("prompts", "train"),
-            writes={"mined": Mined},
+            writes={"mined": rows.Mined},
             part="E-step",
             pool="gpu",
             colour=BLUE,
@@ -119,7 +107,7 @@ class StageSettings(Settings):
         Stage(
             about="similarity to the gold responses",
             reads=("mine",),
-            writes={"scored": Scored},
+            writes={"scored": rows.Scored},
             part="E-step",
             colour="#56B4E9",
             hatch="//",
@@ -131,7 +119,7 @@ class StageSettings(Settings):
         Stage(
             about="the refinements that are kept, and why the others are not",
             reads=("score",),
-            writes={"trajectories": Trajectory, "rejected": Rejected},
+            writes={"trajectories": rows.Trajectory, "rejected": rows.Rejected},
             part="E-step",
             colour="#E69F00",
             hatch="--",
@@ -143,7 +131,7 @@ class StageSettings(Settings):
         Stage(
             about="the constitution; what is trained on it becomes stale",
             reads=("filter", "score", "train", "cluster", "review"),
-            writes={"labelled": Labelled, "clusters": ClusterRow},
+            writes={"labelled": rows.Labelled, "clusters": rows.ClusterRow},
             publishes=("constitution.yaml", "map.png"),
             part="constitution",
             colour=GREEN,
@@ -156,7 +144,7 @@ class StageSettings(Settings):
         Stage(
             about="the constitution as a person approved it",
             reads=("cluster",),
-            writes={"labelled": Labelled, "rejected": Rejected},
+            writes={"labelled": rows.Labelled, "rejected": rows.Rejected},
             publishes=("constitution.yaml",),
             part="constitution",
             deployed=False,  # the run of the experiment asks
@@ -170,7 +158,7 @@ class StageSettings(Settings):
         Stage(
             about="responses under constitutions",
             reads=("prompts", "write", "train"),
-            writes={"sampled": Sampled},
+            writes={"sampled": rows.Sampled},
             part="given constitution",
             pool="gpu",
             colour=BLUE,
@@ -182,7 +170,7 @@ class StageSettings(Settings):
         Stage(
             about="the adapter",
             reads=("prompts", "filter", "cluster", "review", "sample", "train"),
-            writes={"curve": TrainingStep, "skipped": Rejected},
+            writes={"curve": TrainingStep, "skipped": rows.Rejected},
             publishes=("adapter",),
             pool="gpu",
             colour=ORANGE,
@@ -195,12 +183,12 @@ class StageSettings(Settings):
             about="held-out answers and win rates",
             reads=("prompts", "train", "evaluate", "score", "cluster", "review", "write"),
             writes={
-                "answers": Answer,
-                "responses": Response,
+                "answers": rows.Answer,
+                "responses": rows.Response,
                 "information": Estimate,
-                "comparisons": Comparison,
-                "plain-comparisons": Comparison,
-                "principle-comparisons": Comparison,
+                "comparisons": rows.Comparison,
+                "plain-comparisons": rows.Comparison,
+                "principle-comparisons": rows.Comparison,
             },
             iterations="every",
             pool="gpu",

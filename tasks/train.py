@@ -1,4 +1,4 @@
-"""The M-step's stage: conversations to learn from in, an adapter and its training curve out.
+"""The M-step: from conversations to learn from to an adapter and its training curve.
 
 Maximises log p_θ(y2, z | x, y1): x and y1 are context, the loss is on z and y2 (STaPLe, section 3).
 The baselines train here too: STaR on y2 without a principle, supervised fine-tuning on the golds.
@@ -21,7 +21,8 @@ from constitutions.errors import UserError
 from models.policy import Message, PolicySettings, Progress
 from models.prompts import Templates, ask_refinement
 from models.training.adapter import AdapterSettings, TrainingStep, plan_batches
-from models.training.encoding import EncodedExample, Encoder, EncodingError, Group
+from models.training.encoding import EncodedExample, Encoder, EncodingError
+from models.training.job import Examples, Job, run
 from tasks.policies.opening import PolicySource
 from tasks.record.progress import progress
 from tasks.record.record import Attempt
@@ -52,17 +53,18 @@ class TrainSettings(AdapterSettings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingConversation:
-    """A conversation to learn from; `turns` are the places in it of the turns with loss."""
+    """A conversation to learn from."""
 
     prompt_id: str
     sample: int | None
     source: str
     messages: tuple[Message, ...]
     turns: tuple[int, ...]
+    """The positions of the messages with loss."""
     weight: float = 1.0
     thoughts: tuple[str | None, ...] = ()
-    """Of each of `turns`, what was sampled before its answer, and is trained with it; None: the
-    answer follows the template's empty thought."""
+    """What the policy thought before each of `turns`, which is trained with it; None: the answer
+    follows the template's empty thought."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,30 +87,87 @@ class TrainingSet:
     skipped: tuple[Rejected, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How the adapter of one iteration is trained, or all weights (`update: full`)."""
+
+    model: Path | str
+    """Directory or hub name of the base (`policy.model` may be "planted")."""
+    policy: PolicySettings
+    """How the base is held in memory."""
+    previous_adapter: Path | None
+    """The adapter that is continued; None starts at the base."""
+    out: Path
+    """The adapter's directory; unfinished work lies beside it."""
+    settings: TrainSettings
+    seed: int
+
+    @classmethod
+    def of(cls, policy: PolicySource, settings: TrainSettings, seed: int, out: Path) -> Training:
+        """The training of a policy."""
+        previous = policy.adapter_path if settings.start == "previous" else None
+        return cls(
+            model=policy.model,
+            policy=policy.settings,
+            previous_adapter=previous,
+            out=out,
+            settings=settings,
+            seed=seed,
+        )
+
+    def encoder(self) -> Encoder:
+        """What tokenises for the base."""
+        from models.training.bases import load_tokenizer
+
+        tokenizer = load_tokenizer(self.model, self.policy.revision)
+        return Encoder(tokenizer, self.settings.max_tokens, self.policy)
+
+    def fit(
+        self, examples: Examples, digest: str, progress: Progress | None = None
+    ) -> list[TrainingStep]:
+        """Train on tokenised examples, and write the adapter to `out`.
+
+        Args:
+            digest: identifies the examples.
+            progress: called with 1 after each optimiser step.
+
+        Raises:
+            UserError: a base that cannot be loaded; a previous adapter of another base; a training
+                that diverged; a process of several that failed.
+        """
+        job = Job(
+            model=str(self.model),
+            policy=self.policy,
+            previous=self.previous_adapter,
+            settings=self.settings,
+            seed=self.seed,
+            data_digest=digest,
+            out=self.out,
+            checkpoints=self._checkpoints(digest),
+            kl=self.settings.kl,
+        )
+        return run(job, examples, progress)
+
+    def _checkpoints(self, data: str) -> Path:
+        """Beside `out`, named by what is trained: another training never resumes from it."""
+        from models.training.bases import base_digest
+
+        same = in_one_process(self.settings).model_dump_json()
+        digest = hashlib.sha256(f"{data} {same} {self.seed}".encode())
+        if self.previous_adapter:
+            digest.update(base_digest(self.previous_adapter).encode())
+        return self.out.with_name(f"{self.out.name}.checkpoints-{digest.hexdigest()[:12]}")
+
+
 def train(
     conversations: Sequence[TrainingConversation],
-    *,
-    model: Path | str,
-    policy: PolicySettings,
-    previous_adapter: Path | None,
-    out: Path,
-    settings: TrainSettings,
-    seed: int,
+    training: Training,
     progress: Progress | None = None,
 ) -> TrainResult:
-    """Train the adapter of one iteration, or all weights (`update: full`), and write it to `out`.
-
-    Args:
-        conversations: what this iteration learns from.
-        model: directory or hub name of the base (`policy.model` may be "planted").
-        policy: how the base is held in memory.
-        previous_adapter: continued from; None starts at the base.
-        out: the adapter's directory; unfinished work lies beside it.
-        progress: called with 1 after each optimiser step.
+    """Train one iteration on conversations.
 
     Raises:
-        UserError: nothing to train on; a base that cannot be loaded; a previous adapter of
-            another base; a training that diverged; a process of several that failed.
+        UserError: nothing to train on; else as `Training.fit`.
     """
     if not conversations:
         raise UserError(
@@ -117,109 +176,62 @@ def train(
             expected="at least one refinement that beat its initial response",
             fix="mine more prompts or more samples, or look at the filter's reasons",
         )
-    from models.training.bases import load_tokenizer
-
-    encoder = Encoder(load_tokenizer(model, policy.revision), settings.max_tokens, policy)
-    data = training_set(conversations, encoder)
+    data = training_set(conversations, training.encoder())
     if not data.examples:
-        raise none_to_train_on(data.skipped, "conversations", settings)
+        raise nothing_to_train_on(data.skipped, "conversations", training.settings)
     digest = data_digest(conversations)
-    curve = fit(
-        data.examples,
-        model=model,
-        policy=policy,
-        previous_adapter=previous_adapter,
-        out=out,
-        settings=settings,
-        seed=seed,
-        digest=digest,
-        progress=progress,
-    )
     return TrainResult(
-        curve=tuple(curve),
-        counts=_counts(conversations, data, settings, seed),
+        curve=tuple(training.fit(data.examples, digest, progress)),
+        counts=_counts(conversations, data, training),
         skipped=data.skipped,
         data_digest=digest,
     )
-
-
-def fit(
-    examples: Sequence[EncodedExample] | Sequence[Group],
-    *,
-    model: Path | str,
-    policy: PolicySettings,
-    previous_adapter: Path | None,
-    out: Path,
-    settings: TrainSettings,
-    seed: int,
-    digest: str,
-    progress: Progress | None = None,
-) -> list[TrainingStep]:
-    """Train on what is tokenised; `digest` identifies it, the rest is as `train` has it."""
-    from models.training.job import Job, run
-
-    job = Job(
-        model=str(model),
-        policy=policy,
-        previous=previous_adapter,
-        settings=settings,
-        seed=seed,
-        data_digest=digest,
-        out=out,
-        checkpoints=_checkpoints(out, digest, settings, seed, previous_adapter),
-        kl=settings.kl,
-    )
-    return run(job, examples, progress)
 
 
 @stage("train")
 def train_stage(
     at: Slot, settings: TrainSettings, policy: PolicySource, examples: Attempt
 ) -> Attempt:
-    """What to learn from, the adapter of iteration t−1 (inside `policy`) → adapter, curve, skipped.
+    """examples, the adapter of iteration t−1 (inside `policy`) → adapter, curve, skipped.
 
-    `examples`: labelled trajectories of `cluster` or `review`; of `filter`, each under its own
-    principle or under none; or of `prompts`, whose golds are then learned.
+    Args:
+        examples: labelled trajectories of `cluster` or `review`; of `filter`, each under its own
+            principle or under none; or `prompts`, whose golds are then learned.
+
+    Raises:
+        UserError: as `train`.
     """
 
     def compute(work: Workspace) -> Metrics:
         conversations = _training_conversations(examples, policy.templates, settings)
         total = expected_steps(len(conversations), settings)
+        training = Training.of(policy, settings, at.seed, work.outputs / "adapter")
         with progress(f"train {at.iteration}", total, "steps") as tick:
-            done = train(
-                conversations,
-                model=policy.model,
-                policy=policy.settings,
-                previous_adapter=continued(policy, settings),
-                out=work.outputs / "adapter",
-                settings=settings,
-                seed=at.seed,
-                progress=tick,
-            )
-        losses = kept_curve(work, done.curve, done.skipped)
+            done = train(conversations, training, tick)
+        losses = write_curve(work, done.curve, done.skipped)
         return {f"train/{name}": float(count) for name, count in done.counts.items()} | losses
 
     inputs = policy.inputs(labelled=examples)
-    return where_trained(policy, at).attempt("train", shared_by_one(settings), inputs, compute)
+    return training_slot(policy, at).attempt("train", in_one_process(settings), inputs, compute)
 
 
-def where_trained(policy: PolicySource, at: Slot) -> Slot:
-    """The slot of a training, which no endpoint does; on a CPU its bytes depend on the threads."""
-    noted = dataclasses.replace(policy.local.noted(at), uses=at.uses)  # it answers nothing
+def training_slot(policy: PolicySource, at: Slot) -> Slot:
+    """The slot of a training: in this process, whatever answers for the policy; on a CPU its bytes
+    depend on the threads."""
+    noted = dataclasses.replace(policy.local.noted(at), uses=at.uses)  # no engine answers
     if policy.settings.device == "cuda":
         return noted
     return noted.using(threads=str(policy.settings.threads or "cores"))
 
 
-def continued(policy: PolicySource, settings: TrainSettings) -> Path | None:
-    """The adapter that the training continues; None starts at the base."""
-    return policy.adapter_path if settings.start == "previous" else None
-
-
-def kept_curve(
+def write_curve(
     work: Workspace, curve: Sequence[TrainingStep], skipped: Sequence[Rejected]
 ) -> Metrics:
-    """Write the training curve and what was skipped; the first loss, and the last tenth's mean."""
+    """Write the training curve and what was skipped.
+
+    Returns:
+        The first loss, and the mean of the last tenth.
+    """
     work.write("curve", curve, TrainingStep)
     work.write("skipped", skipped, Rejected)
     losses = [step.loss for step in curve]
@@ -292,15 +304,23 @@ def training_set(conversations: Iterable[TrainingConversation], encoder: Encoder
     examples: list[EncodedExample] = []
     skipped: list[Rejected] = []
     for row in conversations:
+        known = {
+            turn: thoughts
+            for turn, thoughts in zip(row.turns, row.thoughts, strict=False)
+            if thoughts is not None
+        }
         try:
-            known = {
-                turn: thoughts
-                for turn, thoughts in zip(row.turns, row.thoughts, strict=False)
-                if thoughts is not None
-            }
             examples += encoder.encode(row.messages, row.turns, row.weight, known)
         except EncodingError as error:
-            skipped.append(_skip(row, str(error)))
+            skipped.append(
+                Rejected(
+                    prompt_id=row.prompt_id,
+                    sample=row.sample,
+                    source=row.source,
+                    reason="cannot be trained on",
+                    detail=str(error),
+                )
+            )
     return TrainingSet(examples=tuple(examples), skipped=tuple(skipped))
 
 
@@ -319,7 +339,9 @@ def _places(prompt: int, guided: bool) -> dict[Turn, int]:
     return {"initial": prompt, "refined": prompt + 2}
 
 
-def none_to_train_on(skipped: Sequence[Rejected], what: str, settings: TrainSettings) -> UserError:
+def nothing_to_train_on(
+    skipped: Sequence[Rejected], what: str, settings: TrainSettings
+) -> UserError:
     """The error of a training set of which nothing is left."""
     return UserError(
         f"none of the {len(skipped):,} {what} can be trained on; the first: {skipped[0].detail}",
@@ -328,41 +350,15 @@ def none_to_train_on(skipped: Sequence[Rejected], what: str, settings: TrainSett
     )
 
 
-def _checkpoints(
-    out: Path, data: str, settings: TrainSettings, seed: int, previous_adapter: Path | None
-) -> Path:
-    """Beside `out`, named by what is trained: another training never resumes from it."""
-    from models.training.bases import base_digest
-
-    same = shared_by_one(settings).model_dump_json()
-    digest = hashlib.sha256(f"{data} {same} {seed}".encode())
-    if previous_adapter:
-        digest.update(base_digest(previous_adapter).encode())
-    return out.with_name(f"{out.name}.checkpoints-{digest.hexdigest()[:12]}")
-
-
-def shared_by_one(settings: TrainSettings) -> TrainSettings:
-    """How many processes share the work changes the result by rounding only, as the device does."""
+def in_one_process(settings: TrainSettings) -> TrainSettings:
+    """The settings that decide the result: more processes change it by rounding only."""
     return settings.model_copy(update={"processes": 1})
 
 
-def _skip(row: TrainingConversation, reason: str) -> Rejected:
-    return Rejected(
-        prompt_id=row.prompt_id,
-        sample=row.sample,
-        source=row.source,
-        reason="cannot be trained on",
-        detail=reason,
-    )
-
-
 def _counts(
-    conversations: Sequence[TrainingConversation],
-    data: TrainingSet,
-    settings: TrainSettings,
-    seed: int,
+    conversations: Sequence[TrainingConversation], data: TrainingSet, training: Training
 ) -> dict[str, int]:
-    steps = plan_batches([len(e.ids) for e in data.examples], settings, seed)
+    steps = plan_batches([len(e.ids) for e in data.examples], training.settings, training.seed)
     seen = [data.examples[i] for rows in steps for i in rows]
     return {
         "lessons": len(conversations),

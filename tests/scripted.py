@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from models.judges.base import Judge
 from models.judges.registry import JudgeSettings
@@ -28,7 +29,7 @@ from models.policy import (
 from models.prompts import CHAT
 from models.worlds.base import Oracle
 from tasks.benchmarks.alpaca_eval.data import Annotation
-from tasks.evaluate import EvaluateSettings, evaluate
+from tasks.evaluate import EvaluateSettings, evaluate_stage
 from tasks.judging.pairs import AnswerPair, answer_pairs
 from tasks.judging.panel import Judges, judge_pairs
 from tasks.policies.opening import PolicySource
@@ -187,5 +188,6 @@ class Place:
         **how: Any,
     ) -> Attempt:
         source = self.source(script, **how)
-        inputs = {"held_out": self.held_out}
-        return evaluate(self.at, settings, ScoreSettings(), source, inputs, open_policy)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tasks.evaluate.open_policy", open_policy)
+            return evaluate_stage(self.at, settings, ScoreSettings(), source, self.held_out)

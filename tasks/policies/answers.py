@@ -62,7 +62,7 @@ def given(row: Answer | None, which: Which) -> Given:
     return Given(text=text, missing=None if text.strip() else NO_ANSWER.get(row.finish))
 
 
-def requests_each(templates: Templates) -> int:
+def requests_per_prompt(templates: Templates) -> int:
     """Requests that one prompt takes: y1, z (where there are principles), y2."""
     return 3 if templates.guided else 2
 
@@ -89,7 +89,7 @@ class Generation:
         on the iteration: similar policies answer alike, which makes their comparison tight.
 
         Args:
-            advance: called with the number of answered requests, `requests_each` a prompt.
+            advance: called with the number of answered requests, `requests_per_prompt` a prompt.
             temperature: replaces that of the settings.
         """
         templates, settings = self.templates, self.settings
@@ -165,7 +165,7 @@ class Respondent:
             compute,
             what=f"evaluate {self.generation.iteration}: {name}",
             unit="requests",
-            each=requests_each(self.generation.templates) * prompts_each,
+            each=requests_per_prompt(self.generation.templates) * prompts_each,
         )
 
 

@@ -20,14 +20,13 @@ from tasks.record.stage import stage
 from tasks.record.work import Metrics, Workspace
 from tasks.rows import Rejected, Sampled
 from tasks.train import (
+    Training,
     TrainSettings,
-    continued,
     expected_steps,
-    fit,
-    kept_curve,
-    none_to_train_on,
-    shared_by_one,
-    where_trained,
+    in_one_process,
+    nothing_to_train_on,
+    training_slot,
+    write_curve,
 )
 
 
@@ -97,33 +96,19 @@ def train_stage(
     """
 
     def compute(work: Workspace) -> Metrics:
-        from models.training.bases import load_tokenizer
-
         rows = sampled.read("sampled", Sampled)
-        tokenizer = load_tokenizer(policy.model, policy.settings.revision)
-        encoder = Encoder(tokenizer, settings.max_tokens, policy.settings)
-        data = groups_of(rows, encoder, policy.wording, end_token=settings.end_token)
+        training = Training.of(policy, settings, at.seed, work.outputs / "adapter")
+        data = groups_of(rows, training.encoder(), policy.wording, end_token=settings.end_token)
         if not data.groups:
-            raise none_to_train_on(data.skipped, "queries", settings)
-        with progress(
-            f"train {at.iteration}", expected_steps(len(rows), settings), "steps"
-        ) as tick:
-            curve = fit(
-                data.groups,
-                model=policy.model,
-                policy=policy.settings,
-                previous_adapter=continued(policy, settings),
-                out=work.outputs / "adapter",
-                settings=settings,
-                seed=at.seed,
-                digest=text_sha256(repr(data.groups)),
-                progress=tick,
-            )
-        return kept_curve(work, curve, data.skipped) | _counts(data, curve[-1].tokens)
+            raise nothing_to_train_on(data.skipped, "queries", settings)
+        total = expected_steps(len(rows), settings)
+        with progress(f"train {at.iteration}", total, "steps") as tick:
+            curve = training.fit(data.groups, text_sha256(repr(data.groups)), tick)
+        return write_curve(work, curve, data.skipped) | _counts(data, curve[-1].tokens)
 
     inputs = policy.inputs(sampled=sampled)
-    where = where_trained(policy, at).using("models.training.sami")
-    return where.attempt("train", shared_by_one(settings), inputs, compute)
+    where = training_slot(policy, at).using("models.training.sami")
+    return where.attempt("train", in_one_process(settings), inputs, compute)
 
 
 def _counts(data: Groups, tokens: int) -> Metrics:

@@ -11,7 +11,7 @@ from scripted import turns_of
 from models.engine.local import LocalPolicy, load_policy
 from models.policy import Completion, Messages, PolicySettings, Request
 from models.prompts import CHAT
-from tasks.mine import MineSettings, mine, requests_each
+from tasks.mine import MineSettings, mine, requests_per_prompt
 from tasks.rows import Mined, Prompt, prompt_id
 
 SETTINGS = MineSettings(
@@ -62,7 +62,7 @@ def test_every_candidate_is_there_in_order(policy: LocalPolicy) -> None:
     assert [m.prompt_id for m in mined] == [r.prompt_id for r in rows]
     assert [[c.sample for c in m.candidates] for m in mined] == [[0, 1, 2], [0, 1, 2]]
     assert all(c.critique and c.finish in ("stop", "length") for m in mined for c in m.candidates)
-    assert sum(answered) == len(rows) * requests_each(SETTINGS, CHAT)
+    assert sum(answered) == len(rows) * requests_per_prompt(SETTINGS, CHAT)
     assert len({c.principle for m in mined for c in m.candidates}) == 6
 
 
@@ -88,7 +88,7 @@ def test_the_critique_can_be_left_out(policy: LocalPolicy) -> None:
     settings = SETTINGS.model_copy(update={"critique": False})
     (mined,) = mine(settings, CHAT, "0/1", listening, prompts("How do I bake bread?"))  # type: ignore[arg-type]
     assert not listening.role("critique")
-    assert len(listening.requests) == requests_each(settings, CHAT)
+    assert len(listening.requests) == requests_per_prompt(settings, CHAT)
     assert {c.critique for c in mined.candidates} == {""}
 
 

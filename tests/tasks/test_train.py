@@ -14,6 +14,7 @@ from models.policy import PolicySettings
 from models.prompts import CHAT
 from tasks.rows import Labelled, Prompt
 from tasks.train import (
+    Training,
     TrainResult,
     TrainSettings,
     demonstration,
@@ -63,10 +64,10 @@ def run(model: Path, out: Path, rows: list[Labelled], **changes: Any) -> TrainRe
     progress = changes.pop("progress", None)
     settings = SETTINGS.model_copy(update=changes)
     conversations = [training_conversation(row, row.label, CHAT, settings) for row in rows]
-    return train(
-        conversations, model=model, policy=policy, previous_adapter=previous, out=out,
-        settings=settings, seed=0, progress=progress,
-    )  # fmt: skip
+    training = Training(
+        model=model, policy=policy, previous_adapter=previous, out=out, settings=settings, seed=0
+    )
+    return train(conversations, training, progress)
 
 
 @pytest.fixture(scope="module")
