@@ -1,21 +1,17 @@
-"""The EM loop of STaPLe and its baselines, on one screen.
+"""An EM iteration of STaPLe and its baselines, on one screen.
 
-`steps` is the one wiring of the stages: the loop runs all of them, `flows.stages` one of them, and
-`flows.states` none: it asks for their states. A stage reuses its result from the record if nothing
-changed.
+`steps` is the one wiring of the stages: `flows.loop` runs all of them, `flows.stages` one of them,
+and `flows.states` none: it asks for their states. A stage reuses its result from the record if
+nothing changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prefect import flow
-
-from flows import review, sami
-from flows.experiment import Experiment, Place, open_experiment, writing
+from flows import sami
+from flows.experiment import Experiment
 from flows.methods import method_of
-from flows.publish import Attempts, publish_experiment, publish_iteration
-from flows.schema import ExperimentSettings
 from tasks.cluster import cluster_stage
 from tasks.evaluate import evaluate_stage
 from tasks.filter import filter_stage
@@ -64,41 +60,3 @@ def steps(e: Experiment, t: int) -> Iterator[Attempt]:
     yield (trained := train_stage(at, settings.train, policy, examples))
     tuned, references = policy.trained(trained), e.references(t)
     yield evaluate_stage(at, settings.evaluate, settings.score, tuned, **references, **mined_from)
-
-
-@flow(name="em-experiment", flow_run_name="{settings.experiment}")
-def em_experiment(
-    settings: ExperimentSettings, force: bool = False, start: Place | None = None
-) -> list[Attempts]:
-    """Iteration 0 (the initial policy answers), then T iterations, under the write lock.
-
-    Returns:
-        The attempts of every iteration. If a person has to review and this run cannot ask, the list
-        ends with the waiting iteration, whose attempts lack "train".
-
-    Args:
-        force: compute again what the record has.
-        start: compute again from this stage on; earlier stages come from the record.
-    """
-    with writing(settings.experiment, f"staple run {settings.experiment}"):
-        experiment = open_experiment(settings, force=force, start=start)
-        done: list[Attempts] = []
-        for t in range(settings.iterations + 1):
-            done.append(em_iteration(settings, t, force, start))
-            if t and "train" not in done[t]:
-                if not review.can_ask():
-                    return done
-                review.ask(experiment, t, done[t]["cluster"])
-                done[t] = em_iteration(settings, t, force, start)
-        publish_experiment(experiment, done)
-        return done
-
-
-@flow(name="em-iteration", flow_run_name="{settings.experiment} iteration {iteration}")
-def em_iteration(
-    settings: ExperimentSettings, iteration: int, force: bool = False, start: Place | None = None
-) -> Attempts:
-    """One iteration: stage → its attempt; without "train" if a person has to review first."""
-    experiment = open_experiment(settings, force=force, start=start)
-    attempts = {attempt.stage: attempt for attempt in steps(experiment, iteration)}
-    return publish_iteration(experiment, iteration, attempts)

@@ -9,12 +9,6 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from prefect import task
-from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
-from prefect.context import FlowRunContext
-
-from constitutions.constitution import load, markdown
 from flows.experiment import Experiment
 from flows.methods import method_of
 from tasks.record.record import SUMMARY, Attempt, Record
@@ -28,8 +22,7 @@ PUBLISHED = "published"
 """Tag: the attempts that a run shows. An unchanged rerun adds no points to its curves."""
 
 
-@task(name="publish", cache_policy=NO_CACHE)
-def publish_iteration(experiment: Experiment, iteration: int, attempts: Attempts) -> Attempts:
+def publish_iteration(experiment: Experiment, iteration: int, attempts: Attempts) -> None:
     """Headline metrics, constitution, figures and adapter on the iteration's top-level run."""
     record = experiment.record
     if _changed(record, iteration, attempts):
@@ -38,13 +31,6 @@ def publish_iteration(experiment: Experiment, iteration: int, attempts: Attempts
         if "train" in attempts:
             register_adapter(record, iteration, attempts["train"], metrics)
         _mark(record, iteration, attempts)
-    approved = constitution_of(attempts)
-    if approved and FlowRunContext.get() is not None:
-        constitution = load(approved.path("constitution.yaml"))
-        create_markdown_artifact(
-            markdown(constitution), key="constitution", description=f"Iteration {iteration}"
-        )
-    return attempts
 
 
 def publish_experiment(experiment: Experiment, done: Sequence[Attempts]) -> None:

@@ -1,6 +1,6 @@
 """The review of a constitution in Prefect's UI: a suspended run whose form lists the principles.
 
-`flows.em` calls `ask` after `cluster` if `review.enabled` is set. `flows.commands.edit` does the
+`flows.loop` calls `ask` after `cluster` if `review.enabled` is set. `flows.commands.edit` does the
 same in an editor.
 """
 

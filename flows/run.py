@@ -1,6 +1,7 @@
 """Run an experiment, and the SAMI experiment that its setting `then` describes.
 
-The command line, the deployment and the baselines run experiments by `run_experiment`.
+The command line, the deployment and the baselines call `run_experiment`. Prefect, which takes
+seconds to import, is imported only to compute something.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from flows.commands.report import write_report
-from flows.em import em_experiment
 from flows.experiment import Place, note_settings, writing
 from flows.preflight import ask_server
 from flows.publish import Attempts
@@ -46,6 +45,8 @@ def run_experiment(
     found = None if force or start else unchanged(settings)
     if found is not None:
         return found
+    from flows.loop import em_experiment
+
     ask_server(settings)
     with running_server():
         return (em_experiment if subflow else em_experiment.fn)(settings, force, start)
@@ -77,6 +78,8 @@ def run_following(
     then = following(settings)
     if then is None or (len(done) > 1 and "train" not in done[-1]):
         return None
+    from flows.commands.report import write_report
+
     with writing(then.experiment, f"staple run {then.experiment}"):
         further = run_experiment(then, keep_changes=[] if resume else None, force=force)
         return Followed(then, further, write_report([settings.experiment, then.experiment]))

@@ -1,6 +1,6 @@
 """SAMI's stages in order: write once, then in each iteration sample, train and evaluate.
 
-`flows.em` runs the iterations of every method, on the same record, engine and judges.
+`flows.loop` runs the iterations of every method, on the same record, engine and judges.
 """
 
 from __future__ import annotations

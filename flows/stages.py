@@ -20,8 +20,8 @@ from flows.experiment import (
     recorded_settings,
     writing,
 )
+from flows.loop import publish
 from flows.methods import method_of
-from flows.publish import publish_iteration
 from flows.schema import ExperimentSettings
 from flows.server.prefect_server import running_server
 from flows.settings import with_changes, without_gone
@@ -104,7 +104,7 @@ def _publish_if_whole(experiment: Experiment, iteration: int) -> None:
     attempts = {stage: attempt for stage, attempt in mine.items() if attempt}
     whole = all(s.standing == "finished" for (_, t), s in states.items() if t == iteration)
     if whole:
-        publish_iteration(experiment, iteration, attempts)
+        publish(experiment, iteration, attempts)
 
 
 def _check_place(settings: ExperimentSettings, stage: str, iteration: int) -> None:

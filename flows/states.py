@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from constitutions.errors import UserError
+from flows.em import steps
 from flows.experiment import open_experiment, recorded_settings, writing
 from flows.publish import Attempts, is_published
 from flows.schema import ExperimentSettings
@@ -50,8 +51,6 @@ def stage_states(
     settings: ExperimentSettings, last: int | None = None
 ) -> dict[tuple[str, int], State]:
     """(stage, iteration) → its state, in the loop's order, up to iteration `last` (or all)."""
-    from flows.em import steps
-
     look = Look(open_experiment(settings).record)
     experiment = open_experiment(settings, look=look)
     for t in range((settings.iterations if last is None else last) + 1):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.panel import Panel
 from rich.text import Text
 
 from constitutions.terminal import console
-from flows.baselines import Run, row
 from flows.commands.tables import by_iteration, figure, next_commands, rate, table
 from flows.experiment import record_of
 from flows.methods import method_of
@@ -20,6 +20,9 @@ from models.worlds.registry import WORLDS
 from tasks.record.record import Attempt
 from tasks.record.work import Metrics
 from tasks.stages import STAGES
+
+if TYPE_CHECKING:
+    from flows.baselines import Run
 
 History = Mapping[int, Metrics]
 
@@ -148,6 +151,8 @@ def _show_next(settings: ExperimentSettings) -> None:
 
 def show_baselines(runs: Sequence[Run]) -> None:
     """The methods' win rates and tokens, on 80 columns."""
+    from flows.baselines import row  # with Prefect, which the other commands need not import
+
     shown = {
         "experiment": "experiment",
         "best iteration": "best",

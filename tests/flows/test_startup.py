@@ -1,0 +1,54 @@
+"""A command that finds everything in the record imports nothing that only computing needs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from flows.experiment import open_experiment
+from flows.publish import Attempts, publish_experiment
+from flows.schema import ExperimentSettings
+from flows.states import stage_states, unchanged
+
+ROOT = Path(__file__).parents[2]
+HEAVY = {"matplotlib", "prefect", "sklearn", "torch", "transformers"}
+"""What only computing, a server or a figure needs; without Prefect no server can start."""
+CODE = f"""
+import sys
+from flows.commands.cli import main
+main()
+print("imported:", *sorted({HEAVY} & set(sys.modules)))
+"""
+
+
+@pytest.fixture
+def published(at_home: ExperimentSettings) -> ExperimentSettings:
+    """The finished experiment, with its summary in MLflow."""
+    done: defaultdict[int, Attempts] = defaultdict(dict)
+    for (stage, t), state in stage_states(at_home).items():
+        assert state.attempt is not None
+        done[t][stage] = state.attempt
+    publish_experiment(open_experiment(at_home), [done[t] for t in sorted(done)])
+    return at_home
+
+
+@pytest.mark.parametrize("words", [("status", "lineage"), ("run", "lineage.yaml")], ids=" ".join)
+def test_what_the_record_has_needs_neither_prefect_nor_torch(
+    published: ExperimentSettings, words: tuple[str, ...]
+) -> None:
+    assert unchanged(published), "there is nothing to compute"
+    shown = subprocess.run(
+        [sys.executable, "-c", CODE, *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    if words[0] == "run":
+        assert "0 stages computed" in shown
+    assert shown.splitlines()[-1] == "imported:"
