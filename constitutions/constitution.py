@@ -264,7 +264,9 @@ def _validated(
         try:
             document = kind.model_validate(part)
         except ValidationError as error:
-            raise _as_user_errors(error, start, source, path, kind) from None
+            root, mistakes = yaml_tree(source), error.errors(include_url=False)
+            named = [_as_user_error(e, start, root, path, kind) for e in mistakes[:REPORTED]]
+            raise UserErrors(named, more=len(mistakes) - len(named)) from None
         found += document.principles
     assert document is not None, "there is at least one part"
     return document if len(there) <= AT_ONCE else kind(**data | {"principles": found})
@@ -376,19 +378,6 @@ def _others(principle: Principle, limit: int) -> str:
     others = [markdown_text(m) for m in principle.members if m != principle.text]
     more = f" (+{len(others) - limit:,})" if len(others) > limit else ""
     return " · ".join(others[:limit]) + more
-
-
-def _as_user_errors(
-    error: ValidationError,
-    start: int,
-    source: str,
-    path: str | os.PathLike[str],
-    document: type[Constitution],
-) -> UserErrors:
-    root = yaml_tree(source)
-    found = error.errors(include_url=False, include_context=False)
-    shown = [_as_user_error(e, start, root, path, document) for e in found[:REPORTED]]
-    return UserErrors(shown, more=len(found) - len(shown))
 
 
 def _as_user_error(

@@ -110,14 +110,12 @@ def whole(text: str, where: str) -> str:
 # YAML -------------------------------------------------------------------------------------------
 
 
-def parse_yaml(
-    text: str, where: str, bounds: Bounds = SMALL, *, expected: str = "", fix: str = ""
-) -> Any:
+def parse_yaml(text: str, where: str, bounds: Bounds = SMALL, *, fix: str = "") -> Any:
     """The value of a YAML document: None, bool, int, finite float, str, lists and dicts of those.
 
     Args:
         where: the name of the text in errors: a file, or "--set NAME".
-        expected, fix: parts of errors about YAML's own syntax.
+        fix: the next step in errors about YAML's own syntax.
 
     Raises:
         UserError: the text is not YAML, exceeds the bounds or nests too deeply; a key is repeated
@@ -133,7 +131,7 @@ def parse_yaml(
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         said = error.problem or "this is not YAML"
-        raise UserError(said, where=f"{where}{line}", expected=expected, fix=fix) from None
+        raise UserError(said, where=f"{where}{line}", fix=fix) from None
     except yaml.reader.ReaderError as error:
         said = f"YAML does not allow character {error.position + 1} (U+{_code(error):04X})"
         raise UserError(said, where=where, expected="text without control characters") from None
@@ -141,8 +139,7 @@ def parse_yaml(
         said = f"half a character (a lone surrogate) at place {error.start}"
         raise UserError(said, where=where, expected="text that is UTF-8") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        said = f"this is not YAML ({error})"
-        raise UserError(said, where=where, expected=expected, fix=fix) from None
+        raise UserError(f"this is not YAML ({error})", where=where, fix=fix) from None
 
 
 def yaml_tree(text: str) -> yaml.Node | None:
@@ -261,7 +258,7 @@ def _short(value: Any) -> str:
 # JSON -------------------------------------------------------------------------------------------
 
 
-def parse_json(text: str, where: str, bounds: Bounds = LARGE, *, expected: str = "") -> Any:
+def parse_json(text: str, where: str, *, expected: str = "") -> Any:
     """The value of a JSON text.
 
     It may hold half characters (lone surrogates): the caller refuses them, and can name the field.
@@ -270,8 +267,8 @@ def parse_json(text: str, where: str, bounds: Bounds = LARGE, *, expected: str =
         UserError: the text is not JSON, exceeds the bounds or nests too deeply; a key occurs twice
             in an object; a number is not finite, or too large for 64 bits.
     """
-    if sum(map(text.count, "[{,")) > bounds.nodes:  # before any of them is built
-        most = f"this holds more than {bounds.nodes:,} values"
+    if sum(map(text.count, "[{,")) > LARGE.nodes:  # before any of them is built
+        most = f"this holds more than {LARGE.nodes:,} values"
         raise UserError(most, where=where, expected=expected)
     try:
         value = json.loads(

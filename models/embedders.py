@@ -17,7 +17,11 @@ Embed = Callable[[Sequence[str]], np.ndarray]
 """Texts to unit vectors, shape (texts, dimensions), float32."""
 
 
-def sentence_embedder(model: str, *, device: str = "cpu", batch_size: int = 64) -> Embed:
+BATCH = 64
+"""Texts that are embedded together."""
+
+
+def sentence_embedder(model: str) -> Embed:
     """The function of a sentence-transformers model, given as a directory or a hub name.
 
     Raises:
@@ -30,7 +34,7 @@ def sentence_embedder(model: str, *, device: str = "cpu", batch_size: int = 64) 
     try:
         encoder = SentenceTransformer(
             model,
-            device=device,
+            device="cpu",
             trust_remote_code=False,
             model_kwargs={"use_safetensors": True},  # nothing is unpickled
         )
@@ -45,7 +49,7 @@ def sentence_embedder(model: str, *, device: str = "cpu", batch_size: int = 64) 
 
     def embed(texts: Sequence[str]) -> np.ndarray:
         with pinned(None):
-            vectors = encoder.encode(list(texts), batch_size=batch_size, show_progress_bar=False)
+            vectors = encoder.encode(list(texts), batch_size=BATCH, show_progress_bar=False)
         return unit_rows(np.asarray(vectors, dtype=np.float32), texts)
 
     return embed

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -105,6 +105,21 @@ def unseal(path: Path) -> str:
     if line != f"{SEAL}{text_sha256(text)}":
         raise Damaged(path, "its digest differs")
     return text
+
+
+def recall(folder: Path, key: str) -> str:
+    """The text that `remember` wrote under a key; "" where there is none or it cannot be read."""
+    with suppress(OSError, UnicodeDecodeError):
+        return (folder / key).read_text("utf-8")
+    return ""
+
+
+def remember(folder: Path, key: str, text: str) -> None:
+    """Write a text under a key; where that is not possible, a later process finds it out again."""
+    with suppress(OSError):
+        for path in (folder.parent, folder):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_text(folder / key, text)
 
 
 def remove(path: Path) -> None:

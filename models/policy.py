@@ -237,7 +237,7 @@ class PolicySettings(Settings):
     def _names_of_variables(cls, given: dict[str, Argument]) -> dict[str, Argument]:
         for name in given:
             if name in TAKEN or not name.isidentifier():
-                raise ValueError(f"'{name}' is no variable that can be set for a chat template")
+                raise ValueError(f"'{name}' is not a variable that a chat template can be given")
         return given
 
     @field_validator("thought_tags")

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -190,21 +190,14 @@ def check_loading(
         pieces |= {re.sub("_(blocks|scales)$", "", key) for key in unexpected}
         missing = {k for k in missing if k not in pieces and k.rpartition(".")[0] not in pieces}
         unexpected, wrong = set(), {}
-    shapes = [
-        f"{key} is {_size(there)}, not {_size(here)}"
-        for key, (there, here) in sorted(wrong.items())
-    ]
-    faults = [
-        *(_listed("lack", missing) if missing else ()),
-        *(_listed("have", unexpected, "that it does not know") if unexpected else ()),
-        *([f"{len(wrong):,} of another shape ({'; '.join(shapes[:NAMED])})"] if wrong else ()),
-        *[first_line(message) for message in loading.get("error_msgs") or ()][:NAMED],
-        *[
-            f"{key}: {first_line(message)}"
-            for key, message in (loading.get("conversion_errors") or {}).items()
-        ][:NAMED],
-    ]
-    if faults:
+    shapes = [f"{k} is {_size(there)}, not {_size(here)}" for k, (there, here) in wrong.items()]
+    failed = (loading.get("conversion_errors") or {}).items()
+    messages = [*(loading.get("error_msgs") or ()), *(f"{k}: {first_line(m)}" for k, m in failed)]
+    faults = [_listed("lack", missing), _listed("have", unexpected, " that it does not know")]
+    if wrong:
+        faults.append(f"{len(wrong):,} of another shape ({'; '.join(sorted(shapes)[:NAMED])})")
+    faults += map(first_line, messages[:NAMED])
+    if faults := [fault for fault in faults if fault]:
         raise UserError(
             f"the weights do not fit {name}: they {' and '.join(faults)}",
             where=where,
@@ -213,11 +206,11 @@ def check_loading(
         )
 
 
-def _listed(verb: str, names: Iterable[str], why: str = "") -> list[str]:
-    found = sorted(names)
-    more = f", … and {len(found) - NAMED:,} more" if len(found) > NAMED else ""
-    tail = f" {why}" if why else ""
-    return [f"{verb} {len(found):,} tensors{tail} ({', '.join(found[:NAMED])}{more})"]
+def _listed(verb: str, names: Collection[str], why: str = "") -> str:
+    """The names of tensors with what is wrong with them; "" where there are none."""
+    more = f", … and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    shown = f"{', '.join(sorted(names)[:NAMED])}{more}"
+    return f"{verb} {len(names):,} tensors{why} ({shown})" if names else ""
 
 
 def _size(shape: Any) -> str:

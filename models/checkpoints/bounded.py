@@ -36,13 +36,12 @@ class Ended:
     reason: str = ""
 
 
-def ask(module: str, request: Any, *, data_bytes: int = DATA_BYTES) -> Ended:
+def ask(module: str, request: Any) -> Ended:
     """A child's answer to a request; the child uses no GPU and no hub.
 
     Args:
         module: its `main` calls `serve`.
         request: a JSON value.
-        data_bytes: most data memory of the child.
     """
     kept = {
         "HF_HUB_OFFLINE": "1",
@@ -52,7 +51,7 @@ def ask(module: str, request: Any, *, data_bytes: int = DATA_BYTES) -> Ended:
     }
     try:
         done = subprocess.run(
-            [sys.executable, "-m", module, str(data_bytes)],
+            [sys.executable, "-m", module],
             cwd=ROOT,
             env={**os.environ, **kept},
             input=json.dumps(request).encode(),
@@ -68,7 +67,7 @@ def ask(module: str, request: Any, *, data_bytes: int = DATA_BYTES) -> Ended:
     if done.returncode == -signal.SIGXCPU:
         return Ended(step=step, reason=f"takes more than {seconds} s of processor time")
     if "memory" in last or done.returncode in (-signal.SIGABRT, -signal.SIGKILL):
-        return Ended(step=step, reason=f"takes more than {data_bytes >> 20:,} MiB of memory")
+        return Ended(step=step, reason=f"takes more than {DATA_BYTES >> 20:,} MiB of memory")
     crash = last.get("crash") or f"the process ends by signal {-done.returncode}"
     return Ended(step=step, reason=f"fails: {crash}")
 
@@ -92,9 +91,8 @@ def serve(work: Callable[[Any, Step], Any]) -> None:
     """
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print on standard error
-    limit = int(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_DATA, (DATA_BYTES, DATA_BYTES))
 
     def say(**what: Any) -> None:
         output.write(json.dumps(what) + "\n")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,7 +24,7 @@ from models.checkpoints.architecture import (
     no_chat_template,
     read_config,
 )
-from models.checkpoints.bounded import DATA_BYTES, Step, ask, serve
+from models.checkpoints.bounded import Step, ask, serve
 from models.checkpoints.headers import (
     check_listing,
     digest_parts,
@@ -34,7 +33,7 @@ from models.checkpoints.headers import (
     shards_there,
 )
 from models.checkpoints.shapes import cached_config
-from models.files import write_text
+from models.files import recall, remember
 from models.policy import FINGERPRINT, Messages, PolicySettings
 from models.prompts import TEMPLATES, ask_refinement
 
@@ -51,17 +50,14 @@ CHECKED = "checked"
 def check_directory(
     directory: Path,
     settings: PolicySettings,
-    use: Use = "trained",
-    home: Path | None = None,
-    *,
-    data_bytes: int = DATA_BYTES,
+    use: Use,
+    home: Path,
 ) -> str:
     """What a model directory holds, in a few words; this process loads none of its files.
 
     Args:
         settings: quantisation and chat template of the model.
-        home: folder in which a directory that passes is remembered; None: in this process only.
-        data_bytes: most data memory of the child.
+        home: folder in which a directory that passes is remembered.
 
     Raises:
         UserError: the model cannot serve its use, or the check exceeds its limits of time or
@@ -70,21 +66,22 @@ def check_directory(
     check_listing(directory)
     keys = [_key(directory, settings, asked) for asked in dict.fromkeys((use, "trained"))]
     keys = keys if use == "sampled" else keys[:1]  # what can be trained can be sampled from
-    known = next(filter(None, (_recalled(key, home) for key in keys)), None)
-    if known is None:
-        request = {
-            "directory": str(directory.resolve()),
-            "settings": settings.model_dump(mode="json"),
-            "use": use,
-        }
-        ended = ask("models.checkpoints.check", request, data_bytes=data_bytes)
-        if ended.reason:
-            raise UserError(f"{ended.step} {ended.reason}", where=f"model directory {directory}")
-        if "error" in ended.answer:
-            raise _moved(UserError(**ended.answer["error"]), directory)
-        known = str(ended.answer["found"])
-    _remember(keys[0], known, home)
-    return known
+    for key in keys:
+        if known := recall(home / CHECKED, key):
+            return known
+    request = {
+        "directory": str(directory.resolve()),
+        "settings": settings.model_dump(mode="json"),
+        "use": use,
+    }
+    ended = ask("models.checkpoints.check", request)
+    if ended.reason:
+        raise UserError(f"{ended.step} {ended.reason}", where=f"model directory {directory}")
+    if "error" in ended.answer:
+        raise _moved(UserError(**ended.answer["error"]), directory)
+    found = str(ended.answer["found"])
+    remember(home / CHECKED, keys[0], found)
+    return found
 
 
 MODELS = Path(__file__).parents[1]
@@ -94,24 +91,6 @@ SOURCES = (
     *(MODELS / f"{name}.py" for name in ("chat", "chat_template", "thoughts", "prompts")),
 )
 """The modules that decide what passes: when one changes, directories are checked again."""
-_good: dict[str, str] = {}
-"""What the directories hold that have passed in this process, by `_key`."""
-
-
-def _recalled(key: str, home: Path | None) -> str | None:
-    if key not in _good and home is not None:
-        with suppress(OSError, UnicodeDecodeError):  # an unreadable file means another check
-            _good[key] = (home / CHECKED / key).read_text("utf-8")
-    return _good.get(key) or None
-
-
-def _remember(key: str, found: str, home: Path | None) -> None:
-    _good[key] = found
-    if home is None or (home / CHECKED / key).exists():
-        return
-    with suppress(OSError):  # where nothing can be written, the next process checks again
-        (home / CHECKED).mkdir(parents=True, exist_ok=True)
-        write_text(home / CHECKED / key, found)
 
 
 def _key(directory: Path, settings: PolicySettings, use: Use) -> str:

@@ -8,13 +8,11 @@ transformers; an engine whose numbers differ is not used. `models/engine/local.p
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -24,7 +22,7 @@ from models.engine.base import Decoding, Engine, is_out_of_memory
 from models.engine.by_length import Way, length_limit, make_engine
 from models.engine.comparison import difference, in_few_bits
 from models.engine.plain import bare_of_adapter
-from models.files import write_text
+from models.files import recall, remember
 from models.notices import say
 
 Choice = Literal["auto", "shared", "plain"]
@@ -144,11 +142,13 @@ def _verdict(
         return find(model, choice, special)
     facts = [digest, choice, model.dtype, model.device.type, in_few_bits(model),
              hasattr(model, "peft_config"), _version()]  # fmt: skip
-    key, file = hashlib.sha256("\0".join(map(str, facts)).encode()).hexdigest(), _memory()
-    if (known := _read(file).get(key)) is not None:
-        return known
+    key = hashlib.sha256("\0".join(map(str, facts)).encode()).hexdigest()
+    folder = Path(os.environ.get("STAPLE_HOME") or ".staple").absolute() / "engines"
+    way, _, why = recall(folder, key).partition("\n")
+    if way in WAYS["auto"]:
+        return EngineChoice(way, why)
     verdict = find(model, choice, special)
-    _write(file, {**_read(file), key: verdict})
+    remember(folder, key, f"{verdict.way}\n{verdict.why}")
     return verdict
 
 
@@ -160,26 +160,3 @@ def _version() -> str:
     sources = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
     code = hashlib.sha256(b"\0".join(sources)).hexdigest()
     return f"{code} {torch.__version__} {transformers.__version__} {peft.__version__}"
-
-
-def _memory() -> Path:
-    return Path(os.environ.get("STAPLE_HOME") or ".staple").absolute() / "engines.json"
-
-
-def _read(file: Path) -> dict[str, EngineChoice]:
-    """The remembered choices by key; none where the file is missing or damaged."""
-    with suppress(OSError, ValueError, TypeError, AttributeError):
-        found: Mapping[str, Any] = json.loads(file.read_text("utf-8"))
-        return {
-            key: EngineChoice(cast(Way, way), str(why))
-            for key, (way, why) in found.items()
-            if way in WAYS["auto"]
-        }
-    return {}
-
-
-def _write(file: Path, known: Mapping[str, EngineChoice]) -> None:
-    """Write the choices; where nothing can be written, the next process checks the model again."""
-    with suppress(OSError):
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_text(file, json.dumps({key: [v.way, v.why] for key, v in known.items()}))

@@ -134,30 +134,24 @@ class LocalPolicy:
             UserError: the model's logits are finite for none of the requests.
         """
         requests = [self._with_room(request) for request in requests]
-        answers: list[list[Completion]] = [[] for _ in requests]
-        asked: dict[int, list[int]] = {}
-        for i, request in enumerate(requests):
-            prompt, finish = self._prompt(request)
-            if finish:
-                answers[i] = [no_answer(finish)] * request.n
-            else:
-                asked[i] = prompt
-        owners = list(asked)
-        opened = {i: self._opened(requests[i], prompt) for i, prompt in asked.items()}
-        found: dict[int, dict[int, Completion]] = {i: {} for i in asked}
+        found = [self._prompt(request) for request in requests]
+        asked = [i for i, (_, finish) in enumerate(found) if not finish]
+        prompts = {i: found[i][0] for i in asked}
+        opened = {i: self._opened(requests[i], prompts[i]) for i in asked}
+        answers = [[no_answer(f)] * r.n for r, (_, f) in zip(requests, found, strict=True)]
+        left = [request.n for request in requests]
 
         def ended(sample: Sample) -> None:
-            i = owners[sample.request]
-            found[i][sample.number] = self._completion(sample, requests[i], opened[i])
-            if progress and len(found[i]) == requests[i].n:
+            i = asked[sample.request]
+            answers[i][sample.number] = self._completion(sample, requests[i], opened[i])
+            left[i] -= 1
+            if progress and not left[i]:
                 progress(1)
 
         if progress and len(asked) < len(requests):
             progress(len(requests) - len(asked))
-        self.decoder.sample(list(asked.values()), [requests[i] for i in owners], ended)
-        for i, some in found.items():
-            answers[i] = [some[number] for number in range(requests[i].n)]
-        self._check_finite([c for i in owners for c in answers[i]])
+        self.decoder.sample(list(prompts.values()), [requests[i] for i in asked], ended)
+        self._check_finite([completion for i in asked for completion in answers[i]])
         return answers
 
     def logprobs(self, pairs: Sequence[tuple[Messages, str]]) -> list[Scoring]:

@@ -130,21 +130,17 @@ class Resources(Protocol):
     @property
     def seed(self) -> int:
         """The seed of a judge that samples."""
-        ...
 
     @property
     def oracle(self) -> Oracle | None:
         """The oracle that knows the truth of the prompts; None where there is none."""
-        ...
 
     @property
     def similarity(self) -> tuple[Similarity, str]:
         """The similarity that the stage `score` uses, and its name."""
-        ...
 
     def model(self, settings: Any) -> Policy:
         """The language model that the judge's settings name, in memory or at its endpoint."""
-        ...
 
 
 class Judge(ABC):

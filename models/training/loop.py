@@ -42,7 +42,6 @@ class Objective(Protocol[Item]):
     @property
     def idle(self) -> Item:
         """An item without effect on the loss."""
-        ...
 
     def tokens(self, item: Item) -> int:
         """The item's number of tokens, by which batches are planned."""
@@ -153,9 +152,17 @@ class Likelihood:
                 passes.append([row])
         return passes
 
-    def collate(self, rows: Sequence[EncodedExample]) -> dict[str, Any]:
-        """Right-padded rows; see `collate`."""
-        return collate(rows)
+    @staticmethod
+    def collate(rows: Sequence[EncodedExample]) -> dict[str, torch.Tensor]:
+        """The batch of `weighted_loss`, padded on the right to the longest row."""
+        length = max(len(row.ids) for row in rows)
+        ids = torch.zeros(len(rows), length, dtype=torch.long)
+        trained = torch.zeros(len(rows), length, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row.ids)] = torch.tensor(row.ids)
+            trained[i, : len(row.ids)] = torch.tensor(row.trained)
+        weight = torch.tensor([row.weight for row in rows])
+        return {"input_ids": ids, "trained": trained, "weight": weight}
 
     def parts(self, model: Any, batch: dict[str, Any]) -> list[Callable[[], torch.Tensor]]:
         """The one loss."""
@@ -184,18 +191,6 @@ def weighted_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor
         reduction="none",
     )
     return (losses * weight[row]).sum()
-
-
-def collate(examples: Sequence[EncodedExample]) -> dict[str, torch.Tensor]:
-    """The batch of `weighted_loss`, padded on the right to the longest example."""
-    length = max(len(e.ids) for e in examples)
-    ids = torch.zeros(len(examples), length, dtype=torch.long)
-    trained = torch.zeros(len(examples), length, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        ids[row, : len(example.ids)] = torch.tensor(example.ids)
-        trained[row, : len(example.ids)] = torch.tensor(example.trained)
-    weight = torch.tensor([e.weight for e in examples])
-    return {"input_ids": ids, "trained": trained, "weight": weight}
 
 
 # The loop ----------------------------------------------------------------------------------

@@ -243,7 +243,7 @@ class _Matrix:
 
     def _whole(self, members: Sequence[int]) -> Tensor:
         rows = self._rows(members)
-        return self._weighted(sami_loss(_means(rows)) + self._divergence(members, rows))
+        return self.group.weight * (sami_loss(_means(rows)) + self._divergence(members, rows))
 
     def _share(self, members: Sequence[int]) -> Tensor:
         """A scalar: its gradient is that of some rows, its value their share of the loss."""
@@ -251,7 +251,8 @@ class _Matrix:
         rows = self._rows(members)
         mine = (_means(rows) * slope[list(members)]).sum()
         share = loss * len(members) / len(self.group.prompts)
-        return self._weighted(mine - mine.detach() + share + self._divergence(members, rows))
+        whole = mine - mine.detach() + share + self._divergence(members, rows)
+        return self.group.weight * whole
 
     @cached_property
     def _ahead(self) -> tuple[Tensor, Tensor]:
@@ -274,20 +275,15 @@ class _Matrix:
         ]
         return self.objective.kl * torch.stack(each).sum() / len(self.group.prompts)
 
-    def _weighted(self, loss: Tensor) -> Tensor:
-        return loss * self.group.weight
-
 
 @torch.no_grad()
-def matrix_of(model: Any, group: Group, budget: int, *, mean: bool = True) -> Tensor:
-    """log p of every response under every constitution, without gradients: (C, C), in nats.
+def matrix_of(model: Any, group: Group, budget: int) -> Tensor:
+    """Mean log p per token of every response under every constitution, without gradients: (C, C).
 
     Args:
         budget: most tokens of rows in memory at once, padding included.
-        mean: per token; otherwise of the whole response.
     """
-    rows = _all_rows(model, group, budget)
-    return _means(rows) if mean else torch.stack([torch.stack([p.sum() for p in r]) for r in rows])
+    return _means(_all_rows(model, group, budget))
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -227,11 +226,12 @@ def test_what_was_found_is_remembered(tmp_path: Path, monkeypatch: pytest.Monkey
     load_policy(SETTINGS, directory, None)
     load_policy(SETTINGS, directory, None)
     assert tried == ["auto"]
-    memory = tmp_path / "home" / "engines.json"
-    assert list(json.loads(memory.read_text()).values()) == [["shared", ""]]
-    assert memory.parent.stat().st_mode & 0o777 == 0o700
-    for damaged in ("", "[]", '{"x": 3}', "\x00"):
-        memory.write_text(damaged)
+    (memory,) = (tmp_path / "home" / "engines").iterdir()
+    assert memory.read_text() == "shared\n"
+    for folder in memory.parents[:2]:
+        assert folder.stat().st_mode & 0o777 == 0o700
+    for damaged in (b"", b"share", b"fast\n", b"\x00\xff"):
+        memory.write_bytes(damaged)
         load_policy(SETTINGS, directory, None)
     assert len(tried) == 5
     load_policy(SETTINGS.model_copy(update={"engine": "plain"}), directory, None)

@@ -295,24 +295,24 @@ def test_a_model_is_not_made_up_when_it_is_loaded(model: Path) -> None:
         load_base(model, quantization="none", dtype="float32", device="cpu")
 
 
-def test_a_template_that_loops_is_ended(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_loops_is_ended(model: Path, tmp_path: Path) -> None:
     """By its processor time, in a child: the step is named, and this process goes on."""
     template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")(
         model
     )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match=r"rendering the chat template takes more than 8 s") as told:
-        check_directory(model, SETTINGS)
+        check_directory(model, SETTINGS, "trained", tmp_path / "home")
     assert str(told.value).startswith(f"model directory {model}: ")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert used.ru_maxrss < 2_000_000, "KiB: no child takes 2 GB"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
-def test_a_template_that_makes_gigabytes_is_ended(model: Path) -> None:
+def test_a_template_that_makes_gigabytes_is_ended(model: Path, tmp_path: Path) -> None:
     template("{% for m in messages %}{{ 'word ' * 600000000 }}{% endfor %}")(model)
     with pytest.raises(UserError, match=r"the chat template takes more than 1,600 MiB of memory"):
-        check_directory(model, SETTINGS)
+        check_directory(model, SETTINGS, "trained", tmp_path / "home")
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2_000_000
 
 
@@ -321,15 +321,13 @@ def test_what_was_found_good_is_remembered_and_a_change_is_seen(
 ) -> None:
     asked: list[Any] = []
 
-    def here(module: str, request: Any, *, data_bytes: int) -> bounded.Ended:
+    def here(module: str, request: Any) -> bounded.Ended:
         asked.append(request)
         return bounded.Ended({"found": f"answer {len(asked)}"})
 
     monkeypatch.setattr(model_check, "ask", here)
-    monkeypatch.setattr(model_check, "_good", {})
     home = tmp_path / "home"
     assert check_directory(model, SETTINGS, "trained", home) == "answer 1"
-    model_check._good.clear()  # as another process
     assert check_directory(model, SETTINGS, "trained", home) == "answer 1"
     assert check_directory(model, SETTINGS, "sampled", home) == "answer 1"
     assert check_directory(model, SETTINGS, "reward", home) == "answer 2"

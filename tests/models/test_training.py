@@ -23,7 +23,7 @@ from models.training.adapter import AdapterSettings
 from models.training.bases import load_base
 from models.training.encoding import EncodedExample
 from models.training.job import run, write_job
-from models.training.loop import Likelihood, collate, share, weighted_loss
+from models.training.loop import Likelihood, share, weighted_loss
 from models.training.updates import attach_adapter, new_adapter
 
 SETTINGS = AdapterSettings(
@@ -58,7 +58,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 def loss(policy: Any, *examples: EncodedExample) -> float:
     with torch.no_grad():
-        return weighted_loss(policy.eval(), collate(examples)).item()
+        return weighted_loss(policy.eval(), Likelihood.collate(examples)).item()
 
 
 # Beside TRL --------------------------------------------------------------------------------

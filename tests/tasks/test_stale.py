@@ -40,11 +40,7 @@ CHANGES: dict[str, tuple[str, str, str]] = {
     "how tokens are drawn": ("models/engine/sampling.py", "0x9E37", "0x9E38"),
     "an endpoint's retry": ("models/endpoint/client.py", "sleep(pause)", "sleep(2 * pause)"),
     "ROUGE's tokenizer": ("tasks/similarity/rouge.py", "A-Za-z0-9", "A-Za-z"),
-    "the sentence embedder": (
-        "models/embedders.py",
-        "batch_size: int = 64",
-        "batch_size: int = 32",
-    ),
+    "the sentence embedder": ("models/embedders.py", "BATCH = 64", "BATCH = 32"),
     'a word of the rubric "helpfulness"': (
         "models/judges/rubrics.py",
         "correctly and",
