@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, Unpack, cast
 
 import torch
 
@@ -33,22 +33,26 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 
+class Loading(TypedDict):
+    """How a model is loaded; see `PolicySettings.loading`."""
+
+    quantization: Quantization
+    """"nf4" holds the linear layers (not the output layer) in 4 bits."""
+    dtype: Literal["float32", "bfloat16"]
+    """Of the other weights, and of the computation."""
+    device: NotRequired[Literal["auto", "cpu", "cuda"]]
+    """"auto", the default, takes the GPUs where there are any."""
+    revision: NotRequired[str | None]
+    """The commit of a hub model."""
+
+
 def load_base(
-    model: str | Path,
-    *,
-    quantization: Quantization,
-    dtype: Literal["float32", "bfloat16"],
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    revision: str | None = None,
+    model: str | Path, **how: Unpack[Loading]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer from safetensors, frozen.
 
     Args:
         model: a `transformers` directory, or a hub name that is fetched once.
-        quantization: "nf4" holds the linear layers (not the output layer) in 4 bits.
-        dtype: of the other weights, and of the computation.
-        device: "auto" takes the GPUs when there are any.
-        revision: commit of a hub model.
 
     Returns:
         The base, which has its `Identity` as `identity`, and its tokenizer.
@@ -59,32 +63,22 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM
 
-    directory = find_base(model, revision)
-    tokenizer = load_tokenizer(model, revision)
-    how: Any = {"quantization": quantization, "dtype": dtype, "device": device}
-    base = load_weights(AutoModelForCausalLM, model, **how, revision=revision)
+    directory = find_base(model, how.get("revision"))
+    tokenizer = load_tokenizer(model, how.get("revision"))
+    base = load_weights(AutoModelForCausalLM, model, **how)
     base.requires_grad_(False)
     keep_unpacked(base)
     name = directory.resolve().name if Path(model).expanduser().is_dir() else str(model)
     commit = directory.name if directory.parent.name == "snapshots" else None
-    base.identity = Identity(name, base_digest(directory), quantization, commit)
+    base.identity = Identity(name, base_digest(directory), how["quantization"], commit)
     return base, tokenizer
 
 
-def load_weights(
-    kind: Any,
-    model: str | Path,
-    *,
-    quantization: Quantization,
-    dtype: Literal["float32", "bfloat16"],
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    revision: str | None = None,
-) -> Any:
+def load_weights(kind: Any, model: str | Path, **how: Unpack[Loading]) -> Any:
     """A model with every weight from its safetensors files; none is made up.
 
     Args:
         kind: transformers' auto class, such as `AutoModelForCausalLM`.
-        others: as in `load_base`.
 
     Raises:
         UserError: the model cannot be loaded, or its weights do not fit its architecture.
@@ -92,14 +86,15 @@ def load_weights(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # each stage loads the base
-    directory = find_base(model, revision)
+    directory = find_base(model, how.get("revision"))
+    device = how.get("device", "auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    compute = getattr(torch, dtype)
+    compute = getattr(torch, how["dtype"])
     with _loading(model):
         loaded, loading = kind.from_pretrained(
             directory,
-            quantization_config=nf4_config(compute) if quantization == "nf4" else None,
+            quantization_config=nf4_config(compute) if how["quantization"] == "nf4" else None,
             dtype=compute,
             device_map=_placement(device),
             use_safetensors=True,
