@@ -50,7 +50,8 @@ def _outage(error: BaseException) -> str:
         return "the disk is full; free some space"
     first_line = text.strip().partition("\n")[0][:200]
     if library in ("httpx", "httpcore") or "reach API at" in text:
-        return f"Prefect's server does not answer ({first_line}{_proxy('PREFECT_API_URL')})"
+        reason = first_line + _proxy("PREFECT_API_URL")
+        return f"Prefect's server does not answer ({reason})"
     broken = any(sign in text for sign in ("Max retries", "onnection"))
     if broken and library in ("mlflow", "requests", "sqlalchemy", "urllib3"):
         return f"MLflow stopped answering ({first_line}{_proxy('MLFLOW_TRACKING_URI')})"
