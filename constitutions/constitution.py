@@ -26,6 +26,7 @@ from constitutions.parse import LARGE, line_of, parse_yaml, read_text, yaml_tree
 
 Text = Annotated[str, Field(strict=True, pattern=r"\S")]
 Count = Annotated[int, Field(strict=True, ge=0)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 AT_ONCE = 1_000
 """Principles of a file that are validated together."""
 REPORTED = 20
@@ -44,7 +45,7 @@ class Principle(BaseModel):
     """The opposite principle (SAMI); empty where nobody has written one."""
     support: Count = 0
     """The number of trajectories with this principle as their label."""
-    share: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.0
+    share: Share = 0.0
     """Their share, in [0, 1], of the weight of all trajectories."""
     example: Annotated[str, Field(strict=True)] = ""
     """The `prompt_id` of the trajectory that this principle improved most."""
@@ -61,6 +62,20 @@ class Principle(BaseModel):
         return frozenset(map(principle_key, (self.text, *self.members)))
 
 
+class Tail(BaseModel):
+    """What a bounded constitution leaves out: rare principles, which label their own trajectories
+    in their own words."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    principles: Count
+    """Distinct wordings."""
+    support: Count
+    """Trajectories that keep them."""
+    share: Share
+    """Their share of the weight of all trajectories."""
+
+
 class Constitution(BaseModel):
     """The principles of one iteration, ordered by support (descending), then by text."""
 
@@ -68,6 +83,8 @@ class Constitution(BaseModel):
 
     experiment: Annotated[str, Field(strict=True)] = ""
     iteration: Count = 0
+    tail: Tail | None = None
+    """None: there is none, or a person dropped it."""
     principles: tuple[Principle, ...]
 
     @field_validator("principles")
@@ -79,6 +96,11 @@ class Constitution(BaseModel):
     def texts(self) -> tuple[str, ...]:
         """The principles' texts, in order."""
         return tuple(p.text for p in self.principles)
+
+    @property
+    def coverage(self) -> float:
+        """The share of the trajectories' weight that one of the principles labels."""
+        return min(sum(p.share for p in self.principles), 1.0)
 
     @property
     def is_opposed(self) -> bool:
@@ -115,6 +137,8 @@ class Changes:
     """Principles that have another antithesis than before, or one where they had none."""
     support_changed: tuple[tuple[Principle, Principle], ...]
     """Principles that have more or fewer trajectories than before."""
+    tail: tuple[Tail | None, Tail | None] = (None, None)
+    """The old one and the new one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +195,7 @@ def diff(old: Constitution, new: Constitution) -> Changes:
         ),
         opposed=tuple((was, now) for was, now in pairs if was.antithesis != now.antithesis),
         support_changed=tuple((was, now) for was, now in pairs if was.support != now.support),
+        tail=(old.tail, new.tail),
     )
 
 
@@ -210,6 +235,7 @@ def save(constitution: Constitution, path: str | os.PathLike[str]) -> None:
     document = {
         "experiment": constitution.experiment,
         "iteration": constitution.iteration,
+        **({"tail": constitution.tail.model_dump()} if constitution.tail else {}),
         "principles": [_entry(p) for p in constitution.principles],
     }
     body = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100)
@@ -363,14 +389,32 @@ def _header(constitution: Constitution) -> str:
         if discovered
         else ""
     )
+    drop_tail = (
+        "#            the entry 'tail' too: its trajectories are dropped\n"
+        if constitution.tail
+        else ""
+    )
     return (
-        f"# {len(constitution.principles):,} principles. To edit:\n"
+        f"# {covered(constitution)} To edit:\n"
         "#   reword   change a 'text' and keep its 'id'\n"
         f"{oppose}"
         "#   drop     delete the entry\n"
+        f"{drop_tail}"
         f"{merge}"
         "#   add      a new entry; 'text' is enough\n"
         "# A changed figure has no effect.\n"
+    )
+
+
+def covered(constitution: Constitution) -> str:
+    """How many principles there are, and how many trajectories they label where not all."""
+    said, tail = f"{len(constitution.principles):,} principles", constitution.tail
+    if tail is None:
+        return f"{said}."
+    return (
+        f"{said} label {constitution.coverage:.1%} of the trajectories. The tail, "
+        f"{tail.share:.1%}, keeps its own words: "
+        f"{tail.principles:,} principles of {tail.support:,} trajectories."
     )
 
 
@@ -394,10 +438,14 @@ def _as_user_error(
     where = f"{path}, line {line_of(root, location)}, {_spelled(location)}"
     if kind == "extra_forbidden":
         entry = Entry if document is Draft else Principle
-        keys = ", ".join((entry if "principles" in location else document).model_fields)
+        owners: dict[str, type[BaseModel]] = {"principles": entry, "tail": Tail}
+        owner = owners.get(str(location[0]), document) if len(location) > 1 else document
+        keys = ", ".join(owner.model_fields)
         return UserError("unknown key", where=where, expected=f"one of {keys}")
     requirement = error["msg"].removeprefix("Input should be ")
     what, expected = _MISTAKES.get(kind, ("wrong value", requirement))
+    if location == ("tail",):
+        what, expected = "this is not a tail", "its figures as they were, or no 'tail:' to drop it"
     return UserError(what, where=where, expected=expected)
 
 

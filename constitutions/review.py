@@ -18,6 +18,7 @@ from constitutions.constitution import (
     Draft,
     Entry,
     Principle,
+    Tail,
     principle_id,
     principle_key,
 )
@@ -80,6 +81,7 @@ def apply(
     approved = Constitution(
         experiment=constitution.experiment,
         iteration=constitution.iteration,
+        tail=constitution.tail,
         principles=(*kept, *(Principle(text=text) for text in new)),
     )
     return approved, places
@@ -133,7 +135,14 @@ def described(changes: Changes) -> list[str]:
         *(f"reworded: {was.text} → {now.text}" for was, now in changes.reworded),
         *(f"merged: {part.text} → {whole.text}" for part, whole in changes.merged),
         *(_opposed(was, now) for was, now in changes.opposed),
+        *_tail_dropped(*changes.tail),
     ]
+
+
+def _tail_dropped(was: Tail | None, now: Tail | None) -> list[str]:
+    if was is None or now is not None:
+        return []
+    return [f"dropped: the tail, {was.principles:,} principles of {was.support:,} trajectories"]
 
 
 def _opposed(was: Principle, now: Principle) -> str:

@@ -16,7 +16,7 @@ from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from constitutions.constitution import Constitution, Principle, load, markdown_text
+from constitutions.constitution import Constitution, Principle, covered, load, markdown_text
 from constitutions.errors import UserError
 from constitutions.review import Decision
 from flows.experiment import Experiment
@@ -27,6 +27,9 @@ from tasks.rows import Labelled
 
 SHOWN = 300
 """Characters of an example that are shown."""
+
+PAGE = 60
+"""Principles on one page of the form: about 150 kB."""
 
 Examples = Mapping[str, Labelled]
 """The id of a principle → the trajectory that it improved most."""
@@ -68,18 +71,24 @@ def ask(experiment: Experiment, t: int, clustered: Attempt) -> Attempt:
 
     Call it only if `can_ask`. It suspends the run and ends its process. After the person sent the
     form, it returns in the process that resumes the run. If the decisions contradict one another,
-    it shows the form again, with the contradictions and the person's entries.
+    it shows the form again, with the contradictions and the person's entries. A large constitution
+    has several pages, which are shown one after the other.
     """
     constitution = load(clustered.path("constitution.yaml"))
     labelled = clustered.read("labelled", Labelled)
     examples = examples_of(constitution, labelled)
-    answer, mistakes = None, ""
+    key = f"review-{t}-{clustered.digest[:12]}"
+    answers: list[RunInput | None] = [None] * len(pages_of(constitution))
+    mistakes = ""
     for times in count(1):
-        answer = suspend_flow_run(
-            wait_for_input=form_of(constitution, examples, t, answer, mistakes),
-            key=f"review-{t}-{clustered.digest[:12]}-{times}",
-        )
-        verdict = verdict_of(answer, constitution)
+        answers = [
+            suspend_flow_run(
+                wait_for_input=form_of(constitution, examples, t, answer, mistakes, page),
+                key=f"{key}-{times}" + (f"-page-{page + 1}" if page else ""),
+            )
+            for page, answer in enumerate(answers)
+        ]
+        verdict = verdict_of([answer for answer in answers if answer], constitution)
         try:
             review(labelled, constitution, verdict)
             break
@@ -113,39 +122,60 @@ def examples_of(constitution: Constitution, labelled: Sequence[Labelled]) -> Exa
     return {id: row for id, row in found if row}
 
 
+def pages_of(constitution: Constitution) -> list[range]:
+    """The numbers, from 1, of the principles on each page of the form."""
+    last = len(constitution.principles)
+    return [range(n, min(n + PAGE, last + 1)) for n in range(1, last + 1, PAGE)]
+
+
 def form_of(
     constitution: Constitution,
     examples: Examples,
     t: int,
-    filled_in: ReviewForm | None = None,
+    filled_in: RunInput | None = None,
     mistakes: str = "",
-) -> type[ReviewForm]:
-    """The form for a constitution, with earlier entries and their mistakes, if there are any.
+    page: int = 0,
+) -> type[RunInput]:
+    """A page of the form, with earlier entries and their mistakes, if there are any.
 
+    The first page, a `ReviewForm`, asks for the person; the last one for the tail, if there is one.
     An entry's schema says what is valid: Prefect's server refuses to resume the run with a mistake.
     """
     fields: dict[str, Any] = {}
-    for number, principle in enumerate(constitution.principles, start=1):
+    pages = pages_of(constitution)
+    for number in pages[page]:
+        principle = constitution.principles[number - 1]
         before = _entry(filled_in, number) if filled_in else PrincipleForm(text=principle.text)
         entry = _entry_model(number, constitution, examples, before)
         title = f"{number}. {principle.text}"
         fields[_field(number)] = entry, Field(entry(), title=title)
-    asked = {name: copy(field) for name, field in ReviewForm.model_fields.items()}
-    # Prefect's UI squeezes the form's own description to nothing above a long form.
-    asked["by"].description = _mistakes_text(mistakes) + "Who decides; kept in the record."
-    if filled_in:
-        asked["note"].default, asked["added"].default = filled_in.note, filled_in.added
-    who: dict[str, Any] = {name: (field.annotation, field) for name, field in asked.items()}
-    form = create_model("Review", __base__=ReviewForm, **who, **fields)
-    form._description = _mistakes_text(mistakes) + _description(constitution, examples, t)
+    if page == len(pages) - 1 and constitution.tail:
+        drop = getattr(filled_in, "drop_tail", False)
+        title = "Drop the tail, with its trajectories"
+        fields["drop_tail"] = bool, Field(drop, title=title, description=covered(constitution))
+    who: dict[str, Any] = {}
+    if not page:
+        asked = {name: copy(field) for name, field in ReviewForm.model_fields.items()}
+        # Prefect's UI squeezes the form's own description to nothing above a long form.
+        asked["by"].description = _mistakes_text(mistakes) + "Who decides; kept in the record."
+        if isinstance(filled_in, ReviewForm):
+            asked["note"].default, asked["added"].default = filled_in.note, filled_in.added
+        who = {name: (field.annotation, field) for name, field in asked.items()}
+    base: type[RunInput] = RunInput if page else ReviewForm
+    form = create_model("Review", __base__=base, **who, **fields)
+    form._description = _mistakes_text(mistakes) + _description(constitution, examples, t, page)
     return form
 
 
-def verdict_of(answer: ReviewForm, constitution: Constitution) -> ReviewDecision:
-    """The decisions in a form that a person sent."""
+def verdict_of(answers: Sequence[RunInput], constitution: Constitution) -> ReviewDecision:
+    """The decisions in the pages of the form that a person sent, in their order."""
     decisions = []
-    for number, principle in enumerate(constitution.principles, start=1):
-        entry = _entry(answer, number)
+    entries = [
+        _entry(answer, number)
+        for answer, numbers in zip(answers, pages_of(constitution), strict=True)
+        for number in numbers
+    ]
+    for entry, principle in zip(entries, constitution.principles, strict=True):
         if entry.drop:
             decisions.append(Decision(id=principle.id, action="drop"))
         elif entry.into:
@@ -153,8 +183,14 @@ def verdict_of(answer: ReviewForm, constitution: Constitution) -> ReviewDecision
             decisions.append(Decision(id=principle.id, action="merge", into=whole.id))
         elif entry.text != principle.text:
             decisions.append(Decision(id=principle.id, action="reword", text=entry.text))
+    first, last = answers[0], answers[-1]
+    assert isinstance(first, ReviewForm)
     return ReviewDecision(
-        decisions=tuple(decisions), added=tuple(answer.added), by=answer.by, note=answer.note
+        decisions=tuple(decisions),
+        added=tuple(first.added),
+        drop_tail=getattr(last, "drop_tail", False),
+        by=first.by,
+        note=first.note,
     )
 
 
@@ -190,7 +226,7 @@ def _field(number: int) -> str:
     return f"principle_{number}"
 
 
-def _entry(answer: ReviewForm, number: int) -> PrincipleForm:
+def _entry(answer: RunInput, number: int) -> PrincipleForm:
     return PrincipleForm(**getattr(answer, _field(number)).model_dump())
 
 
@@ -200,14 +236,20 @@ def _mistakes_text(mistakes: str) -> str:
     return f"**These decisions cannot be applied:**\n\n{lines}" if mistakes else ""
 
 
-def _description(constitution: Constitution, examples: Examples, t: int) -> str:
-    """The text above the form, in Markdown."""
+def _description(constitution: Constitution, examples: Examples, t: int, page: int) -> str:
+    """The text above a page of the form, in Markdown."""
+    pages = pages_of(constitution)
+    sent = (
+        "the form" if len(pages) == 1 else f"the last page; this is page {page + 1} of {len(pages)}"
+    )
     head = (
         f"**{markdown_text(constitution.experiment)}**, iteration {t}: reword, merge or drop "
-        "principles. You approve what you do not change. Training starts when you send the form."
+        "principles. You approve what you do not change. Training starts when you send "
+        f"{sent}. {covered(constitution)}"
     )
     table = ["| # | principle | trajectories | share | example |", "|--:|---|--:|--:|---|"]
-    for number, p in enumerate(constitution.principles, start=1):
+    for number in pages[page]:
+        p = constitution.principles[number - 1]
         example = examples.get(p.id)
         shown = f"{_short(example.initial)} → {_short(example.refined)}" if example else ""
         table.append(

@@ -12,7 +12,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -26,7 +26,8 @@ from tasks.clustering import features as blocks
 from tasks.clustering.agglomeration import group, members_of, representatives
 from tasks.clustering.features import Distinct, Features, distinct_principles, insertions
 from tasks.clustering.picture import figure, map_principles
-from tasks.clustering.support import measured
+from tasks.clustering.support import measured, tail_of
+from tasks.clustering.threshold import Describe, Insertions, predictive_threshold
 from tasks.policies.opening import PolicySource
 from tasks.record.record import Attempt
 from tasks.record.slot import Slot
@@ -37,16 +38,26 @@ from tasks.rows import ClusterRow, Labelled, Scored, Trajectory, fields
 Feature = Literal["effect", "characters", "sentences", "hidden"]
 
 
+THRESHOLD = 0.8
+"""The distance threshold; also where too few principles are there to choose one."""
+
+
 class ClusterSettings(Settings):
     """How principles are condensed into a constitution."""
 
     features: tuple[Feature, ...] = Field(default=("effect", "characters"), min_length=1)
     """What principles are compared by: what their refinements insert, their wording's characters, a
     sentence embedding of it, the policy's hidden states. Several count equally."""
-    distance_threshold: float = Field(default=0.8, gt=0, le=2)
-    """Clusters merge while their mean pairwise cosine distance is at most this; higher = fewer."""
+    distance_threshold: Annotated[float, Field(gt=0, le=2)] | Literal["predictive"] = THRESHOLD
+    """Clusters merge while their mean pairwise cosine distance is at most this; higher = fewer.
+    "predictive": the largest one whose clusters predict the words that refinements insert as well
+    as any does; it suits every kind of features."""
     max_principles: int | None = Field(default=None, ge=1)
     """Go on merging, beyond the threshold, until at most this many clusters are left."""
+    constitution_size: int | None = Field(default=None, ge=1)
+    """Principles at most: of the clusters with the most trajectories. The trajectories of all other
+    clusters, the tail, keep their own principles as labels. Unset: each cluster has its principle.
+    """
     representative: Literal["medoid", "mode", "none"] = "medoid"
     """Which member labels a cluster: the most central, the most frequent; "none" replaces no label
     (unconstrained STaPLe)."""
@@ -94,7 +105,9 @@ def cluster_stage(
         known = [load(attempt.path("constitution.yaml")) for attempt in earlier.values()]
         return {
             **{f"cluster/{name}": float(count) for name, count in done.counts.items()},
+            "cluster/distance_threshold": done.threshold,
             "constitution_size": float(len(done.constitution.principles)),
+            "coverage": done.constitution.coverage,
             "discovery_rate": discovery_rate(done.labelled, known),
         }
 
@@ -111,12 +124,14 @@ def cluster_stage(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clustering:
-    """What the stage makes. `counts` are the numbers that its report shows."""
+    """What the stage makes. `counts` are the numbers that its report shows; `threshold` is the
+    distance threshold, as it was set or found."""
 
     labelled: list[Labelled]
     constitution: Constitution
     clusters: list[ClusterRow]
     counts: dict[str, int]
+    threshold: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +140,7 @@ class _Group:
 
     representative: Distinct
     members: tuple[Distinct, ...]
+    in_tail: bool = False
 
 
 def cluster(
@@ -143,7 +159,8 @@ def cluster(
 
     Args:
         trajectories: what the filter kept; the result has the same rows in the same order.
-        scored: all sampled candidates, read once, where "effect" is among the features.
+        scored: all sampled candidates, read once, where "effect" is among the features or the
+            threshold is "predictive".
         policy: for the feature "hidden" and for the log-probability test.
         templates: the policy's prompts, for the log-probability test.
         embed: texts to unit vectors; by default the settings' embedding model.
@@ -155,23 +172,33 @@ def cluster(
     """
     distinct = distinct_principles(trajectories)
     effects: Sequence[Counter[str]] = [Counter()] * len(distinct)
+    threshold = settings.distance_threshold
     if settings.representative == "none" or not distinct:
         features, numbers = None, np.arange(len(distinct))
     else:
-        if "effect" in settings.features:
+        if "effect" in settings.features or threshold == "predictive":
             effects = insertions(distinct, scored)
-        features = _features([d.text for d in distinct], effects, settings, policy, embed, seed)
-        numbers = group(features, settings.distance_threshold, settings.max_principles)
+        describe = _describer([d.text for d in distinct], settings, policy, embed, seed)
+        if threshold == "predictive":
+            threshold = predictive_threshold(describe, effects, seed) or THRESHOLD
+        features = describe(np.arange(len(distinct)), effects)
+        numbers = group(features, threshold, settings.max_principles)
     chosen = representatives(distinct, numbers, features, settings.representative)
     groups = [
         _Group(distinct[one], tuple(distinct[i] for i in members))
         for one, members in zip(chosen, members_of(numbers), strict=True)
     ]
+    groups = _bounded(groups, settings.constitution_size)
     labelled = _labelled(trajectories, groups, settings, policy, templates)
+    tail = [row for row in labelled if groups[row.cluster].in_tail]
     constitution = Constitution(
-        experiment=experiment, iteration=iteration, principles=_principles(labelled, groups)
+        experiment=experiment,
+        iteration=iteration,
+        tail=tail_of(tail, sum(row.weight for row in labelled)),
+        principles=_principles(labelled, groups),
     )
-    place = {text: number for number, text in enumerate(constitution.texts)}
+    rest = [g.representative.text for g in sorted(groups, key=_rank) if g.in_tail]
+    place = {text: number for number, text in enumerate((*constitution.texts, *rest))}
     places = [place[g.representative.text] for g in groups]
     labelled = [replace(row, cluster=places[row.cluster]) for row in labelled]
     points = (
@@ -201,6 +228,7 @@ def cluster(
         constitution=constitution,
         clusters=rows,
         counts=_counts(labelled, rows, constitution),
+        threshold=THRESHOLD if threshold == "predictive" else threshold,
     )
 
 
@@ -221,20 +249,27 @@ def discovery_rate(labelled: Sequence[Labelled], earlier: Sequence[Constitution]
     return unseen / len(labelled) if labelled else 0.0
 
 
-def _features(
+def _bounded(groups: Sequence[_Group], size: int | None) -> list[_Group]:
+    """The groups in their order, all but the `size` with the most trajectories in the tail."""
+    kept = set(map(_rank, sorted(groups, key=_rank)[:size]))
+    return [replace(g, in_tail=_rank(g) not in kept) for g in groups]
+
+
+def _rank(group: _Group) -> tuple[int, str]:
+    return -sum(m.support for m in group.members), group.representative.text
+
+
+def _describer(
     texts: Sequence[str],
-    effects: Sequence[Counter[str]],
     settings: ClusterSettings,
     policy: Policy | None,
     embed: Embed | None,
     seed: int,
-) -> Features:
-    """The settings' feature blocks of each principle, side by side."""
+) -> Describe:
+    """The settings' feature blocks of principles, side by side; texts are embedded once."""
 
     def block(feature: Feature) -> Any:
         match feature:
-            case "effect":
-                return blocks.effect_features(effects)
             case "characters":
                 return blocks.character_features(texts)
             case "sentences":
@@ -242,7 +277,16 @@ def _features(
             case "hidden":
                 return blocks.centred(_needed(policy, "hidden").hidden_states(texts))
 
-    return blocks.combine([block(feature) for feature in settings.features], seed)
+    worded = {feature: block(feature) for feature in settings.features if feature != "effect"}
+
+    def describe(rows: np.ndarray, effects: Insertions) -> Features:
+        found = [
+            worded[feature][rows] if feature in worded else blocks.effect_features(effects)
+            for feature in settings.features
+        ]
+        return blocks.combine(found, seed)
+
+    return describe
 
 
 def _needed(policy: Policy | None, setting: str) -> Policy:
@@ -261,7 +305,10 @@ def _labelled(
     """Each trajectory with its group's number and its label."""
     group_of = {d.key: number for number, g in enumerate(groups) for d in g.members}
     numbers = [group_of[principle_key(row.principle)] for row in trajectories]
-    labels = [groups[number].representative.text for number in numbers]
+    labels = [
+        row.principle if groups[number].in_tail else groups[number].representative.text
+        for row, number in zip(trajectories, numbers, strict=True)
+    ]
     if settings.representative == "none":
         labels = [row.principle for row in trajectories]
     elif settings.logprob_tolerance is not None:
@@ -310,7 +357,7 @@ def _refinement_logprobs(
 
 
 def _principles(labelled: Sequence[Labelled], groups: Sequence[_Group]) -> tuple[Principle, ...]:
-    """Each group's principle, with the figures of the trajectories that it labels."""
+    """Each group's principle but the tail's, with the figures of the trajectories it labels."""
     carried: defaultdict[int, list[Labelled]] = defaultdict(list)
     for row in labelled:
         if principle_key(row.label) == groups[row.cluster].representative.key:
@@ -318,6 +365,8 @@ def _principles(labelled: Sequence[Labelled], groups: Sequence[_Group]) -> tuple
     weight = sum(row.weight for row in labelled)
     found = []
     for number, g in enumerate(groups):
+        if g.in_tail:
+            continue
         members = sorted(g.members, key=lambda m: (-m.support, m.text))
         principle = Principle(text=g.representative.text, members=tuple(m.text for m in members))
         found.append(measured(principle, carried[number], weight))
@@ -341,12 +390,15 @@ def _counts(
     labelled: Sequence[Labelled], rows: Sequence[ClusterRow], constitution: Constitution
 ) -> dict[str, int]:
     texts = {principle_key(text) for text in constitution.texts}
+    tail = constitution.tail.support if constitution.tail else 0
+    outside = sum(principle_key(row.label) not in texts for row in labelled)
     return {
         "trajectories": len(labelled),
         "distinct": len(rows),
         "principles": len(constitution.principles),
         "replaced": sum(row.replaced for row in labelled),
-        "kept_outside": sum(principle_key(row.label) not in texts for row in labelled),
+        "kept_outside": outside - tail,
+        "tail": tail,
         "no_insertion": sum(row.note == "no insertion" for row in rows),
         "no_vector": sum(row.note == "no vector" for row in rows),
     }

@@ -22,7 +22,7 @@ from constitutions.errors import UserError
 from constitutions.review import Decision, apply, described, effective
 from models.files import write_text
 from models.settings import Settings
-from tasks.clustering.support import measured
+from tasks.clustering.support import measured, tail_of
 from tasks.record.record import Attempt, Record
 from tasks.record.slot import Slot
 from tasks.record.stage import stage
@@ -30,6 +30,8 @@ from tasks.record.work import Metrics, Workspace
 from tasks.rows import Labelled, Rejected
 
 DROPPED = "principle dropped in review"
+TAIL = ""
+"""Where a trajectory of the tail stays, in place of a principle's id."""
 BY, NOTE = "review.by", "review.note"
 """Tags of the attempt's MLflow run. Who decided changes no result, so it is in no digest."""
 
@@ -50,6 +52,7 @@ class ReviewDecision(BaseModel):
 
     decisions: tuple[Decision, ...] = ()
     added: tuple[str, ...] = ()
+    drop_tail: bool = False
     by: str = ""
     note: str = ""
 
@@ -70,6 +73,7 @@ def review_stage(
         return {
             **{f"review/{name}": float(count) for name, count in done.counts.items()},
             "constitution_size": float(len(done.constitution.principles)),
+            "coverage": done.constitution.coverage,
         }
 
     who = {tag: text for tag, text in ((BY, verdict.by), (NOTE, verdict.note)) if text}
@@ -97,10 +101,10 @@ def review(
     """Apply a verdict to the constitution and to the trajectories that it labels.
 
     A label that is its principle's wording becomes the new wording; one that was kept outside of
-    the constitution (the log-probability test) stays. Every trajectory of a dropped principle's
-    cluster is rejected. The weights of a prompt that loses some of its trajectories are scaled up
-    to sum to 1 again: the posterior, given that the principle is one of those that were approved. A
-    prompt that loses all of them is no longer trained on.
+    the constitution (the log-probability test, the tail) stays. Every trajectory of a dropped
+    principle's cluster, or of a dropped tail, is rejected. The weights of a prompt that loses some
+    of its trajectories are scaled up to sum to 1 again: the posterior, given that the principle is
+    one of those that were approved. A prompt that loses all of them is no longer trained on.
 
     Raises:
         UserError: a decision that cannot be followed (all of them at once); no trajectory left.
@@ -111,13 +115,13 @@ def review(
     rows: list[Labelled] = []
     rejected: list[Rejected] = []
     for row in labelled:
-        was = constitution.principles[row.cluster]
-        place = places[was.id]
+        was = _principle_of(row, constitution)
+        place = places[was.id] if was else None if verdict.drop_tail else TAIL
         if place is None:
-            rejected.append(_reject(row, was))
+            rejected.append(_reject(row, was.text if was else f"the tail: {row.label}"))
         else:
             ids.append(place)
-            rows.append(_relabelled(row, was, wordings[place]))
+            rows.append(_relabelled(row, was, wordings[place]) if was else row)
     if not rows:
         raise UserError(
             "the review leaves no trajectory to train on",
@@ -127,8 +131,12 @@ def review(
     rows = _reweighted(rows, {row.prompt_id for row in rejected})
     approved = _measured(approved, ids, rows)
     numbers = {p.id: number for number, p in enumerate(approved.principles)}
+    shift = len(approved.principles) - len(constitution.principles)
     return Reviewed(
-        labelled=[replace(r, cluster=numbers[id]) for id, r in zip(ids, rows, strict=True)],
+        labelled=[
+            replace(row, cluster=row.cluster + shift if id == TAIL else numbers[id])
+            for id, row in zip(ids, rows, strict=True)
+        ],
         rejected=rejected,
         constitution=approved,
         counts=_counts(constitution, verdict, labelled, rows),
@@ -159,6 +167,7 @@ def read_verdict(reviewed: Attempt) -> ReviewDecision:
             for d in recorded["decisions"]
         ),
         added=tuple(recorded["added"]),
+        drop_tail=recorded.get("tail") == "dropped",
         by=tags.get(BY, ""),
         note=tags.get(NOTE, ""),
     )
@@ -167,7 +176,8 @@ def read_verdict(reviewed: Attempt) -> ReviewDecision:
 def _notes(verdict: ReviewDecision) -> dict[str, str]:
     """What the outputs depend on: the decisions, not who took them."""
     decisions = [d.model_dump() for d in effective(verdict.decisions)]
-    return {"decisions": json.dumps({"decisions": decisions, "added": verdict.added})}
+    tail = {"drop_tail": True} if verdict.drop_tail else {}
+    return {"decisions": json.dumps({"decisions": decisions, "added": verdict.added, **tail})}
 
 
 def _write_review(
@@ -182,6 +192,7 @@ def _write_review(
             for d in effective(verdict.decisions)
         ],
         "added": list(verdict.added),
+        **({"tail": "dropped"} if verdict.drop_tail else {}),
     }
     head = (
         f"# What a person decided about the constitution of iteration {constitution.iteration}.\n"
@@ -190,13 +201,19 @@ def _write_review(
     write_text(path, head + body)
 
 
-def _reject(row: Labelled, principle: Principle) -> Rejected:
+def _principle_of(row: Labelled, constitution: Constitution) -> Principle | None:
+    """The principle of a trajectory's cluster; None: it is of the tail."""
+    there = row.cluster < len(constitution.principles)
+    return constitution.principles[row.cluster] if there else None
+
+
+def _reject(row: Labelled, detail: str) -> Rejected:
     return Rejected(
         prompt_id=row.prompt_id,
         sample=row.sample,
         source=row.source,
         reason=DROPPED,
-        detail=principle.text,
+        detail=detail,
     )
 
 
@@ -222,12 +239,13 @@ def _measured(approved: Constitution, ids: Sequence[str], rows: Sequence[Labelle
     wordings = {p.id: principle_key(p.text) for p in approved.principles}
     carried: defaultdict[str, list[Labelled]] = defaultdict(list)
     for id, row in zip(ids, rows, strict=True):
-        if principle_key(row.label) == wordings[id]:
+        if id != TAIL and principle_key(row.label) == wordings[id]:
             carried[id].append(row)
     weight = sum(row.weight for row in rows)
     return Constitution(
         experiment=approved.experiment,
         iteration=approved.iteration,
+        tail=tail_of([row for id, row in zip(ids, rows, strict=True) if id == TAIL], weight),
         principles=tuple(measured(p, carried[p.id], weight) for p in approved.principles),
     )
 

@@ -115,6 +115,7 @@ class Labelled(Trajectory):
 
     label: str
     cluster: int
+    """Its principle's place in the constitution, from 0; beyond its end: of the tail."""
     replaced: bool
 
 
@@ -124,12 +125,12 @@ class ClusterRow:
 
     principle: str
     cluster: int
-    """Its representative's place in the constitution, from 0."""
+    """Its representative's place in the constitution, from 0; beyond its end: of the tail."""
     representative: str
     support: int
     """Trajectories that were kept with this principle."""
     inserted: int
-    """Tokens that its refinements inserted; 0 where effect was not asked for."""
+    """Tokens that its refinements inserted; 0 where nothing was compared by them."""
     x: float | None
     y: float | None
     """Place on the map, or None where there is none."""

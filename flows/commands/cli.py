@@ -186,6 +186,7 @@ def accept(
 def constitution_show(
     experiment: Name,
     iteration: Iteration = None,
+    page: Annotated[int, typer.Option(min=1, help="Of 60 principles, the first being 1.")] = 1,
 ) -> None:
     """Print the principles that the policy discovered, those of most trajectories first.
 
@@ -193,7 +194,7 @@ def constitution_show(
     """
     from flows.commands.constitution import show_constitution
 
-    show_constitution(experiment, iteration)
+    show_constitution(experiment, iteration, page)
 
 
 @constitutions.command("edit")

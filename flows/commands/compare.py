@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.text import Text
 
-from constitutions.constitution import Changes, diff, load
+from constitutions.constitution import Changes, Principle, diff, load
 from constitutions.errors import UserError
 from constitutions.terminal import console
 from flows.commands.tables import table
@@ -20,6 +20,8 @@ from flows.settings import dotted
 from tasks.record.record import Attempt
 from tasks.record.work import Metrics
 
+SHOWN = 40
+"""Principles that are listed of each kind of change: those with the most trajectories."""
 REFERENCE = "EXPERIMENT, EXPERIMENT:ITERATION or EXPERIMENT:ITERATION:STAGE[@ATTEMPT]"
 
 
@@ -223,18 +225,43 @@ def show_compared(found: Compared) -> None:
 
 
 def _changes(changes: Changes) -> Iterator[tuple[str, str, Text]]:
-    """(what, trajectories, principle) of every change between two constitutions."""
+    """(what, trajectories, principle) of every change between two constitutions.
+
+    The changes of one kind are ordered by trajectories; those beyond `SHOWN` share a row.
+    """
     moved = {was.id for was, _ in changes.reworded}
-    for what, pairs in (("reworded", changes.reworded), ("merged", changes.merged)):
-        for was, now in pairs:
-            count = f"{was.support} → {now.support}"
-            yield what, count, Text(f"{was.text} → {now.text}")
-    for was, now in changes.opposed:
-        wordings = f"{was.antithesis or 'none'} → {now.antithesis or 'none'}"
-        yield "antithesis", str(now.support), Text(f"{now.text}: {wordings}")
-    for was, now in changes.support_changed:
-        if was.id not in moved:
-            yield "support", f"{was.support} → {now.support}", Text(now.text)
-    for what, principles in (("added", changes.added), ("dropped", changes.dropped)):
-        for principle in principles:
-            yield what, str(principle.support), Text(principle.text)
+    grown = [(was, now) for was, now in changes.support_changed if was.id not in moved]
+    kinds: dict[str, list[tuple[int, str, str]]] = {
+        "reworded": [_moved(was, now) for was, now in changes.reworded],
+        "merged": [_moved(was, now) for was, now in changes.merged],
+        "antithesis": [
+            (
+                now.support,
+                str(now.support),
+                f"{now.text}: {was.antithesis or 'none'} → {now.antithesis or 'none'}",
+            )
+            for was, now in changes.opposed
+        ],
+        "support": [(max(w.support, n.support), _counts(w, n), n.text) for w, n in grown],
+        "added": [(p.support, str(p.support), p.text) for p in changes.added],
+        "dropped": [(p.support, str(p.support), p.text) for p in changes.dropped],
+    }
+    for what, rows in kinds.items():
+        ordered = sorted(rows, key=lambda row: -row[0])
+        for _, trajectories, text in ordered[:SHOWN]:
+            yield what, trajectories, Text(text)
+        if rest := ordered[SHOWN:]:
+            yield what, str(sum(row[0] for row in rest)), Text(f"… {len(rest):,} more principles")
+    was, now = changes.tail
+    if was != now:
+        sizes = " → ".join(f"{tail.principles:,}" if tail else "none" for tail in changes.tail)
+        counts = " → ".join(str(tail.support if tail else 0) for tail in changes.tail)
+        yield "tail", counts, Text(f"principles outside of the constitution: {sizes}")
+
+
+def _moved(was: Principle, now: Principle) -> tuple[int, str, str]:
+    return max(was.support, now.support), _counts(was, now), f"{was.text} → {now.text}"
+
+
+def _counts(was: Principle, now: Principle) -> str:
+    return f"{was.support} → {now.support}"

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from constitutions.constitution import Principle, load
+from constitutions.constitution import Principle, covered, load
 from constitutions.terminal import console
 from flows.commands.tables import table
 from flows.experiment import newest, open_experiment, recorded_settings
 from flows.methods import method_of
 from tasks.sami.draw import pool_of
 
+PAGE = 60
+"""Principles that are shown together."""
 
-def show_constitution(experiment: str, iteration: int | None) -> None:
+
+def show_constitution(experiment: str, iteration: int | None, page: int = 1) -> None:
     """Print the principles of an iteration's constitution; for SAMI, also which are held out.
+
+    Args:
+        page: from 1; a page holds `PAGE` principles, those with the most trajectories first.
 
     Raises:
         UserError: there is no such experiment, or it has no constitution yet.
@@ -33,11 +39,16 @@ def show_constitution(experiment: str, iteration: int | None) -> None:
     shown = {name: column for name, column in texts.items() if name == "principle" or any(column)}
     rows: list[list[str | Text]] = [
         [str(n + 1), str(entry.support or "–"), *(Text(column[n]) for column in shown.values())]
-        for n, entry in enumerate(found.principles)
+        for n, entry in list(enumerate(found.principles))[PAGE * (page - 1) : PAGE * page]
     ]
     columns = ("#", "trajectories", *shown)
     title = f"{found.experiment}, iteration {done.iteration}"
     console.print(table(title, columns, rows, texts=range(2, len(columns))))
+    pages = -(-len(found.principles) // PAGE)
+    if pages > 1:
+        console.print(f"Page {page} of {pages}: --page N shows another.")
+    if found.tail:
+        console.print(covered(found))
 
 
 def _others(entry: Principle) -> str:

@@ -9,7 +9,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from constitutions.constitution import diff, load, load_draft, save
+from constitutions.constitution import Constitution, Draft, diff, load, load_draft, save
 from constitutions.errors import UserError
 from constitutions.parse import whole
 from constitutions.review import decisions_between, described
@@ -72,7 +72,8 @@ def edit(
     source = file or draft
     with writing(experiment, f"staple constitution edit {experiment}"):
         try:
-            verdict = _verdict(clustered, standing, source, decided_by, note)
+            old, shown = load(clustered.path(FILE)), load(standing)
+            verdict = decided(old, shown, load_draft(source), decided_by, note)
             reviewed = record_review(opened, t, clustered, verdict)
         except UserError as error:
             again = f"{command} --file {file}" if file else command
@@ -85,13 +86,22 @@ def edit(
     return Edited(reviewed, verdict, described(diff(before, after)))
 
 
-def _verdict(
-    clustered: Attempt, standing: Path, source: Path, by: str, note: str
+def decided(
+    old: Constitution, shown: Constitution, edited: Draft, by: str, note: str
 ) -> ReviewDecision:
-    """The decisions that lead from the clustered constitution to the edited file."""
-    old, shown = load(clustered.path(FILE)), load(standing)
-    decisions, added = decisions_between(old, load_draft(source), shown)
-    return ReviewDecision(decisions=tuple(decisions), added=tuple(added), by=by, note=note)
+    """The decisions that lead from the clustered constitution to the edited file.
+
+    Args:
+        shown: what the person saw in the file; see `decisions_between`.
+    """
+    decisions, added = decisions_between(old, edited, shown)
+    return ReviewDecision(
+        decisions=tuple(decisions),
+        added=tuple(added),
+        drop_tail=old.tail is not None and edited.tail is None,
+        by=by,
+        note=note,
+    )
 
 
 def _begin(draft: Path, standing: Path) -> None:

@@ -39,7 +39,7 @@ def group(features: Features, threshold: float, at_most: int | None = None) -> n
     vectors = features.vectors[placed]
     limit = math.inf if at_most else threshold
     micro = micro_clusters(vectors, limit)
-    means, sizes = _means(vectors, micro)
+    means, sizes = means_of(vectors, micro)
     merges = sorted(agglomerate(means, limit, sizes), key=lambda m: m.distance)
     surplus = len(means) - at_most if at_most else 0
     done = sum(m.distance <= threshold for m in merges)
@@ -137,6 +137,11 @@ def members_of(groups: np.ndarray) -> list[np.ndarray]:
     return np.split(order, np.cumsum(np.bincount(groups))[:-1]) if len(groups) else []
 
 
+def cut(count: int, merges: Iterable[Merge], threshold: float) -> np.ndarray:
+    """Cluster numbers (count,) of so many items after the merges up to a threshold."""
+    return _united(count, [merge for merge in merges if merge.distance <= threshold])
+
+
 def _cells(vectors: np.ndarray) -> list[np.ndarray]:
     """All rows in cells of at most `CELL_ROWS`: halved across their widest direction until then."""
     cells, large = [], [np.arange(len(vectors))]
@@ -161,7 +166,7 @@ def _widest(vectors: np.ndarray, rounds: int = 16) -> np.ndarray:
     return direction
 
 
-def _means(vectors: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def means_of(vectors: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mean (k, d) and the number of rows (k,) of each group."""
     if not len(vectors):
         return vectors, np.zeros(0)

@@ -63,7 +63,7 @@ def figure(rows: Sequence[ClusterRow], path: str | Path, labels: int = 20) -> No
 
 
 def _umap(vectors: np.ndarray, seed: int) -> np.ndarray:
-    """UMAP by cosine distances from BLAS: those of few rows UMAP computes pair by pair in Python."""
+    """UMAP by cosine distances from BLAS: UMAP computes those of few rows one by one, in Python."""
     from sklearn.metrics.pairwise import cosine_distances
     from umap import UMAP
 

@@ -1,10 +1,10 @@
-"""How much of the training set a principle labels: `cluster` and `review` measure it."""
+"""How much of the training set a principle, or the tail, labels: for `cluster` and `review`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from constitutions.constitution import Principle
+from constitutions.constitution import Principle, Tail, principle_key
 from tasks.rows import Labelled
 
 
@@ -18,7 +18,24 @@ def measured(principle: Principle, rows: Sequence[Labelled], weight: float) -> P
     best = min(rows, key=lambda r: (r.initial_score - r.score, r.prompt_id, r.sample), default=None)
     figures = {
         "support": len(rows),
-        "share": round(min(sum(row.weight for row in rows) / weight, 1.0), 6),
+        "share": _share(rows, weight),
         "example": best.prompt_id if best else "",
     }
     return principle.model_copy(update=figures)
+
+
+def tail_of(rows: Sequence[Labelled], weight: float) -> Tail | None:
+    """The figures of the tail, whose trajectories `rows` are; None where there are none.
+
+    Args:
+        rows: the trajectories of no cluster of the constitution.
+        weight: of all trajectories.
+    """
+    if not rows:
+        return None
+    distinct = {principle_key(row.label) for row in rows}
+    return Tail(principles=len(distinct), support=len(rows), share=_share(rows, weight))
+
+
+def _share(rows: Sequence[Labelled], weight: float) -> float:
+    return round(min(sum(row.weight for row in rows) / weight, 1.0), 6)

@@ -1,5 +1,6 @@
 """The constitution file: exact round trip, readable, and clear about a bad hand edit."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from constitutions.constitution import (
     Constitution,
     Principle,
+    Tail,
     diff,
     load,
     markdown,
@@ -16,6 +18,7 @@ from constitutions.constitution import (
     save,
 )
 from constitutions.errors import UserError
+from constitutions.review import described
 
 TRICKY = (
     "Be clear: use headings.",
@@ -264,3 +267,45 @@ def test_the_nearest_of_several_heirs() -> None:
 )
 def test_foreign_text_is_only_text_in_markdown(text: str, shown: str) -> None:
     assert markdown_text(text) == shown
+
+
+TAIL = Tail(principles=900, support=1000, share=0.09)
+
+
+def test_a_tail_is_saved_counted_and_named(tmp_path: Path) -> None:
+    principle = Principle(text="warn", support=9000, share=0.91)
+    bounded = Constitution(principles=(principle,), tail=TAIL)
+    save(bounded, tmp_path / "c.yaml")
+    assert load(tmp_path / "c.yaml") == bounded
+    head = (tmp_path / "c.yaml").read_text().splitlines()
+    assert head[0] == (
+        "# 1 principles label 91.0% of the trajectories. The tail, 9.0%, keeps its own words: "
+        "900 principles of 1,000 trajectories. To edit:"
+    )
+    assert "'tail'" in "".join(head[:6])
+    save(Constitution(principles=(principle,)), tmp_path / "c.yaml")
+    assert "tail" not in (tmp_path / "c.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("tail", "said"),
+    [
+        ("drop", "line 2, 'tail': this is not a tail; expected its figures as they were"),
+        ("{principles: 1, support: 1, share: 2.0}", "line 2, 'tail'"),
+        ("{principles: 1, support: 1, share: 0.5, x: 1}", "one of principles, support, share"),
+    ],
+)
+def test_a_damaged_tail_is_named(tmp_path: Path, tail: str, said: str) -> None:
+    (tmp_path / "c.yaml").write_text(f"iteration: 1\ntail: {tail}\nprinciples:\n- text: a\n")
+    with pytest.raises(UserError, match=re.escape(said)):
+        load(tmp_path / "c.yaml")
+
+
+def test_a_dropped_tail_is_a_change() -> None:
+    principle = Principle(text="warn", support=9000, share=0.91)
+    bounded = Constitution(principles=(principle,), tail=TAIL)
+    free = Constitution(principles=(principle,))
+    assert described(diff(bounded, free)) == [
+        "dropped: the tail, 900 principles of 1,000 trajectories"
+    ]
+    assert described(diff(bounded, bounded)) == described(diff(free, bounded)) == []

@@ -8,11 +8,14 @@ import pytest
 from command import staple
 from small_loop import run
 
+from constitutions.constitution import Constitution, Principle, Tail, diff
 from constitutions.errors import UserError
-from flows.commands.compare import compare
+from flows.commands.compare import Compared, Side, compare, show_compared
 from flows.experiment import note_settings, open_experiment
 from flows.schema import ExperimentSettings
 from flows.settings import with_changes
+
+TAIL = Tail(principles=40, support=50, share=0.1)
 
 
 def test_two_attempts_of_a_stage(at_home: ExperimentSettings) -> None:
@@ -52,6 +55,20 @@ def test_an_interval_stands_beside_its_figure(at_home: ExperimentSettings) -> No
     assert figures["win_rate/refined_vs_0"][0] == "–"
     assert re.fullmatch(r"0\.\d+ \[0\.\d+, [01]\.\d+\]", figures["win_rate/refined_vs_0"][1])
     assert not any(name.endswith(("_low", "_high")) for name in figures)
+
+
+def test_many_changes_are_listed_by_trajectories_and_the_rest_in_one_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("flows.commands.compare.SHOWN", 2)
+    old = Constitution(principles=tuple(Principle(text=f"old {n}", support=n) for n in range(5)))
+    new = Constitution(principles=(Principle(text="new", support=7),), tail=TAIL)
+    left, right = (Side(name, {}, {}, None) for name in ("left", "right"))
+    show_compared(Compared(left, right, [], [], 0, diff(old, new)))
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    dropped = [line[1:] for line in shown if line[:1] == ["dropped"]]
+    assert dropped == [["4", "old", "4"], ["3", "old", "3"], ["3", "…", "3", "more", "principles"]]
+    assert [line[:4] for line in shown if line[:1] == ["tail"]] == [["tail", "0", "→", "50"]]
 
 
 @pytest.mark.parametrize(

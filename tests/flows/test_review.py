@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -19,13 +21,24 @@ from prefect.states import Pending
 from prefect.utilities.schema_tools import ValidationError, validate
 from review_world import clustered_attempt, clustering
 
-from constitutions.constitution import load, principle_id
+import flows.review
+from constitutions.constitution import (
+    Constitution,
+    Principle,
+    Tail,
+    load,
+    load_draft,
+    principle_id,
+    save,
+)
 from constitutions.review import Decision
+from flows.commands.edit import decided
 from flows.experiment import note_settings, open_experiment, recorded_settings
 from flows.review import ReviewForm, ask, examples_of, form_of, verdict_of
 from flows.schema import ExperimentSettings
 from tasks.record.record import Attempt
 from tasks.review import ReviewDecision, recorded_review, recorded_verdict
+from tasks.rows import Labelled
 
 NAME = "an-experiment"
 JOKE, WARN, ASK = (principle_id(text) for text in ("tell a joke", "warn of risks", "ask back"))
@@ -47,7 +60,7 @@ def verdict(clustered: Attempt) -> ReviewDecision | None:
 # The form
 
 
-def form(mistakes: str = "", filled_in: ReviewForm | None = None) -> type[ReviewForm]:
+def form(mistakes: str = "", filled_in: ReviewForm | None = None) -> Any:
     labelled, constitution = clustering()
     return form_of(constitution, examples_of(constitution, labelled), 1, filled_in, mistakes)
 
@@ -63,7 +76,7 @@ def answer(*entries: dict[str, Any], **others: Any) -> dict[str, Any]:
 
 
 def test_an_untouched_form_approves() -> None:
-    given = verdict_of(form()(**answer()), clustering()[1])
+    given = verdict_of([form()(**answer())], clustering()[1])
     assert given == ReviewDecision(by="ann")
 
 
@@ -75,7 +88,7 @@ def test_the_form_says_what_a_person_decided() -> None:
         added=["be brief"],
         note="why",
     )
-    given = verdict_of(form()(**filled), clustering()[1])
+    given = verdict_of([form()(**filled)], clustering()[1])
     assert set(given.decisions) == {
         Decision(id=JOKE, action="drop"),
         Decision(id=ASK, action="merge", into=WARN),
@@ -122,13 +135,56 @@ def test_a_refused_form_comes_back_filled_in_and_says_why() -> None:
     first = form()(**answer(entry("ask back", text="ask first"), note="why", added=["be brief"]))
     again = form("“ask back” (a): wrong\n“b”: too", first)
     said = str(again.model_fields["by"].description)
-    assert "could not be done" in said
+    assert "cannot be applied" in said
     assert "“b”: too" in said
     refilled = again(by="bob")
     assert (refilled.note, refilled.added) == ("why", ["be brief"])
-    assert verdict_of(refilled, clustering()[1]).decisions == (
+    assert verdict_of([refilled], clustering()[1]).decisions == (
         Decision(id=ASK, action="reword", text="ask first"),
     )
+
+
+def large(principles: int) -> tuple[Constitution, dict[str, Labelled]]:
+    """A constitution with a tail, and an example of each principle with long texts."""
+    row = clustering()[0][0]
+    long = replace(row, initial="before " * 400, refined="after " * 500)
+    texts = [f"principle {n} " + "that says what to do " * 5 for n in range(principles)]
+    entries = tuple(
+        Principle(text=text, support=1000 - n, share=0.9 / principles)
+        for n, text in enumerate(texts)
+    )
+    tail = Tail(principles=14_000, support=5_000, share=0.1)
+    return Constitution(principles=entries, tail=tail), {p.id: long for p in entries}
+
+
+def test_a_large_constitution_is_reviewed_in_pages_by_support_with_the_tail_at_the_end() -> None:
+    constitution, examples = large(130)
+    pages: list[Any] = [form_of(constitution, examples, 1, page=page) for page in range(3)]
+    for page in pages:
+        schema = json.dumps(page.model_json_schema(ref_template="#/$defs/{model}"))
+        assert len(schema.encode()) + len(str(page._description).encode()) < 300_000
+    shown = [name for page in pages for name in page.model_fields if name.startswith("principle_")]
+    assert shown == [f"principle_{n}" for n in range(1, 131)]
+    assert ["drop_tail" in page.model_fields for page in pages] == [False, False, True]
+    assert ["by" in page.model_fields for page in pages] == [True, False, False]
+    assert "page 2 of 3" in str(pages[1]._description)
+
+    ids = [p.id for p in constitution.principles]
+    answers = [
+        pages[0](by="ann"),
+        pages[1](principle_61={"text": constitution.texts[60], "into": 130}),
+        pages[2](principle_121={"text": "brief"}, drop_tail=True),
+    ]
+    assert verdict_of(answers, constitution) == ReviewDecision(
+        decisions=(
+            Decision(id=ids[60], action="merge", into=ids[129]),
+            Decision(id=ids[120], action="reword", text="brief"),
+        ),
+        drop_tail=True,
+        by="ann",
+    )
+    again = form_of(constitution, examples, 1, answers[2], "wrong", page=2)
+    assert verdict_of([*answers[:2], again()], constitution) == verdict_of(answers, constitution)
 
 
 @flow(name="reviewed")
@@ -180,6 +236,28 @@ def _asked(client: Any, run_id: UUID) -> str:
     key = client.read_flow_run(run_id).state.state_details.run_input_keyset["description"]
     found = client._client.get(f"/flow_runs/{run_id}/input/{key}")
     return str(found.json())
+
+
+def test_a_deployed_run_asks_page_by_page(
+    clustered: Attempt, prefect_server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flows.review, "PAGE", 2)
+    with get_client(sync_client=True) as client:
+        deployment = client.create_deployment(client.create_flow(reviewed), name="in-pages")
+        run_id = client.create_flow_run_from_deployment(deployment).id
+        pages: list[dict[str, Any]] = [{"by": "ann"}, {"principle_3": {"text": "be brief"}}]
+        for filled in pages:
+            with suppress(Pause):
+                run_flow(reviewed, flow_run=client.read_flow_run(run_id), return_type="state")
+            assert client.read_flow_run(run_id).state_name == "Suspended"
+            assert client.resume_flow_run(run_id, run_input=filled).status.value == "ACCEPT"
+            client.set_flow_run_state(run_id, Pending(), force=True)
+        run_flow(reviewed, flow_run=client.read_flow_run(run_id), return_type="state")
+        assert client.read_flow_run(run_id).state_name == "Completed"
+    third = clustering()[1].principles[2]
+    assert verdict(clustered) == ReviewDecision(
+        decisions=(Decision(id=third.id, action="reword", text="be brief"),), by="ann"
+    )
 
 
 # The editor
@@ -283,6 +361,19 @@ def test_a_file_that_was_edited_elsewhere(
     assert ran.code == 2
     assert "every principle is dropped" in ran.err
     assert f"--file {file}" in ran.err
+
+
+def test_deleting_the_tail_in_the_file_drops_it(tmp_path: Path) -> None:
+    constitution, _ = large(3)
+    verdicts = []
+    for name, tail in (("kept", constitution.tail), ("dropped", None)):
+        file = tmp_path / f"{name}.yaml"
+        save(constitution.model_copy(update={"tail": tail}), file)
+        verdicts.append(decided(constitution, constitution, load_draft(file), "ann", ""))
+    assert verdicts == [
+        ReviewDecision(by="ann"),
+        ReviewDecision(by="ann", drop_tail=True),
+    ]
 
 
 def test_without_an_editor_the_file_is_named(

@@ -321,11 +321,74 @@ def test_the_reduction_of_large_blocks_keeps_the_clusters(monkeypatch: pytest.Mo
     assert adjusted_rand_score(exact, truth) > 0.99
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.15], ids=["far", "near"])
+@pytest.mark.parametrize("features", [["effect"], ["effect", "characters"], ["sentences"]])
+def test_the_predictive_threshold_finds_the_planted_groups_by_any_features(
+    features: list[str], scale: float
+) -> None:
+    """No one threshold suits them: sentence vectors may lie near each other or far apart."""
+    kept, scored, truth = _world(160)
+    rng = np.random.default_rng(0)
+    directions = dict(zip(BEHAVIOURS, rng.standard_normal((4, 40)), strict=True))
+    shared = rng.standard_normal(40)
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        about = [scale * directions[truth[principle_key(text)]] for text in texts]
+        return shared + np.stack(about) + 0.3 * scale * rng.standard_normal((len(texts), 40))
+
+    settings = _settings(features=features, distance_threshold="predictive")
+    found = cluster(kept, scored, settings, embed=embed)
+    assert len(found.constitution.principles) == len(BEHAVIOURS)
+    assert _ari(found, truth) == 1
+    if (features, scale) == (["sentences"], 0.15):
+        fixed = cluster(kept, scored, _settings(features=features), embed=embed)
+        assert (fixed.threshold, len(fixed.constitution.principles)) == (0.8, 1)
+
+
+def test_a_few_principles_are_not_enough_to_find_a_threshold() -> None:
+    kept, scored = _kept("be kind", "be kinder", "warn them")
+    assert cluster(kept, scored, _settings(distance_threshold="predictive")).threshold == 0.8
+    with pytest.raises(ValueError, match="distance_threshold"):
+        _settings(distance_threshold="best")
+
+
 def test_max_principles_merges_beyond_the_threshold() -> None:
     kept, scored, _ = _world()
     result = cluster(kept, scored, _settings(max_principles=2))
     assert len(result.constitution.principles) == 2
     assert {row.label for row in result.labelled} == set(result.constitution.texts)
+
+
+def test_a_bounded_constitution_has_the_best_supported_clusters_and_a_tail() -> None:
+    kept, scored, _ = _world()
+    free = cluster(kept, scored, _settings())
+    bound = cluster(kept, scored, _settings(constitution_size=2))
+    size = len(bound.constitution.principles)
+    assert size == 2 < len(free.constitution.principles)
+    assert bound.constitution.principles == free.constitution.principles[:2]
+    inside = [row for row in bound.labelled if row.cluster < size]
+    outside = [row for row in bound.labelled if row.cluster >= size]
+    assert {row.label for row in inside} == set(bound.constitution.texts)
+    assert all(row.label == row.principle and not row.replaced for row in outside)
+    tail = bound.constitution.tail
+    assert tail is not None
+    assert tail.support == len(outside) == bound.counts["tail"]
+    assert tail.principles == len({row.principle for row in outside})
+    assert bound.constitution.coverage == pytest.approx(len(inside) / len(kept), abs=1e-5)
+    assert bound.constitution.coverage + tail.share == pytest.approx(1, abs=1e-5)
+    assert bound.counts["kept_outside"] == 0
+    # the clusters are as they were, those of the tail beyond the constitution's end
+    assert _ari(bound, {row.principle: str(row.cluster) for row in free.clusters}) == 1
+    assert {row.cluster for row in bound.clusters} == set(range(len(BEHAVIOURS)))
+
+
+def test_a_bound_that_is_not_reached_leaves_no_tail() -> None:
+    kept, scored, _ = _world()
+    free = cluster(kept, scored, _settings())
+    bound = cluster(kept, scored, _settings(constitution_size=50))
+    assert (bound.constitution, bound.labelled) == (free.constitution, free.labelled)
+    assert bound.constitution.tail is None
+    assert bound.constitution.coverage == pytest.approx(1, abs=1e-5)
 
 
 def test_representatives_by_centrality_by_frequency_and_none() -> None:

@@ -14,6 +14,7 @@ from review_world import clustered_attempt, clustering
 from constitutions.constitution import Constitution, load, principle_id
 from constitutions.errors import UserError
 from constitutions.review import Decision
+from tasks.clustering.support import tail_of
 from tasks.record.record import Attempt, Record
 from tasks.record.slot import Slot
 from tasks.review import (
@@ -85,6 +86,59 @@ def test_a_label_outside_the_constitution_is_not_overruled() -> None:
     assert outside.prompt_id not in {
         r.prompt_id for r in review(labelled, constitution, gone).labelled
     }
+
+
+def with_tail() -> tuple[list[Labelled], Constitution]:
+    """The clustering whose last principle is outside of the constitution, in two clusters."""
+    labelled, constitution = clustering()
+    last = len(constitution.principles) - 1
+    rows = [
+        replace(r, label=r.principle, replaced=False, cluster=last + number % 2)
+        if r.cluster == last
+        else r
+        for number, r in enumerate(labelled)
+    ]
+    there = [row for row in rows if row.cluster >= last]
+    tail = tail_of(there, sum(row.weight for row in rows))
+    kept = constitution.principles[:last]
+    return rows, constitution.model_copy(update={"principles": kept, "tail": tail})
+
+
+def test_the_tail_keeps_its_words_until_it_is_dropped_in_one_decision() -> None:
+    labelled, constitution = with_tail()
+    size = len(constitution.principles)
+    tail = [row for row in labelled if row.cluster >= size]
+    assert tail
+    approved = review(labelled, constitution, ReviewDecision())
+    assert (approved.labelled, approved.rejected) == (labelled, [])
+    assert approved.constitution == constitution
+
+    dropped = review(labelled, constitution, ReviewDecision(drop_tail=True))
+    assert dropped.constitution.tail is None
+    assert dropped.constitution.texts == constitution.texts
+    assert [r.detail for r in dropped.rejected] == [f"the tail: {row.label}" for row in tail]
+    assert len(dropped.labelled) + len(dropped.rejected) == len(labelled)
+    assert all(row.cluster < size for row in dropped.labelled)
+
+
+def test_the_tail_stays_behind_a_constitution_that_shrinks() -> None:
+    labelled, constitution = with_tail()
+    merged, whole = constitution.principles[1], constitution.principles[0]
+    decision = Decision(id=merged.id, action="merge", into=whole.id)
+    done = review(labelled, constitution, ReviewDecision(decisions=(decision,)))
+    size = len(done.constitution.principles)
+    tail = [row for row in done.labelled if row.cluster >= size]
+    assert [row.principle for row in tail] == [row.label for row in tail]
+    assert min(row.cluster for row in tail) == size
+    assert done.constitution.tail == constitution.tail
+
+
+def test_the_decision_on_the_tail_is_recorded(slot: Slot, clustered: Attempt) -> None:
+    plain = run(slot, clustered, ReviewDecision())
+    dropped = run(slot, clustered, ReviewDecision(drop_tail=True))
+    assert dropped.run_id != plain.run_id
+    assert read_verdict(dropped) == ReviewDecision(drop_tail=True)
+    assert read_verdict(plain) == ReviewDecision()
 
 
 @pytest.mark.parametrize("verdict", [ReviewDecision(), DROP, ALL], ids=["approve", "drop", "all"])
