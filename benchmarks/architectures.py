@@ -84,7 +84,7 @@ gets tiny random weights; its samples come from the fastest engine whose greedy 
 log-probabilities are those of a plain forward pass of transformers (`models/engine/comparison.py`).
 
 The same check runs with a model's own weights when it is first loaded. Its result is kept in
-the folder `engines` under `$STAPLE_HOME`. `policy.engine: shared` or `plain` asks for one engine; an
+the folder `engines` of `$STAPLE_HOME`. `policy.engine: shared` or `plain` asks for one engine; an
 engine with wrong numbers is refused even then. A log-probability may differ by 0.001 nats in
 float32, and by 0.1 on average in 16 bits and in NF4.
 
