@@ -248,7 +248,7 @@ def test_a_mistaken_name_fails_with_a_message(place: Place) -> None:
 
 def test_up_again_starts_only_what_is_not_running(place: Place) -> None:
     before = place.services()
-    assert "up already" in place.staple("up")
+    assert "running already" in place.staple("up")
     assert place.services() == before
     nightly = {"schedules": [{"schedule": {"cron": "0 3 * * *"}, "active": True}]}
     how: dict[str, Any] = {"auth": place.login, "timeout": 60}
