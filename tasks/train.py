@@ -87,7 +87,7 @@ class TrainingSet:
     skipped: tuple[Rejected, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Training:
     """How the adapter of one iteration is trained, or all weights (`update: full`)."""
 
@@ -106,14 +106,7 @@ class Training:
     def of(cls, policy: PolicySource, settings: TrainSettings, seed: int, out: Path) -> Training:
         """The training of a policy."""
         previous = policy.adapter_path if settings.start == "previous" else None
-        return cls(
-            model=policy.model,
-            policy=policy.settings,
-            previous_adapter=previous,
-            out=out,
-            settings=settings,
-            seed=seed,
-        )
+        return cls(policy.model, policy.settings, previous, out, settings, seed)
 
     def encoder(self) -> Encoder:
         """What tokenises for the base."""
