@@ -251,7 +251,8 @@ def _description(constitution: Constitution, examples: Examples, t: int, page: i
     for number in pages[page]:
         p = constitution.principles[number - 1]
         example = examples.get(p.id)
-        shown = f"{_short(example.initial)} → {_short(example.refined)}" if example else ""
+        texts = (example.initial, example.refined) if example else ()
+        shown = " → ".join(_short(text, SHOWN // 3) for text in texts)
         table.append(
             f"| {number} | {markdown_text(p.text)} | {p.support:,} | {p.share:.1%} "
             f"| {markdown_text(shown)} |"
