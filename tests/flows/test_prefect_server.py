@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from prefect.client.base import PrefectHttpxSyncClient
 from servers import free_port
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
@@ -171,17 +172,18 @@ def test_a_run_brings_no_program_of_its_own(site: Site, brought: dict[str, objec
     with client(site) as api:
         found = api.get("/deployments/name/score/score").json()
         body = {"parameters": {"experiment": "x", "iteration": 1}, "job_variables": brought}
-        answer = api.post(f"/deployments/{found['id']}/create_flow_run", json=body)
-        assert answer.status_code == 422, answer.text
+        with pytest.raises(httpx.HTTPStatusError) as refused:
+            api.post(f"/deployments/{found['id']}/create_flow_run", json=body)
+        assert refused.value.response.status_code == 422, refused.value.response.text
         assert not found["job_variables"]
 
 
-def client(site: Site) -> httpx.Client:
+def client(site: Site) -> PrefectHttpxSyncClient:
+    """Prefect's own: it tries again where the server is busy (503, "database is locked")."""
     name, password = site.login.split(":")
-    fresh = httpx.Limits(
-        max_keepalive_connections=0
-    )  # no connection that the server may be closing
-    return httpx.Client(
+    # no connection that the server may be closing
+    fresh = httpx.Limits(max_keepalive_connections=0)
+    return PrefectHttpxSyncClient(
         base_url=f"{site.url}/api", auth=(name, password), timeout=120, limits=fresh
     )
 
