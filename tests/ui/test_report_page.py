@@ -144,7 +144,7 @@ def opened(browser: Any, file: Path, width: int = 1280, **how: Any) -> Watched:
     is let through."""
     context = browser.new_context(viewport={"width": width, "height": 800}, offline=True, **how)
     page = context.new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(120_000)
     watched = Watched(page)
     context.on("request", lambda request: watched.requests.append(request.url))
     page.on("console", lambda message: watched.said.append(message.text))

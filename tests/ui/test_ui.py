@@ -69,7 +69,7 @@ class Place:
     def deployment(self, name: str) -> str:
         """The URL of a deployment in Prefect's API."""
         address = f"{self.prefect}/api/deployments/name/{name}/{name}"
-        found = httpx.get(address, auth=self.login, timeout=60).json()
+        found = httpx.get(address, auth=self.login, timeout=300).json()
         return f"{self.prefect}/api/deployments/{found['id']}"
 
 
@@ -126,7 +126,7 @@ def page(place: Place) -> Iterator[Any]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM)
         page = browser.new_page(viewport={"width": 1280, "height": 800})
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(120_000)
         page.goto(f"{place.prefect}/v2")
         page.get_by_placeholder("admin:pass").fill(":".join(place.login))
         page.get_by_role("button", name="Login").click()
@@ -157,8 +157,8 @@ def test_one_stage_from_its_form(place: Place, page: Any) -> None:
         "settings": {"max_principles": 3},
         "force": False,
     }
-    page.get_by_role("link", name="small cluster 2").wait_for(timeout=60_000)
-    page.get_by_text("Completed").first.wait_for(timeout=60_000)
+    page.get_by_role("link", name="small cluster 2").wait_for(timeout=300_000)
+    page.get_by_text("Completed").first.wait_for(timeout=300_000)
 
     after = place.record.needs("cluster", 2)
     assert after.run_id != before.run_id
@@ -191,7 +191,7 @@ def test_a_review_answered_in_its_form(place: Place, page: Any) -> None:
     choose(page, page.get_by_label("Select enabled"), "yes")
     assert submit(page)["settings"] == {"iterations": 1, "review": {"enabled": "yes"}}
     page.get_by_role("button", name="View run").click()
-    page.get_by_text("Suspended").first.wait_for(timeout=90_000)
+    page.get_by_text("Suspended").first.wait_for(timeout=300_000)
     assert place.record.current("review", 1) is None
     assert place.record.needs("train", 1).run_id == trained.run_id
 
@@ -251,7 +251,7 @@ def test_up_again_starts_only_what_is_not_running(place: Place) -> None:
     assert "running already" in place.staple("up")
     assert place.services() == before
     nightly = {"schedules": [{"schedule": {"cron": "0 3 * * *"}, "active": True}]}
-    how: dict[str, Any] = {"auth": place.login, "timeout": 60}
+    how: dict[str, Any] = {"auth": place.login, "timeout": 300}
     httpx.patch(place.deployment("experiment"), json=nightly, **how).raise_for_status()
     psutil.Process(before["cpu"]["pid"]).kill()
     place.staple("up")
@@ -302,7 +302,7 @@ def choose(page: Any, box: Any, option: str) -> None:
 def asked(place: Place, url: str, body: Any) -> httpx.Response:
     """POST, again while the server is too busy."""
     for _ in range(6):
-        answer = httpx.post(url, json=body, auth=place.login, timeout=60)
+        answer = httpx.post(url, json=body, auth=place.login, timeout=300)
         if answer.status_code != 503:
             break
     return answer
@@ -312,7 +312,7 @@ def ended(place: Place, deployment: str, but: str = "") -> dict[str, Any] | None
     """The newest run of a deployment that came to an end (but in another state than this one)."""
     query = {"deployments": {"name": {"any_": [deployment]}}, "sort": "START_TIME_DESC"}
     address = f"{place.prefect}/api/flow_runs/filter"
-    runs = httpx.post(address, json=query, auth=place.login, timeout=60).json()
+    runs = httpx.post(address, json=query, auth=place.login, timeout=300).json()
     final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
     found = (run for run in runs if run["state"]["type"] in final)
     return next((run for run in found if run["state"]["name"] != but), None)
