@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import os
 import shutil
 import signal
@@ -43,22 +42,26 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(durations.Durations(Path(out).absolute()))
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make test-quick` does not import slow files: what they import takes longer than its tests."""
+    if config.getoption("markexpr") != "not slow" or collection_path.suffix != ".py":
+        return None
+    quick = "pytest.mark.quick" in collection_path.read_text("utf-8")
+    return True if is_slow(collection_path) and not quick else None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest: a worker that ends with one works alone.
-
-    A file that is not in the table yet counts as one of them.
-    """
-    kept = durations.kept()
-
-    def seconds(item: pytest.Item) -> float:
-        file = item.path.relative_to(durations.ROOT).as_posix()
-        return kept[file][0] if file in kept else math.inf
-
-    items.sort(key=seconds, reverse=True)
+    """Begin with the files that take longest: a worker that ends with one works alone."""
+    items.sort(key=lambda item: durations.seconds(item.path), reverse=True)
     for item in items:
-        if seconds(item) > durations.SLOW and not item.get_closest_marker("quick"):
+        if is_slow(item.path) and not item.get_closest_marker("quick"):
             item.add_marker(pytest.mark.slow)
+
+
+def is_slow(path: Path) -> bool:
+    """Whether a file of tests took longer than `durations.SLOW`, or was not measured yet."""
+    return path.name.startswith("test_") and durations.seconds(path) > durations.SLOW
 
 
 @pytest.fixture(scope="module", autouse=True)

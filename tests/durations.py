@@ -8,6 +8,8 @@ Files that take longest begin first, and those above `SLOW` are left out of `mak
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import re
 from collections import Counter, defaultdict
@@ -19,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "test-durations.md"
-SLOW = 20.0
+SLOW = 10.0
 """Processor seconds of a file from which on it is slow."""
 HEAD = """# How long the tests take
 
@@ -40,6 +42,12 @@ def kept(table: Path = TABLE) -> dict[str, tuple[float, float, int]]:
     row = r"^\| (\S+\.py) \| ([\d.]+) \| ([\d.]+) \| (\d+) \|"
     found = re.findall(row, text, re.MULTILINE)
     return {file: (float(a), float(b), int(n)) for file, a, b, n in found}
+
+
+@functools.cache
+def seconds(file: Path) -> float:
+    """Processor seconds that a file took; infinite where it is not in the table."""
+    return kept().get(file.relative_to(ROOT).as_posix(), (math.inf, 0.0, 0))[0]
 
 
 def used() -> float:

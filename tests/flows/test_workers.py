@@ -42,7 +42,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> I
     (folder / "mlflow.db").rename(folder / "server.db")
     with prefect_api(folder) as prefect, mlflow_server(folder) as mlflow:
         shared = {"PREFECT_API_URL": prefect.url, "MLFLOW_TRACKING_URI": mlflow.url}
-        environment = {**os.environ, **shared, "PREFECT_WORKER_QUERY_SECONDS": "1"}
+        environment = {**os.environ, **shared, "PREFECT_WORKER_QUERY_SECONDS": "3"}
         with pytest.MonkeyPatch.context() as patch:
             for name, value in {**shared, "STAPLE_HOME": str(folder / "client")}.items():
                 patch.setenv(name, value)

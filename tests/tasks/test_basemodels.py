@@ -23,7 +23,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = replace(
         pretrain.Recipe(), hidden=32, layers=1, heads=2, intermediate=64, words=64, clean=64, noisy=64, rows=16
     )  # fmt: skip
-    monkeypatch.setattr(pretrain, "Recipe", lambda: recipe)
+    monkeypatch.setitem(pretrain.RECIPES, "planted", recipe)
 
 
 @pytest.mark.usefixtures("tiny")
