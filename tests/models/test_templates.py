@@ -171,7 +171,7 @@ def test_arguments_reach_the_template_and_cannot_take_its_place() -> None:
     off = Chat(tokenizer, PolicySettings(template_arguments={"enable_thinking": False}))
     assert tokenizer.decode(off.prompt(PROMPT)).endswith("<think>\n\n</think>\n\n")
     for name in ("messages", "chat_template", "tokenize", "not a name"):
-        with pytest.raises(ValueError, match="no variable that can be set for a chat template"):
+        with pytest.raises(ValueError, match="not a variable that a chat template can be given"):
             PolicySettings(template_arguments={name: True})
 
 
