@@ -111,7 +111,7 @@ def main() -> None:
             runs.append(measured(rows, seed, micro))
             print(json.dumps({k: round(v, 4) for k, v in runs[-1].items()}), flush=True)
         if len(runs) > 1:
-            for name in runs[0]:
+            for name in list(runs[0])[2:]:  # after the rows and the seed
                 values = [run[name] for run in runs]
                 error = 1.96 * stdev(values) / len(values) ** 0.5
                 print(f"{rows:>7,} {name:<24} {fmean(values):.4g} ± {error:.2g}", flush=True)
