@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import small_loop
+from servers import prefect_api
 
 from benchmarks.kills import measure
 
 
-def test_killed_and_resumed_is_as_never_killed(tmp_path: Path, migrated_database: Path) -> None:
+def test_killed_and_resumed_is_as_never_killed(
+    tmp_path: Path, migrated_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small_loop.make(tmp_path, migrated_database)
-    outcome = measure(tmp_path, ["run", str(tmp_path / "lineage.yaml")], "lineage", kills=3, seed=2)
+    with prefect_api(tmp_path) as server:  # a temporary one for each run takes most of the time
+        monkeypatch.setenv("PREFECT_API_URL", server.url)
+        command = ["run", str(tmp_path / "lineage.yaml")]
+        outcome = measure(tmp_path, command, "lineage", kills=3, seed=2)
     assert outcome.attempts == 9
     assert outcome.differ == ()
     assert outcome.twice == 0
