@@ -76,7 +76,8 @@ def experiment(
         done = run_experiment(chosen, keep_changes=keep, force=force, subflow=False)
         followed = run_following(chosen, done, resume=resume, force=force)
     every = [*done, *(followed.done if followed else ())]
-    if all(attempt.reused for attempts in every for attempt in attempts.values()):
+    reviewed = len(done) == 1 or "train" in done[-1]
+    if reviewed and all(attempt.reused for attempts in every for attempt in attempts.values()):
         stages = sum(map(len, done))
         return _unchanged(f"all {stages} stages of {chosen.experiment} are as recorded")
     return Completed(message=f"{chosen.experiment}: {chosen.iterations} iterations")

@@ -123,9 +123,10 @@ def examples_of(constitution: Constitution, labelled: Sequence[Labelled]) -> Exa
 
 
 def pages_of(constitution: Constitution) -> list[range]:
-    """The numbers, from 1, of the principles on each page of the form."""
+    """The numbers, from 1, of the principles on each page of the form: one page at least."""
     last = len(constitution.principles)
-    return [range(n, min(n + PAGE, last + 1)) for n in range(1, last + 1, PAGE)]
+    pages = [range(n, min(n + PAGE, last + 1)) for n in range(1, last + 1, PAGE)]
+    return pages or [range(1, 1)]
 
 
 def form_of(

@@ -17,6 +17,7 @@ from flows.schema import ExperimentSettings
 from flows.server.prefect_server import running_server
 from flows.settings import following
 from flows.states import unchanged
+from tasks.record import interruption
 from tasks.record.record import Attempt
 
 
@@ -27,6 +28,7 @@ def run_experiment(
     force: bool = False,
     start: Place | None = None,
     subflow: bool = True,
+    resumed_by: str = "",
 ) -> list[Attempts]:
     """The attempts of every iteration: the recorded ones if nothing has changed, else computed.
 
@@ -37,11 +39,14 @@ def run_experiment(
         force: compute again what the record has.
         start: compute again from this stage on.
         subflow: False computes in the flow run of the caller, which a review can suspend.
+        resumed_by: the command that continues the run, for the message of an interruption.
 
     Raises:
         UserError: the policy's endpoint or a stage says what is wrong.
     """
     note_settings(settings, keep_changes)
+    if resumed_by:  # only now: what is not recorded cannot be resumed
+        interruption.note(command=resumed_by)
     found = None if force or start else unchanged(settings)
     if found is not None:
         return found
@@ -80,6 +85,6 @@ def run_following(
         return None
     from flows.commands.report import write_report
 
-    with writing(then.experiment, f"staple run {then.experiment}"):
+    with writing(then.experiment, f"staple run {then.experiment}"), running_server():
         further = run_experiment(then, keep_changes=[] if resume else None, force=force)
         return Followed(then, further, write_report([settings.experiment, then.experiment]))

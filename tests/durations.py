@@ -21,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "test-durations.md"
-SLOW = 10.0
+SLOW = 6.0
 """Processor seconds of a file from which on it is slow."""
 HEAD = """# How long the tests take
 

@@ -80,8 +80,10 @@ def run(
         if recorded:  # the run that held the lock may have changed them
             settings = recorded_settings(source, set_ or [])
         keep = list(parse_overrides(set_ or [])) if recorded else None
-        interruption.note(command=f"staple run {settings.experiment} --resume")
-        done = run_experiment(settings, keep_changes=keep, force=force, start=place)
+        again = f"staple run {settings.experiment} --resume"
+        done = run_experiment(
+            settings, keep_changes=keep, force=force, start=place, resumed_by=again
+        )
         results.show_ending(settings, done)
         if followed := run_following(settings, done, resume=recorded, force=force):
             results.show_ending(followed.settings, followed.done)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.text import Text
 
 from constitutions.constitution import Principle, covered, load
+from constitutions.errors import UserError
 from constitutions.terminal import console
 from flows.commands.tables import table
 from flows.experiment import newest, open_experiment, recorded_settings
@@ -22,13 +23,16 @@ def show_constitution(experiment: str, iteration: int | None, page: int = 1) -> 
         page: from 1; a page holds `PAGE` principles, those with the most trajectories first.
 
     Raises:
-        UserError: there is no such experiment, or it has no constitution yet.
+        UserError: there is no such experiment, or it has no constitution yet, or no such page.
     """
     settings = recorded_settings(experiment)
     one = method_of(settings).constitutional  # one constitution for all iterations
     t = 0 if one else newest(settings, "cluster", iteration).iteration
     done = open_experiment(settings).constitution(t)
     found = load(done.path("constitution.yaml"))
+    pages = max(-(-len(found.principles) // PAGE), 1)
+    if page > pages:
+        raise UserError(f"there is no page {page}", where="--page", expected=f"1 to {pages}")
     apart = {p.id for p in pool_of(done).held_out} if done.stage == "write" else set()
     texts = {
         "principle": [p.text for p in found.principles],
@@ -44,7 +48,6 @@ def show_constitution(experiment: str, iteration: int | None, page: int = 1) -> 
     columns = ("#", "trajectories", *shown)
     title = f"{found.experiment}, iteration {done.iteration}"
     console.print(table(title, columns, rows, texts=range(2, len(columns))))
-    pages = -(-len(found.principles) // PAGE)
     if pages > 1:
         console.print(f"Page {page} of {pages}: --page N shows another.")
     if found.tail:

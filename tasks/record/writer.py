@@ -94,7 +94,7 @@ class _Facts(NamedTuple):
         with suppress(ValueError, TypeError, KeyError):
             facts = json.loads(text)
             facts["beat"] = float(facts["beat"])
-            return cls(**facts)
+            return cls(**{name: facts[name] for name in cls._fields})
         return None
 
 
@@ -109,8 +109,8 @@ class _Claim:
         self._record, self._tag = record, f"{CLAIM}{uuid.uuid4().hex[:12]}"
         self._facts = _Facts(locks.place(record.home), os.getpid(), what, held=False, beat=0.0)
         self._claims = False
-        self._seen: dict[str, tuple[float, float]] = {}
-        """Another's tag → its last heartbeat, and when that was first seen here."""
+        self._seen: dict[str, tuple[float, float, float]] = {}
+        """Another's tag → its last heartbeat, when that was first seen here, and when last."""
 
     def take(self) -> None:
         """Wait until this claim is the only one."""
@@ -162,10 +162,10 @@ class _Claim:
         if facts.place == self._facts.place:
             return False
         now, missed = time.monotonic(), locks.BEATS_MISSED * locks.HEARTBEAT_SECONDS
-        beat, since = self._seen.get(tag, (None, now))
-        if beat != facts.beat:
+        beat, since, last = self._seen.get(tag, (None, now, now))
+        if beat != facts.beat or now - last > missed / 2:  # the record was away from both
             since = now
-        self._seen[tag] = facts.beat, since
+        self._seen[tag] = facts.beat, since, now
         return abs(time.time() - facts.beat) < missed or now - since < missed / 2
 
     def _delete(self, tag: str) -> None:

@@ -41,6 +41,8 @@ def test_another_method_takes_no_principles(
 def test_its_constitution_is_shown(
     taught: ExperimentSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    beyond = staple(capsys, "constitution", "show", "taught", "--page", "2")
+    assert beyond.code == 2 and "there is no page 2" in beyond.err
     shown = staple(capsys, "constitution", "show", "taught")
     assert shown.code == 0, shown.err
     assert all(pair["antithesis"] in shown.out for pair in PAIRS)

@@ -187,6 +187,12 @@ def test_a_large_constitution_is_reviewed_in_pages_by_support_with_the_tail_at_t
     assert verdict_of([*answers[:2], again()], constitution) == verdict_of(answers, constitution)
 
 
+def test_a_constitution_without_principles_is_one_page() -> None:
+    empty = Constitution(principles=())
+    form: Any = form_of(empty, {}, 1)
+    assert verdict_of([form(by="ann")], empty) == ReviewDecision(by="ann")
+
+
 @flow(name="reviewed")
 def reviewed() -> str:
     experiment = open_experiment(recorded_settings(NAME))

@@ -17,7 +17,7 @@ import pytest
 
 from tasks.record import locks
 from tasks.record.record import Record
-from tasks.record.writer import CLAIM, _Claim, made, writing
+from tasks.record.writer import CLAIM, _Claim, _Facts, made, writing
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -121,6 +121,23 @@ def test_a_dead_machines_claim_is_free_and_a_living_ones_is_not(
     assert entered.wait(60), "no beat any more"
     thread.join(60)
     assert claims(record) == []
+
+
+def test_a_heartbeat_that_could_not_be_read_is_not_missed(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow was away from both machines: the other one gets time to beat again."""
+    claim = _Claim(Record("e", workplace / "here"), "staple run e")
+    other = _Facts("elsewhere:/", 1, "staple run e", held=True, beat=time.time() - 3600)
+
+    def is_alive(now: float) -> bool:
+        monkeypatch.setattr("tasks.record.writer.time.monotonic", lambda: now)
+        return claim._is_alive("writer.x", other)
+
+    assert is_alive(0)
+    assert is_alive(120), "the read hung for two minutes"
+    assert all(is_alive(120 + passed) for passed in range(2, 30, 2))
+    assert not is_alive(150), "half a minute without a beat"
 
 
 def test_of_two_that_claim_at_once_one_has_it(
