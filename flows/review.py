@@ -55,7 +55,7 @@ class ReviewForm(RunInput):
     added: list[str] = Field(
         [],
         title="Principles to add",
-        description="No trajectory has them as its principle: nothing is trained on them.",
+        description="Nothing is trained on them, unless trajectories of the tail have these words.",
     )
 
 
@@ -79,12 +79,13 @@ def ask(experiment: Experiment, t: int, clustered: Attempt) -> Attempt:
     examples = examples_of(constitution, labelled)
     key = f"review-{t}-{clustered.digest[:12]}"
     answers: list[RunInput | None] = [None] * len(pages_of(constitution))
+    paged = len(answers) > 1
     mistakes = ""
     for times in count(1):
         answers = [
             suspend_flow_run(
                 wait_for_input=form_of(constitution, examples, t, answer, mistakes, page),
-                key=f"{key}-{times}" + (f"-page-{page + 1}" if page else ""),
+                key=f"{key}-{times}" + (f"-page-{page + 1}" if paged else ""),
             )
             for page, answer in enumerate(answers)
         ]

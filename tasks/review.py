@@ -101,22 +101,26 @@ def review(
     """Apply a verdict to the constitution and to the trajectories that it labels.
 
     A label that is its principle's wording becomes the new wording; one that was kept outside of
-    the constitution (the log-probability test, the tail) stays. Every trajectory of a dropped
-    principle's cluster, or of a dropped tail, is rejected. The weights of a prompt that loses some
-    of its trajectories are scaled up to sum to 1 again: the posterior, given that the principle is
-    one of those that were approved. A prompt that loses all of them is no longer trained on.
+    the constitution (the log-probability test, the tail) stays. A trajectory of the tail whose
+    label is now the wording of a principle counts as that principle's. Every trajectory of a
+    dropped principle's cluster, or of a dropped tail, is rejected. The weights of a prompt that
+    loses some of its trajectories are scaled up to sum to 1 again: the posterior, given that the
+    principle is one of those that were approved. A prompt that loses all of them is no longer
+    trained on.
 
     Raises:
         UserError: a decision that cannot be followed (all of them at once); no trajectory left.
     """
     approved, places = apply(constitution, verdict.decisions, verdict.added)
     wordings = {p.id: p.text for p in approved.principles}
+    worded = {principle_key(p.text): p.id for p in approved.principles}
+    outside = None if verdict.drop_tail else TAIL
     ids: list[str] = []
     rows: list[Labelled] = []
     rejected: list[Rejected] = []
     for row in labelled:
         was = _principle_of(row, constitution)
-        place = places[was.id] if was else None if verdict.drop_tail else TAIL
+        place = places[was.id] if was else worded.get(principle_key(row.label), outside)
         if place is None:
             rejected.append(_reject(row, was.text if was else f"the tail: {row.label}"))
         else:
@@ -264,6 +268,7 @@ def _counts(
         "merged": actions["merge"],
         "dropped": actions["drop"],
         "added": len(verdict.added),
+        **({"tail_dropped": int(verdict.drop_tail)} if constitution.tail else {}),
         "trajectories": len(after),
         "rejected": len(before) - len(after),
         "prompts_lost": len(prompts),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from constitutions.constitution import load, markdown
+from constitutions.constitution import covered, load, markdown
 from constitutions.terminal import console
 from flows.commands.tables import table
 from flows.experiment import Experiment, newest, open_experiment, recorded_settings
@@ -81,7 +81,9 @@ def _card(
     )
     method, policy = method_of(settings), settings.policy
     metrics = evaluated.metrics if (evaluated := opened.record.current("evaluate", t)) else {}
-    with_constitution = method.guided or method.constitutional
+    constitution = None
+    if method.guided or method.constitutional:
+        constitution = load(opened.constitution(t).path("constitution.yaml"))
     return environment.get_template("card.md.jinja").render(
         **{"name": name, "t": t, "settings": settings, "policy": policy},
         **{"method": method, "done": done, "agreements": _agreements(done)},
@@ -93,8 +95,8 @@ def _card(
             "pipeline_tag": "text-generation",
             "tags": ["staple", "self-improvement"],
         },
-        constitution=with_constitution
-        and markdown(load(opened.constitution(t).path("constitution.yaml"))),
+        constitution=constitution and markdown(constitution),
+        covered=constitution and covered(constitution),
         win_rates={name: rate_text(metrics, name) for name in HEADLINES if name in metrics},
         training={
             "seed": settings.seed,

@@ -97,8 +97,7 @@ def export(
     found = []
     for how, loaded in _read_back(kind, model, policy, unfinished):
         found.append(_compared(how, wanted, _logits(loaded, tokens)))
-        del loaded  # one model at a time in memory
-        gc.collect()
+        del loaded
     (unfinished / AGREEMENT).write_text(json.dumps([asdict(a) for a in found], indent=1), "utf-8")
     if out.is_dir():
         out.rmdir()
@@ -141,7 +140,11 @@ def _write(kind: Kind, model: str, policy: PolicySettings, adapter: Path, out: P
 def _read_back(
     kind: Kind, model: str, policy: PolicySettings, out: Path
 ) -> Iterator[tuple[str, Any]]:
-    """The export in every way that others load it: a description, and the loaded model."""
+    """The export in every way that others load it: a description, and the loaded model.
+
+    One model at a time is in memory, if the caller lets go of each before it takes the next.
+    """
+    gc.collect()  # of the base, which hooks of its own may hold
     if kind != "adapter":
         dtype = "bfloat16" if kind == "merged" else policy.dtype
         yield "transformers", _load_plain(str(out), policy.model_copy(update={"dtype": dtype}))
@@ -153,9 +156,10 @@ def _read_back(
     if policy.quantization == "nf4":
         ways["the base not quantised"] = "none"
     for how, quantization in ways.items():
-        loaded = PeftModel.from_pretrained(_load_plain(directory, policy, quantization), str(out))
-        yield f"transformers and peft, {how}", loaded
-        del loaded
+        plain = _load_plain(directory, policy, quantization)
+        yield f"transformers and peft, {how}", PeftModel.from_pretrained(plain, str(out))
+        del plain
+        gc.collect()
 
 
 def _load_plain(directory: str, policy: PolicySettings, quantization: str = "none") -> Any:

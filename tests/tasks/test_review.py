@@ -121,6 +121,23 @@ def test_the_tail_keeps_its_words_until_it_is_dropped_in_one_decision() -> None:
     assert all(row.cluster < size for row in dropped.labelled)
 
 
+@pytest.mark.parametrize("drop_tail", [False, True])
+def test_a_principle_of_the_tail_that_a_person_adds_is_no_longer_of_the_tail(
+    drop_tail: bool,
+) -> None:
+    labelled, constitution = with_tail()
+    size = len(constitution.principles)
+    words = next(row.label for row in labelled if row.cluster >= size)
+    theirs = {row.prompt_id for row in labelled if row.label == words}
+    done = review(labelled, constitution, ReviewDecision(added=(words,), drop_tail=drop_tail))
+    (number,) = [n for n, text in enumerate(done.constitution.texts) if text == words]
+    assert done.constitution.principles[number].support == len(theirs)
+    assert {row.prompt_id for row in done.labelled if row.cluster == number} == theirs
+    others = {row.label for row in labelled if row.cluster >= size} - {words}
+    left = done.constitution.tail
+    assert (left.principles if left else 0) == (0 if drop_tail else len(others))
+
+
 def test_the_tail_stays_behind_a_constitution_that_shrinks() -> None:
     labelled, constitution = with_tail()
     merged, whole = constitution.principles[1], constitution.principles[0]

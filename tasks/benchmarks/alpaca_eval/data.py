@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 
 from constitutions.errors import UserError
 from tasks.benchmarks.rows import Source, ValidText, read_records, read_rows
@@ -39,7 +39,7 @@ class Output(_Row):
     """May be empty: a model may have nothing to say."""
     generator: str = Field(pattern=r"\S")
     """The model's name."""
-    dataset: str = ""
+    dataset: Annotated[str, BeforeValidator(lambda value: value or "")] = ""
 
 
 class Annotation(_Row):
