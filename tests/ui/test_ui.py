@@ -148,7 +148,7 @@ def test_one_stage_from_its_form(place: Place, page: Any) -> None:
     page.get_by_label("Select representative").click()
     assert page.get_by_role("option").all_inner_texts() == ["medoid", "mode", "none"]
     page.keyboard.press("Escape")
-    assert page.get_by_text("higher = fewer. Default: 0.8.").is_visible()
+    assert page.get_by_text("every kind of features. Default: 0.8.").is_visible()
     shoot(page, "form")
     sent = submit(page)
     assert sent == {
