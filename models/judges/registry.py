@@ -28,7 +28,14 @@ from models.worlds.registry import WORLD_MODELS
 
 KINDS: dict[str, type[Judge]] = {
     judge.kind: judge
-    for judge in (AutoJudge, GoldSimilarity, OracleJudge, PairwiseJudge, AbsoluteJudge, RewardModel)
+    for judge in (
+        AutoJudge,
+        GoldSimilarity,
+        OracleJudge,
+        PairwiseJudge,
+        AbsoluteJudge,
+        RewardModel,
+    )
 }
 """Every kind of judge, by its name in the settings."""
 
