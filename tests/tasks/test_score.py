@@ -404,7 +404,7 @@ def test_the_settings_say_that_the_gold_is_shown() -> None:
 def test_the_judge_compares_no_answers_by_the_gold_alone() -> None:
     judge = GoldSimilarity(open_similarity(BY_JUDGE).compare, "judge")
     pair = Pair(prompt=mined("").prompt, gold="g", ours="a", theirs="b")
-    with pytest.raises(UserError, match=r"needs the prompt.*set evaluate\.judge"):
+    with pytest.raises(UserError, match=r"cannot compare two answers.*set evaluate\.judge"):
         judge.compare([pair])
 
 
