@@ -9,9 +9,11 @@ Files that take longest begin first, and those above `SLOW` are left out of `mak
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import os
 import re
+import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Generator
 from pathlib import Path
@@ -60,12 +62,16 @@ class Durations:
     """Measures in each worker; the process that started them adds up and writes the table."""
 
     def __init__(self, out: Path) -> None:
-        self.out, self.before = out, used()
+        self.out, self.file, self.before = out, "", used()
         self.processor, self.passed = defaultdict[str, float](float), defaultdict[str, float](float)
         self.tests = Counter[str]()
 
-    def pytest_runtest_logstart(self) -> None:
-        self.before = used()
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        file = nodeid.partition("::")[0]
+        if file != self.file:  # processes of the file before count when somebody collects them
+            gc.collect()
+            subprocess._cleanup()  # type: ignore[attr-defined]
+        self.file, self.before = file, used()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
