@@ -14,6 +14,7 @@ demo: $(VENV)/.run  ## the whole loop on the planted world: five to seven minute
 test: $(VENV)/.dev  ## everything, on a CPU, without a network
 	$(PYTEST)
 
+test-quick: WORKERS = 2  # another one imports longer than it tests
 test-quick: $(VENV)/.dev  ## the files of tests that were measured to take seconds
 	$(PYTEST) -m "not slow"
 

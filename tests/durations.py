@@ -23,7 +23,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "test-durations.md"
-SLOW = 6.0
+SLOW = 5.0
 """Processor seconds of a file from which on it is slow."""
 HEAD = """# How long the tests take
 
