@@ -75,7 +75,12 @@ def main() -> None:
     options.add_argument("--seed", type=int, default=1)
     options.add_argument("--folder", type=Path, help="kept afterwards; default: a temporary one")
     chosen = options.parse_args()
-    command = ["run", "planted", *(word for s in SETTINGS for word in ("--set", s))]
+    command = [
+        "flows.commands.cli",
+        "run",
+        "planted",
+        *(word for s in SETTINGS for word in ("--set", s)),
+    ]
     with tempfile.TemporaryDirectory() as temporary:
         folder = chosen.folder or Path(temporary)
         outcome = measure(folder.absolute(), command, "planted", chosen.kills, chosen.seed)
@@ -86,7 +91,7 @@ def main() -> None:
 def measure(
     folder: Path, command: Sequence[str], experiment: str, kills: int, seed: int
 ) -> Outcome:
-    """Run `staple <command>` to its end, and again with `kills` interruptions."""
+    """Run `python -m <command>` to its end, and again with `kills` interruptions."""
     plain, broken = folder / "plain", folder / "broken"
     for place in (plain, broken):
         place.mkdir(parents=True)
@@ -110,14 +115,14 @@ def measure(
 
 
 def run(folder: Path, command: Sequence[str]) -> None:
-    """`staple` in a folder of its own, to its end."""
+    """`python -m <command>` in a folder of its own, to its end."""
     process = start(folder, command)
     if process.wait() != 0:
         raise RuntimeError((folder / "output.txt").read_text()[-3000:])
 
 
 def start(folder: Path, command: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start `staple` with homes inside the folder."""
+    """Start `python -m <command>` with homes inside the folder."""
     environment = {
         **os.environ,
         "STAPLE_HOME": str(folder / ".staple"),
@@ -126,7 +131,7 @@ def start(folder: Path, command: Sequence[str]) -> subprocess.Popen[bytes]:
     environment.pop("MLFLOW_TRACKING_URI", None)
     with (folder / "output.txt").open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "flows.commands.cli", *command],
+            [sys.executable, "-m", *command],
             cwd=folder,
             env={**environment, "PYTHONPATH": str(HERE.parent)},
             stdout=output,

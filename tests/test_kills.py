@@ -17,7 +17,7 @@ def test_killed_and_resumed_is_as_never_killed(
     small_loop.make(tmp_path, migrated_database)
     with prefect_api(tmp_path) as server:  # a temporary one for each run takes most of the time
         monkeypatch.setenv("PREFECT_API_URL", server.url)
-        command = ["run", str(tmp_path / "lineage.yaml")]
+        command = ["flows.commands.cli", "run", str(tmp_path / "lineage.yaml")]
         outcome = measure(tmp_path, command, "lineage", kills=3, seed=2)
     assert outcome.attempts == 9
     assert outcome.differ == ()
