@@ -20,6 +20,7 @@ from benchmarks.generation import generation_vs_batched, generation_vs_sequentia
 from benchmarks.measure import Result
 from benchmarks.pool import ray_two_workers
 from benchmarks.rouge import rouge_l_plain, rouge_l_stem
+from benchmarks.scale import scale_small
 from benchmarks.training import training_vs_sft_trainer
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -32,6 +33,7 @@ BENCHMARKS: dict[str, Callable[[], Result]] = {
     "training_vs_sft_trainer": training_vs_sft_trainer,
     "ray_two_workers": ray_two_workers,
     "sami_vs_whole_rows": sami_vs_whole_rows,
+    "scale": scale_small,
 }
 
 

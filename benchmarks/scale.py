@@ -39,7 +39,7 @@ import psutil
 from benchmarks import kills
 from benchmarks.measure import Result
 from benchmarks.planted_runs import table as markdown
-from benchmarks.scale_process import EXPERIMENT, MEASURED, SETTINGS, Task, environment
+from benchmarks.scale_process import EXPERIMENT, MEASURED, Task, environment
 
 Row = dict[str, Any]
 OUT = Path(__file__).parent / "scale.jsonl"
@@ -471,7 +471,7 @@ def stage_table(rows: Sequence[Row]) -> list[str]:
     lines: list[tuple[str, ...]] = []
     before: Row | None = None
     for row in rows:
-        title = TITLES.get(row["step"], row["step"])
+        title = str(TITLES.get(row["step"], row["step"]))
         if row["failure"]:
             lines.append((title, f"{row['size']:,}", f"failed: {row['failure']}", *["–"] * 6))
             continue
