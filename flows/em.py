@@ -45,17 +45,18 @@ def steps(e: Experiment, t: int) -> Iterator[Attempt]:
     if method.mines:
         yield (mined := mine_stage(at, settings.mine, policy, prompts))
         yield (scored := score_stage(at, settings.score, mined))
-        yield (examples := filter_stage(at, settings.filter, scored, method.guided))
+        mined = scored.source("mined", mined)  # whose scores they are, should it be mined again
+        yield (examples := filter_stage(at, settings.filter, mined, scored, method.guided))
 
     if method.guided:
         earlier = e.earlier_constitutions(t)
-        yield (examples := cluster_stage(at, settings.cluster, policy, examples, scored, earlier))
+        yield (examples := cluster_stage(at, settings.cluster, policy, examples, mined, earlier))
         if settings.review.enabled:
             verdict = e.verdict(t, examples)
             if verdict is None:
                 return
             yield (examples := review_stage(at, settings.review, examples, verdict))
-        mined_from = {"scored": scored, "labelled": examples}
+        mined_from = {"mined": mined, "labelled": examples}
 
     yield (trained := train_stage(at, settings.train, policy, examples))
     tuned, references = policy.trained(trained), e.references(t)

@@ -33,7 +33,7 @@ from tasks.record.record import Attempt
 from tasks.record.slot import Slot
 from tasks.record.stage import stage
 from tasks.record.work import Metrics, Workspace
-from tasks.rows import ClusterRow, Labelled, Scored, Trajectory, fields
+from tasks.rows import ClusterRow, Labelled, Mined, Trajectory, fields
 
 Feature = Literal["effect", "characters", "sentences", "hidden"]
 
@@ -81,16 +81,16 @@ def cluster_stage(
     settings: ClusterSettings,
     policy: PolicySource,
     trajectories: Attempt,
-    scored: Attempt,
+    mined: Attempt,
     earlier: Mapping[str, Attempt],
 ) -> Attempt:
-    """trajectories, all scored candidates, earlier constitutions → labelled, constitution, map."""
+    """trajectories, all candidates, earlier constitutions → labelled, constitution, map."""
 
     def compute(work: Workspace) -> Metrics:
         asked = policy.load() if settings.needs_policy else None
         done = cluster(
             trajectories.read("trajectories", Trajectory),
-            scored.read("scored", Scored),
+            mined.rows("mined", Mined),
             settings,
             policy=asked,
             templates=policy.templates,
@@ -111,7 +111,7 @@ def cluster_stage(
             "discovery_rate": discovery_rate(done.labelled, known),
         }
 
-    inputs = policy.inputs(trajectories=trajectories, scored=scored, **earlier)
+    inputs = policy.inputs(trajectories=trajectories, mined=mined, **earlier)
     noted = policy.noted(at)
     if not settings.needs_policy:
         noted = replace(noted, device="cpu", uses=at.uses)
@@ -145,7 +145,7 @@ class _Group:
 
 def cluster(
     trajectories: Sequence[Trajectory],
-    scored: Iterable[Scored],
+    mined: Iterable[Mined],
     settings: ClusterSettings,
     *,
     policy: Policy | None = None,
@@ -159,7 +159,7 @@ def cluster(
 
     Args:
         trajectories: what the filter kept; the result has the same rows in the same order.
-        scored: all sampled candidates, read once, where "effect" is among the features or the
+        mined: all sampled candidates, read once, where "effect" is among the features or the
             threshold is "predictive".
         policy: for the feature "hidden" and for the log-probability test.
         templates: the policy's prompts, for the log-probability test.
@@ -177,7 +177,7 @@ def cluster(
         features, numbers = None, np.arange(len(distinct))
     else:
         if "effect" in settings.features or threshold == "predictive":
-            effects = insertions(distinct, scored)
+            effects = insertions(distinct, mined)
         describe = _describer([d.text for d in distinct], settings, policy, embed, seed)
         if threshold == "predictive":
             threshold = predictive_threshold(describe, effects, seed) or THRESHOLD

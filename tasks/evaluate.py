@@ -41,7 +41,7 @@ from tasks.record.record import Attempt
 from tasks.record.slot import Slot
 from tasks.record.stage import stage
 from tasks.record.work import Metrics, Workspace
-from tasks.rows import Answer, Labelled, Prompt, Scored
+from tasks.rows import Answer, Labelled, Mined, Prompt
 from tasks.score import ScoreSettings
 from tasks.similarity.registry import open_similarity
 
@@ -106,7 +106,7 @@ def evaluate_stage(
     *,
     initial: Attempt | None = None,
     previous: Attempt | None = None,
-    scored: Attempt | None = None,
+    mined: Attempt | None = None,
     labelled: Attempt | None = None,
 ) -> Attempt:
     """held-out prompts, earlier policies' answers → answers, comparisons, metrics.
@@ -122,7 +122,7 @@ def evaluate_stage(
     """
     earlier = {"initial": initial, "previous": previous}
     references = [attempt for attempt in earlier.values() if attempt]
-    given = {"held_out": held_out, **earlier, "scored": scored, "labelled": labelled}
+    given = {"held_out": held_out, **earlier, "mined": mined, "labelled": labelled}
     inputs = {name: attempt for name, attempt in given.items() if attempt}
 
     def compute(work: Workspace) -> Metrics:
@@ -149,8 +149,8 @@ def evaluate_stage(
                 metrics |= _principles(panel, settings.principle_judge, answers, prompts)
             for name, benchmark in benchmarks.items():
                 metrics |= benchmark.measure(answered[name], panel)
-        if world and oracle and scored and labelled:
-            metrics |= _truth(world.name, oracle, prompts, answers, scored, labelled)
+        if world and oracle and mined and labelled:
+            metrics |= _truth(world.name, oracle, prompts, answers, mined, labelled)
         return metrics
 
     where = noted_judges(policy.noted(at), settings, scoring)
@@ -245,7 +245,7 @@ def _truth(
     oracle: Oracle,
     prompts: Sequence[Prompt],
     answers: Sequence[Answer],
-    scored: Attempt,
+    mined: Attempt,
     labelled: Attempt,
 ) -> Metrics:
     """What only the oracle of the embedded world can measure."""
@@ -253,7 +253,7 @@ def _truth(
     return faithfulness_metrics(oracle, labelled=rows, answers=answers) | truth_metrics(
         world,
         oracle,
-        scored=scored.read("scored", Scored),
+        mined=mined.rows("mined", Mined),
         labelled=rows,
         principles=load(labelled.path("constitution.yaml")).texts,
         prompts=prompts,

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
-from models.policy import NO_ANSWER, UNFINISHED
+from models.policy import NO_ANSWER, UNFINISHED, Progress
+from models.pools.processes import ProcessPool
 from models.settings import Settings
+from tasks.record.progress import progress
 from tasks.record.record import Attempt
 from tasks.record.slot import Slot
 from tasks.record.stage import stage
-from tasks.record.work import Metrics, Workspace
-from tasks.rows import Rejected, Scored, ScoredCandidate, Trajectory, fields
+from tasks.record.tables import Beside
+from tasks.record.work import Metrics, Workspace, read_parts, shards
+from tasks.rows import Mined, Rejected, Scored, ScoredCandidate, Scores, Trajectory, fields
 
 LONGEST_PRINCIPLE = 40
 """Words. A longer principle is malformed: it is a response or an argument, not a principle."""
@@ -43,41 +48,68 @@ class FilterSettings(Settings):
     """Keep candidates that were cut at their token limit."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filtered:
+    """What the filter makes of one prompt; each candidate is in exactly one of the two."""
+
+    kept: tuple[Trajectory, ...]
+    rejected: tuple[Rejected, ...]
+    """With a row for the prompt itself (sample None) where nothing is kept."""
+    improved: bool
+    """Whether at least one y2 beats y1, kept or not."""
+
+
 @stage("filter")
 def filter_stage(
-    at: Slot, settings: FilterSettings, scored: Attempt, guided: bool = True
+    at: Slot, settings: FilterSettings, mined: Attempt, scored: Attempt, guided: bool = True
 ) -> Attempt:
-    """scored → trajectories, rejected; `guided` as `filter_rows` has it."""
+    """mined and its scores → trajectories, rejected; `guided` as `filter_rows` takes it."""
 
     def compute(work: Workspace) -> Metrics:
-        rows = scored.read("scored", Scored)
-        kept, rejected = filter_rows(rows, settings, f"{at.seed}/{at.iteration}", guided)
-        work.write("trajectories", kept, Trajectory)
-        work.write("rejected", rejected, Rejected)
-        return _metrics(rows, kept, rejected)
+        rows = Beside(mined.rows("mined", Mined), scored.rows("scored", Scores))
+        job = partial(_filter_shard, settings, f"{at.seed}/{at.iteration}", guided)
+        showing = progress(f"filter {at.iteration}", len(rows), "prompts")
+        with ProcessPool(str) as pool, showing as tick:
+            parts = work.finished_parts(
+                "filtered",
+                Filtered,
+                shards(rows, work.shard_size),
+                lambda missing: pool.map(job, missing, tick),
+                found=lambda shard: tick(len(shard)),
+            )
+        found = partial(read_parts, parts, Filtered)
+        work.write("trajectories", (t for row in found() for t in row.kept), Trajectory)
+        work.write("rejected", (r for row in found() for r in row.rejected), Rejected)
+        return _metrics(found())
 
     noted = at if guided else at.using(guided="no")
-    return noted.attempt("filter", settings, {"scored": scored}, compute)
+    return noted.attempt("filter", settings, {"mined": mined, "scored": scored}, compute)
+
+
+def _filter_shard(
+    settings: FilterSettings,
+    key: str,
+    guided: bool,
+    _engine: object,
+    rows: Sequence[tuple[Mined, Scores]],
+    advance: Progress,
+) -> list[Filtered]:
+    filtered = [filter_row(Scored.of(*row), settings, key, guided) for row in rows]
+    advance(len(rows))
+    return filtered
 
 
 def filter_rows(
-    rows: Sequence[Scored], settings: FilterSettings, key: str, guided: bool = True
+    rows: Iterable[Scored], settings: FilterSettings, key: str, guided: bool = True
 ) -> tuple[list[Trajectory], list[Rejected]]:
-    """Trajectories and rejections; each candidate is in exactly one of the two.
-
-    A prompt without a trajectory has a row of its own in the rejections (sample None).
+    """Trajectories and rejections of all rows; see `Filtered`.
 
     Args:
         key: "<seed>/<iteration>"; with prompt_id it seeds the draw of `rejection`.
         guided: whether candidates have a principle, which then must be well-formed.
     """
-    kept: list[Trajectory] = []
-    rejected: list[Rejected] = []
-    for row in rows:
-        trajectories, rejections = _filter_row(row, settings, key, guided)
-        kept += trajectories
-        rejected += rejections
-    return kept, rejected
+    found = [filter_row(row, settings, key, guided) for row in rows]
+    return [t for row in found for t in row.kept], [r for row in found for r in row.rejected]
 
 
 def weights(scores: Sequence[float], initial_score: float, temperature: float) -> list[float]:
@@ -92,30 +124,30 @@ def weights(scores: Sequence[float], initial_score: float, temperature: float) -
     return [float(w) for w in powers / powers.sum()]
 
 
-def _filter_row(
-    row: Scored, settings: FilterSettings, key: str, guided: bool
-) -> tuple[list[Trajectory], list[Rejected]]:
+def filter_row(row: Scored, settings: FilterSettings, key: str, guided: bool = True) -> Filtered:
+    """What is kept of one prompt, and why the rest is not; the arguments as `filter_rows` takes."""
     unfinished = bool(row.initial_thoughts) and not row.initial
     if unfinished or row.initial_score is None:
         reason = "truncated" if unfinished else "unscored"
         detail = UNFINISHED if unfinished else row.initial_unscored or ""
         whole = _reject(row, None, reason, detail)
         each = [_reject(row, c, reason, "the first response") for c in row.candidates]
-        return [], [*each, whole]
-    faults = {c.sample: _fault(row, c, settings, guided) for c in row.candidates}
+        return Filtered(kept=(), rejected=(*each, whole), improved=_improved(row))
+    leak = _Leak(row)
+    faults = {c.sample: _fault(row, c, settings, guided, leak) for c in row.candidates}
     sound = [c for c in row.candidates if faults[c.sample] is None]
     shares = weights([c.score or 0.0 for c in sound], row.initial_score, settings.temperature)
     chosen = _select(sound, shares, settings.selection, f"{key}/{row.prompt_id}")
-    kept = [_trajectory(row, c, w) for c, w in chosen.values()]
+    kept = tuple(_trajectory(row, c, w) for c, w in chosen.values())
     passed_over = [
         _reject(row, c, *(faults[c.sample] or ("not selected", settings.selection)))
         for c in row.candidates
         if c.sample not in chosen
     ]
-    if kept:
-        return kept, passed_over
-    reasons = sorted({r.reason for r in passed_over}) or ["no candidate"]
-    return [], [*passed_over, _reject(row, None, "no candidate kept", ", ".join(reasons))]
+    if not kept:
+        reasons = sorted({r.reason for r in passed_over}) or ["no candidate"]
+        passed_over.append(_reject(row, None, "no candidate kept", ", ".join(reasons)))
+    return Filtered(kept=kept, rejected=tuple(passed_over), improved=_improved(row))
 
 
 def _select(
@@ -134,7 +166,7 @@ def _select(
 
 
 def _fault(
-    row: Scored, candidate: ScoredCandidate, settings: FilterSettings, guided: bool
+    row: Scored, candidate: ScoredCandidate, settings: FilterSettings, guided: bool, leak: _Leak
 ) -> tuple[str, str] | None:
     """Why a candidate cannot be kept, as (reason, detail); None when it improves on y1."""
     if candidate.finish in NO_ANSWER:
@@ -146,7 +178,7 @@ def _fault(
         return "truncated", "cut at its token limit"
     if guided and (malformed := _malformed(candidate.principle)):
         return "malformed principle", malformed
-    if leaked := _leak(candidate.principle, row):
+    if leaked := leak.of(candidate.principle):
         return "gold leak", leaked
     if candidate.score is None:
         return "unscored", candidate.unscored or ""
@@ -179,11 +211,23 @@ def _malformed(principle: str) -> str:
     return ""
 
 
-def _leak(principle: str, row: Scored) -> str:
-    """The words that a principle shares with the gold and with nothing the policy saw before."""
-    known = _grams(row.initial).union(*(_grams(m["content"]) for m in row.prompt))
-    leaked = (_grams(principle) & _grams(row.gold)) - known
-    return f"quotes “{' '.join(min(leaked))}”" if leaked else ""
+class _Leak:
+    """The words of a prompt's gold that the policy saw nowhere before it saw the gold."""
+
+    def __init__(self, row: Scored) -> None:
+        self._row = row
+
+    def of(self, principle: str) -> str:
+        """Which of them a principle quotes, in words; "" for none."""
+        quoted = _grams(principle)
+        leaked = quoted & self._secret if quoted else set()
+        return f"quotes “{' '.join(min(leaked))}”" if leaked else ""
+
+    @cached_property
+    def _secret(self) -> set[tuple[str, ...]]:
+        row = self._row
+        known = (row.initial, *(message["content"] for message in row.prompt))
+        return _grams(row.gold).difference(*map(_grams, known))
 
 
 def _grams(text: str) -> set[tuple[str, ...]]:
@@ -207,17 +251,27 @@ def _reject(row: Scored, candidate: ScoredCandidate | None, reason: str, detail:
     )
 
 
-def _metrics(
-    rows: Sequence[Scored], kept: Sequence[Trajectory], rejected: Sequence[Rejected]
-) -> Metrics:
-    reasons = Counter(r.reason for r in rejected if r.sample is not None)
+def _metrics(filtered: Iterable[Filtered]) -> Metrics:
+    """Figures of all prompts, each of which is read once."""
+    total, reasons = Counter[str](), Counter[str]()
+    for row in filtered:
+        why = [r.reason for r in row.rejected if r.sample is not None]
+        reasons.update(why)
+        total.update(
+            prompts=1,
+            kept=bool(row.kept),
+            trajectories=len(row.kept),
+            candidates=len(row.kept) + len(why),
+            improved=row.improved,
+        )
+    prompts = total["prompts"]
     return {
-        "prompts_in": len(rows),
-        "prompts_kept": len({t.prompt_id for t in kept}),
-        "prompts_rejected": sum(r.sample is None for r in rejected),
-        "candidates_in": sum(len(row.candidates) for row in rows),
-        "trajectories": len(kept),
-        "refinement_rate": sum(map(_improved, rows)) / len(rows) if rows else 0.0,
+        "prompts_in": prompts,
+        "prompts_kept": total["kept"],
+        "prompts_rejected": prompts - total["kept"],
+        "candidates_in": total["candidates"],
+        "trajectories": total["trajectories"],
+        "refinement_rate": total["improved"] / prompts if prompts else 0.0,
         **{f"rejected/{why.replace(' ', '_')}": reasons[why] for why in sorted(reasons)},
     }
 

@@ -7,7 +7,8 @@ y2 ~ p(· | x, y1). `score` reads the rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -55,7 +56,7 @@ def mine_stage(at: Slot, settings: MineSettings, policy: PolicySource, prompts: 
     """
 
     def compute(work: Workspace) -> Metrics:
-        rows = prompts.read("prompts", Prompt)
+        rows = prompts.rows("prompts", Prompt)
         job = partial(mine, settings, policy.templates, f"{at.seed}/{at.iteration}")
         with policy.pool() as pool:
             mined = work.in_shards(
@@ -232,13 +233,17 @@ def _candidate(draft: _Draft, critique: Completion, refined: Completion) -> Cand
     )
 
 
-def _metrics(mined: Sequence[Mined]) -> Metrics:
-    candidates = [c for row in mined for c in row.candidates]
-    tokens = sum(c.tokens for c in candidates) + sum(r.initial_tokens for r in mined)
-    cut = sum(c.finish != "stop" for c in candidates)
+def _metrics(mined: Iterable[Mined]) -> Metrics:
+    """Figures of all rows, each of which is read once."""
+    total = Counter[str]()
+    for row in mined:
+        total["prompts"] += 1
+        total["candidates"] += len(row.candidates)
+        total["tokens"] += row.initial_tokens + sum(c.tokens for c in row.candidates)
+        total["cut"] += sum(c.finish != "stop" for c in row.candidates)
     return {
-        "mined_prompts": len(mined),
-        "mined_candidates": len(candidates),
-        "generated_tokens": tokens,
-        "truncated_share": cut / len(candidates) if candidates else 0.0,
+        "mined_prompts": total["prompts"],
+        "mined_candidates": total["candidates"],
+        "generated_tokens": total["tokens"],
+        "truncated_share": total["cut"] / total["candidates"] if total["candidates"] else 0.0,
     }

@@ -8,12 +8,15 @@ empty for a policy that does not think. Every stage and the record import this m
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
+import operator
 import types
 import typing
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -65,8 +68,30 @@ class Mined(Prompt):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateScore:
+    """f(y2, yG) in [0, 1], or None with the reason why it could not be scored."""
+
+    sample: int
+    score: float | None
+    unscored: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """f(y1, yG) in [0, 1], or None with the reason why it could not be scored; and its candidates'.
+
+    The texts stay in `Mined`: at 16 candidates of 3,000 bytes they are 300 times as long.
+    """
+
+    prompt_id: str
+    initial_score: float | None
+    initial_unscored: str | None
+    candidates: tuple[CandidateScore, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredCandidate(Candidate):
-    """+ f(y2, yG) in [0, 1], or None with the reason why it could not be scored."""
+    """A candidate with its score."""
 
     score: float | None
     unscored: str | None
@@ -74,11 +99,31 @@ class ScoredCandidate(Candidate):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored(Mined):
-    """+ f(y1, yG) in [0, 1], or None with the reason why it could not be scored."""
+    """A mined prompt with its scores, as the filter reads it; on no disk."""
 
     initial_score: float | None
     initial_unscored: str | None
     candidates: tuple[ScoredCandidate, ...]
+
+    @classmethod
+    def of(cls, mined: Mined, scores: Scores) -> Scored:
+        """The rows of one prompt joined.
+
+        Raises:
+            ValueError: they are of different prompts or candidates.
+        """
+        sampled = [candidate.sample for candidate in mined.candidates]
+        if mined.prompt_id != scores.prompt_id or sampled != [c.sample for c in scores.candidates]:
+            raise ValueError(f"the scores of {scores.prompt_id} are not of {mined.prompt_id}")
+        candidates = tuple(
+            ScoredCandidate(**fields(candidate), score=c.score, unscored=c.unscored)
+            for candidate, c in zip(mined.candidates, scores.candidates, strict=True)
+        )
+        return cls(
+            **fields(mined) | {"candidates": candidates},
+            initial_score=scores.initial_score,
+            initial_unscored=scores.initial_unscored,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,30 +274,55 @@ def prompt_id(prompt: Sequence[Message]) -> str:
 
 def fields(row: Any) -> dict[str, Any]:
     """A row's columns by name, nested rows kept: what a stage passes on and adds to."""
-    return {f.name: getattr(row, f.name) for f in dataclasses.fields(row)}
+    return {name: getattr(row, name) for name in _columns(type(row))}
 
 
 def schema(row_type: type) -> pa.Schema:
     """The Arrow schema of a row type, derived from its annotations."""
-    hints = typing.get_type_hints(row_type)
-    return pa.schema([_field(f.name, hints[f.name]) for f in dataclasses.fields(row_type)])
+    return pa.schema([_field(name, hint) for name, hint in _columns(row_type).items()])
 
 
 def to_table(rows: Iterable[Any], row_type: type) -> pa.Table:
     """Rows as an Arrow table with the type's schema (also when there are none)."""
-    return pa.Table.from_pylist([dataclasses.asdict(r) for r in rows], schema=schema(row_type))
+    kept = list(rows)
+    columns = [
+        _array([getattr(row, name) for row in kept], hint)
+        for name, hint in _columns(row_type).items()
+    ]
+    return pa.Table.from_arrays(columns, schema=schema(row_type))
 
 
 def from_table(table: pa.Table, row_type: type[Row]) -> list[Row]:
-    """The rows of an Arrow table; raises TypeError when columns are missing or unknown."""
-    return [_revive(row, row_type) for row in table.to_pylist()]
+    """The rows of an Arrow table, without the columns that the type lacks.
+
+    Raises:
+        TypeError: a column is missing that has no default.
+    """
+    hints = _columns(row_type)
+    found = {n: table.column(n).combine_chunks() for n in table.column_names if n in hints}
+    return _made(row_type, {n: _values(column, hints[n]) for n, column in found.items()})
+
+
+def _hints(row_type: Any) -> dict[str, Any]:
+    """Name → annotation, of a dataclass or a TypedDict."""
+    hints = typing.get_type_hints(row_type)
+    if dataclasses.is_dataclass(row_type):
+        return {field.name: hints[field.name] for field in dataclasses.fields(row_type)}
+    return hints
+
+
+_columns: Callable[[Any], dict[str, Any]] = functools.cache(_hints)  # they take longest
 
 
 def _field(name: str, hint: Any) -> pa.Field:
+    return pa.field(name, _arrow(_present(hint)), nullable=isinstance(hint, types.UnionType))
+
+
+def _present(hint: Any) -> Any:
+    """The annotation without None."""
     if isinstance(hint, types.UnionType):
-        inner = next(a for a in typing.get_args(hint) if a is not type(None))
-        return pa.field(name, _arrow(inner), nullable=True)
-    return pa.field(name, _arrow(hint), nullable=False)
+        return next(a for a in typing.get_args(hint) if a is not type(None))
+    return hint
 
 
 def _arrow(hint: Any) -> pa.DataType:
@@ -261,14 +331,43 @@ def _arrow(hint: Any) -> pa.DataType:
         return scalars[hint]
     if typing.get_origin(hint) is tuple:
         return pa.list_(pa.field("item", _arrow(typing.get_args(hint)[0]), nullable=False))
-    return pa.struct([_field(n, h) for n, h in typing.get_type_hints(hint).items()])
+    return pa.struct([_field(name, inner) for name, inner in _columns(hint).items()])
 
 
-def _revive(value: Any, hint: Any) -> Any:
-    if typing.get_origin(hint) is tuple:
-        inner = typing.get_args(hint)[0]
-        return tuple(_revive(v, inner) for v in value)
-    if dataclasses.is_dataclass(hint):
-        hints = typing.get_type_hints(hint)
-        return hint(**{k: _revive(v, hints[k]) for k, v in value.items()})  # type: ignore[operator]
-    return value
+def _array(values: Sequence[Any], hint: Any) -> pa.Array:
+    """Values of one annotation; column by column, which is several times as fast as row by row."""
+    kind = _arrow(_present(hint))
+    if pa.types.is_list(kind):
+        offsets = pa.array(itertools.accumulate(map(len, values), initial=0), pa.int32())
+        items = _array([item for some in values for item in some], typing.get_args(hint)[0])
+        return pa.ListArray.from_arrays(offsets, items, type=kind)
+    if pa.types.is_struct(kind):
+        get = getattr if dataclasses.is_dataclass(hint) else operator.getitem
+        columns = [
+            _array([get(value, name) for value in values], inner)
+            for name, inner in _columns(hint).items()
+        ]
+        return pa.StructArray.from_arrays(columns, fields=list(kind))
+    return pa.array(values, kind)
+
+
+def _values(array: pa.Array, hint: Any) -> list[Any]:
+    """The values of a column, as `_array` took them."""
+    if pa.types.is_list(array.type):
+        items = iter(_values(array.flatten(), typing.get_args(hint)[0]))
+        return [
+            tuple(itertools.islice(items, length)) for length in array.value_lengths().to_pylist()
+        ]
+    if pa.types.is_struct(array.type):
+        hints, names = _columns(hint), [field.name for field in array.type]
+        parts = zip(names, array.flatten(), strict=True)
+        return _made(hint, {n: _values(part, hints[n]) for n, part in parts if n in hints})
+    found: list[Any] = array.to_pylist()
+    return found
+
+
+def _made(kind: Any, columns: dict[str, list[Any]]) -> list[Any]:
+    names = tuple(columns)
+    return [
+        kind(**dict(zip(names, row, strict=True))) for row in zip(*columns.values(), strict=True)
+    ]

@@ -7,7 +7,7 @@ reason, never a 0.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -22,8 +22,8 @@ from tasks.record.record import Attempt
 from tasks.record.slot import Slot
 from tasks.record.stage import stage
 from tasks.record.work import Metrics, Workspace, shards
-from tasks.rows import Mined, Scored, ScoredCandidate, fields
-from tasks.similarity.base import Similarity, not_empty, responses
+from tasks.rows import CandidateScore, Mined, Scores
+from tasks.similarity.base import NOTHING_TO_SCORE, Similarity, not_empty, responses
 from tasks.similarity.registry import SimilaritySettings, open_similarity
 
 
@@ -36,7 +36,7 @@ class ScoreSettings(SimilaritySettings):
 
 @stage("score")
 def score_stage(at: Slot, settings: ScoreSettings, mined: Attempt) -> Attempt:
-    """mined → scored, shard by shard.
+    """mined → scored (scores alone: the texts stay in mined), shard by shard.
 
     Raises:
         UserError: more than `max_unscored` of the scores failed; the finished shards are kept.
@@ -44,17 +44,18 @@ def score_stage(at: Slot, settings: ScoreSettings, mined: Attempt) -> Attempt:
     similarity = open_similarity(settings)
 
     def compute(work: Workspace) -> Metrics:
-        rows = mined.read("mined", Mined)
+        rows = mined.rows("mined", Mined)
         budget = _Budget(rows, similarity.advice, settings.max_unscored)
         opener = partial(open_similarity, settings, at.seed)
-        showing = progress(f"score {at.iteration}", _responses(rows), "responses")
+        total = len(rows) + int(mined.metrics.get("mined_candidates", 0))
+        showing = progress(f"score {at.iteration}", total, "responses")
         with similarity.pool(opener) as pool, showing as tick:
             scored = work.sharded(
                 "scored",
-                Scored,
+                Scores,
                 shards(rows, work.shard_size),
-                lambda missing: budget.checked(pool.map(_score_shard, missing, tick)),
-                found=lambda shard: tick(_responses(shard)),
+                lambda missing: budget.checked(pool.map(score, missing, tick)),
+                found=lambda shard: tick(sum(len(responses(row)) for row in shard)),
             )
         budget.check(list(_failures(scored)))
         return _metrics(scored)
@@ -63,37 +64,33 @@ def score_stage(at: Slot, settings: ScoreSettings, mined: Attempt) -> Attempt:
 
 
 def score(
-    rows: Iterable[Mined], similarity: Similarity[Any], advance: Progress | None = None
-) -> Iterator[Scored]:
-    """Score y1 and every y2 of each row against its gold, in order.
+    similarity: Similarity[Any], rows: Iterable[Mined], advance: Progress | None = None
+) -> list[Scores]:
+    """The scores of y1 and every y2 of each row against its gold, in order.
 
     Args:
         advance: called with the number of responses that were scored.
     """
-    for row, (initial, *refined) in similarity.scores(rows, advance):
-        candidates = tuple(
-            ScoredCandidate(**fields(candidate), score=s.value, unscored=s.unscored)
-            for candidate, s in zip(row.candidates, refined, strict=True)
-        )
-        yield Scored(
-            **fields(row) | {"candidates": candidates},
+    return [
+        Scores(
+            prompt_id=row.prompt_id,
             initial_score=initial.value,
             initial_unscored=initial.unscored,
+            candidates=tuple(
+                CandidateScore(sample=candidate.sample, score=s.value, unscored=s.unscored)
+                for candidate, s in zip(row.candidates, refined, strict=True)
+            ),
         )
-
-
-def _score_shard(
-    similarity: Similarity[Any], rows: Sequence[Mined], advance: Progress
-) -> list[Scored]:
-    return list(score(rows, similarity, advance))
+        for row, (initial, *refined) in similarity.scores(rows, advance)
+    ]
 
 
 class _Budget:
     """How many scores may fail. A similarity without advice has no limit."""
 
     def __init__(self, rows: Iterable[Mined], advice: str, share: float) -> None:
-        self.asked = sum(len(not_empty(row)) for row in rows)
         self.advice, self.share = advice, share
+        self.asked = sum(len(not_empty(row)) for row in rows) if advice else 0
 
     def checked(self, shards: Iterable[Finished]) -> Iterator[Finished]:
         """The shards, until too many of their scores failed: then no further one is computed."""
@@ -123,13 +120,12 @@ class _Budget:
         )
 
 
-def _failures(scored: Iterable[Scored]) -> Iterator[str]:
+def _failures(scored: Iterable[Scores]) -> Iterator[str]:
     """Why a response that is not empty has no score, for each such response."""
     for row in scored:
-        compared = set(not_empty(row))
-        reasons = [row.initial_unscored, *(c.unscored for c in row.candidates)]
-        pairs = zip(responses(row), reasons, strict=True)
-        yield from (reason for text, reason in pairs if reason and text in compared)
+        for reason in (row.initial_unscored, *(c.unscored for c in row.candidates)):
+            if reason and reason not in NOTHING_TO_SCORE:
+                yield reason
 
 
 def _kind(reason: str) -> str:
@@ -137,17 +133,20 @@ def _kind(reason: str) -> str:
     return reason.partition(":")[0]
 
 
-def _responses(rows: Sequence[Mined]) -> int:
-    return sum(len(responses(row)) for row in rows)
-
-
-def _metrics(scored: Sequence[Scored]) -> Metrics:
-    all_candidates = [c.score for row in scored for c in row.candidates]
-    candidates = [score for score in all_candidates if score is not None]
-    initial = [row.initial_score for row in scored if row.initial_score is not None]
-    means = {"initial_similarity": initial, "candidate_similarity": candidates}
+def _metrics(scored: Iterable[Scores]) -> Metrics:
+    """Figures of all rows, each of which is read once."""
+    total, count = defaultdict[str, float](float), Counter[str]()
+    for row in scored:
+        each = [("initial", row.initial_score), *(("candidate", c.score) for c in row.candidates)]
+        for kind, score in each:
+            count[f"{kind}s" if score is not None else f"unscored {kind}s"] += 1
+            total[kind] += score or 0.0
     return {
-        "unscored_candidates": float(len(all_candidates) - len(candidates)),
-        "unscored_prompts": float(len(scored) - len(initial)),
-        **{name: sum(values) / len(values) for name, values in means.items() if values},
+        "unscored_candidates": float(count["unscored candidates"]),
+        "unscored_prompts": float(count["unscored initials"]),
+        **{
+            f"{kind}_similarity": total[kind] / count[f"{kind}s"]
+            for kind in ("initial", "candidate")
+            if count[f"{kind}s"]
+        },
     }

@@ -107,7 +107,7 @@ class StageSettings(Settings):
         Stage(
             about="similarity to the gold responses",
             reads=("mine",),
-            writes={"scored": rows.Scored},
+            writes={"scored": rows.Scores},
             part="E-step",
             colour="#56B4E9",
             hatch="//",
@@ -118,7 +118,7 @@ class StageSettings(Settings):
         FilterSettings,
         Stage(
             about="the refinements that are kept, and why the others are not",
-            reads=("score",),
+            reads=("mine", "score"),
             writes={"trajectories": rows.Trajectory, "rejected": rows.Rejected},
             part="E-step",
             colour="#E69F00",
@@ -130,7 +130,7 @@ class StageSettings(Settings):
         ClusterSettings,
         Stage(
             about="the constitution; what is trained on it becomes stale",
-            reads=("filter", "score", "train", "cluster", "review"),
+            reads=("filter", "mine", "train", "cluster", "review"),
             writes={"labelled": rows.Labelled, "clusters": rows.ClusterRow},
             publishes=("constitution.yaml", "map.png"),
             part="constitution",
@@ -181,7 +181,7 @@ class StageSettings(Settings):
         EvaluateSettings,
         Stage(
             about="held-out answers and win rates",
-            reads=("prompts", "train", "evaluate", "score", "cluster", "review", "write"),
+            reads=("prompts", "train", "evaluate", "mine", "cluster", "review", "write"),
             writes={
                 "answers": rows.Answer,
                 "responses": rows.Response,

@@ -10,25 +10,32 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from constitutions.errors import UserError
+from models.files import text_sha256
 from models.policy import Message, PolicySettings, Progress
+from models.pools.base import Where
+from models.pools.processes import ProcessPool
 from models.prompts import Templates, ask_refinement
 from models.training.adapter import AdapterSettings, TrainingStep, plan_batches
 from models.training.encoding import EncodedExample, Encoder, EncodingError
+from models.training.examples import StoredExamples
 from models.training.job import Examples, Job, run
 from tasks.policies.opening import PolicySource
 from tasks.record.progress import progress
 from tasks.record.record import Attempt
 from tasks.record.slot import Slot
 from tasks.record.stage import stage
-from tasks.record.work import Metrics, Workspace
+from tasks.record.tables import StoredRows
+from tasks.record.work import Metrics, Workspace, read_parts, shards
 from tasks.rows import Labelled, Prompt, Rejected, Trajectory
 
 Turn = Literal["initial", "principle", "refined"]
@@ -80,11 +87,43 @@ class TrainResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingSet:
-    """The tokenised conversations, and those that could not be used."""
+class Encoded:
+    """What a conversation is made into: examples, or the reason why it is skipped."""
 
     examples: tuple[EncodedExample, ...]
     skipped: tuple[Rejected, ...]
+    digest: str
+    """sha256 (hex) of the conversation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSet:
+    """The tokenised conversations, and those that could not be used."""
+
+    conversations: int
+    examples: Sequence[EncodedExample]
+    skipped: tuple[Rejected, ...]
+    digest: str
+    """sha256 (hex) of the conversations, in their order."""
+
+    @classmethod
+    def of(cls, rows: Iterable[Encoded], file: Path) -> TrainingSet:
+        """What is to be trained on; its examples go into a file, as the rows come."""
+        skipped, digests = list[Rejected](), list[str]()
+
+        def examples() -> Iterator[EncodedExample]:
+            for row in rows:
+                skipped.extend(row.skipped)
+                digests.append(row.digest)
+                yield from row.examples
+
+        stored = StoredExamples.write(file, examples())
+        return cls(
+            conversations=len(digests),
+            examples=stored,
+            skipped=tuple(skipped),
+            digest=text_sha256(" ".join(digests)),
+        )
 
 
 @dataclass(frozen=True)
@@ -152,32 +191,26 @@ class Training:
         return self.out.with_name(f"{self.out.name}.checkpoints-{digest.hexdigest()[:12]}")
 
 
-def train(
-    conversations: Sequence[TrainingConversation],
-    training: Training,
-    progress: Progress | None = None,
-) -> TrainResult:
-    """Train one iteration on conversations.
+def train(data: TrainingSet, training: Training, progress: Progress | None = None) -> TrainResult:
+    """Train one iteration.
 
     Raises:
         UserError: nothing to train on; else as `Training.fit`.
     """
-    if not conversations:
+    if not data.conversations:
         raise UserError(
             "there are no trajectories to train on",
             where="train",
             expected="at least one refinement that beat its initial response",
             fix="mine more prompts or more samples, or look at the filter's reasons",
         )
-    data = training_set(conversations, training.encoder())
     if not data.examples:
         raise nothing_to_train_on(data.skipped, "conversations", training.settings)
-    digest = data_digest(conversations)
     return TrainResult(
-        curve=tuple(training.fit(data.examples, digest, progress)),
-        counts=_counts(conversations, data, training),
+        curve=tuple(training.fit(data.examples, data.digest, progress)),
+        counts=_counts(data, training),
         skipped=data.skipped,
-        data_digest=digest,
+        data_digest=data.digest,
     )
 
 
@@ -196,16 +229,60 @@ def train_stage(
     """
 
     def compute(work: Workspace) -> Metrics:
-        conversations = _training_conversations(examples, policy.templates, settings)
-        total = expected_steps(len(conversations), settings)
         training = Training.of(policy, settings, at.seed, work.outputs / "adapter")
+        data = _tokenised(work, training, examples, policy.templates, at.iteration)
+        total = expected_steps(data.conversations, settings)
         with progress(f"train {at.iteration}", total, "steps") as tick:
-            done = train(conversations, training, tick)
+            done = train(data, training, tick)
         losses = write_curve(work, done.curve, done.skipped)
         return {f"train/{name}": float(count) for name, count in done.counts.items()} | losses
 
     inputs = policy.inputs(labelled=examples)
     return training_slot(policy, at).attempt("train", in_one_process(settings), inputs, compute)
+
+
+def _tokenised(
+    work: Workspace, training: Training, examples: Attempt, templates: Templates, iteration: int
+) -> TrainingSet:
+    """The conversations of a stage's rows, tokenised shard by shard in several processes."""
+    rows = _rows_of(examples)
+    job = partial(_encode_shard, templates, training.settings)
+    showing = progress(f"tokenise {iteration}", len(rows), "conversations")
+    with ProcessPool(partial(_open_encoder, training), worth=32) as pool, showing as tick:
+        parts = work.finished_parts(
+            "encoded",
+            Encoded,
+            shards(rows, work.shard_size),
+            lambda missing: pool.map(job, missing, tick),
+            found=lambda shard: tick(len(shard)),
+        )
+    return TrainingSet.of(read_parts(parts, Encoded), work.folder / "examples.arrow")
+
+
+def _rows_of(examples: Attempt) -> StoredRows[Any]:
+    match examples.stage:
+        case "prompts":
+            return examples.rows("prompts", Prompt)
+        case "filter":
+            return examples.rows("trajectories", Trajectory)
+        case _:
+            return examples.rows("labelled", Labelled)
+
+
+def _open_encoder(training: Training, _: Where) -> Encoder:
+    return training.encoder()
+
+
+def _encode_shard(
+    templates: Templates,
+    settings: TrainSettings,
+    encoder: Encoder,
+    rows: Sequence[Prompt],
+    advance: Progress,
+) -> list[Encoded]:
+    found = [encode(conversation_of(row, templates, settings), encoder) for row in rows]
+    advance(len(rows))
+    return found
 
 
 def training_slot(policy: PolicySource, at: Slot) -> Slot:
@@ -278,51 +355,37 @@ def demonstration(row: Prompt) -> TrainingConversation:
     )
 
 
-def _training_conversations(
-    examples: Attempt, templates: Templates, settings: TrainSettings
-) -> list[TrainingConversation]:
-    match examples.stage:
-        case "prompts":
-            return [demonstration(row) for row in examples.read("prompts", Prompt)]
-        case "filter":
-            rows = examples.read("trajectories", Trajectory)
-            return [training_conversation(row, row.principle, templates, settings) for row in rows]
-        case _:
-            labelled = examples.read("labelled", Labelled)
-            return [training_conversation(row, row.label, templates, settings) for row in labelled]
+def conversation_of(
+    row: Prompt, templates: Templates, settings: TrainSettings
+) -> TrainingConversation:
+    """What is learned from a row: its trajectory under its label or its own principle; its gold,
+    where it has no trajectory."""
+    if not isinstance(row, Trajectory):
+        return demonstration(row)
+    label = row.label if isinstance(row, Labelled) else row.principle
+    return training_conversation(row, label, templates, settings)
 
 
-def training_set(conversations: Iterable[TrainingConversation], encoder: Encoder) -> TrainingSet:
-    """Encode every conversation, or say why not. Neither depends on the other rows."""
-    examples: list[EncodedExample] = []
-    skipped: list[Rejected] = []
-    for row in conversations:
-        known = {
-            turn: thoughts
-            for turn, thoughts in zip(row.turns, row.thoughts, strict=False)
-            if thoughts is not None
-        }
-        try:
-            examples += encoder.encode(row.messages, row.turns, row.weight, known)
-        except EncodingError as error:
-            skipped.append(
-                Rejected(
-                    prompt_id=row.prompt_id,
-                    sample=row.sample,
-                    source=row.source,
-                    reason="cannot be trained on",
-                    detail=str(error),
-                )
-            )
-    return TrainingSet(examples=tuple(examples), skipped=tuple(skipped))
-
-
-def data_digest(conversations: Iterable[TrainingConversation]) -> str:
-    """sha256 (hex) of the conversations, in their order."""
-    digest = hashlib.sha256()
-    for row in conversations:
-        digest.update(json.dumps(dataclasses.asdict(row), sort_keys=True).encode())
-    return digest.hexdigest()
+def encode(row: TrainingConversation, encoder: Encoder) -> Encoded:
+    """Tokenise a conversation, or say why it cannot be used."""
+    known = {
+        turn: thoughts
+        for turn, thoughts in zip(row.turns, row.thoughts, strict=False)
+        if thoughts is not None
+    }
+    digest = text_sha256(json.dumps(dataclasses.asdict(row), sort_keys=True))
+    try:
+        examples = tuple(encoder.encode(row.messages, row.turns, row.weight, known))
+    except EncodingError as error:
+        skipped = Rejected(
+            prompt_id=row.prompt_id,
+            sample=row.sample,
+            source=row.source,
+            reason="cannot be trained on",
+            detail=str(error),
+        )
+        return Encoded(examples=(), skipped=(skipped,), digest=digest)
+    return Encoded(examples=examples, skipped=(), digest=digest)
 
 
 def _places(prompt: int, guided: bool) -> dict[Turn, int]:
@@ -348,17 +411,16 @@ def in_one_process(settings: TrainSettings) -> TrainSettings:
     return settings.model_copy(update={"processes": 1})
 
 
-def _counts(
-    conversations: Sequence[TrainingConversation], data: TrainingSet, training: Training
-) -> dict[str, int]:
-    steps = plan_batches([len(e.ids) for e in data.examples], training.settings, training.seed)
-    seen = [data.examples[i] for rows in steps for i in rows]
+def _counts(data: TrainingSet, training: Training) -> dict[str, int]:
+    lengths = [len(example.ids) for example in data.examples]
+    trained = [int(np.sum(example.trained)) for example in data.examples]
+    steps = plan_batches(lengths, training.settings, training.seed)
     return {
-        "lessons": len(conversations),
-        "trained": len(conversations) - len(data.skipped),
+        "lessons": data.conversations,
+        "trained": data.conversations - len(data.skipped),
         "skipped": len(data.skipped),
         "examples": len(data.examples),
-        "tokens": sum(len(e.ids) for e in seen),
-        "trained_tokens": sum(sum(e.trained) for e in seen),
+        "tokens": sum(lengths[i] for rows in steps for i in rows),
+        "trained_tokens": sum(trained[i] for rows in steps for i in rows),
         "steps": len(steps),
     }

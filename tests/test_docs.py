@@ -269,7 +269,7 @@ def test_the_row_of_the_method_page() -> None:
     """Scores, weights, fates and the trained conversation follow from the mined row that it quotes."""
     from models.prompts import TEMPLATES
     from tasks.filter import FilterSettings, filter_rows
-    from tasks.rows import Candidate, Mined, fields
+    from tasks.rows import Candidate, Mined, Scored, fields
     from tasks.score import ScoreSettings, score
     from tasks.similarity.registry import open_similarity
     from tasks.train import TrainSettings, training_conversation
@@ -285,7 +285,7 @@ def test_the_row_of_the_method_page() -> None:
         prompt_id="id", prompt=asked, gold=quoted["gold"], source="planted",
         initial=quoted["initial"], initial_finish="stop", initial_tokens=8, candidates=candidates,
     )  # fmt: skip
-    (scored,) = score([mined], open_similarity(ScoreSettings()))
+    scored = Scored.of(mined, *score(open_similarity(ScoreSettings()), [mined]))
     text = page.read_text("utf-8")
     assert f"y1 scores {scored.initial_score:.4f}" in text
     (best,), rejected = filter_rows([scored], FilterSettings(), "0/1")

@@ -18,7 +18,7 @@ from constitutions.constitution import load
 from flows.settings import load_settings
 from flows.states import stage_states
 from tasks.record.record import SUMMARY, Record
-from tasks.rows import Labelled, Mined, Prompt, Rejected, Scored, Trajectory
+from tasks.rows import Labelled, Mined, Prompt, Rejected, Scores, Trajectory
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -169,7 +169,7 @@ def test_real_rows_pass_through(
 
 def check_counts(record: Record, iteration: int, prompts: int) -> None:
     mined = record.needs("mine", iteration).read("mined", Mined)
-    scored = record.needs("score", iteration).read("scored", Scored)
+    scored = record.needs("score", iteration).read("scored", Scores)
     kept = record.needs("filter", iteration).read("trajectories", Trajectory)
     rejected = record.needs("filter", iteration).read("rejected", Rejected)
     labelled = record.needs("cluster", iteration).read("labelled", Labelled)

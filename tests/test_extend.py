@@ -70,7 +70,7 @@ SCORED = """
 from pathlib import Path
 from tasks.record.record import Record
 from tasks.record.slot import Slot
-from tasks.rows import Candidate, Mined, Scored
+from tasks.rows import Candidate, Mined, Scores
 from tasks.score import ScoreSettings, score_stage
 
 def candidate(sample, refined):
@@ -91,7 +91,7 @@ def compute(work):
 slot = Slot(Record("an-experiment", Path("home")), 1, seed=0)
 settings = ScoreSettings(similarity="jaccard")
 done = score_stage(slot, settings, slot.attempt("mine", settings, {}, compute))
-(scored,) = done.read("scored", Scored)
+(scored,) = done.read("scored", Scores)
 assert (scored.initial_score, *(c.score for c in scored.candidates)) == (0, 0.75, None), scored
 """
 

@@ -23,7 +23,7 @@ class LocalPool(Pool[E]):
             if self._engine is None:
                 self._engine = self._opener()
             started = time.monotonic()
-            rows = compute(self._engine, shard, tick)
+            rows = compute(self._engine, list(shard), tick)
             yield Finished(number, rows, time.monotonic() - started)
 
     def close(self) -> None:

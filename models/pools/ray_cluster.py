@@ -227,7 +227,7 @@ class RayPool(Pool[E]):
             self._hire(cluster, len(left) + self._busy)
             while left and self._idle:
                 number, worker = left.popleft(), self._idle.pop()
-                self._tasks[worker.run.remote(job, number, shards[number])] = worker, number
+                self._tasks[worker.run.remote(job, number, list(shards[number]))] = worker, number
             yield from finished  # while the workers are at the next ones already
             finished = list(self._collect(cluster, left, losses, tick))
         yield from finished

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class EncodedExample:
     """One tokenised conversation."""
 
-    ids: tuple[int, ...]
-    trained: tuple[bool, ...]
+    ids: Sequence[int]
+    trained: Sequence[bool]
     """Whether each token's prediction counts in the loss."""
     weight: float = 1.0
     """The trajectory's posterior weight, which multiplies its log-likelihood."""

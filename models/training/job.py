@@ -23,10 +23,12 @@ from models.engine.threads import cores, pinned
 from models.policy import PolicySettings, Progress
 from models.training.adapter import AdapterSettings, TrainingStep
 from models.training.encoding import EncodedExample, Group
+from models.training.examples import StoredExamples
 from models.training.resumable import drop_damaged
 
+CONVERSATIONS, GROUPS = "examples.arrow", "groups.parquet"
 GROUP_ROWS = 1 << 10
-"""Examples in a Parquet row group: Arrow counts its tokens, at most a million each, in 32 bits."""
+"""SAMI's groups in a Parquet row group: Arrow counts its tokens, a million each, in 32 bits."""
 ROOT = Path(__file__).parents[2]
 STEP = "step"
 """The line that the first process prints after each optimiser step."""
@@ -109,10 +111,10 @@ def _train(
 
     budget = job.settings.micro_batch_tokens
     how: dict[str, Any] = {"seed": job.seed, "checkpoints": job.checkpoints, "progress": progress}
-    groups = [item for item in examples if isinstance(item, Group)]
-    if not groups:
+    if not isinstance(examples[0], Group):
         rows = cast("Sequence[EncodedExample]", examples)
         return train(model, rows, job.settings, objective=Likelihood(budget), **how)
+    groups = cast("Sequence[Group]", examples)
     if job.kl:  # before the first step, and before a resumed training's checkpoint is read
         groups = sami.referred(model.eval(), groups, budget)
     objective = sami.Information(budget, job.kl)
@@ -182,14 +184,14 @@ def _folder(job: Job) -> Path:
 
 def write_job(folder: Path, job: Job, examples: Examples) -> None:
     """Write a job and its examples for other processes, in place of an earlier folder."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    rows = list(map(asdict, examples))
-    table = pa.Table.from_pylist(rows)
-    pq.write_table(table, folder / "examples.parquet", row_group_size=GROUP_ROWS)
+    if isinstance(examples, StoredExamples):
+        os.link(examples.path, folder / CONVERSATIONS)
+    elif isinstance(examples[0], Group):
+        _write_groups(folder / GROUPS, cast("Sequence[Group]", examples))
+    else:
+        StoredExamples.write(folder / CONVERSATIONS, cast("Sequence[EncodedExample]", examples))
     values = {**asdict(job), "policy": job.policy.model_dump(mode="json")}
     values["settings"] = job.settings.model_dump(include=set(AdapterSettings.model_fields))
     (folder / "job.json").write_text(json.dumps(values, default=str, indent=1), "utf-8")
@@ -197,19 +199,31 @@ def write_job(folder: Path, job: Job, examples: Examples) -> None:
 
 def read_job(folder: Path) -> tuple[Job, Examples]:
     """The job and its examples in a folder that `write_job` wrote."""
-    import pyarrow.parquet as pq
-
     values = json.loads((folder / "job.json").read_text("utf-8"))
     values |= {name: Path(values[name]) for name in ("out", "checkpoints")}
     values["previous"] = Path(values["previous"]) if values["previous"] else None
     values["policy"] = PolicySettings.model_validate(values["policy"])
     values["settings"] = AdapterSettings.model_validate(values["settings"])
-    with pq.ParquetFile(folder / "examples.parquet") as file:
-        groups = [file.read_row_group(n) for n in range(file.num_row_groups)]
-    rows = [row for group in groups for row in group.to_pylist()]
-    kind = Group if "responses" in rows[0] else EncodedExample
-    examples = [kind(**{name: _tuples(value) for name, value in row.items()}) for row in rows]
-    return Job(**values), cast(Examples, examples)
+    if (folder / CONVERSATIONS).exists():
+        return Job(**values), StoredExamples(folder / CONVERSATIONS)
+    return Job(**values), _read_groups(folder / GROUPS)
+
+
+def _write_groups(path: Path, groups: Sequence[Group]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist(list(map(asdict, groups)))
+    pq.write_table(table, path, row_group_size=GROUP_ROWS)
+
+
+def _read_groups(path: Path) -> list[Group]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        tables = [file.read_row_group(n) for n in range(file.num_row_groups)]
+    rows = [row for table in tables for row in table.to_pylist()]
+    return [Group(**{name: _tuples(value) for name, value in row.items()}) for row in rows]
 
 
 def _tuples(value: Any) -> Any:

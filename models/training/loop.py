@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -90,13 +91,13 @@ def train(
         UserError: the loss is no longer finite.
     """
     lengths = list(map(objective.tokens, examples))
+    worths = list(map(objective.worth, examples))
     steps = plan_batches(lengths, settings, seed)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    work = [share([examples[i] for i in rows], processes, objective) for rows in steps]
-    total = sum(objective.worth(examples[i]) for rows in steps for i in rows)
+    total = sum(worths[i] for rows in steps for i in rows)
     trainer = _trainer(
         model,
-        [passes for shares in work for passes in shares],
+        _Work(examples, steps, processes, objective),
         objective,
         scale=processes * len(steps) / total if total else 0.0,
         arguments=_arguments(model, settings, len(steps), seed, checkpoints),
@@ -108,6 +109,24 @@ def train(
     if trainer.is_world_process_zero():
         shutil.rmtree(checkpoints, ignore_errors=True)
     return _curve(trainer.state.log_history, steps, lengths)
+
+
+@dataclass(frozen=True)
+class _Work(Sequence[Any]):
+    """What every process does in every step, found when it is asked for: examples stay on disk."""
+
+    examples: Sequence[Any]
+    steps: Sequence[Sequence[int]]
+    processes: int
+    objective: Objective[Any]
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.processes
+
+    def __getitem__(self, index: Any) -> Any:
+        step, process = divmod(range(len(self))[index], self.processes)
+        rows = [self.examples[i] for i in self.steps[step]]
+        return share(rows, self.processes, self.objective)[process]
 
 
 def share(rows: Sequence[Item], processes: int, objective: Objective[Item]) -> list[Passes[Item]]:
@@ -140,7 +159,7 @@ class Likelihood:
 
     def worth(self, item: EncodedExample) -> float:
         """Its trained tokens times its weight."""
-        return item.weight * sum(item.trained)
+        return item.weight * int(np.sum(item.trained))
 
     def micro_batches(self, rows: Sequence[EncodedExample]) -> Passes[EncodedExample]:
         """See `Objective`; the padded size of each group is within the budget."""
@@ -159,8 +178,8 @@ class Likelihood:
         ids = torch.zeros(len(rows), length, dtype=torch.long)
         trained = torch.zeros(len(rows), length, dtype=torch.bool)
         for i, row in enumerate(rows):
-            ids[i, : len(row.ids)] = torch.tensor(row.ids)
-            trained[i, : len(row.ids)] = torch.tensor(row.trained)
+            ids[i, : len(row.ids)] = torch.as_tensor(np.array(row.ids))
+            trained[i, : len(row.ids)] = torch.as_tensor(np.array(row.trained))
         weight = torch.tensor([row.weight for row in rows])
         return {"input_ids": ids, "trained": trained, "weight": weight}
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from constitutions.constitution import principle_key
 from models.engine.threads import pinned
-from tasks.rows import Scored, Trajectory
+from tasks.rows import Mined, Trajectory
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -59,15 +59,15 @@ def distinct_principles(trajectories: Iterable[Trajectory]) -> list[Distinct]:
     ]
 
 
-def insertions(distinct: Sequence[Distinct], scored: Iterable[Scored]) -> list[Counter[str]]:
+def insertions(distinct: Sequence[Distinct], mined: Iterable[Mined]) -> list[Counter[str]]:
     """For each principle the tokens in y2 and not in y1, over all candidates sampled with it."""
     effects: dict[str, Counter[str]] = {d.key: Counter() for d in distinct}
-    for row in scored:
-        before = tokens(row.initial)
-        for candidate in row.candidates:
-            effect = effects.get(principle_key(candidate.principle))
-            if effect is not None:
-                effect += inserted_tokens(before, tokens(candidate.refined))
+    for row in mined:
+        found = [(effects.get(principle_key(c.principle)), c.refined) for c in row.candidates]
+        kept = [(effect, refined) for effect, refined in found if effect is not None]
+        before = tokens(row.initial) if kept else []
+        for effect, refined in kept:
+            effect += inserted_tokens(before, tokens(refined))
     return list(effects.values())
 
 

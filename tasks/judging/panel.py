@@ -135,9 +135,10 @@ class Panel:
                     for number, own in groupby(missing.items(), lambda item: item[0] // len(parts))
                 )
 
-            rows = self.work.sharded(
+            table = self.work.sharded(
                 name, Comparison, parts * len(judges), compute, lambda part: tick(len(part))
             )
+        rows = list(table)
         return [rows[n * len(pairs) : (n + 1) * len(pairs)] for n in range(len(judges))]
 
     def in_shards(
@@ -161,9 +162,10 @@ class Panel:
             def judged(missing: Shards) -> Iterable[Finished]:
                 return self._pool_of(settings).map(compute, missing, tick) if missing else ()
 
-            return self.work.sharded(
+            found = self.work.sharded(
                 name, row_type, parts, judged, lambda part: tick(each * len(part))
             )
+        return list(found)
 
     def _pool_of(self, settings: JudgeSettings) -> Pool[Judges]:
         """The pool of a judge: judges in this process share one, as do those of a cluster with the

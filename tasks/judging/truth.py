@@ -11,7 +11,7 @@ from statistics import fmean
 from models.policy import Message
 from models.worlds.base import Oracle, World
 from models.worlds.registry import WORLDS
-from tasks.rows import Answer, Labelled, Prompt, Response, Scored
+from tasks.rows import Answer, Labelled, Mined, Prompt, Response
 
 
 def world_of(prompts: Sequence[Prompt]) -> World | None:
@@ -45,7 +45,7 @@ def truth_metrics(
     world: str,
     oracle: Oracle,
     *,
-    scored: Iterable[Scored],
+    mined: Iterable[Mined],
     labelled: Sequence[Labelled],
     principles: Sequence[str],
     prompts: Sequence[Prompt],
@@ -70,7 +70,7 @@ def truth_metrics(
     asked = {p.prompt_id: p.prompt for p in prompts}
     shares: dict[str, Sequence[float]] = {
         "hinted_right": [
-            right(r.prompt, r.initial, c.principle) for r in scored for c in r.candidates
+            right(r.prompt, r.initial, c.principle) for r in mined for c in r.candidates
         ],
         "kept_right": [right(r.prompt, r.initial, r.principle) for r in labelled],
         "invented_right": [right(asked[a.prompt_id], a.initial, a.principle) for a in answers],

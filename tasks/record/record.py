@@ -22,7 +22,7 @@ from tasks.record import locks
 from tasks.record.artifacts import Artifacts
 from tasks.record.connection import RecordConnection
 from tasks.record.provenance import Acceptance, Provenance, Source
-from tasks.record.tables import read_rows
+from tasks.record.tables import StoredRows
 from tasks.record.work import Metrics
 
 if TYPE_CHECKING:
@@ -83,13 +83,40 @@ class Attempt:
         """
         return self.record.artifacts.verified(self.run_id, name, self.digest)
 
-    def read(self, name: str, row_type: type[Row]) -> list[Row]:
-        """The rows of `<name>.parquet`.
+    def rows(self, name: str, row_type: type[Row]) -> StoredRows[Row]:
+        """The rows of the table `name`, read from the disk each time they are asked for.
 
         Raises:
-            UserError: the file is not what the attempt wrote.
+            UserError: a file is not what the attempt wrote.
         """
-        return read_rows(self.path(f"{name}.parquet"), row_type)
+        return StoredRows.at(self.path(f"{name}.parquet"), row_type)
+
+    def read(self, name: str, row_type: type[Row]) -> list[Row]:
+        """The rows of the table `name`, all at once; raises as `rows`."""
+        return list(self.rows(name, row_type))
+
+    def source(self, name: str, current: Attempt) -> Attempt:
+        """What it read under a name: the current attempt, or an older one that the record keeps.
+
+        Args:
+            current: also where it read nothing under that name.
+
+        Raises:
+            UserError: the record no longer has it.
+        """
+        read = self.inputs.get(name)
+        if read is None or read.digest == current.digest:
+            return current
+        for attempt in self.record.attempts(read.stage, read.iteration):
+            if attempt.digest == read.digest:
+                return attempt
+        raise UserError(
+            f"the record no longer has the attempt at stage '{read.stage}' that "
+            f"stage '{self.stage}' read",
+            where=f"iteration {self.iteration} of experiment {self.record.experiment}",
+            fix=f"staple stage {self.stage} --experiment {self.record.experiment} "
+            f"--iteration {self.iteration}",
+        )
 
     def provenance(self) -> Provenance:
         """What its outputs depend on.

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -33,7 +33,8 @@ from models.files import (
 from models.pools.base import Compute, E, Finished, Pool, Shards
 from tasks.record import interruption
 from tasks.record.progress import progress, say
-from tasks.record.tables import read_rows, rows_as_bytes, write_rows
+from tasks.record.tables import StoredRows, read_bytes, rows_as_bytes, write_rows, write_tables
+from tasks.rows import from_table
 
 Row = TypeVar("Row")
 Metrics = dict[str, float]
@@ -70,11 +71,11 @@ class Workspace:
         for path in (self.outputs, self.parts):
             path.mkdir(parents=True, exist_ok=True)
         for unfinished in folder.rglob("*.tmp"):  # of a process that was killed while it wrote
-            unfinished.unlink(missing_ok=True)
+            remove(unfinished)
 
     def write(self, name: str, rows: Iterable[Any], row_type: type) -> None:
-        """Write `<name>.parquet` whole or not at all."""
-        write_rows(self.outputs / f"{name}.parquet", rows, row_type)
+        """Write the table `name` whole or not at all."""
+        write_rows(self._table(name), rows, row_type)
 
     def in_shards(
         self,
@@ -87,7 +88,7 @@ class Workspace:
         what: str,
         unit: str,
         each: int = 1,
-    ) -> list[Row]:
+    ) -> StoredRows[Row]:
         """`compute` over the items, in shards, by the engines of a pool; see `sharded`.
 
         Args:
@@ -109,15 +110,31 @@ class Workspace:
         shards: Sequence[Sequence[Any]],
         compute: Callable[[Shards], Iterable[Finished]],
         found: Callable[[Sequence[Any]], None],
-    ) -> list[Row]:
-        """Compute the missing shards, in any order, and keep each when it is finished; then write
-        `<name>.parquet` from all of them.
+    ) -> StoredRows[Row]:
+        """As `finished_parts`, which become the table `name`."""
+        parts = self.finished_parts(name, row_type, shards, compute, found)
+        tables = (table for part in parts for table in part.tables())
+        write_tables(self._table(name), tables, row_type)
+        return StoredRows.at(self._table(name), row_type)
+
+    def finished_parts(
+        self,
+        name: str,
+        row_type: type,
+        shards: Sequence[Sequence[Any]],
+        compute: Callable[[Shards], Iterable[Finished]],
+        found: Callable[[Sequence[Any]], None],
+    ) -> list[Part]:
+        """Compute the missing shards, in any order, and keep each when it is finished.
 
         A part is named by the range of its items: a shard of another size is another part.
 
         Args:
             compute: yields shards as they are finished, as `Pool.map` does.
             found: called with each shard that an earlier, killed attempt had finished.
+
+        Returns:
+            The parts of all shards, in their order.
         """
         ends = list(accumulate(map(len, shards)))
         parts = [
@@ -138,9 +155,10 @@ class Workspace:
             self.note("shard", name=part.name, seconds=done.seconds)
             kept += 1
             interruption.note(parts=f"{kept} of {len(shards)} shards")
-        rows = [row for part in parts for row in part.read(row_type)]
-        self.write(name, rows, row_type)
-        return rows
+        return parts
+
+    def _table(self, name: str) -> Path:
+        return self.outputs / f"{name}.parquet"
 
     def finish(self, metrics: Metrics, seconds: float) -> Done:
         """Mark the outputs as whole: only recording them is left to do."""
@@ -201,8 +219,8 @@ class Part:
         with written(self._place(content)) as sink:
             sink.write(content)
 
-    def read(self, row_type: type[Row]) -> list[Row]:
-        """The shard's rows.
+    def tables(self) -> Iterator[pa.Table]:
+        """The shard's rows as Arrow tables.
 
         Raises:
             UserError: the disk does not give back what was written to it.
@@ -210,7 +228,7 @@ class Part:
         for file in self.folder.glob(f"{self.name}.*parquet"):
             content = self._content(file)
             if content is not None:
-                return read_rows(pa.BufferReader(content), row_type)
+                return read_bytes(content)
         raise UserError(
             "a finished shard was damaged while the stage was at work",
             where=str(self.folder / self.name),
@@ -228,6 +246,11 @@ class Part:
     def _place(self, content: bytes) -> Path:
         digest = bytes_sha256(self.name.encode() + b"\0" + content)[:32]
         return self.folder / f"{self.name}.{digest}.parquet"
+
+
+def read_parts(parts: Iterable[Part], row_type: type[Row]) -> Iterator[Row]:
+    """The rows of finished shards; raises as `Part.tables`."""
+    return (row for part in parts for table in part.tables() for row in from_table(table, row_type))
 
 
 def manifest(folder: Path) -> Manifest:

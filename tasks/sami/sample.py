@@ -67,14 +67,14 @@ def sample_stage(
             sampled = work.in_shards(
                 "sampled",
                 Sampled,
-                prompts.read("prompts", Prompt),
+                prompts.rows("prompts", Prompt),
                 pool,
                 partial(sample, settings, policy.wording, principles, key),
                 what=f"sample {at.iteration}",
                 unit="responses",
                 each=settings.constitutions,
             )
-        return _metrics(sampled)
+        return _metrics(list(sampled))
 
     inputs = policy.inputs(prompts=prompts, written=written)
     return policy.noted(at).attempt("sample", settings, inputs, compute)

@@ -19,6 +19,8 @@ from tasks.record.slot import Slot
 from tasks.rows import Mined
 
 EMPTY = "the text is empty"
+NOTHING_TO_SCORE = (EMPTY, f"gold: {EMPTY}")
+"""Reasons that are no failure of the similarity."""
 
 
 class Score(NamedTuple):

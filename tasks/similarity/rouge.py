@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from rapidfuzz.distance import LCSseq
 
+from models.pools.base import E, Opener, Pool
+from models.pools.processes import ProcessPool
 from tasks.similarity import porter
 from tasks.similarity.base import EMPTY, Chosen, Score, Similarity
 
@@ -30,6 +32,10 @@ class RougeSettings(Chosen):
 
 class RougeL(Similarity[RougeSettings]):
     """ROUGE-L F1, the paper's similarity. A text that the tokenizer cannot read is unscored."""
+
+    def pool(self, opener: Opener[E]) -> Pool[E]:
+        """Processes on this machine: it needs no model."""
+        return ProcessPool(opener)
 
     def compare(self, gold: str, texts: Sequence[str]) -> list[Score]:
         """See `Similarity.compare`."""

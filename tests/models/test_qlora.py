@@ -43,9 +43,9 @@ def batch(*examples: EncodedExample) -> dict[str, torch.Tensor]:
     width = max(len(e.ids) for e in examples)
     pad = [width - len(e.ids) for e in examples]
     return {
-        "input_ids": torch.tensor([e.ids + (0,) * n for e, n in zip(examples, pad, strict=True)]),
+        "input_ids": torch.tensor([[*e.ids, *[0] * n] for e, n in zip(examples, pad, strict=True)]),
         "trained": torch.tensor(
-            [e.trained + (False,) * n for e, n in zip(examples, pad, strict=True)]
+            [[*e.trained, *[False] * n] for e, n in zip(examples, pad, strict=True)]
         ),
         "weight": torch.tensor([e.weight for e in examples]),
     }

@@ -106,7 +106,7 @@ def test_the_loss_is_trls_completion_only_loss_on_the_same_rows(
 def test_a_step_is_shared_whole_evenly_and_within_the_budget(processes: int) -> None:
     shares = share(EXAMPLES, processes, Likelihood(40))
     dealt = [e for passes in shares for rows in passes for e in rows if e.weight]
-    assert sorted(dealt, key=lambda e: e.ids) == sorted(EXAMPLES, key=lambda e: e.ids)
+    assert sorted(dealt, key=lambda e: tuple(e.ids)) == sorted(EXAMPLES, key=lambda e: tuple(e.ids))
     assert len({len(passes) for passes in shares}) == 1
     for rows in (rows for passes in shares for rows in passes):
         assert len(rows) == 1 or len(rows) * max(len(e.ids) for e in rows) <= 40

@@ -25,11 +25,11 @@ from tasks.judging.truth import faithfulness_metrics, truth_metrics
 from tasks.policies.answers import Generation, answer_metrics
 from tasks.rows import (
     Answer,
+    Candidate,
     Comparison,
     Labelled,
+    Mined,
     Prompt,
-    Scored,
-    ScoredCandidate,
     from_table,
     prompt_id,
     to_table,
@@ -379,8 +379,8 @@ def test_a_principle_that_names_no_behaviour_is_followed_by_nothing() -> None:
 
 
 def planted(rows: Sequence[Labelled], principles: Sequence[str]) -> dict[str, float]:
-    scored = [
-        Scored(
+    mined = [
+        Mined(
             prompt_id=r.prompt_id,
             prompt=r.prompt,
             gold=r.gold,
@@ -388,18 +388,14 @@ def planted(rows: Sequence[Labelled], principles: Sequence[str]) -> dict[str, fl
             initial=r.initial,
             initial_finish="stop",
             initial_tokens=1,
-            initial_score=0.1,
-            initial_unscored=None,
             candidates=tuple(
-                ScoredCandidate(
+                Candidate(
                     sample=i,
                     principle=z,
                     critique="",
                     refined=r.refined,
                     finish="stop",
                     tokens=1,
-                    score=0.2,
-                    unscored=None,
                 )
                 for i, z in enumerate((r.principle, wording("joke"), "not a principle", "be nice"))
             ),
@@ -407,7 +403,7 @@ def planted(rows: Sequence[Labelled], principles: Sequence[str]) -> dict[str, fl
         for r in rows
     ]
     answers_ = planted_answers(1, lambda e: [one_needed(e)])
-    found = {"scored": scored, "labelled": rows, "prompts": WORLD, "answers": answers_}
+    found = {"mined": mined, "labelled": rows, "prompts": WORLD, "answers": answers_}
     return truth_metrics("planted", oracle, principles=principles, **found)  # type: ignore[arg-type]
 
 

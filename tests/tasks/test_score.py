@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from tasks.corpus.prompts import CorpusSettings, load_corpus
 from tasks.record.record import Attempt, Record
 from tasks.record.slot import Slot
 from tasks.record.work import Metrics, Workspace
-from tasks.rows import Candidate, Mined, Scored, from_table, to_table
+from tasks.rows import Candidate, Mined, Scored, Scores, from_table, to_table
 from tasks.score import ScoreSettings, score, score_stage
 from tasks.similarity import embedding, rouge
 from tasks.similarity.embedding import Embedding
@@ -55,8 +55,8 @@ def reference_scores(
     return [scorer.score(reference, candidate)["rougeL"].fmeasure for candidate, reference in pairs]
 
 
-def scored(rows: Iterable[Mined], settings: ScoreSettings | None = None) -> Iterator[Scored]:
-    return score(rows, open_similarity(settings or ScoreSettings()))
+def scored(rows: Iterable[Mined], settings: ScoreSettings | None = None) -> list[Scores]:
+    return score(open_similarity(settings or ScoreSettings()), rows)
 
 
 def mined(initial: str, *refined: str, gold: str = "the cat sat on the mat") -> Mined:
@@ -175,18 +175,21 @@ def test_japanese_is_scored_by_the_unicode_tokenizer() -> None:
 
 
 def test_every_response_of_a_row_is_scored() -> None:
-    (row,) = scored([mined("a dog", "the cat sat on the mat", "the mat")])
+    asked = mined("a dog", "the cat sat on the mat", "the mat")
+    (row,) = scored([asked])
     assert row.initial_score == 0.0
     assert [c.score for c in row.candidates] == [1.0, 0.5]
-    assert [c.principle for c in row.candidates] == ["z0", "z1"]
-    assert from_table(to_table([row], Scored), Scored) == [row]
+    assert from_table(to_table([row], Scores), Scores) == [row]
+    joined = Scored.of(asked, row)
+    assert [(c.principle, c.score) for c in joined.candidates] == [("z0", 1.0), ("z1", 0.5)]
+    for other in (replace(asked, prompt_id="q"), replace(asked, candidates=())):
+        with pytest.raises(ValueError, match="are not of"):
+            Scored.of(other, row)
 
 
 def test_stems_count_when_asked_for() -> None:
     row = mined("cats sitting on mats", gold="cat sits on mat")
-    plain, stemmed = (
-        next(scored([row], ScoreSettings(stem=s))).initial_score for s in (False, True)
-    )
+    plain, stemmed = (scored([row], ScoreSettings(stem=s))[0].initial_score for s in (False, True))
     assert (plain, stemmed) == (0.25, 1.0)
 
 
@@ -222,14 +225,6 @@ def test_accents_do_not_make_a_text_unreadable() -> None:
     assert found.value == 1.0
 
 
-def test_rows_are_streamed() -> None:
-    def rows() -> Iterator[Mined]:
-        yield mined("the cat")
-        raise AssertionError("the second row was read too early")
-
-    assert next(scored(rows())).initial_score is not None
-
-
 # Embeddings
 
 
@@ -255,7 +250,7 @@ def embedded_by(embed: Any) -> Embedding:
 
 def test_cosine_of_embeddings_each_text_embedded_once() -> None:
     embed, rows = Letters(), [mined("a", "aab", "b", "a", gold="a")] * 3
-    found = list(score(rows, embedded_by(embed)))
+    found = score(embedded_by(embed), rows)
     assert found[2].initial_score == 1.0
     assert [c.score for c in found[2].candidates] == [pytest.approx(2 / 5**0.5), 0.0, 1.0]
     assert sorted(embed.seen) == ["a", "aab", "b"]
@@ -328,11 +323,11 @@ class Grading:
 
 def judged(
     policy: Grading, rows: Iterable[Mined], advance: Progress | None = None, seed: int = 0
-) -> list[Scored]:
+) -> list[Scores]:
     similarity = JudgeGrade(BY_JUDGE)
     assert BY_JUDGE.judge is not None
     similarity.judge = AbsoluteJudge(policy, BY_JUDGE.judge, seed=seed)
-    return list(score(rows, similarity, advance))
+    return score(similarity, rows, advance)
 
 
 def test_grades_become_scores_in_the_order_of_the_responses() -> None:
@@ -341,8 +336,7 @@ def test_grades_become_scores_in_the_order_of_the_responses() -> None:
     first, second = judged(policy, rows)
     assert (first.initial_score, [c.score for c in first.candidates]) == (0.5, [0.0, 1.0, 0.25])
     assert (second.initial_score, [c.score for c in second.candidates]) == (0.75, [0.75, 0.0])
-    assert [c.principle for c in first.candidates] == ["z0", "z1", "z2"]
-    assert from_table(to_table([first, second], Scored), Scored) == [first, second]
+    assert [c.sample for c in first.candidates] == [0, 1, 2]
 
 
 def test_the_judge_reads_the_prompt_and_the_gold_of_every_response() -> None:
@@ -537,7 +531,7 @@ def test_unscored_responses_of_a_real_judge_are_counted(
     slot: Slot, rows: Attempt, judge_model: Path, asked: Counter[str]
 ) -> None:
     done = score_stage(slot, by_model(judge_model), rows)
-    found = done.read("scored", Scored)
+    found = done.read("scored", Scores)
     reasons = {row.initial_unscored for row in found}
     assert [row.prompt_id for row in found] == [f"p{i}" for i in range(5)]
     assert all(row.initial_score is None for row in found) and len(reasons) > 1
@@ -606,7 +600,7 @@ def test_a_scoring_goes_on_in_shards_of_another_size(
     settings = by_model(judge_model)
     kill_after_eight(slot, settings, rows, asked, monkeypatch)
     resumed = score_stage(replace(slot, shard_size=3), settings, rows)
-    assert [row.prompt_id for row in resumed.read("scored", Scored)] == [f"p{i}" for i in range(5)]
+    assert [row.prompt_id for row in resumed.read("scored", Scores)] == [f"p{i}" for i in range(5)]
     whole = score_stage(replace(slot, mode=lambda _: "force"), settings, rows)
     assert resumed.digest == whole.digest
 

@@ -1,16 +1,19 @@
-"""Row groups: bounded whatever the rows hold, and read one by one."""
+"""Tables: bounded row groups and files whatever the rows hold, and read one group at a time."""
 
 from __future__ import annotations
 
+import pickle
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.record.tables import read_rows, text_bytes, write_rows
+from tasks.record.tables import Beside, StoredRows, read_rows, text_bytes, write_rows, write_tables
+from tasks.rows import from_table, to_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,15 +28,29 @@ class Row:
     parts: tuple[Part, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Number:
+    number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numbers:
+    parts: tuple[Number, ...]
+
+
 def row(name: str, *texts: str) -> Row:
     return Row(name=name, parts=tuple(Part(number=n, text=t) for n, t in enumerate(texts)))
+
+
+def size(row: Row) -> int:
+    return sum(len(text.encode()) for text in (row.name, *(part.text for part in row.parts)))
 
 
 def groups(path: Path) -> list[int]:
     """Bytes of text in each row group, as the file's reader finds them."""
     with pq.ParquetFile(path) as file:
         tables = [file.read_row_group(n) for n in range(file.num_row_groups)]
-    return [sum(map(text_bytes, table.to_pylist())) for table in tables]
+    return [sum(map(size, from_table(table, Row))) for table in tables]
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -45,13 +62,15 @@ def test_a_group_has_the_bound_or_one_row(rows: list[Row], bound: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.parquet"
         write_rows(path, rows, Row, bound)
-        longest = max(map(text_bytes, rows), default=0)
+        longest = max(map(size, rows), default=0)
         assert all(size <= max(bound, longest) for size in groups(path))
         assert read_rows(path, Row) == rows
 
 
 def test_text_counts_in_utf8() -> None:
-    assert text_bytes(row("é", "日本", "plain")) == 2 + 6 + 5
+    rows = [row("é", "日本", "plain"), row("", ""), row("abc")]
+    assert text_bytes(to_table(rows, Row)).tolist() == [2 + 6 + 5, 0, 3]
+    assert text_bytes(to_table(rows, Row).slice(1)).tolist() == [0, 3]
 
 
 def test_long_rows_stand_alone_and_short_ones_together(tmp_path: Path) -> None:
@@ -72,3 +91,72 @@ def test_no_rows_have_their_columns(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.parquet", [], Row)
     assert read_rows(tmp_path / "rows.parquet", Row) == []
     assert pq.read_schema(tmp_path / "rows.parquet").names == ["name", "parts"]
+
+
+def test_a_long_table_is_a_folder_of_files(tmp_path: Path) -> None:
+    path, rows = tmp_path / "rows.parquet", [row(str(n), "x" * n) for n in range(40)]
+    write_rows(path, rows, Row, group_bytes=100, file_bytes=200)
+    files = sorted(path.iterdir())
+    assert len(files) > 3 and all(sum(groups(file)) <= 200 for file in files)
+    assert read_rows(path, Row) == rows
+    assert from_table(pq.read_table(path), Row) == rows, "others read it by its path, too"
+    write_rows(path, rows[:2], Row)
+    assert path.is_file() and read_rows(path, Row) == rows[:2], "a shorter one takes its place"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.builds(row, texts, texts, texts), max_size=30), st.data())
+def test_files_do_not_depend_on_the_pieces(rows: list[Row], data: st.DataObject) -> None:
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=5)))
+    ends = zip([0, *cuts], [*cuts, len(rows)], strict=True)
+    pieces = [to_table(rows[a:b], Row) for a, b in ends]
+    with tempfile.TemporaryDirectory() as folder:
+        whole, pieced = Path(folder) / "whole.parquet", Path(folder) / "pieced.parquet"
+        write_rows(whole, rows, Row, group_bytes=60, file_bytes=150)
+        write_tables(pieced, pieces, Row, group_bytes=60, file_bytes=150)
+        assert contents(whole) == contents(pieced)
+
+
+def contents(path: Path) -> list[bytes]:
+    return [file.read_bytes() for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+
+
+@pytest.fixture(scope="module")
+def forty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Row]]:
+    path, rows = (
+        tmp_path_factory.mktemp("forty") / "t.parquet",
+        [row(str(n), "y") for n in range(40)],
+    )
+    write_rows(path, rows, Row, group_bytes=20, file_bytes=45)
+    return path, rows
+
+
+def test_slices_are_read_when_they_are_asked_for(forty: tuple[Path, list[Row]]) -> None:
+    path, rows = forty
+    found = StoredRows.at(path, Row)
+    assert len(found) == 40 and list(found) == rows == list(found), "as often as one likes"
+    for start in range(0, 41, 7):
+        for stop in range(0, 41, 5):
+            assert list(found[start:stop]) == rows[start:stop]
+            assert list(found[start:][: stop - start]) == rows[start:][: stop - start]
+    assert (found[0], found[39], found[-1]) == (rows[0], rows[39], rows[39])
+    assert list(pickle.loads(pickle.dumps(found[9:23]))) == rows[9:23]
+    with pytest.raises(IndexError):
+        found[40]
+
+
+def test_columns_that_a_type_lacks_are_not_read(forty: tuple[Path, list[Row]]) -> None:
+    path, rows = forty
+    found = StoredRows.at(path, Numbers)
+    assert [p.number for r in found for p in r.parts] == [p.number for r in rows for p in r.parts]
+    assert all("text" not in str(table.schema) for table in found.tables())
+
+
+def test_tables_side_by_side(forty: tuple[Path, list[Row]]) -> None:
+    path, rows = forty
+    both = Beside(StoredRows.at(path, Row), StoredRows.at(path, Numbers))
+    assert [(left, len(right.parts)) for left, right in both[5:9]] == [(r, 1) for r in rows[5:9]]
+    assert both[7][0] == rows[7]
+    with pytest.raises(ValueError, match="40 rows beside 39"):
+        Beside(StoredRows.at(path, Row), StoredRows.at(path, Row)[1:])

@@ -37,10 +37,9 @@ from tasks.sami.train import groups_of
 from tasks.train import (
     TrainingConversation,
     TrainSettings,
-    data_digest,
     demonstration,
+    encode,
     training_conversation,
-    training_set,
 )
 
 PROMPT = Prompt(
@@ -87,12 +86,12 @@ def encoder_of(template: str) -> Encoder:
 
 def learned(row: TrainingConversation, encoder: Encoder) -> list[tuple[str, str]]:
     """Of each example, the last of the context and what is trained."""
-    found = training_set([row], encoder)
+    found = encode(row, encoder)
     assert not found.skipped
     decode = encoder.chat.tokenizer.decode
     parts = []
     for example in found.examples:
-        first = example.trained.index(True)
+        first = list(example.trained).index(True)
         kept = [i for i, t in zip(example.ids, example.trained, strict=True) if t]
         parts.append((decode(list(example.ids[:first]))[-40:], decode(kept)))
     return parts  # type: ignore[return-value]
@@ -213,7 +212,8 @@ def test_the_thoughts_are_part_of_what_is_trained() -> None:
         training_conversation(labelled(refined_thoughts=text), "Name one.", CHAT, TrainSettings())
         for text in ("", "hm</think>")
     )
-    assert data_digest([plain]) != data_digest([thinking])
+    encoder = encoder_of(QWEN35)
+    assert encode(plain, encoder).digest != encode(thinking, encoder).digest
 
 
 def test_sami_tells_responses_apart_without_their_thoughts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from models.prompts import CHAT
 from tasks.rows import Labelled, Prompt
 from tasks.train import (
     Training,
+    TrainingSet,
     TrainResult,
     TrainSettings,
+    conversation_of,
     demonstration,
+    encode,
     expected_steps,
     train,
     training_conversation,
@@ -63,11 +67,13 @@ def run(model: Path, out: Path, rows: list[Labelled], **changes: Any) -> TrainRe
     policy = changes.pop("policy", POLICY)
     progress = changes.pop("progress", None)
     settings = SETTINGS.model_copy(update=changes)
-    conversations = [training_conversation(row, row.label, CHAT, settings) for row in rows]
     training = Training(
         model=model, policy=policy, previous_adapter=previous, out=out, settings=settings, seed=0
     )
-    return train(conversations, training, progress)
+    encoder = training.encoder()
+    encoded = [encode(conversation_of(row, CHAT, settings), encoder) for row in rows]
+    with tempfile.TemporaryDirectory() as folder:
+        return train(TrainingSet.of(encoded, Path(folder) / "examples.arrow"), training, progress)
 
 
 @pytest.fixture(scope="module")
@@ -115,15 +121,12 @@ def test_loss_on_names_the_trained_turns(model: Path, loss_on: Any, texts: list[
     from transformers import AutoTokenizer
 
     from models.training.encoding import Encoder
-    from tasks.train import training_set
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     settings = SETTINGS.model_copy(update={"loss_on": loss_on})
     row = labelled(1, weight=0.3)
-    data = training_set(
-        [training_conversation(row, row.label, CHAT, settings)], Encoder(tokenizer, 700)
-    )
-    (example,) = data.examples
+    found = encode(training_conversation(row, row.label, CHAT, settings), Encoder(tokenizer, 700))
+    (example,) = found.examples
     trained = [i for i, t in zip(example.ids, example.trained, strict=True) if t]
     assert tokenizer.decode(trained) == "".join(t + "<|im_end|>" for t in texts)
     assert example.weight == 0.3
