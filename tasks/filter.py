@@ -20,12 +20,11 @@ from pydantic import Field
 from models.policy import NO_ANSWER, UNFINISHED, Progress
 from models.pools.processes import ProcessPool
 from models.settings import Settings
-from tasks.record.progress import progress
 from tasks.record.record import Attempt
 from tasks.record.slot import Slot
 from tasks.record.stage import stage
 from tasks.record.tables import Beside
-from tasks.record.work import Metrics, Workspace, read_parts, shards
+from tasks.record.work import Metrics, Workspace
 from tasks.rows import Mined, Rejected, Scored, ScoredCandidate, Scores, Trajectory, fields
 
 LONGEST_PRINCIPLE = 40
@@ -68,19 +67,13 @@ def filter_stage(
     def compute(work: Workspace) -> Metrics:
         rows = Beside(mined.rows("mined", Mined), scored.rows("scored", Scores))
         job = partial(_filter_shard, settings, f"{at.seed}/{at.iteration}", guided)
-        showing = progress(f"filter {at.iteration}", len(rows), "prompts")
-        with ProcessPool(str) as pool, showing as tick:
-            parts = work.finished_parts(
-                "filtered",
-                Filtered,
-                shards(rows, work.shard_size),
-                lambda missing: pool.map(job, missing, tick),
-                found=lambda shard: tick(len(shard)),
+        with ProcessPool(str) as pool:
+            filtered = work.in_shards(
+                "filtered", Filtered, rows, pool, job, what=f"filter {at.iteration}", unit="prompts"
             )
-        found = partial(read_parts, parts, Filtered)
-        work.write("trajectories", (t for row in found() for t in row.kept), Trajectory)
-        work.write("rejected", (r for row in found() for r in row.rejected), Rejected)
-        return _metrics(found())
+        work.write("trajectories", (t for row in filtered for t in row.kept), Trajectory)
+        work.write("rejected", (r for row in filtered for r in row.rejected), Rejected)
+        return _metrics(filtered)
 
     noted = at if guided else at.using(guided="no")
     return noted.attempt("filter", settings, {"mined": mined, "scored": scored}, compute)

@@ -58,8 +58,8 @@ def mine_stage(at: Slot, settings: MineSettings, policy: PolicySource, prompts: 
     def compute(work: Workspace) -> Metrics:
         rows = prompts.rows("prompts", Prompt)
         job = partial(mine, settings, policy.templates, f"{at.seed}/{at.iteration}")
-        with policy.pool() as pool:
-            mined = work.in_shards(
+        with work.device(), policy.pool() as pool:
+            parts = work.in_shards(
                 "mined",
                 Mined,
                 rows,
@@ -69,9 +69,10 @@ def mine_stage(at: Slot, settings: MineSettings, policy: PolicySource, prompts: 
                 unit="requests",
                 each=requests_per_prompt(settings, policy.templates),
             )
-        return _metrics(mined)
+        return _metrics(work.table(parts))
 
-    return policy.noted(at).attempt("mine", settings, policy.inputs(prompts=prompts), compute)
+    inputs = policy.inputs(prompts=prompts)
+    return policy.noted(at).attempt("mine", settings, inputs, compute, takes_device=True)
 
 
 def mine(

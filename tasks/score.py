@@ -50,15 +50,15 @@ def score_stage(at: Slot, settings: ScoreSettings, mined: Attempt) -> Attempt:
         total = len(rows) + int(mined.metrics.get("mined_candidates", 0))
         showing = progress(f"score {at.iteration}", total, "responses")
         with similarity.pool(opener) as pool, showing as tick:
-            scored = work.sharded(
+            parts = work.sharded(
                 "scored",
                 Scores,
                 shards(rows, work.shard_size),
                 lambda missing: budget.checked(pool.map(score, missing, tick)),
                 found=lambda shard: tick(sum(len(responses(row)) for row in shard)),
             )
-        budget.check(list(_failures(scored)))
-        return _metrics(scored)
+        budget.check(list(_failures(parts)))
+        return _metrics(work.table(parts))
 
     return similarity.noted(at).attempt("score", settings, {"mined": mined}, compute)
 

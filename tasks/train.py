@@ -35,7 +35,7 @@ from tasks.record.record import Attempt
 from tasks.record.slot import Slot
 from tasks.record.stage import stage
 from tasks.record.tables import StoredRows
-from tasks.record.work import Metrics, Workspace, read_parts, shards
+from tasks.record.work import Metrics, Workspace
 from tasks.rows import Labelled, Prompt, Rejected, Trajectory
 
 Turn = Literal["initial", "principle", "refined"]
@@ -232,13 +232,14 @@ def train_stage(
         training = Training.of(policy, settings, at.seed, work.outputs / "adapter")
         data = _tokenised(work, training, examples, policy.templates, at.iteration)
         total = expected_steps(data.conversations, settings)
-        with progress(f"train {at.iteration}", total, "steps") as tick:
+        with work.device(), progress(f"train {at.iteration}", total, "steps") as tick:
             done = train(data, training, tick)
         losses = write_curve(work, done.curve, done.skipped)
         return {f"train/{name}": float(count) for name, count in done.counts.items()} | losses
 
     inputs = policy.inputs(labelled=examples)
-    return training_slot(policy, at).attempt("train", in_one_process(settings), inputs, compute)
+    where, fixed = training_slot(policy, at), in_one_process(settings)
+    return where.attempt("train", fixed, inputs, compute, takes_device=True)
 
 
 def _tokenised(
@@ -247,16 +248,11 @@ def _tokenised(
     """The conversations of a stage's rows, tokenised shard by shard in several processes."""
     rows = _rows_of(examples)
     job = partial(_encode_shard, templates, training.settings)
-    showing = progress(f"tokenise {iteration}", len(rows), "conversations")
-    with ProcessPool(partial(_open_encoder, training), worth=32) as pool, showing as tick:
-        parts = work.finished_parts(
-            "encoded",
-            Encoded,
-            shards(rows, work.shard_size),
-            lambda missing: pool.map(job, missing, tick),
-            found=lambda shard: tick(len(shard)),
+    with ProcessPool(partial(_open_encoder, training), worth=32) as pool:
+        encoded = work.in_shards(
+            "encoded", Encoded, rows, pool, job, what=f"tokenise {iteration}", unit="conversations"
         )
-    return TrainingSet.of(read_parts(parts, Encoded), work.folder / "examples.arrow")
+    return TrainingSet.of(encoded, work.folder / "examples.arrow")
 
 
 def _rows_of(examples: Attempt) -> StoredRows[Any]:

@@ -135,10 +135,10 @@ class Panel:
                     for number, own in groupby(missing.items(), lambda item: item[0] // len(parts))
                 )
 
-            table = self.work.sharded(
+            found = self.work.sharded(
                 name, Comparison, parts * len(judges), compute, lambda part: tick(len(part))
             )
-        rows = list(table)
+        rows = list(self.work.table(found))
         return [rows[n * len(pairs) : (n + 1) * len(pairs)] for n in range(len(judges))]
 
     def in_shards(
@@ -165,7 +165,7 @@ class Panel:
             found = self.work.sharded(
                 name, row_type, parts, judged, lambda part: tick(each * len(part))
             )
-        return list(found)
+        return list(self.work.table(found))
 
     def _pool_of(self, settings: JudgeSettings) -> Pool[Judges]:
         """The pool of a judge: judges in this process share one, as do those of a cluster with the

@@ -157,7 +157,7 @@ class Respondent:
         prompts_each: int = 1,
     ) -> list[Row]:
         """The rows of `compute` over shards of items; each item takes `prompts_each` prompts."""
-        rows = self.work.in_shards(
+        parts = self.work.in_shards(
             name,
             row_type,
             items,
@@ -167,7 +167,7 @@ class Respondent:
             unit="requests",
             each=requests_per_prompt(self.generation.templates) * prompts_each,
         )
-        return list(rows)
+        return list(self.work.table(parts))
 
 
 def answer_metrics(answers: Sequence[Answer]) -> dict[str, float]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -32,6 +34,8 @@ from tasks.record.work import Done, Metrics, Workspace, manifest_digest
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+Device = Callable[[], AbstractContextManager[None]]
+"""Holds the accelerators, or nothing."""
 Mode = Literal["reuse", "take", "force"]
 """How a stage gets its outputs: found by fingerprint or computed; the current ones, whatever they
 were made from; computed even when the record has them."""
@@ -89,12 +93,16 @@ class Slot:
         settings: Settings,
         inputs: Mapping[str, Attempt],
         compute: Callable[[Workspace], Metrics],
+        *,
+        takes_device: bool = False,
     ) -> Attempt:
         """The stage's outputs: found by fingerprint, or computed and recorded.
 
         Args:
             inputs: the attempts that it reads, by name.
             compute: writes into the workspace and returns the attempt's metrics.
+            takes_device: it holds the accelerators itself, by `Workspace.device`, while it needs
+                them; otherwise they are held for it all the time.
 
         Raises:
             UserError: the record or a file of it cannot be used; what `compute` raises.
@@ -114,12 +122,14 @@ class Slot:
         what = f"{stage} of iteration {self.iteration} of {self.record.experiment}"
         with locks.held(lock, what):
             work = Workspace(lock.with_suffix(""), self.shard_size)
+            device = partial(locks.device, self.device, what)
+            work.device, whole = (device, nullcontext) if takes_device else (nullcontext, device)
             self._end_interrupted(wanted)
             found = None if self.mode(stage) == "force" else self._find(wanted)
             if found is not None:
                 work.remove()
                 return found
-            return self._compute(wanted, compute, work, what)
+            return self._compute(wanted, compute, work, whole)
 
     def _find(self, wanted: Provenance) -> Attempt | None:
         for place, attempt in enumerate(self.record.attempts(*wanted.place)):
@@ -142,14 +152,14 @@ class Slot:
         wanted: Provenance,
         compute: Callable[[Workspace], Metrics],
         work: Workspace,
-        what: str,
+        device: Device,
     ) -> Attempt:
         client, run_id = self.record.client, self._begin(wanted)
         work.note("begun", stage=wanted.stage, iteration=wanted.iteration, run_id=run_id)
         interruption.note(stage=f"{wanted.stage} {wanted.iteration}", parts="")
         try:
             with locks.heartbeat(lambda: client.set_tag(run_id, HEARTBEAT, f"{time.time():.1f}")):
-                done = work.finished() or self._work(compute, work, what)
+                done = work.finished() or _work(compute, work, device)
                 self._log(run_id, work.outputs, done)
         except BaseException as error:
             _give_up(client, run_id, error)
@@ -159,12 +169,6 @@ class Slot:
         work.note("recorded", stage=wanted.stage, iteration=wanted.iteration, run_id=run_id)
         work.remove()
         return self.record.attempt(client.get_run(run_id), reused=False)
-
-    def _work(self, compute: Callable[[Workspace], Metrics], work: Workspace, what: str) -> Done:
-        with locks.device(self.device, what), pinned(load=False):
-            started = time.monotonic()
-            metrics = compute(work)
-        return work.finish(metrics, time.monotonic() - started)
 
     def _begin(self, wanted: Provenance) -> str:
         """A RUNNING run under the iteration's, with what it is made from."""
@@ -206,6 +210,13 @@ class Slot:
         }
         for key, value in tags.items():
             client.set_tag(run_id, key, value)
+
+
+def _work(compute: Callable[[Workspace], Metrics], work: Workspace, device: Device) -> Done:
+    with device(), pinned(load=False):
+        started = time.monotonic()
+        metrics = compute(work)
+    return work.finish(metrics, time.monotonic() - started)
 
 
 def _give_up(client: MlflowClient, run_id: str, error: BaseException) -> None:

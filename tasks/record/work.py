@@ -12,9 +12,11 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -65,6 +67,8 @@ class Workspace:
 
     def __init__(self, folder: Path, shard_size: int = 64) -> None:
         self.folder, self.shard_size = folder, shard_size
+        self.device: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Holds the accelerators; for stages that take them for a part of their work."""
         self.outputs = folder / "outputs"
         self.parts = folder / "parts"
         self._done = folder / "done.json"
@@ -88,7 +92,7 @@ class Workspace:
         what: str,
         unit: str,
         each: int = 1,
-    ) -> StoredRows[Row]:
+    ) -> Parts[Row]:
         """`compute` over the items, in shards, by the engines of a pool; see `sharded`.
 
         Args:
@@ -110,21 +114,7 @@ class Workspace:
         shards: Sequence[Sequence[Any]],
         compute: Callable[[Shards], Iterable[Finished]],
         found: Callable[[Sequence[Any]], None],
-    ) -> StoredRows[Row]:
-        """As `finished_parts`, which become the table `name`."""
-        parts = self.finished_parts(name, row_type, shards, compute, found)
-        tables = (table for part in parts for table in part.tables())
-        write_tables(self._table(name), tables, row_type)
-        return StoredRows.at(self._table(name), row_type)
-
-    def finished_parts(
-        self,
-        name: str,
-        row_type: type,
-        shards: Sequence[Sequence[Any]],
-        compute: Callable[[Shards], Iterable[Finished]],
-        found: Callable[[Sequence[Any]], None],
-    ) -> list[Part]:
+    ) -> Parts[Row]:
         """Compute the missing shards, in any order, and keep each when it is finished.
 
         A part is named by the range of its items: a shard of another size is another part.
@@ -134,7 +124,7 @@ class Workspace:
             found: called with each shard that an earlier, killed attempt had finished.
 
         Returns:
-            The parts of all shards, in their order.
+            All shards; `table` makes one table of them.
         """
         ends = list(accumulate(map(len, shards)))
         parts = [
@@ -155,7 +145,13 @@ class Workspace:
             self.note("shard", name=part.name, seconds=done.seconds)
             kept += 1
             interruption.note(parts=f"{kept} of {len(shards)} shards")
-        return parts
+        return Parts(name, row_type, parts)
+
+    def table(self, parts: Parts[Row]) -> StoredRows[Row]:
+        """Write all rows of finished shards as the table of their name."""
+        path = self._table(parts.name)
+        write_tables(path, parts.tables(), parts.row_type)
+        return StoredRows.at(path, parts.row_type)
 
     def _table(self, name: str) -> Path:
         return self.outputs / f"{name}.parquet"
@@ -248,9 +244,21 @@ class Part:
         return self.folder / f"{self.name}.{digest}.parquet"
 
 
-def read_parts(parts: Iterable[Part], row_type: type[Row]) -> Iterator[Row]:
-    """The rows of finished shards; raises as `Part.tables`."""
-    return (row for part in parts for table in part.tables() for row in from_table(table, row_type))
+@dataclass(frozen=True)
+class Parts(Generic[Row]):
+    """Finished shards in their order, read each time they are asked for."""
+
+    name: str
+    row_type: type[Row]
+    parts: Sequence[Part]
+
+    def __iter__(self) -> Iterator[Row]:
+        for table in self.tables():
+            yield from from_table(table, self.row_type)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The rows as Arrow tables; raises as `Part.tables`."""
+        return (table for part in self.parts for table in part.tables())
 
 
 def manifest(folder: Path) -> Manifest:

@@ -116,17 +116,17 @@ def evaluate_stage(
         showing = f"evaluate {at.iteration}: "
         with policy.pool() as engines:
             name = "responses"
-            table = work.in_shards(
+            parts = work.in_shards(
                 name, Response, asked, engines, respond, what=showing + name, unit=name
             )
-            responses = list(table)
+            responses = list(work.table(parts))
             metrics = response_metrics(responses, len(prompts))
             if not policy.settings.endpoint:  # which gives no log-probabilities
                 name = "information"
                 estimates = work.in_shards(
                     name, Estimate, prompts, engines, estimate, what=showing + name, unit=name
                 )
-                metrics |= mi_metrics(list(estimates))
+                metrics |= mi_metrics(list(work.table(estimates)))
 
         with panel_of(settings, scoring, at, work, oracle) as panel:
             metrics |= _compared(panel, settings, responses, references, prompts)

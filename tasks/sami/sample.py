@@ -63,8 +63,8 @@ def sample_stage(
 
     def compute(work: Workspace) -> Metrics:
         key, principles = f"{at.seed}/{at.iteration}", pool_of(written).trained
-        with policy.pool() as pool:
-            sampled = work.in_shards(
+        with work.device(), policy.pool() as pool:
+            parts = work.in_shards(
                 "sampled",
                 Sampled,
                 prompts.rows("prompts", Prompt),
@@ -74,10 +74,10 @@ def sample_stage(
                 unit="responses",
                 each=settings.constitutions,
             )
-        return _metrics(list(sampled))
+        return _metrics(list(work.table(parts)))
 
     inputs = policy.inputs(prompts=prompts, written=written)
-    return policy.noted(at).attempt("sample", settings, inputs, compute)
+    return policy.noted(at).attempt("sample", settings, inputs, compute, takes_device=True)
 
 
 def sample(

@@ -102,13 +102,13 @@ def train_stage(
         if not data.groups:
             raise nothing_to_train_on(data.skipped, "queries", settings)
         total = expected_steps(len(rows), settings)
-        with progress(f"train {at.iteration}", total, "steps") as tick:
+        with work.device(), progress(f"train {at.iteration}", total, "steps") as tick:
             curve = training.fit(data.groups, text_sha256(repr(data.groups)), tick)
         return write_curve(work, curve, data.skipped) | _counts(data, curve[-1].tokens)
 
     inputs = policy.inputs(sampled=sampled)
     where = training_slot(policy, at).using("models.training.sami")
-    return where.attempt("train", in_one_process(settings), inputs, compute)
+    return where.attempt("train", in_one_process(settings), inputs, compute, takes_device=True)
 
 
 def _counts(data: Groups, tokens: int) -> Metrics:

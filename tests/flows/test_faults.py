@@ -54,14 +54,14 @@ def numbers(*values: int) -> Callable[[Workspace], Metrics]:
     """A stage that writes one shard for each value."""
 
     def compute(work: Workspace) -> Metrics:
-        rows = work.sharded(
+        parts = work.sharded(
             "numbers",
             Number,
             shards(values, 1),
             in_turn(lambda shard: [Number(value=v) for v in shard]),
             found=lambda _: None,
         )
-        return {"sum": float(sum(row.value for row in rows))}
+        return {"sum": float(sum(row.value for row in work.table(parts)))}
 
     return compute
 
@@ -165,7 +165,8 @@ def test_the_disk_is_full(small_disk: Path, workplace: Path) -> None:
                 fill(ballast)
             return [Number(value=v) for v in values]
 
-        work.sharded("numbers", Number, shards([1, 2], 1), in_turn(shard), found=lambda _: None)
+        split = shards([1, 2], 1)
+        work.table(work.sharded("numbers", Number, split, in_turn(shard), found=lambda _: None))
         return {}
 
     at = slot(small_disk / "home")

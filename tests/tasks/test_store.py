@@ -122,7 +122,10 @@ def test_finished_shards_survive_a_crash(slot: Slot) -> None:
 
         def whole(work: Workspace) -> Metrics:
             groups = shards(range(6), 2)
-            work.sharded("n", Number, groups, in_turn(one), found=lambda s: found.append(s[0]))
+            parts = work.sharded(
+                "n", Number, groups, in_turn(one), found=lambda s: found.append(s[0])
+            )
+            work.table(parts)
             return {}
 
         return whole

@@ -31,7 +31,8 @@ def sharded(folder: Path) -> tuple[list[int], list[int]]:
         computed.extend(shard)
         return [Number(value=value, text="x" * 500) for value in shard]
 
-    rows = Workspace(folder).sharded("n", Number, SHARDS, in_turn(one), found=lambda _: None)
+    work = Workspace(folder)
+    rows = work.table(work.sharded("n", Number, SHARDS, in_turn(one), found=lambda _: None))
     return [row.value for row in rows], computed
 
 
@@ -99,7 +100,7 @@ def test_a_disk_that_forgets_is_named(tmp_path: Path) -> None:
         return [Number(value=value, text="x") for value in shard]
 
     with pytest.raises(UserError, match="n-00000-00001: a finished shard was damaged while"):
-        work.sharded("n", Number, SHARDS, in_turn(one), found=lambda _: None)
+        work.table(work.sharded("n", Number, SHARDS, in_turn(one), found=lambda _: None))
 
 
 def finished(folder: Path) -> Workspace:
