@@ -24,7 +24,13 @@ from models.policy import Policy
 from models.settings import Settings
 from tasks.clustering import features as blocks
 from tasks.clustering.agglomeration import group, members_of, representatives
-from tasks.clustering.features import Distinct, Features, distinct_principles, insertions
+from tasks.clustering.features import (
+    Distinct,
+    Features,
+    Proposals,
+    distinct_principles,
+    insertions,
+)
 from tasks.clustering.picture import figure, map_principles
 from tasks.clustering.support import measured, tail_of
 from tasks.clustering.threshold import Describe, Insertions, predictive_threshold
@@ -90,7 +96,7 @@ def cluster_stage(
         asked = policy.load() if settings.needs_policy else None
         done = cluster(
             trajectories.read("trajectories", Trajectory),
-            mined.rows("mined", Mined),
+            mined.rows("mined", Proposals),
             settings,
             policy=asked,
             templates=policy.templates,
@@ -145,7 +151,7 @@ class _Group:
 
 def cluster(
     trajectories: Sequence[Trajectory],
-    mined: Iterable[Mined],
+    mined: Iterable[Mined | Proposals],
     settings: ClusterSettings,
     *,
     policy: Policy | None = None,

@@ -329,7 +329,7 @@ def _arrow(hint: Any) -> pa.DataType:
     scalars = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
     if hint in scalars:
         return scalars[hint]
-    if typing.get_origin(hint) is tuple:
+    if typing.get_origin(hint) in (tuple, Sequence):
         return pa.list_(pa.field("item", _arrow(typing.get_args(hint)[0]), nullable=False))
     return pa.struct([_field(name, inner) for name, inner in _columns(hint).items()])
 

@@ -230,7 +230,7 @@ def train_stage(
 
     def compute(work: Workspace) -> Metrics:
         training = Training.of(policy, settings, at.seed, work.outputs / "adapter")
-        data = _tokenised(work, training, examples, policy.templates, at.iteration)
+        data = tokenised(work, training, examples, policy.templates, at.iteration)
         total = expected_steps(data.conversations, settings)
         with work.device(), progress(f"train {at.iteration}", total, "steps") as tick:
             done = train(data, training, tick)
@@ -242,7 +242,7 @@ def train_stage(
     return where.attempt("train", fixed, inputs, compute, takes_device=True)
 
 
-def _tokenised(
+def tokenised(
     work: Workspace, training: Training, examples: Attempt, templates: Templates, iteration: int
 ) -> TrainingSet:
     """The conversations of a stage's rows, tokenised shard by shard in several processes."""

@@ -18,8 +18,8 @@ from models.training.encoding import EncodedExample
 SCHEMA = pa.schema(
     [("ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool_())), ("weight", pa.float64())]
 )
-BATCH = 256
-"""Examples that are written together: a million tokens each at most, counted in 32 bits."""
+BATCH = 16
+"""Examples that are written together: a million tokens each at most, as Python's integers."""
 
 
 class StoredExamples(Sequence[EncodedExample]):

@@ -48,6 +48,22 @@ class Features:
     present: np.ndarray
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """The columns of a candidate that `insertions` reads."""
+
+    principle: str
+    refined: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposals:
+    """The columns of a mined prompt that `insertions` reads."""
+
+    initial: str
+    candidates: tuple[Proposal, ...]
+
+
 def distinct_principles(trajectories: Iterable[Trajectory]) -> list[Distinct]:
     """The kept principles without repetition (white space, case and final marks), by key."""
     spellings: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -59,7 +75,9 @@ def distinct_principles(trajectories: Iterable[Trajectory]) -> list[Distinct]:
     ]
 
 
-def insertions(distinct: Sequence[Distinct], mined: Iterable[Mined]) -> list[Counter[str]]:
+def insertions(
+    distinct: Sequence[Distinct], mined: Iterable[Mined | Proposals]
+) -> list[Counter[str]]:
     """For each principle the tokens in y2 and not in y1, over all candidates sampled with it."""
     effects: dict[str, Counter[str]] = {d.key: Counter() for d in distinct}
     for row in mined:

@@ -37,6 +37,14 @@ class Artifacts:
         root = str(self._client.get_run(run_id).info.artifact_uri)
         return Path(local_file_uri_to_path(root)) if root.startswith(("/", "file:")) else None
 
+    def put(self, run_id: str, outputs: Path) -> None:
+        """Keep a folder's files with a run: as links, where the store is on the same disk."""
+        folder = self.folder(run_id)
+        if folder is None:
+            self._client.log_artifacts(run_id, str(outputs))
+        else:
+            shutil.copytree(outputs, folder, dirs_exist_ok=True, copy_function=_linked)
+
     def path(self, run_id: str, name: str) -> Path:
         """Where a file or folder of a run lies, or its copy in the cache."""
         if folder := self.folder(run_id):
@@ -109,3 +117,12 @@ class Artifacts:
             return False
         self._verified[path] = state
         return True
+
+
+def _linked(source: str, target: str) -> str:
+    """Link a file, or copy it where the disk cannot do that; nobody changes either of them."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target

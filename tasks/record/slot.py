@@ -200,7 +200,7 @@ class Slot:
         client = self.record.client
         figures = {**done.metrics, "seconds": done.seconds}
         self.record.log_metrics(run_id, figures, step=max(self.iteration, 0))
-        client.log_artifacts(run_id, str(outputs))
+        self.record.artifacts.put(run_id, outputs)
         client.log_dict(run_id, done.manifest, MANIFEST)  # last: before, the attempt does not count
         tags = {
             "digest": manifest_digest(done.manifest),

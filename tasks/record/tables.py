@@ -42,24 +42,12 @@ BATCH = 16
 # Writing -------------------------------------------------------------------------------------
 
 
-def write_rows(
-    path: Path,
-    rows: Iterable[Any],
-    row_type: type,
-    group_bytes: int = GROUP_BYTES,
-    file_bytes: int = FILE_BYTES,
-) -> None:
+def write_rows(path: Path, rows: Iterable[Any], row_type: type) -> None:
     """Write a table whole or not at all; the same rows give the same bytes."""
-    write_tables(path, _tables(rows, row_type), row_type, group_bytes, file_bytes)
+    write_tables(path, _tables(rows, row_type), row_type)
 
 
-def write_tables(
-    path: Path,
-    tables: Iterable[pa.Table],
-    row_type: type,
-    group_bytes: int = GROUP_BYTES,
-    file_bytes: int = FILE_BYTES,
-) -> None:
+def write_tables(path: Path, tables: Iterable[pa.Table], row_type: type) -> None:
     """As `write_rows`, of Arrow tables whose rows follow each other."""
     scratch = path.with_name(f".{path.name}.tmp")
     remove(scratch)
@@ -71,7 +59,7 @@ def write_tables(
                 last.close()
                 return last.enter_context(written(scratch / f"{number:05}.parquet"))
 
-            _write(following, tables, row_type, group_bytes, file_bytes)
+            _write(following, tables, row_type, FILE_BYTES)
         files = list(scratch.iterdir())
         remove(path)
         (files[0] if len(files) == 1 else scratch).replace(path)
@@ -82,7 +70,7 @@ def write_tables(
 def rows_as_bytes(rows: Iterable[Any], row_type: type) -> bytes:
     """The bytes of a table in one file."""
     sink = io.BytesIO()
-    _write(lambda _: sink, _tables(rows, row_type), row_type, GROUP_BYTES, file_bytes=None)
+    _write(lambda _: sink, _tables(rows, row_type), row_type, file_bytes=None)
     return sink.getvalue()
 
 
@@ -96,7 +84,6 @@ def _write(
     following: Callable[[int], IO[bytes]],
     tables: Iterable[pa.Table],
     row_type: type,
-    group_bytes: int,
     file_bytes: int | None,
 ) -> None:
     """Write row groups into files; at least one group, so that no rows have their columns.
@@ -107,7 +94,7 @@ def _write(
     form, number, size = schema(row_type), 0, 0
     writer = pq.ParquetWriter(following(0), form, compression=COMPRESSION)
     try:
-        for group, own in _groups(tables, form, group_bytes):
+        for group, own in _groups(tables, form):
             if file_bytes is not None and size and size + own > file_bytes:
                 writer.close()
                 number, size = number + 1, 0
@@ -118,9 +105,7 @@ def _write(
         writer.close()
 
 
-def _groups(
-    tables: Iterable[pa.Table], form: pa.Schema, most: int
-) -> Iterator[tuple[pa.Table, int]]:
+def _groups(tables: Iterable[pa.Table], form: pa.Schema) -> Iterator[tuple[pa.Table, int]]:
     """Consecutive rows, and the bytes of their text; at least one group."""
     pieces, rows, size = list[pa.Table](), 0, 0
 
@@ -131,7 +116,7 @@ def _groups(
         ends, start = np.cumsum(text_bytes(table)), 0
         while start < table.num_rows:
             before = int(ends[start - 1]) if start else 0
-            fit = int(np.searchsorted(ends, before + most - size, side="right")) - start
+            fit = int(np.searchsorted(ends, before + GROUP_BYTES - size, side="right")) - start
             taken = min(fit, GROUP_ROWS - rows) if rows else max(min(fit, GROUP_ROWS), 1)
             if taken <= 0:
                 yield group()

@@ -23,9 +23,9 @@ def test_examples_are_read_back_by_their_numbers(tmp_path: Path) -> None:
     found = StoredExamples.write(tmp_path / "examples.arrow", iter(EXAMPLES))
     assert len(found) == len(EXAMPLES)
     assert list(map(plain, found)) == list(map(plain, EXAMPLES))
-    for number in (0, 255, 256, 598, -1):
+    for number in (0, 15, 16, 598, -1):
         assert plain(found[number]) == plain(EXAMPLES[number])
-    assert list(map(plain, found[250:260])) == list(map(plain, EXAMPLES[250:260]))
+    assert list(map(plain, found[10:20])) == list(map(plain, EXAMPLES[10:20]))
     with pytest.raises(IndexError):
         found[599]
     assert [path.name for path in tmp_path.iterdir()] == ["examples.arrow"]

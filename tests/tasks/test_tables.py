@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tasks.record import tables
 from tasks.record.tables import Beside, StoredRows, read_rows, text_bytes, write_rows, write_tables
 from tasks.rows import from_table, to_table
 
@@ -42,6 +45,15 @@ def row(name: str, *texts: str) -> Row:
     return Row(name=name, parts=tuple(Part(number=n, text=t) for n, t in enumerate(texts)))
 
 
+@contextmanager
+def bounds(group: int, file: int = tables.FILE_BYTES) -> Iterator[None]:
+    """Row groups and files of so many bytes of text."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "GROUP_BYTES", group)
+        patch.setattr(tables, "FILE_BYTES", file)
+        yield
+
+
 def size(row: Row) -> int:
     return sum(len(text.encode()) for text in (row.name, *(part.text for part in row.parts)))
 
@@ -61,7 +73,8 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 def test_a_group_has_the_bound_or_one_row(rows: list[Row], bound: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.parquet"
-        write_rows(path, rows, Row, bound)
+        with bounds(bound):
+            write_rows(path, rows, Row)
         longest = max(map(size, rows), default=0)
         assert all(size <= max(bound, longest) for size in groups(path))
         assert read_rows(path, Row) == rows
@@ -75,15 +88,18 @@ def test_text_counts_in_utf8() -> None:
 
 def test_long_rows_stand_alone_and_short_ones_together(tmp_path: Path) -> None:
     rows = [row("a", "x" * 3), row("b", "x" * 3), row("c", "x" * 50), row("d", "x")]
-    write_rows(tmp_path / "rows.parquet", rows, Row, group_bytes=10)
+    with bounds(10):
+        write_rows(tmp_path / "rows.parquet", rows, Row)
     assert groups(tmp_path / "rows.parquet") == [8, 51, 2]
     assert read_rows(tmp_path / "rows.parquet", Row) == rows
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
     rows = [row(str(n), "x" * n) for n in range(40)]
-    write_rows(tmp_path / "a.parquet", rows, Row, group_bytes=100)
-    write_rows(tmp_path / "b.parquet", iter(rows), Row, group_bytes=100)
+    with bounds(100):
+        write_rows(tmp_path / "a.parquet", rows, Row)
+    with bounds(100):
+        write_rows(tmp_path / "b.parquet", iter(rows), Row)
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
 
 
@@ -95,7 +111,8 @@ def test_no_rows_have_their_columns(tmp_path: Path) -> None:
 
 def test_a_long_table_is_a_folder_of_files(tmp_path: Path) -> None:
     path, rows = tmp_path / "rows.parquet", [row(str(n), "x" * n) for n in range(40)]
-    write_rows(path, rows, Row, group_bytes=100, file_bytes=200)
+    with bounds(100, 200):
+        write_rows(path, rows, Row)
     files = sorted(path.iterdir())
     assert len(files) > 3 and all(sum(groups(file)) <= 200 for file in files)
     assert read_rows(path, Row) == rows
@@ -113,8 +130,10 @@ def test_files_do_not_depend_on_the_pieces(rows: list[Row], data: st.DataObject)
     pieces = [to_table(rows[a:b], Row) for a, b in ends]
     with tempfile.TemporaryDirectory() as folder:
         whole, pieced = Path(folder) / "whole.parquet", Path(folder) / "pieced.parquet"
-        write_rows(whole, rows, Row, group_bytes=60, file_bytes=150)
-        write_tables(pieced, pieces, Row, group_bytes=60, file_bytes=150)
+        with bounds(60, 150):
+            write_rows(whole, rows, Row)
+        with bounds(60, 150):
+            write_tables(pieced, pieces, Row)
         assert contents(whole) == contents(pieced)
 
 
@@ -128,7 +147,8 @@ def forty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Row]]:
         tmp_path_factory.mktemp("forty") / "t.parquet",
         [row(str(n), "y") for n in range(40)],
     )
-    write_rows(path, rows, Row, group_bytes=20, file_bytes=45)
+    with bounds(20, 45):
+        write_rows(path, rows, Row)
     return path, rows
 
 
