@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,7 +50,7 @@ def write_rows(path: Path, rows: Iterable[Any], row_type: type) -> None:
 
 def write_tables(path: Path, tables: Iterable[pa.Table], row_type: type) -> None:
     """As `write_rows`, of Arrow tables whose rows follow each other."""
-    scratch = path.with_name(f".{path.name}.tmp")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     remove(scratch)
     scratch.mkdir()
     try:
@@ -61,7 +62,8 @@ def write_tables(path: Path, tables: Iterable[pa.Table], row_type: type) -> None
 
             _write(following, tables, row_type, FILE_BYTES)
         files = list(scratch.iterdir())
-        remove(path)
+        if len(files) > 1 or path.is_dir():
+            remove(path)
         (files[0] if len(files) == 1 else scratch).replace(path)
     finally:
         remove(scratch)

@@ -74,7 +74,9 @@ class Workspace:
         self._done = folder / "done.json"
         for path in (self.outputs, self.parts):
             path.mkdir(parents=True, exist_ok=True)
-        for unfinished in folder.rglob("*.tmp"):  # of a process that was killed while it wrote
+        for unfinished in list(
+            folder.rglob("*.tmp")
+        ):  # of a process that was killed while it wrote
             remove(unfinished)
 
     def write(self, name: str, rows: Iterable[Any], row_type: type) -> None:
