@@ -212,20 +212,29 @@ class _Leak:
 
     def of(self, principle: str) -> str:
         """Which of them a principle quotes, in words; "" for none."""
-        quoted = _grams(principle)
-        leaked = quoted & self._secret if quoted else set()
-        return f"quotes “{' '.join(min(leaked))}”" if leaked else ""
+        words = _words(principle)
+        grams = (words[i : i + LEAK] for i in range(len(words) - LEAK + 1))
+        quoted = [gram for gram in map(_spaced, grams) if gram in self._gold]
+        leaked = [gram for gram in quoted if not any(gram in text for text in self._known)]
+        return f"quotes “{min(leaked).strip()}”" if leaked else ""
 
     @cached_property
-    def _secret(self) -> set[tuple[str, ...]]:
-        row = self._row
-        known = (row.initial, *(message["content"] for message in row.prompt))
-        return _grams(row.gold).difference(*map(_grams, known))
+    def _gold(self) -> str:
+        return _spaced(_words(self._row.gold))
+
+    @cached_property
+    def _known(self) -> list[str]:
+        texts = (self._row.initial, *(message["content"] for message in self._row.prompt))
+        return [_spaced(_words(text)) for text in texts]
 
 
-def _grams(text: str) -> set[tuple[str, ...]]:
-    words = re.findall(r"\w+", text.lower())
-    return {tuple(words[i : i + LEAK]) for i in range(len(words) - LEAK + 1)}
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _spaced(words: Sequence[str]) -> str:
+    """Words with a space on both sides: they follow each other in a text where it holds this."""
+    return f" {' '.join(words)} "
 
 
 def _trajectory(row: Scored, candidate: ScoredCandidate, weight: float) -> Trajectory:
