@@ -47,6 +47,7 @@ class Chat(ChatTemplate):
     ) -> None:
         super().__init__(tokenizer, settings)
         self._tags = (settings or PolicySettings()).thought_tags
+        self._last: tuple[str, list[int]] = "", []
 
     def prompt(self, messages: Messages | str) -> list[int]:
         """Token ids of a conversation up to the assistant's next turn, or of a raw text.
@@ -64,9 +65,12 @@ class Chat(ChatTemplate):
         Raises:
             ChatError: the template refuses it.
         """
-        ids = self.apply(list(messages) if self.has_system else fold_system(messages), ask)
-        self._check_answers(messages, ids)
-        return ids
+        key = repr((list(messages), ask))
+        if self._last[0] != key:  # a training example is the last trained turn's conversation
+            ids = self.apply(list(messages) if self.has_system else fold_system(messages), ask)
+            self._check_answers(messages, ids)
+            self._last = key, ids
+        return list(self._last[1])
 
     # Thoughts --------------------------------------------------------------------------------
 
