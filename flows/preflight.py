@@ -99,7 +99,7 @@ def ask_server(settings: ExperimentSettings) -> None:
 
 def _model(settings: ExperimentSettings) -> str:
     policy = settings.policy
-    found = open_model(policy, home(), "trained" if settings.iterations else "sampled")
+    found = open_model(policy, "trained" if settings.iterations else "sampled")
     if not policy.endpoint:
         return found
     open_endpoint(policy)  # its address and key
@@ -157,7 +157,7 @@ def _constitution(settings: ExperimentSettings, follows: bool) -> str:
         if not settings.after:
             pool = [Principle(text=f"{n}", antithesis=f"not {n}") for n in range(write.principles)]
             _check_pool(settings, Constitution(principles=tuple(pool)))
-        writer = open_model(write.writer, home(), "sampled") if write.writer else "the policy"
+        writer = open_model(write.writer, "sampled") if write.writer else "the policy"
         found = f"discovered by {settings.after}, antitheses" if settings.after else "written"
         return f"{found} by {writer}"
     constitution = load_pairs(write.constitution)
@@ -185,14 +185,14 @@ def _similarity(settings: ExperimentSettings) -> str:
     clusters = method_of(settings).guided and settings.iterations
     if clusters and "sentences" in settings.cluster.features:
         check_embedder(settings.cluster.embedding_model)
-    return f"similarity {open_similarity(settings.score).check(home())}"
+    return f"similarity {open_similarity(settings.score).check()}"
 
 
 def _judges(settings: ExperimentSettings) -> str:
     evaluate = settings.evaluate
     check_them = check_followed if method_of(settings).constitutional else check_judges
     check_them(evaluate, settings.score, settings.prompts.oracle)
-    models = [check_judge(judge, home()) for judge in evaluate.all_judges if judge.policy]
+    models = [check_judge(judge) for judge in evaluate.all_judges if judge.policy]
     kinds = ", ".join(judge.kind for judge in evaluate.judges)
     return f"judge {kinds}" + (f" ({'; '.join(dict.fromkeys(models))})" if models else "")
 

@@ -107,6 +107,11 @@ def unseal(path: Path) -> str:
     return text
 
 
+def user_cache() -> Path:
+    """The folder of what this user's experiments share: `staple` below $XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "staple"
+
+
 def recall(folder: Path, key: str) -> str:
     """The text that `remember` wrote under a key; "" where there is none or it cannot be read."""
     with suppress(OSError, UnicodeDecodeError):

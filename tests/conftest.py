@@ -6,6 +6,8 @@ import gc
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,6 +33,7 @@ os.environ.update(
 threads.cores = lambda: 1  # type: ignore[assignment]  # for the same reason
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs aside
     signal.signal(signal.SIGINT, signal.default_int_handler)  # processes of tests would inherit it
+ROOT = Path(__file__).parent.parent
 GIVEN_SERVERS = os.environ.get("STAPLE_TEST_SERVERS") == "1"
 """Whether flows and records go to the servers that the environment names (`make test-servers`)."""
 if not GIVEN_SERVERS:
@@ -69,6 +72,12 @@ def _quick_collections() -> None:
     """A pool that closes collects garbage: half a second each time among all that is imported."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_cache(once: Once) -> None:
+    """What a user's experiments share is shared by all tests, and by nothing else."""
+    os.environ["XDG_CACHE_HOME"] = str(once("cache", lambda folder: None))
 
 
 Once = Callable[[str, Callable[[Path], object]], Path]
@@ -110,6 +119,20 @@ def migrated_database(once: Once) -> Path:
 
 
 @pytest.fixture(scope="session")
+def prefect_home(once: Once) -> Path:
+    """A folder for PREFECT_HOME with an empty database: creating its tables takes half a minute."""
+
+    def make(folder: Path) -> None:
+        subprocess.run(
+            [sys.executable, "-c", "from flows.server.prefect_database import make; make()"],
+            env={**os.environ, "PREFECT_HOME": str(folder), "PYTHONPATH": str(ROOT)},
+            check=True,
+        )
+
+    return once("prefect", make)
+
+
+@pytest.fixture(scope="session")
 def lineage(once: Once, migrated_database: Path) -> Path:
     """A folder with a model, rows and the record of "lineage", for all modules to copy."""
     import small_loop
@@ -140,15 +163,21 @@ def workplace(
 
 
 @pytest.fixture(scope="session")
-def prefect_server() -> Iterator[None]:
+def prefect_server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
     """A real Prefect server on a temporary database, once for all tests that run flows."""
     if GIVEN_SERVERS:
         yield
         return
-    from prefect.testing.utilities import prefect_test_harness
+    from prefect.testing import utilities
 
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
+    folder = tmp_path_factory.mktemp("prefect")
+    shutil.copy(request.getfixturevalue("prefect_home") / "prefect.db", folder / "prefect-test.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utilities, "mkdtemp", lambda: str(folder))
+        with utilities.prefect_test_harness(server_startup_timeout=120):
+            yield
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,7 @@ def mlflow_server(folder: Path, port: int | None = None) -> Iterator[Server]:
 
 @contextmanager
 def prefect_api(folder: Path, port: int | None = None) -> Iterator[Server]:
-    """A Prefect server; `url` is its API's."""
+    """A Prefect server with its database in `folder`/prefect; `url` is its API's."""
     port = port or free_port()
     arguments = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with run_server(arguments, folder, f"http://127.0.0.1:{port}/api", "/health") as server:
@@ -63,7 +63,11 @@ def prefect_api(folder: Path, port: int | None = None) -> Iterator[Server]:
 @contextmanager
 def run_server(arguments: Sequence[str], folder: Path, url: str, health: str) -> Iterator[Server]:
     program, *rest = arguments
-    environment = {**os.environ, "PREFECT_HOME": str(folder / "prefect")}
+    environment = {
+        **os.environ,
+        "PREFECT_HOME": str(folder / "prefect"),
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes, as `staple up` has it
+    }
     environment.pop("PREFECT_API_URL", None)
     with (folder / f"{program}.log").open("ab") as log:
         process = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,13 @@ from benchmarks.kills import measure
 
 
 def test_killed_and_resumed_is_as_never_killed(
-    tmp_path: Path, migrated_database: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    migrated_database: Path,
+    prefect_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     small_loop.make(tmp_path, migrated_database)
+    shutil.copytree(prefect_home, tmp_path / "prefect")
     with prefect_api(tmp_path) as server:  # a temporary one for each run takes most of the time
         monkeypatch.setenv("PREFECT_API_URL", server.url)
         command = ["flows.commands.cli", "run", str(tmp_path / "lineage.yaml")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -26,10 +27,13 @@ LONG = 400  # seconds that nothing here takes unless it hangs
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> Path:
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, migrated_database: Path, prefect_home: Path
+) -> Path:
     """A small experiment whose stages have several shards."""
     place = tmp_path_factory.mktemp("signals")
     small_loop.make(place, migrated_database)
+    shutil.copytree(prefect_home, place / "prefect")
     return place
 
 

@@ -153,7 +153,7 @@ def judging_settings(overrides: Sequence[str]) -> ExperimentSettings:
         )
     if judge.show_gold:
         raise UserError("response files have no gold to show", where="setting 'judge.show_gold'")
-    check_judge(judge, home())
+    check_judge(judge)
     evaluate = settings.evaluate.model_copy(update={"judge": judge.about_principles()})
     return settings.model_copy(update={"evaluate": evaluate})
 

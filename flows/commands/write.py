@@ -144,7 +144,7 @@ def model_path(writer: PolicySettings, seed: int) -> str:
         UserError: staple cannot sample from the model exactly.
     """
     if writer.model not in WORLD_MODELS:
-        open_model(writer, home(), "sampled")
+        open_model(writer, "sampled")
         return writer.model
     return str(make_world_model(writer.model, seed, home()))
 

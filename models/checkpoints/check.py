@@ -3,7 +3,7 @@
 The directory's files are foreign, so a child process with limits of time and memory reads them
 (`models/checkpoints/bounded.py`). The child reads the headers of the weights, builds the
 architecture without memory, compares the two by transformers' own rules, loads the tokenizer and
-renders the chat template. A directory that passes is remembered.
+renders the chat template. A directory that passes is remembered for all experiments of the user.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from models.checkpoints.headers import (
     shards_there,
 )
 from models.checkpoints.shapes import cached_config
-from models.files import recall, remember
+from models.files import recall, remember, user_cache
 from models.policy import FINGERPRINT, Messages, PolicySettings
 from models.prompts import TEMPLATES, ask_refinement
 
@@ -43,21 +43,17 @@ if TYPE_CHECKING:
 MEDIA = re.compile("image|audio|video|vision", re.IGNORECASE)
 LONGEST_TEXT = 1 << 20
 """Most characters that a template may write for a conversation of a few hundred characters."""
-CHECKED = "checked"
-"""Folder below the home with a file for each directory that has passed."""
 
 
 def check_directory(
     directory: Path,
     settings: PolicySettings,
     use: Use,
-    home: Path,
 ) -> str:
     """What a model directory holds, in a few words; this process loads none of its files.
 
     Args:
         settings: quantisation and chat template of the model.
-        home: folder in which a directory that passes is remembered.
 
     Raises:
         UserError: the model cannot serve its use, or the check exceeds its limits of time or
@@ -67,7 +63,7 @@ def check_directory(
     keys = [_key(directory, settings, asked) for asked in dict.fromkeys((use, "trained"))]
     keys = keys if use == "sampled" else keys[:1]  # what can be trained can be sampled from
     for key in keys:
-        if known := recall(home / CHECKED, key):
+        if known := recall(_passed(), key):
             return known
     request = {
         "directory": str(directory.resolve()),
@@ -80,8 +76,13 @@ def check_directory(
     if "error" in ended.answer:
         raise _moved(UserError(**ended.answer["error"]), directory)
     found = str(ended.answer["found"])
-    remember(home / CHECKED, keys[0], found)
+    remember(_passed(), keys[0], found)
     return found
+
+
+def _passed() -> Path:
+    """The folder with a file for each directory that has passed: a key says all that matters."""
+    return user_cache() / "checked"
 
 
 MODELS = Path(__file__).parents[1]

@@ -58,11 +58,11 @@ def noted(at: Slot, settings: JudgeSettings | None) -> Slot:
     return at.using(*judge_uses(settings), **judge_notes(settings, at.record.home))
 
 
-def check_judge(settings: JudgeSettings, home: Path | None = None) -> str:
+def check_judge(settings: JudgeSettings, opens: bool = True) -> str:
     """A description of the judge's model; loads nothing, and sends no request.
 
     Args:
-        home: where the results of earlier checks are kept; None: the model's files are not opened.
+        opens: whether the model's files are looked into.
 
     Raises:
         UserError: there is no such directory, or it lacks what transformers needs; an endpoint
@@ -74,11 +74,9 @@ def check_judge(settings: JudgeSettings, home: Path | None = None) -> str:
         if settings.policy.endpoint:
             open_endpoint(settings.policy)  # its address and key
             return f"{settings.policy.served_name} at {settings.policy.endpoint}"
-        if home is None:
+        if not opens:
             return check_model(settings.policy)
-        return open_model(
-            settings.policy, home, "sampled" if settings.judge_type.generates else "reward"
-        )
+        return open_model(settings.policy, "sampled" if settings.judge_type.generates else "reward")
     except UserError as error:
         raise UserError(
             error.what, where=f"judge: {error.where}", expected=error.expected, fix=error.fix
@@ -90,7 +88,7 @@ def _model(settings: JudgeSettings, home: Path) -> str:
     model = settings.policy.model
     if settings.policy.endpoint:
         return settings.policy.served_name
-    check_judge(settings)
+    check_judge(settings, opens=False)
     directory = Path(model).expanduser()
     if not directory.is_dir():
         return f"{model}@{settings.policy.revision or 'main'}"

@@ -41,7 +41,7 @@ def resolve_model(
     Raises:
         UserError: the model cannot be sampled from exactly; see `open_model`.
     """
-    open_model(settings, home, "sampled")
+    open_model(settings, "sampled")
     kept = kept_model(settings, seed, home, record)
     if kept.path:
         return kept
@@ -90,11 +90,11 @@ def check_model(settings: PolicySettings) -> str:
     return f"{settings.model} from the hub, revision {settings.revision or 'main'}"
 
 
-def open_model(settings: PolicySettings, home: Path, use: Use = "trained") -> str:
+def open_model(settings: PolicySettings, use: Use = "trained") -> str:
     """`check_model`, with the model's files looked into where they are on this machine.
 
     It takes some seconds the first time, in a process of its own; what was found good is
-    remembered under `home`. The worlds' models are our own: they are not looked into.
+    remembered for this user. The worlds' models are our own: they are not looked into.
 
     Raises:
         UserError: as `check_model` and `models.checkpoints.check.check_directory`.
@@ -103,7 +103,7 @@ def open_model(settings: PolicySettings, home: Path, use: Use = "trained") -> st
     if settings.model in WORLD_MODELS:
         return found
     directory = located(settings)
-    return f"{found}: {check_directory(directory, settings, use, home)}" if directory else found
+    return f"{found}: {check_directory(directory, settings, use)}" if directory else found
 
 
 def folder_digest(folder: Path, home: Path) -> str:

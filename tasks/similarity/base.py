@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 from models.policy import PolicySettings, Progress
@@ -64,7 +63,7 @@ class Similarity(ABC, Generic[S]):
         """
         return open_pool(PolicySettings(), opener, models=())
 
-    def check(self, home: Path) -> str:
+    def check(self) -> str:
         """Describe it in words, for the checks before a run; loads nothing.
 
         Raises:

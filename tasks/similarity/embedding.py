@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from pydantic import Field
@@ -37,10 +36,10 @@ class Embedding(Similarity[EmbeddingSettings]):
         """Text → its vector of length 1, or None where it has none."""
         return {}
 
-    def check(self, home: Path) -> str:
+    def check(self) -> str:
         """See `Similarity.check`."""
         check_embedder(self.settings.embedding_model)
-        return super().check(home)
+        return super().check()
 
     def noted(self, at: Slot) -> Slot:
         """See `Similarity.noted`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 
 from pydantic import field_validator, model_validator
 
@@ -71,9 +70,9 @@ class JudgeGrade(Similarity[GradeSettings]):
         """See `Similarity.pool`."""
         return judge_pool(self._settings, opener)
 
-    def check(self, home: Path) -> str:
+    def check(self) -> str:
         """See `Similarity.check`."""
-        return f"{super().check(home)} ({check_judge(self._settings, home)})"
+        return f"{super().check()} ({check_judge(self._settings)})"
 
     def noted(self, at: Slot) -> Slot:
         """See `Similarity.noted`."""

@@ -57,7 +57,7 @@ class Function(Similarity[FunctionSettings]):
         Raises:
             UserError: it is not allowed, there is no such file or function, or the file fails.
         """
-        self.check(Path())
+        self.check()
         file, name = self._place
         names: dict[str, object] = {"__name__": file.stem, "__file__": str(file)}
         try:
@@ -69,7 +69,7 @@ class Function(Similarity[FunctionSettings]):
             raise self._wrong(f"the file defines no function '{name}'")
         return found
 
-    def check(self, home: Path) -> str:
+    def check(self) -> str:
         """See `Similarity.check`; the file is not run.
 
         Raises:
@@ -80,7 +80,7 @@ class Function(Similarity[FunctionSettings]):
                 "this setting runs code from your file", f"set {ALLOWED}=1 to allow it"
             )
         _ = self._source
-        return f"{super().check(home)} ({self.settings.function})"
+        return f"{super().check()} ({self.settings.function})"
 
     def noted(self, at: Slot) -> Slot:
         """See `Similarity.noted`: the scores depend on what the file holds."""

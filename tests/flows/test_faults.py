@@ -394,9 +394,12 @@ def test_the_clock_is_set_back(workplace: Path, monkeypatch: pytest.MonkeyPatch)
 # Prefect -------------------------------------------------------------------------------------
 
 
-def test_prefect_goes_away_in_the_middle(tmp_path: Path, migrated_database: Path) -> None:
+def test_prefect_goes_away_in_the_middle(
+    tmp_path: Path, migrated_database: Path, prefect_home: Path
+) -> None:
     """The stage at work is finished and recorded; the next run goes on after it."""
     small_loop.make(tmp_path, migrated_database)
+    shutil.copytree(prefect_home, tmp_path / "prefect")
     with prefect_api(tmp_path) as server:
         quick = {"PREFECT_API_URL": server.url, "PREFECT_CLIENT_MAX_RETRIES": "1"}
         process = typed(tmp_path, "run", "lineage.yaml", **quick)
@@ -422,9 +425,10 @@ def test_prefect_goes_away_in_the_middle(tmp_path: Path, migrated_database: Path
 SIDE_BY_SIDE = [("--set", f"experiment={name}") for name in ("one", "one", "two")]
 
 
-def test_runs_side_by_side(tmp_path: Path, migrated_database: Path) -> None:
+def test_runs_side_by_side(tmp_path: Path, migrated_database: Path, prefect_home: Path) -> None:
     """Two processes on one experiment compute each stage once; another one is not in their way."""
     small_loop.make(tmp_path, migrated_database)
+    shutil.copytree(prefect_home, tmp_path / "prefect")
     with prefect_api(tmp_path) as server:
         runs = [
             typed(tmp_path, "run", "lineage.yaml", *words, PREFECT_API_URL=server.url)
@@ -447,7 +451,7 @@ def typed(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str
             **os.environ,
             "PYTHONPATH": str(Path(__file__).parents[2]),
             "STAPLE_HOME": str(folder / ".staple"),
-            "PREFECT_HOME": str(folder / "prefect-home"),
+            "PREFECT_HOME": str(folder / "prefect"),
             **environment,
         },
         stdout=subprocess.PIPE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -88,9 +89,12 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> Iterator[Site]:
+def site(
+    tmp_path_factory: pytest.TempPathFactory, migrated_database: Path, prefect_home: Path
+) -> Iterator[Site]:
     """`staple up` in a folder of its own."""
     folder = tmp_path_factory.mktemp("site")
+    shutil.copytree(prefect_home, folder / "prefect")
     (folder / "mlflow.db").write_bytes(migrated_database.read_bytes())
     prefect, mlflow = free_port(), free_port()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -36,9 +37,12 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> Iterator[Site]:
+def site(
+    tmp_path_factory: pytest.TempPathFactory, migrated_database: Path, prefect_home: Path
+) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("site")
     small_loop.make(folder, migrated_database)
+    shutil.copytree(prefect_home, folder / "prefect")
     (folder / "mlflow.db").rename(folder / "server.db")
     with prefect_api(folder) as prefect, mlflow_server(folder) as mlflow:
         shared = {"PREFECT_API_URL": prefect.url, "MLFLOW_TRACKING_URI": mlflow.url}

@@ -295,24 +295,24 @@ def test_a_model_is_not_made_up_when_it_is_loaded(model: Path) -> None:
         load_base(model, quantization="none", dtype="float32", device="cpu")
 
 
-def test_a_template_that_loops_is_ended(model: Path, tmp_path: Path) -> None:
+def test_a_template_that_loops_is_ended(model: Path) -> None:
     """By its processor time, in a child: the step is named, and this process goes on."""
     template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")(
         model
     )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match=r"rendering the chat template takes more than 8 s") as told:
-        check_directory(model, SETTINGS, "trained", tmp_path / "home")
+        check_directory(model, SETTINGS, "trained")
     assert str(told.value).startswith(f"model directory {model}: ")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert used.ru_maxrss < 2_000_000, "KiB: no child takes 2 GB"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
-def test_a_template_that_makes_gigabytes_is_ended(model: Path, tmp_path: Path) -> None:
+def test_a_template_that_makes_gigabytes_is_ended(model: Path) -> None:
     template("{% for m in messages %}{{ 'word ' * 600000000 }}{% endfor %}")(model)
     with pytest.raises(UserError, match=r"the chat template takes more than 1,600 MiB of memory"):
-        check_directory(model, SETTINGS, "trained", tmp_path / "home")
+        check_directory(model, SETTINGS, "trained")
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2_000_000
 
 
@@ -326,15 +326,15 @@ def test_what_was_found_good_is_remembered_and_a_change_is_seen(
         return bounded.Ended({"found": f"answer {len(asked)}"})
 
     monkeypatch.setattr(model_check, "ask", here)
-    home = tmp_path / "home"
-    assert check_directory(model, SETTINGS, "trained", home) == "answer 1"
-    assert check_directory(model, SETTINGS, "trained", home) == "answer 1"
-    assert check_directory(model, SETTINGS, "sampled", home) == "answer 1"
-    assert check_directory(model, SETTINGS, "reward", home) == "answer 2"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert check_directory(model, SETTINGS, "trained") == "answer 1"
+    assert check_directory(model, SETTINGS, "trained") == "answer 1"
+    assert check_directory(model, SETTINGS, "sampled") == "answer 1"
+    assert check_directory(model, SETTINGS, "reward") == "answer 2"
     raw(lambda data: data[:-100])(model)
-    assert check_directory(model, SETTINGS, "trained", home) == "answer 3"
+    assert check_directory(model, SETTINGS, "trained") == "answer 3"
     template(SAID)(model)
-    assert check_directory(model, SETTINGS, "trained", home) == "answer 4"
+    assert check_directory(model, SETTINGS, "trained") == "answer 4"
 
 
 def test_a_hub_sized_directory_takes_seconds(model: Path) -> None:
@@ -463,6 +463,9 @@ def test_validate_refuses_it_without_a_traceback(
     assert said.split(r"\(")[0].replace("'<", "").split("beyond")[0] in shown
 
 
-def test_validate_opens_the_model(whole: Path, validate: Callable[[Path], tuple[int, str]]) -> None:
+def test_validate_opens_the_model(
+    whole: Path, validate: Callable[[Path], tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(whole.parent / "cache"))  # as on another machine
     code, told = validate(whole)
     assert (code, "Qwen2ForCausalLM, 102,016 parameters" in " ".join(told.split())) == (0, True)

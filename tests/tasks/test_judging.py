@@ -86,7 +86,7 @@ def test_a_judge_in_this_process_holds_its_device(tmp_path: Path) -> None:
 
 def test_a_model_that_is_not_there_is_reported_as_the_judge_s(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"judge: .*there is no such directory"):
-        check_judge(at(tmp_path / "nowhere"))
+        check_judge(at(tmp_path / "nowhere"), opens=False)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"judge: .*lacks safetensors weights"):
         judge_notes(at(tmp_path / "empty"), tmp_path)

@@ -95,10 +95,11 @@ def staple(folder: Path, *arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory, small: Path) -> Path:
+def recorded(tmp_path_factory: pytest.TempPathFactory, small: Path, prefect_home: Path) -> Path:
     """A folder with a finished experiment of two iterations, made without any service."""
     folder = tmp_path_factory.mktemp("ui")
     small_loop.copy_finished(small, folder)
+    shutil.copytree(prefect_home, folder / "prefect")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("STAPLE_HOME", str(folder / ".staple"))
