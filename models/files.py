@@ -108,14 +108,18 @@ def unseal(path: Path) -> str:
 
 
 def user_cache() -> Path:
-    """The folder of what this user's experiments share: `staple` below $XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "staple"
+    """The folder of what this user's experiments share; it may be deleted at any time."""
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user without a home: nothing is kept
+        cache = os.devnull
+    return Path(cache) / "staple"
 
 
 def recall(folder: Path, key: str) -> str:
-    """The text that `remember` wrote under a key; "" where there is none or it cannot be read."""
-    with suppress(OSError, UnicodeDecodeError):
-        return (folder / key).read_text("utf-8")
+    """The text that `remember` wrote under a key; "" where there is none or it is damaged."""
+    with suppress(Damaged):
+        return unseal(folder / key)
     return ""
 
 
@@ -124,7 +128,7 @@ def remember(folder: Path, key: str, text: str) -> None:
     with suppress(OSError):
         for path in (folder.parent, folder):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_text(folder / key, text)
+        write_text(folder / key, seal(text))
 
 
 def remove(path: Path) -> None:

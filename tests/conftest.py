@@ -36,6 +36,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
 ROOT = Path(__file__).parent.parent
 GIVEN_SERVERS = os.environ.get("STAPLE_TEST_SERVERS") == "1"
 """Whether flows and records go to the servers that the environment names (`make test-servers`)."""
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each process would compile all modules anew
+sys.dont_write_bytecode = False
 if not GIVEN_SERVERS:
     os.environ.pop("MLFLOW_TRACKING_URI", None)
 

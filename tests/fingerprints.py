@@ -6,6 +6,7 @@ is made in a copy of the packages, in a process of its own that imports the proj
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -110,6 +111,8 @@ if __name__ == "__main__":
     import prefect
 
     prefect.flow = prefect.task = lambda *_, **__: lambda function: function  # type: ignore
+    with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
+        fingerprints()  # so that every library is imported once, here
     for module in [name for name in sys.modules if name.split(".")[0] in PACKAGES]:
         del sys.modules[module]
     print(json.dumps({name: edited(*edit) for name, edit in edits.items()}))

@@ -24,7 +24,7 @@ def extended(section: str, place: Path) -> Path:
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, copy / name)  # with what Python has compiled
         else:
             shutil.copy(source, copy / name)
     subprocess.run(["git", "apply", "-"], cwd=copy, input=diff, text=True, check=True)

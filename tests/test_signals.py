@@ -142,13 +142,16 @@ def test_ctrl_c_while_the_server_starts(folder: Path) -> None:
     assert process.returncode == 130
 
 
-def mining(folder: Path, experiment: str, *, grace: float = GRACE_SECONDS) -> Process:
-    """A run of a new experiment that has finished its first shard, of six that take seconds each.
+def mining(folder: Path, tokens: int, *, grace: float = GRACE_SECONDS) -> Process:
+    """A run that has finished its first shard of mining, of six that take seconds each.
 
     It imports libraries before that, and torch ignores an interrupt that falls into its import.
+
+    Args:
+        tokens: about 200, and another number in each test, so that mining begins anew.
     """
     before = mined(folder)
-    settings = [f"experiment={experiment}", "shard_size=1", "mine.max_response_tokens=200"]
+    settings = ["shard_size=1", f"mine.max_response_tokens={tokens}"]
     changes = [argument for setting in settings for argument in ("--set", setting)]
     process = staple(folder, "run", "lineage.yaml", *changes, grace=grace)
     until(lambda: mined(folder) > before, process)
@@ -161,7 +164,7 @@ def mined(folder: Path) -> int:
 
 
 def test_what_is_kept_is_told_and_marked(folder: Path) -> None:
-    process = mining(folder, "lineage", grace=LONG)
+    process = mining(folder, 200, grace=LONG)
     os.killpg(process.pid, signal.SIGINT)
     line = ended(folder, process)
     assert process.returncode == 130
@@ -178,14 +181,14 @@ def test_what_is_kept_is_told_and_marked(folder: Path) -> None:
 
 
 def test_sigterm_to_the_program_alone(folder: Path) -> None:
-    process = mining(folder, "second")
+    process = mining(folder, 199)
     process.terminate()
-    assert "kept; continue with: staple run second --resume" in ended(folder, process)
+    assert "kept; continue with: staple run lineage --resume" in ended(folder, process)
     assert process.returncode == 143
 
 
 def test_sigkill_leaves_no_server(folder: Path) -> None:
-    process = mining(folder, "third")
+    process = mining(folder, 198)
     process.kill()
     process.wait()
     until(lambda: not processes(folder))

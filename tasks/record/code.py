@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from constitutions.errors import UserError
-from models.files import text_sha256
+from models.files import bytes_sha256, recall, remember, text_sha256, user_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 """Where this project's packages lie, whatever else is on the search path."""
@@ -117,11 +117,24 @@ class _Module(NamedTuple):
 
 @cache
 def _read(module: str) -> _Module:
+    """A file is parsed once for each user: together, a stage's files take more than a second."""
     source = _source(module)
     if source is None:
         return _Module("", frozenset())
-    tree = ast.parse(source.read_bytes())
-    if module.endswith(".registry"):  # its list may grow
+    content, registry = source.read_bytes(), module.endswith(".registry")
+    facts = (content, Path(__file__).read_bytes(), f"{sys.version} {registry}".encode())
+    key = bytes_sha256(b"\0".join(facts))
+    known = recall(user_cache() / "code", key)
+    tree, *imports = known.split() or _parsed(content, registry)
+    if not known:
+        remember(user_cache() / "code", key, " ".join([tree, *imports]))
+    return _Module(tree, frozenset(() if registry else filter(_counts, imports)))
+
+
+def _parsed(content: bytes, registry: bool) -> list[str]:
+    """sha256 (hex) of a file's syntax tree, and all that it imports."""
+    tree = ast.parse(content)
+    if registry:  # its list may grow
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
         tree = ast.Module(list(functions), [])
     tree.body = [node for node in tree.body if not _is_noted(node)]
@@ -133,8 +146,7 @@ def _read(module: str) -> _Module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(body := getattr(node, "body", None), list):
             node.body = [n for n in body if not _is_text(n)]  # type: ignore[attr-defined]
-    counts = () if module.endswith(".registry") else filter(_counts, found)
-    return _Module(text_sha256(ast.dump(tree)), frozenset(counts))
+    return [text_sha256(ast.dump(tree)), *sorted(found)]
 
 
 def _counts(module: str) -> bool:

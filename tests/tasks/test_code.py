@@ -43,7 +43,7 @@ def version(project: Path, *before: Path, script: str = VERSION) -> str:
     ran = subprocess.run(
         [sys.executable, "-S", "-c", script],
         cwd="/",
-        env={"PYTHONPATH": search},
+        env={"PYTHONPATH": search, "XDG_CACHE_HOME": str(project / "cache")},
         capture_output=True,
         text=True,
     )
@@ -55,6 +55,16 @@ def test_a_changed_helper_changes_the_version(project: Path) -> None:
     (project / "tasks" / "helper.py").write_text("def twice(x):\n    return 3 * x\n")
     assert len(before) == len(version(project)) == 64
     assert version(project) != before
+
+
+def test_a_file_is_parsed_once_and_again_where_the_memory_is_damaged(project: Path) -> None:
+    again = f"import ast; ast.parse = None; {VERSION}"
+    assert "not callable" in version(project, script=again), "nothing is remembered yet"
+    before = version(project)
+    assert version(project, script=again) == before
+    for kept in (project / "cache/staple/code").iterdir():
+        kept.write_text(kept.read_text()[:-1] + "?")
+    assert version(project) == before == version(project, script=again)
 
 
 def test_comments_docstrings_and_touching_do_not(project: Path) -> None:
