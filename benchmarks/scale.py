@@ -12,9 +12,9 @@ command measures what is missing. `--table` prints what is there.
 
 Processor seconds are those of the process and of its ended children (`wait4`). Exponents are of the
 stage alone: less imports, and less the texts that stand for the model's. Peaks of memory are the
-process's own (`getrusage`) and the largest of any one descendant's (psutil, five times a second).
-Bytes written are those that the kernel charges to the process (`ru_oublock`): on tmpfs there are
-none.
+process's own (`getrusage`) and the largest of any one descendant's (psutil, looked at every
+second). Bytes written are those that the kernel charges to the process (`ru_oublock`): on tmpfs
+there are none.
 """
 
 from __future__ import annotations
@@ -181,11 +181,12 @@ def measure_size(
     reached = [*wanted, *(["map"] if views else [])]
     if not reached:
         return
+    kept = (place_of(plan, size) / "mlflow.db").exists()
     place, order = begun(plan, size), list(STEPS)
     last = max(map(order.index, reached))
     for name in order[: last + 1]:
-        if name not in reached and name == "map":
-            continue
+        if name not in reached and (name == "map" or (kept and row_of(plan, size, name))):
+            continue  # no later step reads it, or the record has it
         if not measure_step(plan, size, name, name in wanted, place):
             return
     if views:
@@ -194,28 +195,30 @@ def measure_size(
         shutil.rmtree(place)
 
 
+def place_of(plan: Plan, size: int) -> Path:
+    """The folder with the record of a size."""
+    return plan.folder / f"size-{size}"
+
+
 def begun(plan: Plan, size: int) -> Path:
     """The place of a size, with its prompts and settings."""
-    place = plan.folder / f"size-{size}"
-    if not (plan.world / "model" / "tokenizer.json").exists():
-        _make_world(plan)
-    if not (place / "mlflow.db").exists():
-        place.mkdir(parents=True, exist_ok=True)
-        settings = experiment_settings(plan, size)
-        done = in_process(
-            Task(does="place", place=str(place), world=str(plan.world), settings=settings)
-        )
-        _check(done)
-    return place
-
-
-def _make_world(plan: Plan) -> None:
     from benchmarks.scale_world import World, given_sentences, made_sentences
 
-    plan.world.mkdir(parents=True, exist_ok=True)
-    said = given_sentences(Path(plan.texts)) if plan.texts else made_sentences(plan.seed)
-    World(said, plan.seed, plan.bytes).save(plan.world / "world.json")
-    _check(in_process(Task(does="world", place=str(plan.world), world=str(plan.world))))
+    place, texts = place_of(plan, size), plan.world / "world.json"
+    if not texts.exists():
+        plan.world.mkdir(parents=True, exist_ok=True)
+        said = given_sentences(Path(plan.texts)) if plan.texts else made_sentences(plan.seed)
+        World(said, plan.seed, plan.bytes).save(texts)
+    if not (place / "mlflow.db").exists():
+        place.mkdir(parents=True, exist_ok=True)
+        task = Task(
+            does="place",
+            place=str(place),
+            world=str(plan.world),
+            settings=experiment_settings(plan, size),
+        )
+        _check(in_process(task))
+    return place
 
 
 def experiment_settings(plan: Plan, size: int) -> Row:
@@ -336,7 +339,7 @@ def ended(words: Sequence[str], variables: dict[str, str], folder: str | None = 
 
 def _watched(process: subprocess.Popen[bytes]) -> tuple[int, int, Any]:
     """The largest memory of any descendant, the exit status and the resources used."""
-    peak = 0
+    peak, start = 0, time.monotonic()
     while True:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
@@ -346,7 +349,7 @@ def _watched(process: subprocess.Popen[bytes]) -> tuple[int, int, Any]:
                 peak = max(peak, child.memory_info().rss)
         except psutil.Error:
             pass
-        time.sleep(0.2)
+        time.sleep(min(1.0, 0.05 + (time.monotonic() - start) / 50))
 
 
 def _text(file: TextIO) -> str:

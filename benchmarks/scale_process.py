@@ -7,9 +7,11 @@ replaced: `PolicySource.load`, by which stages open their policy, gives a `Recom
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import resource
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,6 +21,7 @@ from typing import Any
 from benchmarks.scale_world import Recombined, World, write_model, write_prompts
 
 EXPERIMENT = "scale"
+PR_SET_PDEATHSIG = 1
 PROMPTS, SETTINGS, MEASURED = "prompts.jsonl", "settings.yaml", "measured.json"
 
 
@@ -27,7 +30,7 @@ class Task:
     """What a process does in a place: a folder with its record, prompts and settings."""
 
     does: str
-    """"world", "place", "run", "form", or the name of a stage."""
+    """"place", "run", "form", or the name of a stage."""
     place: str
     world: str
     """The folder of the texts and of the model."""
@@ -61,12 +64,11 @@ def main() -> None:
     """Do the task that the command names."""
     given = json.loads(sys.argv[1])
     task = Task(**given | {"overrides": tuple(given.get("overrides", ()))})
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it ends with who measures it
     if task.memory:
         most = int(task.memory * 1e9)
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     match task.does:
-        case "world":
-            write_model(World.load(Path(task.world, "world.json")), Path(task.world, "model"))
         case "place":
             begin(task)
         case "run":
@@ -79,13 +81,16 @@ def main() -> None:
 
 
 def begin(task: Task) -> None:
-    """Write prompts and settings, and let the model be checked: that is done once."""
+    """Write the model, prompts and settings, and let the model be checked: that is done once."""
     import yaml
 
     place = Path(task.place)
     settings = task.settings
     count = settings["prompts"]["first"] + settings["prompts"]["held_out"]
-    write_prompts(World.load(Path(task.world, "world.json")), count, place / PROMPTS)
+    world, model = World.load(Path(task.world, "world.json")), Path(task.world, "model")
+    if not (model / "tokenizer.json").exists():
+        write_model(world, model)
+    write_prompts(world, count, place / PROMPTS)
     (place / SETTINGS).write_text(yaml.safe_dump(settings), "utf-8")
     with _here(task):
         from flows.experiment import note_settings, open_experiment
