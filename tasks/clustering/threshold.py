@@ -8,6 +8,7 @@ places. The figure is in nats a word, whatever the kind of features: the rule ne
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 
 from models.engine.threads import pinned
 from tasks.clustering.agglomeration import agglomerate, cut
-from tasks.clustering.features import Features
+from tasks.clustering.features import Features, word_counts
 
 Insertions = Sequence[Counter[str]]
 Describe = Callable[[np.ndarray, Insertions], Features]
@@ -77,12 +78,7 @@ class _Words:
 
     @classmethod
     def of(cls, inserted: Insertions) -> _Words:
-        from scipy.sparse import csr_matrix
-        from sklearn.feature_extraction import DictVectorizer
-
-        if not any(inserted):
-            return cls(csr_matrix((len(inserted), 1)))
-        return cls(DictVectorizer().fit_transform(inserted).tocsr())
+        return cls(word_counts(inserted).astype(np.float64))
 
     @property
     def any(self) -> np.ndarray:
@@ -115,6 +111,7 @@ def _half(inserted: Counter[str], second: bool) -> Counter[str]:
     return Counter({w: n for w, n in inserted.items() if _is_odd(w) == second})
 
 
+@functools.lru_cache(maxsize=1 << 20)
 def _is_odd(word: str) -> bool:
     return bool(hashlib.sha256(word.encode()).digest()[0] % 2)
 

@@ -20,7 +20,7 @@ from tasks.cluster import Clustering, ClusterSettings, cluster, discovery_rate
 from tasks.clustering import agglomeration, picture
 from tasks.clustering import features as blocks
 from tasks.clustering.agglomeration import agglomerate, group, micro_clusters, representatives
-from tasks.clustering.features import Features, combine, distinct_principles
+from tasks.clustering.features import Features, combine, distinct_principles, word_counts
 from tasks.clustering.picture import figure, map_principles
 from tasks.rows import (
     ClusterRow,
@@ -502,3 +502,14 @@ def test_support_counts_kept_trajectories() -> None:
     kept, _, _ = _world()
     counted = Counter(principle_key(row.principle) for row in kept)
     assert {d.key: d.support for d in distinct_principles(kept)} == counted
+
+
+def test_words_are_counted_as_by_scikit_learn() -> None:
+    from sklearn.feature_extraction import DictVectorizer
+
+    drawn = np.random.default_rng(3)
+    counters = [Counter(map(str, drawn.integers(0, 40, size=n % 7 * 5))) for n in range(30)]
+    expected = DictVectorizer(dtype=np.float32).fit_transform(counters)
+    found = word_counts(counters)
+    assert (found != expected).nnz == 0 and found.dtype == expected.dtype
+    assert word_counts([Counter(), Counter()]).shape == (2, 1)
