@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from constitutions.errors import UserError, UserErrors
 from constitutions.parse import LARGE, line_of, parse_yaml, read_text, yaml_tree
@@ -49,17 +49,32 @@ class Principle(BaseModel):
     """Their share, in [0, 1], of the weight of all trajectories."""
     example: Annotated[str, Field(strict=True)] = ""
     """The `prompt_id` of the trajectory that this principle improved most."""
+    wordings: Count = 0
+    """The number of wordings that were merged into it; at least that of `members`."""
     members: tuple[Text, ...] = ()
-    """The wordings that were merged into it, most frequent first."""
+    """Wordings that were merged into it, most frequent first. `cluster` lists a few of many here,
+    and all of them in its table `clusters` (`tasks.clustering.wordings`)."""
 
     def model_post_init(self, _context: Any) -> None:
         if not self.id:
             object.__setattr__(self, "id", principle_id(self.text))
+        if self.wordings < len(self.members):
+            object.__setattr__(self, "wordings", len(self.members))
 
     @property
-    def wordings(self) -> frozenset[str]:
+    def keys(self) -> frozenset[str]:
         """The `principle_key`s of its text and of its members."""
         return frozenset(map(principle_key, (self.text, *self.members)))
+
+
+class Entry(Principle):
+    """A principle as a person edits it."""
+
+    into: Annotated[str, Field(strict=True)] = ""
+    """The id of the principle that it is merged into."""
+
+
+AnyPrinciple = TypeVar("AnyPrinciple", bound=Principle)
 
 
 class Tail(BaseModel):
@@ -76,6 +91,10 @@ class Tail(BaseModel):
     """Their share of the weight of all trajectories."""
 
 
+def _by_support(principles: tuple[AnyPrinciple, ...]) -> tuple[AnyPrinciple, ...]:
+    return tuple(sorted(principles, key=lambda p: (-p.support, p.text)))
+
+
 class Constitution(BaseModel):
     """The principles of one iteration, ordered by support (descending), then by text."""
 
@@ -85,12 +104,7 @@ class Constitution(BaseModel):
     iteration: Count = 0
     tail: Tail | None = None
     """None: there is none, or a person dropped it."""
-    principles: tuple[Principle, ...]
-
-    @field_validator("principles")
-    @classmethod
-    def _ordered(cls, principles: tuple[Principle, ...]) -> tuple[Principle, ...]:
-        return tuple(sorted(principles, key=lambda p: (-p.support, p.text)))
+    principles: Annotated[tuple[Principle, ...], AfterValidator(_by_support)]
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -108,20 +122,19 @@ class Constitution(BaseModel):
         return any(p.antithesis for p in self.principles)
 
 
-class Entry(Principle):
-    """A principle as a person edits it."""
-
-    into: Annotated[str, Field(strict=True)] = ""
-    """The id of the principle that it is merged into."""
-
-
-class Draft(Constitution):
+class Draft(BaseModel):
     """A constitution as a person edits it."""
 
-    principles: tuple[Entry, ...]
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    experiment: Annotated[str, Field(strict=True)] = ""
+    iteration: Count = 0
+    tail: Tail | Literal["keep", "drop"] | None = None
+    """What becomes of the tail; with its figures it is kept. None: the file does not say."""
+    principles: Annotated[tuple[Entry, ...], AfterValidator(_by_support)]
 
 
-Document = TypeVar("Document", bound=Constitution)
+Document = TypeVar("Document", Constitution, Draft)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,12 +303,21 @@ def _validated(
         try:
             document = kind.model_validate(part)
         except ValidationError as error:
-            root, mistakes = yaml_tree(source), error.errors(include_url=False)
+            root, mistakes = yaml_tree(source), _of_the_likelier(error.errors(include_url=False))
             named = [_as_user_error(e, start, root, path, kind) for e in mistakes[:REPORTED]]
             raise UserErrors(named, more=len(mistakes) - len(named)) from None
         found += document.principles
     assert document is not None, "there is at least one part"
     return document if len(there) <= AT_ONCE else kind(**data | {"principles": found})
+
+
+def _of_the_likelier(errors: list[Any]) -> list[Any]:
+    """pydantic's errors, those of a draft's tail once: as figures, not as a word too."""
+    words = [e for e in errors if e["loc"][:1] == ("tail",) and e["type"] == "literal_error"]
+    for error in errors:
+        if error["loc"][:2] == ("tail", Tail.__name__):
+            error["loc"] = ("tail", *error["loc"][2:])
+    return [e for e in errors if e not in words]
 
 
 def repetitions(entries: Sequence[Mapping[str, Any]]) -> Iterator[Repetition]:
@@ -341,7 +363,7 @@ def _repetition(
 def _heirs_among(new: Constitution) -> Callable[[Principle], Principle | None]:
     """A function from an old principle to the new one that continues it; see `diff`."""
     by_id = {p.id: p for p in new.principles}
-    wordings = {p.id: p.wordings for p in new.principles}
+    wordings = {p.id: p.keys for p in new.principles}
     holders: defaultdict[str, list[str]] = defaultdict(list)
     for id, words in wordings.items():
         for wording in words:
@@ -350,7 +372,7 @@ def _heirs_among(new: Constitution) -> Callable[[Principle], Principle | None]:
     def heir(old: Principle) -> Principle | None:
         if old.id in by_id:
             return by_id[old.id]
-        own, text = old.wordings, principle_key(old.text)
+        own, text = old.keys, principle_key(old.text)
         shared = Counter(id for wording in own for id in holders.get(wording, ()))
         related = [
             id
@@ -369,11 +391,12 @@ def _heirs_among(new: Constitution) -> Callable[[Principle], Principle | None]:
 
 
 def _kinship(new: Principle) -> Callable[[Principle], tuple[bool, int]]:
-    return lambda old: (old.id == new.id, len(old.wordings & new.wordings))
+    return lambda old: (old.id == new.id, len(old.keys & new.keys))
 
 
 def _entry(principle: Principle) -> dict[str, Any]:
-    entry = principle.model_dump(mode="json")
+    all_listed = {"wordings"} if principle.wordings == len(principle.members) else set()
+    entry = principle.model_dump(mode="json", exclude=all_listed)
     return {name: value for name, value in entry.items() if value not in ("", [])}
 
 
@@ -390,9 +413,7 @@ def _header(constitution: Constitution) -> str:
         else ""
     )
     drop_tail = (
-        "#            the entry 'tail' too: its trajectories are dropped\n"
-        if constitution.tail
-        else ""
+        "#            the tail and its trajectories: write 'tail: drop'\n" if constitution.tail else ""
     )
     return (
         f"# {covered(constitution)} To edit:\n"
@@ -419,9 +440,16 @@ def covered(constitution: Constitution) -> str:
 
 
 def _others(principle: Principle, limit: int) -> str:
-    others = [markdown_text(m) for m in principle.members if m != principle.text]
-    more = f" (+{len(others) - limit:,})" if len(others) > limit else ""
-    return " · ".join(others[:limit]) + more
+    others, more = other_wordings(principle, limit)
+    return " · ".join(map(markdown_text, others)) + (f" (+{more:,})" if more else "")
+
+
+def other_wordings(principle: Principle, limit: int) -> tuple[list[str], int]:
+    """At most so many of a principle's wordings beside its text, and how many more there are."""
+    others = [m for m in principle.members if m != principle.text]
+    shown = others[:limit]
+    unlisted = principle.wordings - len(principle.members)
+    return shown, len(others) - len(shown) + unlisted
 
 
 def _as_user_error(
@@ -429,7 +457,7 @@ def _as_user_error(
     start: int,
     root: yaml.Node | None,
     path: str | os.PathLike[str],
-    document: type[Constitution],
+    document: type[Constitution] | type[Draft],
 ) -> UserError:
     """pydantic's error as a UserError; `start` is the index of the first validated principle."""
     kind, location = error["type"], error["loc"]
@@ -445,7 +473,8 @@ def _as_user_error(
     requirement = error["msg"].removeprefix("Input should be ")
     what, expected = _MISTAKES.get(kind, ("wrong value", requirement))
     if location == ("tail",):
-        what, expected = "this is not a tail", "its figures as they were, or no 'tail:' to drop it"
+        what, expected = "this is not a tail", "its figures as they were"
+        expected += ", 'keep' or 'drop'" if document is Draft else ""
     return UserError(what, where=where, expected=expected)
 
 

@@ -266,13 +266,15 @@ def _combined(principle: Principle, text: str, parts: Sequence[Principle]) -> Pr
     if text == principle.text and not parts:
         return principle
     wordings: dict[str, str] = {}
-    for wording in (w for p in (principle, *parts) for w in (*p.members, p.text)):
+    whole_of = (principle, *parts)
+    for wording in (w for p in whole_of for w in (*p.members, p.text)):
         wordings.setdefault(principle_key(wording), wording)
     return principle.model_copy(
         update={
             "text": text,
-            "support": sum(p.support for p in (principle, *parts)),
-            "share": round(min(sum(p.share for p in (principle, *parts)), 1.0), 6),
+            "support": sum(p.support for p in whole_of),
+            "share": round(min(sum(p.share for p in whole_of), 1.0), 6),
+            "wordings": len(wordings) + sum(p.wordings - len(p.members) for p in whole_of),
             "members": tuple(wordings.values()),
         }
     )

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from constitutions.constitution import Constitution, Principle, load, principle_key, save
+from constitutions.constitution import Constitution, Principle, principle_key, save
 from models import prompts
 from models.embedders import Embed, sentence_embedder
 from models.policy import Policy
@@ -34,6 +34,7 @@ from tasks.clustering.features import (
 from tasks.clustering.picture import figure, map_principles
 from tasks.clustering.support import measured, tail_of
 from tasks.clustering.threshold import Describe, Insertions, predictive_threshold
+from tasks.clustering.wordings import with_wordings
 from tasks.policies.opening import PolicySource
 from tasks.record.record import Attempt
 from tasks.record.slot import Slot
@@ -44,6 +45,8 @@ from tasks.rows import ClusterRow, Labelled, Mined, Trajectory, fields
 Feature = Literal["effect", "characters", "sentences", "hidden"]
 
 
+LISTED = 10
+"""Wordings of a principle that the constitution's file lists; all are in the table `clusters`."""
 THRESHOLD = 0.8
 """The distance threshold; also where too few principles are there to choose one."""
 
@@ -107,8 +110,8 @@ def cluster_stage(
         work.write("labelled", done.labelled, Labelled)
         work.write("clusters", done.clusters, ClusterRow)
         save(done.constitution, work.outputs / "constitution.yaml")
-        figure(done.clusters, work.outputs / "map.png")
-        known = [load(attempt.path("constitution.yaml")) for attempt in earlier.values()]
+        figure(done.clusters, work.outputs / "map.png", len(done.constitution.principles))
+        known = [with_wordings(attempt) for attempt in earlier.values()]
         return {
             **{f"cluster/{name}": float(count) for name, count in done.counts.items()},
             "cluster/distance_threshold": done.threshold,
@@ -373,10 +376,19 @@ def _principles(labelled: Sequence[Labelled], groups: Sequence[_Group]) -> tuple
     for number, g in enumerate(groups):
         if g.in_tail:
             continue
-        members = sorted(g.members, key=lambda m: (-m.support, m.text))
-        principle = Principle(text=g.representative.text, members=tuple(m.text for m in members))
+        principle = Principle(
+            text=g.representative.text, wordings=len(g.members), members=_listed(g)
+        )
         found.append(measured(principle, carried[number], weight))
     return tuple(found)
+
+
+def _listed(group: _Group) -> tuple[str, ...]:
+    """The representative and the most frequent of a group's wordings, most frequent first."""
+    ranked = sorted(group.members, key=lambda m: (-m.support, m.text))
+    others = [m for m in ranked if m is not group.representative]
+    listed = {m.key for m in (group.representative, *others[: LISTED - 1])}
+    return tuple(m.text for m in ranked if m.key in listed)
 
 
 def _notes(

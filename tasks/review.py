@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -23,11 +23,12 @@ from constitutions.review import Decision, apply, described, effective
 from models.files import write_text
 from models.settings import Settings
 from tasks.clustering.support import measured, tail_of
+from tasks.clustering.wordings import TABLE
 from tasks.record.record import Attempt, Record
 from tasks.record.slot import Slot
 from tasks.record.stage import stage
 from tasks.record.work import Metrics, Workspace
-from tasks.rows import Labelled, Rejected
+from tasks.rows import ClusterRow, Labelled, Rejected
 
 DROPPED = "principle dropped in review"
 TAIL = ""
@@ -61,12 +62,15 @@ class ReviewDecision(BaseModel):
 def review_stage(
     at: Slot, settings: ReviewSettings, clustered: Attempt, verdict: ReviewDecision
 ) -> Attempt:
-    """labelled, constitution → both as approved, the rejected trajectories, the decisions."""
+    """labelled, clusters, constitution → all as approved, the rejected trajectories, the decisions.
+    """
 
     def compute(work: Workspace) -> Metrics:
         constitution = load(clustered.path("constitution.yaml"))
-        done = review(clustered.read("labelled", Labelled), constitution, verdict)
+        clusters = clustered.read(TABLE, ClusterRow)
+        done = review(clustered.read("labelled", Labelled), constitution, verdict, clusters)
         work.write("labelled", done.labelled, Labelled)
+        work.write(TABLE, done.clusters, ClusterRow)
         work.write("rejected", done.rejected, Rejected)
         save(done.constitution, work.outputs / "constitution.yaml")
         _write_review(work.outputs / "review.yaml", constitution, done, verdict)
@@ -91,12 +95,17 @@ class Reviewed:
 
     labelled: list[Labelled]
     rejected: list[Rejected]
+    clusters: list[ClusterRow]
+    """Those of what is left, with the numbers and the texts of the approved constitution."""
     constitution: Constitution
     counts: dict[str, int]
 
 
 def review(
-    labelled: Sequence[Labelled], constitution: Constitution, verdict: ReviewDecision
+    labelled: Sequence[Labelled],
+    constitution: Constitution,
+    verdict: ReviewDecision,
+    clusters: Iterable[ClusterRow] = (),
 ) -> Reviewed:
     """Apply a verdict to the constitution and to the trajectories that it labels.
 
@@ -115,12 +124,17 @@ def review(
     wordings = {p.id: p.text for p in approved.principles}
     worded = {principle_key(p.text): p.id for p in approved.principles}
     outside = None if verdict.drop_tail else TAIL
+
+    def place_of(cluster: int, label: str) -> str | None:
+        """The id of the principle, or `TAIL`, where it stays; None: it is dropped."""
+        was = _principle_at(cluster, constitution)
+        return places[was.id] if was else worded.get(principle_key(label), outside)
+
     ids: list[str] = []
     rows: list[Labelled] = []
     rejected: list[Rejected] = []
     for row in labelled:
-        was = _principle_of(row, constitution)
-        place = places[was.id] if was else worded.get(principle_key(row.label), outside)
+        was, place = _principle_at(row.cluster, constitution), place_of(row.cluster, row.label)
         if place is None:
             rejected.append(_reject(row, was.text if was else f"the tail: {row.label}"))
         else:
@@ -136,12 +150,21 @@ def review(
     approved = _measured(approved, ids, rows)
     numbers = {p.id: number for number, p in enumerate(approved.principles)}
     shift = len(approved.principles) - len(constitution.principles)
+    kept = ((row, place_of(row.cluster, row.principle)) for row in clusters)
+    moved = [
+        replace(row, cluster=row.cluster + shift)
+        if id == TAIL
+        else replace(row, cluster=numbers[id], representative=wordings[id])
+        for row, id in kept
+        if id is not None
+    ]
     return Reviewed(
         labelled=[
             replace(row, cluster=row.cluster + shift if id == TAIL else numbers[id])
             for id, row in zip(ids, rows, strict=True)
         ],
         rejected=rejected,
+        clusters=sorted(moved, key=lambda row: (row.cluster, -row.support, row.principle)),
         constitution=approved,
         counts=_counts(constitution, verdict, labelled, rows),
     )
@@ -205,10 +228,9 @@ def _write_review(
     write_text(path, head + body)
 
 
-def _principle_of(row: Labelled, constitution: Constitution) -> Principle | None:
-    """The principle of a trajectory's cluster; None: it is of the tail."""
-    there = row.cluster < len(constitution.principles)
-    return constitution.principles[row.cluster] if there else None
+def _principle_at(cluster: int, constitution: Constitution) -> Principle | None:
+    """The principle of a cluster; None: it is of the tail."""
+    return constitution.principles[cluster] if cluster < len(constitution.principles) else None
 
 
 def _reject(row: Labelled, detail: str) -> Rejected:

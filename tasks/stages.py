@@ -144,7 +144,11 @@ class StageSettings(Settings):
         Stage(
             about="the constitution as a person approved it",
             reads=("cluster",),
-            writes={"labelled": rows.Labelled, "rejected": rows.Rejected},
+            writes={
+                "labelled": rows.Labelled,
+                "clusters": rows.ClusterRow,
+                "rejected": rows.Rejected,
+            },
             publishes=("constitution.yaml",),
             part="constitution",
             deployed=False,  # the run of the experiment asks

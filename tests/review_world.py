@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 from constitutions.constitution import Constitution, Principle, save
@@ -9,7 +10,7 @@ from models.settings import Settings
 from tasks.record.record import Attempt
 from tasks.record.slot import Slot
 from tasks.record.work import Metrics, Workspace
-from tasks.rows import Labelled
+from tasks.rows import ClusterRow, Labelled
 
 TRAJECTORIES = (
     # prompt, sample, principle, label, cluster, weight
@@ -64,18 +65,47 @@ def clustering(experiment: str = "an-experiment") -> tuple[list[Labelled], Const
     return rows, _measured(rows, blank, experiment)
 
 
-def clustered_attempt(slot: Slot, note: str = "") -> Attempt:
-    """A recorded attempt of `cluster` that wrote it; another note is another constitution."""
+def clustered_attempt(slot: Slot, note: str = "", listed: int = 9) -> Attempt:
+    """A recorded attempt of `cluster` that wrote it; another note is another constitution.
+
+    Args:
+        listed: wordings of each principle, at most, that its file lists.
+    """
 
     def compute(work: Workspace) -> Metrics:
         rows, constitution = clustering(slot.record.experiment)
         rows = [replace(row, source=f"{row.source}{note}") for row in rows]
         work.write("labelled", rows, Labelled)
-        save(constitution, work.outputs / "constitution.yaml")
+        work.write("clusters", clusters_of(rows, constitution), ClusterRow)
+        save(_listing(constitution, listed), work.outputs / "constitution.yaml")
         return {"constitution_size": 3.0}
 
-    noted = replace(slot, notes={"note": note})
+    noted = replace(slot, notes={"note": f"{note}{listed}"})
     return noted.attempt("cluster", NoSettings(), {}, compute)
+
+
+def _listing(constitution: Constitution, most: int) -> Constitution:
+    entries = (p.model_copy(update={"members": p.members[:most]}) for p in constitution.principles)
+    return constitution.model_copy(update={"principles": tuple(entries)})
+
+
+def clusters_of(rows: list[Labelled], constitution: Constitution) -> list[ClusterRow]:
+    """Each distinct wording, in its cluster."""
+    support = Counter((row.cluster, row.principle) for row in rows)
+    found = [
+        ClusterRow(
+            principle=wording,
+            cluster=cluster,
+            representative=dict(enumerate(constitution.texts)).get(cluster, wording),
+            support=count,
+            inserted=0,
+            x=None,
+            y=None,
+            note="",
+        )
+        for (cluster, wording), count in support.items()
+    ]
+    return sorted(found, key=lambda row: (row.cluster, -row.support, row.principle))
 
 
 def _measured(rows: list[Labelled], blank: tuple[Principle, ...], experiment: str) -> Constitution:

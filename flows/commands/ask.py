@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from constitutions.constitution import Constitution, load, principle_key
+from constitutions.constitution import Constitution, principle_key
 from constitutions.errors import UserError
 from constitutions.parse import whole
 from constitutions.terminal import console
@@ -21,6 +21,7 @@ from flows.methods import method_of
 from flows.schema import ExperimentSettings
 from models.policy import NO_ANSWER, UNFINISHED, Completion, Message, Messages, Request
 from models.prompts import under_constitution
+from tasks.clustering.wordings import with_wordings
 from tasks.policies.answers import Generation
 from tasks.rows import Prompt, prompt_id
 from tasks.sami.draw import pool_of
@@ -87,7 +88,7 @@ def _refined(experiment: Experiment, at: int, turns: Messages) -> PolicyReply:
     elif not answer.principle:
         note = "this method has no principles."
     else:
-        constitution = load(experiment.constitution(at).path("constitution.yaml"))
+        constitution = with_wordings(experiment.constitution(at))
         note = _rank(constitution, answer.principle)
     return PolicyReply({**texts, "refined answer": answer.refined}, f"Iteration {at}: {note}")
 

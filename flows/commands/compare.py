@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.text import Text
 
-from constitutions.constitution import Changes, Principle, diff, load
+from constitutions.constitution import Changes, Principle, diff
 from constitutions.errors import UserError
 from constitutions.terminal import console
 from flows.commands.tables import table
@@ -17,6 +17,7 @@ from flows.experiment import Experiment, open_experiment, recorded_settings
 from flows.methods import method_of
 from flows.publish import constitution_of, iteration_metrics
 from flows.settings import dotted
+from tasks.clustering.wordings import with_wordings
 from tasks.record.record import Attempt
 from tasks.record.work import Metrics
 
@@ -199,7 +200,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, str]:
 def _constitutions(left: Attempt | None, right: Attempt | None) -> Changes | None:
     if left is None or right is None:
         return None
-    return diff(*(load(attempt.path("constitution.yaml")) for attempt in (left, right)))
+    return diff(with_wordings(left), with_wordings(right))
 
 
 def show_compared(found: Compared) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from constitutions.constitution import Principle, covered, load
+from constitutions.constitution import Principle, covered, load, other_wordings
 from constitutions.errors import UserError
 from constitutions.terminal import console
 from flows.commands.tables import table
@@ -56,6 +56,5 @@ def show_constitution(experiment: str, iteration: int | None, page: int = 1) -> 
 
 def _others(entry: Principle) -> str:
     """Two of a principle's other wordings, and how many more there are."""
-    others = [m for m in entry.members if m != entry.text]
-    more = f" … {len(others) - 2} more" if len(others) > 2 else ""
-    return "; ".join(others[:2]) + more
+    others, more = other_wordings(entry, 2)
+    return "; ".join(others) + (f" … {more} more" if more else "")

@@ -73,7 +73,10 @@ def edit(
     with writing(experiment, f"staple constitution edit {experiment}"):
         try:
             old, shown = load(clustered.path(FILE)), load(standing)
-            verdict = decided(old, shown, load_draft(source), decided_by, note)
+            edited = load_draft(source)
+            if shown.tail and edited.tail is None:
+                say(f"{source} has no 'tail:': the tail is kept (write 'tail: drop' to drop it)")
+            verdict = decided(old, shown, edited, decided_by, note)
             reviewed = record_review(opened, t, clustered, verdict)
         except UserError as error:
             again = f"{command} --file {file}" if file else command
@@ -91,14 +94,17 @@ def decided(
 ) -> ReviewDecision:
     """The decisions that lead from the clustered constitution to the edited file.
 
+    A file that does not name the tail leaves it as it stands.
+
     Args:
         shown: what the person saw in the file; see `decisions_between`.
     """
     decisions, added = decisions_between(old, edited, shown)
+    stands = "drop" if shown.tail is None else "keep"
     return ReviewDecision(
         decisions=tuple(decisions),
         added=tuple(added),
-        drop_tail=old.tail is not None and edited.tail is None,
+        drop_tail=old.tail is not None and (edited.tail or stands) == "drop",
         by=by,
         note=note,
     )

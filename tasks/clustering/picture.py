@@ -34,8 +34,13 @@ def map_principles(features: Features, how: str = "umap", seed: int = 0) -> np.n
     return places
 
 
-def figure(rows: Sequence[ClusterRow], path: str | Path, labels: int = 20) -> None:
-    """Draw the map as a PNG: a dot a principle, a colour a cluster, the largest clusters named."""
+def figure(rows: Sequence[ClusterRow], path: str | Path, size: int, labels: int = 20) -> None:
+    """Draw the map as a PNG: a dot a principle, a colour a cluster, the largest clusters named.
+
+    Args:
+        size: principles of the constitution; those of clusters beyond it, the tail, are grey.
+        labels: most clusters that are named.
+    """
     from matplotlib.figure import Figure
 
     placed = [row for row in rows if row.x is not None]
@@ -46,18 +51,16 @@ def figure(rows: Sequence[ClusterRow], path: str | Path, labels: int = 20) -> No
         x,
         y,
         s=[12 + 8 * math.sqrt(row.support) for row in placed],
-        c=[row.cluster % 20 for row in placed],
-        cmap="tab20",
-        vmin=0,
-        vmax=19,
+        c=[_colour(row, size) for row in placed],
         alpha=0.7,
         linewidths=0,
     )
-    for number in range(labels):
+    for number in range(min(labels, size)):
         _name_cluster(axes, [row for row in placed if row.cluster == number])
-    clusters = len({row.cluster for row in placed})
+    clusters = len({row.cluster for row in rows if row.cluster < size})
     of = f" of {len(rows):,}" if len(placed) < len(rows) else ""
-    axes.set_title(f"{len(placed):,}{of} principles in {clusters:,} clusters")
+    tail = " and a tail (grey)" if any(row.cluster >= size for row in rows) else ""
+    axes.set_title(f"{len(placed):,}{of} principles in {clusters:,} clusters{tail}")
     axes.set_axis_off()
     canvas.savefig(path)
 
@@ -92,6 +95,12 @@ def _name_cluster(axes: Any, rows: Sequence[ClusterRow]) -> None:
     box = {"fc": "white", "alpha": 0.7, "lw": 0}
     above = {"xytext": (0, 9), "textcoords": "offset points"}
     axes.annotate(short, (x, y), ha="center", fontsize=8, bbox=box, **above)
+
+
+def _colour(row: ClusterRow, size: int) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["tab20"](row.cluster % 20) if row.cluster < size else (0.6, 0.6, 0.6, 1.0)
 
 
 def _points(rows: Sequence[ClusterRow]) -> np.ndarray:

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from constitutions.constitution import Constitution, load
+from constitutions.constitution import Constitution
 from tasks.benchmarks.base import Column
 from tasks.benchmarks.registry import columns as benchmark_columns
+from tasks.clustering.wordings import with_wordings
 from tasks.report import sami
 from tasks.report.exhibits import MAP_HEIGHT, MAP_WIDTH, AnswerExhibit, Map, examples, principle_map
 from tasks.report.figures import figures, stage_seconds, stage_tokens, svg
@@ -317,7 +318,7 @@ def _judge(e: Recorded) -> tuple[str, list[tuple[str, str]]]:
 def _constitutions(e: Recorded) -> dict[int, Constitution]:
     """What each iteration trained on: as a person approved it, else as it was clustered."""
     found = {t: stages.get("review") or stages.get("cluster") for t, stages in e.attempts.items()}
-    return {t: load(a.path("constitution.yaml")) for t, a in sorted(found.items()) if a}
+    return {t: with_wordings(a) for t, a in sorted(found.items()) if a}
 
 
 def _maps(e: Recorded) -> list[tuple[Map, list[dict[str, Any]]]]:
@@ -326,7 +327,8 @@ def _maps(e: Recorded) -> list[tuple[Map, list[dict[str, Any]]]]:
     for t, stages in sorted(e.attempts.items()):
         if clustered := stages.get("cluster"):
             rows = clustered.read("clusters", ClusterRow)
-            drawn = principle_map(t, rows, clustered.read("labelled", Labelled))
+            size = int(clustered.metrics["constitution_size"])
+            drawn = principle_map(t, rows, clustered.read("labelled", Labelled), size)
             found.append((drawn, _dots(drawn)))
     return found
 
@@ -336,7 +338,7 @@ def _dots(drawn: Map) -> list[dict[str, Any]]:
         {
             "principle": dot.row.principle,
             "support": dot.row.support,
-            "cluster": dot.row.cluster + 1,
+            "cluster": None if dot.in_tail else dot.row.cluster + 1,
             "representative": dot.row.representative,
             "example": drawn.examples.get(dot.row.principle, []),
         }

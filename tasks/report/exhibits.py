@@ -175,6 +175,8 @@ class Dot(NamedTuple):
     y: float
     radius: float
     row: ClusterRow
+    in_tail: bool
+    """Whether it is outside of the constitution, and keeps its own words."""
 
 
 class Mark(NamedTuple):
@@ -193,18 +195,27 @@ class Map:
     dots: list[Dot]
     marks: list[Mark]
     clusters: list[tuple[int, str, int]]
-    """(number, representative, trajectories of all its members), in the constitution's order."""
+    """(number, representative, trajectories of all its members), numbered like the constitution's
+    principles."""
+    tail: tuple[int, int]
+    """Principles outside of the constitution, and their trajectories."""
     distinct: int
     """Principles in all; those without a place, or beyond `MAP_POINTS`, have no dot."""
     examples: Mapping[str, list[Piece]]
     """Principle → the refinement that it improved most."""
 
 
-def principle_map(iteration: int, rows: Sequence[ClusterRow], kept: Iterable[Labelled]) -> Map:
-    """The map of an iteration's clustering, scaled to `MAP_WIDTH` by `MAP_HEIGHT`, y downwards."""
+def principle_map(
+    iteration: int, rows: Sequence[ClusterRow], kept: Iterable[Labelled], size: int
+) -> Map:
+    """The map of an iteration's clustering, scaled to `MAP_WIDTH` by `MAP_HEIGHT`, y downwards.
+
+    Args:
+        size: principles of the constitution; clusters beyond it are the tail, without numbers.
+    """
     placed = [row for row in rows if row.x is not None and row.y is not None]
     placed = sorted(placed, key=lambda row: (-row.support, row.principle))[:MAP_POINTS]
-    dots = sorted(_dots(placed), key=lambda dot: (dot.row.cluster, -dot.row.support))
+    dots = sorted(_dots(placed, size), key=lambda dot: (dot.row.cluster, -dot.row.support))
     best = best_examples(kept)
     return Map(
         iteration=iteration,
@@ -212,9 +223,13 @@ def principle_map(iteration: int, rows: Sequence[ClusterRow], kept: Iterable[Lab
         marks=[
             Mark(dot.x, dot.y - dot.radius - 7, dot.row.cluster + 1)
             for dot in dots
-            if dot.row.principle == dot.row.representative
+            if dot.row.principle == dot.row.representative and not dot.in_tail
         ],
-        clusters=_clusters(rows),
+        clusters=_clusters([row for row in rows if row.cluster < size]),
+        tail=(
+            sum(row.cluster >= size for row in rows),
+            sum(row.support for row in rows if row.cluster >= size),
+        ),
         distinct=len(rows),
         examples={
             dot.row.principle: word_diff(row.initial, row.refined, EXAMPLE_CONTEXT)
@@ -232,13 +247,17 @@ def best_examples(kept: Iterable[Trajectory]) -> dict[str, Trajectory]:
     return best
 
 
-def _dots(rows: Sequence[ClusterRow]) -> list[Dot]:
+def _dots(rows: Sequence[ClusterRow], size: int) -> list[Dot]:
     places = [(row.x or 0.0, row.y or 0.0) for row in rows]
     xs, ys = _onto([x for x, _ in places], MAP_WIDTH), _onto([-y for _, y in places], MAP_HEIGHT)
     return [
-        Dot(round(x, 1), round(y, 1), round(min(5 + 3 * math.sqrt(row.support), 26), 1), row)
+        Dot(round(x, 1), round(y, 1), _radius(row.support), row, row.cluster >= size)
         for x, y, row in zip(xs, ys, rows, strict=True)
     ]
+
+
+def _radius(support: int) -> float:
+    return round(min(5 + 3 * math.sqrt(support), 26), 1)
 
 
 def _onto(values: Sequence[float], length: int) -> list[float]:

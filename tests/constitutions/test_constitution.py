@@ -11,6 +11,7 @@ from constitutions.constitution import (
     Tail,
     diff,
     load,
+    load_draft,
     markdown,
     markdown_text,
     principle_id,
@@ -282,7 +283,7 @@ def test_a_tail_is_saved_counted_and_named(tmp_path: Path) -> None:
         "# 1 principles label 91.0% of the trajectories. The tail, 9.0%, keeps its own words: "
         "900 principles of 1,000 trajectories. To edit:"
     )
-    assert "'tail'" in "".join(head[:6])
+    assert "write 'tail: drop'" in "".join(head[:6])
     save(Constitution(principles=(principle,)), tmp_path / "c.yaml")
     assert "tail" not in (tmp_path / "c.yaml").read_text()
 
@@ -299,6 +300,35 @@ def test_a_damaged_tail_is_named(tmp_path: Path, tail: str, said: str) -> None:
     (tmp_path / "c.yaml").write_text(f"iteration: 1\ntail: {tail}\nprinciples:\n- text: a\n")
     with pytest.raises(UserError, match=re.escape(said)):
         load(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("tail", "said"),
+    [
+        ("gone", "line 2, 'tail': this is not a tail; expected its figures as they were, 'keep' or"),
+        ("{principles: 1, support: 1, share: 2.0}", "line 2, 'tail'"),
+        ("{principles: 1, support: 1, share: 0.5, x: 1}", "one of principles, support, share"),
+    ],
+)
+def test_an_edited_tail_is_figures_or_a_word(tmp_path: Path, tail: str, said: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"iteration: 1\ntail: {tail}\nprinciples:\n- text: a\n")
+    with pytest.raises(UserError, match=re.escape(said)) as refused:
+        load_draft(file)
+    assert len(str(refused.value).splitlines()) == 1, "said once"
+    for word in ("keep", "drop"):
+        file.write_text(f"tail: {word}\nprinciples:\n- text: a\n")
+        assert load_draft(file).tail == word
+
+
+def test_a_file_lists_some_wordings_and_says_how_many_there_are(tmp_path: Path) -> None:
+    many = Principle(text="warn", members=("warn", "alert"), wordings=900)
+    few = Principle(text="ask", members=("ask",))
+    save(Constitution(principles=(many, few)), tmp_path / "c.yaml")
+    assert load(tmp_path / "c.yaml") == Constitution(principles=(many, few))
+    assert (tmp_path / "c.yaml").read_text().count("wordings") == 1
+    table = markdown(Constitution(principles=(many, few)), wordings=3).splitlines()
+    assert table[3].endswith("| alert (+898) |") and table[2].endswith("|  |")
 
 
 def test_a_dropped_tail_is_a_change() -> None:

@@ -369,17 +369,33 @@ def test_a_file_that_was_edited_elsewhere(
     assert f"--file {file}" in ran.err
 
 
-def test_deleting_the_tail_in_the_file_drops_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("said", "stood", "drops"),
+    [
+        (None, "kept", False),
+        (None, "dropped", True),
+        ("figures", "dropped", False),
+        ("figures", "kept", False),
+        ("keep", "dropped", False),
+        ("drop", "kept", True),
+    ],
+)
+def test_a_file_drops_the_tail_by_a_word_and_never_by_silence(
+    tmp_path: Path, said: str | None, stood: str, drops: bool
+) -> None:
     constitution, _ = large(3)
-    verdicts = []
-    for name, tail in (("kept", constitution.tail), ("dropped", None)):
-        file = tmp_path / f"{name}.yaml"
-        save(constitution.model_copy(update={"tail": tail}), file)
-        verdicts.append(decided(constitution, constitution, load_draft(file), "ann", ""))
-    assert verdicts == [
-        ReviewDecision(by="ann"),
-        ReviewDecision(by="ann", drop_tail=True),
-    ]
+    assert constitution.tail
+    without = constitution.model_copy(update={"tail": None})
+    save(without, tmp_path / "file.yaml")
+    document = yaml.safe_load((tmp_path / "file.yaml").read_text())
+    if said:
+        document["tail"] = constitution.tail.model_dump() if said == "figures" else said
+    (tmp_path / "file.yaml").write_text(yaml.safe_dump(document))
+    shown = without if stood == "dropped" else constitution
+    found = decided(constitution, shown, load_draft(tmp_path / "file.yaml"), "ann", "")
+    assert found == ReviewDecision(by="ann", drop_tail=drops)
+    nothing = decided(without, without, load_draft(tmp_path / "file.yaml"), "ann", "")
+    assert not nothing.drop_tail, "there is none"
 
 
 def test_without_an_editor_the_file_is_named(

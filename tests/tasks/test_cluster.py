@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from constitutions.constitution import Constitution, Principle, principle_key
 from models.policy import Completion, Message, Scoring
 from models.prompts import TERSE, ask_refinement
-from tasks.cluster import Clustering, ClusterSettings, cluster, discovery_rate
+from tasks.cluster import LISTED, Clustering, ClusterSettings, cluster, discovery_rate
 from tasks.clustering import agglomeration, picture
 from tasks.clustering import features as blocks
 from tasks.clustering.agglomeration import agglomerate, group, micro_clusters, representatives
@@ -391,6 +391,35 @@ def test_a_bound_that_is_not_reached_leaves_no_tail() -> None:
     assert bound.constitution.coverage == pytest.approx(1, abs=1e-5)
 
 
+def test_a_principle_lists_its_most_frequent_wordings_and_its_own() -> None:
+    often = [f"warn of {chr(97 + n)}" for n in range(15) for _ in range(15 - n)]
+    kept, scored = _kept(*often, "warn")
+    settings = _settings(max_principles=1, features=["characters"])
+    found = cluster(kept, scored, settings)
+    (principle,) = found.constitution.principles
+    assert (principle.wordings, len(principle.members)) == (16, LISTED) == (len(found.clusters), 10)
+    ranked = [row.principle for row in found.clusters]
+    listed = sorted(principle.members, key=ranked.index)
+    assert list(principle.members) == listed, "most frequent first"
+    assert principle.text in listed and set(listed) - {principle.text} < set(ranked[:LISTED])
+    by_mode = cluster(kept, scored, settings.model_copy(update={"representative": "mode"}))
+    assert by_mode.constitution.principles[0].members == tuple(ranked[:LISTED])
+
+
+def test_the_tail_is_grey_on_the_map_and_without_names(tmp_path: Path) -> None:
+    kept, scored, _ = _world()
+    clusters = cluster(kept, scored, _settings(picture="svd")).clusters
+    figure(clusters, tmp_path / "all.png", size=4)
+    figure(clusters, tmp_path / "none.png", size=0)
+    from matplotlib.image import imread
+
+    def coloured(name: str) -> float:
+        red, green, blue = np.moveaxis(imread(tmp_path / name)[..., :3], -1, 0)
+        return float(((abs(red - green) > 0.02) | (abs(green - blue) > 0.02)).mean())
+
+    assert coloured("none.png") == 0 < coloured("all.png")
+
+
 def test_representatives_by_centrality_by_frequency_and_none() -> None:
     texts = ["a"] + ["b"] * 2 + ["c"] * 2 + ["d"] * 4
     kept, scored = _kept(*texts)
@@ -465,9 +494,9 @@ def test_the_map_has_a_place_for_every_row_that_has_a_vector(tmp_path: Path) -> 
     kept, scored, _ = _world()
     result = cluster(kept, scored, _settings(picture="svd"))
     assert len({(row.x, row.y) for row in result.clusters}) > len(BEHAVIOURS)
-    figure(result.clusters, tmp_path / "map.png")
+    figure(result.clusters, tmp_path / "map.png", size=4)
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
-    figure([], tmp_path / "empty.png")
+    figure([], tmp_path / "empty.png", size=0)
     absent = Features(np.eye(3, dtype=np.float32), np.array([True, False, True]))
     assert np.isnan(map_principles(absent, "svd")).any(axis=1).tolist() == [False, True, False]
 
@@ -480,7 +509,7 @@ def test_the_map_shows_a_sample_of_many_principles(
     result = cluster(kept, scored, _settings(picture="svd"))
     placed = [row for row in result.clusters if row.x is not None]
     assert len(placed) == 30 < len(result.clusters)
-    figure(result.clusters, tmp_path / "map.png")
+    figure(result.clusters, tmp_path / "map.png", size=4)
     again = cluster(kept, scored, _settings(picture="svd"))
     assert again.clusters == result.clusters
 

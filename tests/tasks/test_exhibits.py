@@ -165,7 +165,7 @@ def test_dots_stand_as_on_the_clusters_map() -> None:
         clustered("p1", 3, 8, cluster=1),
         clustered("nowhere", None, None, cluster=1),
     ]
-    drawn = principle_map(2, rows, [kept("Left.", 0.1, "7"), kept("left", 0.4, "3")])
+    drawn = principle_map(2, rows, [kept("Left.", 0.1, "7"), kept("left", 0.4, "3")], 2)
     at = {dot.row.principle: dot for dot in drawn.dots}
     assert set(at) == {"p0", "left", "p1"} and drawn.distinct == 4
     assert at["p0"].x < at["left"].x < at["p1"].x
@@ -179,14 +179,29 @@ def test_dots_stand_as_on_the_clusters_map() -> None:
     assert drawn.examples == {"left": [("same", "one "), ("added", "3")]}, "the largest gain"
 
 
+def test_the_tail_has_no_number_and_is_no_cluster_of_the_constitution() -> None:
+    rows = [
+        clustered("p0", 0, 0, support=4),
+        clustered("p1", 1, 1, cluster=1, support=3),
+        clustered("p2", 2, 2, cluster=2),
+        clustered("also", 3, 3, cluster=2),
+    ]
+    drawn = principle_map(1, rows, [], 1)
+    assert [mark.number for mark in drawn.marks] == [1]
+    assert drawn.clusters == [(1, "p0", 4)]
+    assert drawn.tail == (3, 5)
+    assert [dot.row.principle for dot in drawn.dots if not dot.in_tail] == ["p0"]
+    assert principle_map(1, rows, [], 3).tail == (0, 0)
+
+
 @pytest.mark.parametrize("rows", [[], [clustered("p0", None, None)]])
 def test_a_map_without_places(rows: list[ClusterRow]) -> None:
-    assert principle_map(1, rows, []).dots == []
+    assert principle_map(1, rows, [], 1).dots == []
 
 
 def test_only_the_best_supported_are_drawn() -> None:
     rows = [clustered(f"p{i}", i, i % 7, support=1 + i) for i in range(MAP_POINTS + 50)]
-    drawn = principle_map(1, rows, [])
+    drawn = principle_map(1, rows, [], 1)
     assert len(drawn.dots) == MAP_POINTS and drawn.distinct == MAP_POINTS + 50
     assert min(dot.row.support for dot in drawn.dots) == 51
 

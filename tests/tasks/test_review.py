@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from review_world import clustered_attempt, clustering
+from review_world import clustered_attempt, clustering, clusters_of
 
-from constitutions.constitution import Constitution, load, principle_id
+from constitutions.constitution import Constitution, load, load_draft, principle_id
 from constitutions.errors import UserError
-from constitutions.review import Decision
+from constitutions.review import Decision, decisions_between
 from tasks.clustering.support import tail_of
+from tasks.clustering.wordings import with_wordings
 from tasks.record.record import Attempt, Record
 from tasks.record.slot import Slot
 from tasks.review import (
@@ -148,6 +149,56 @@ def test_the_tail_stays_behind_a_constitution_that_shrinks() -> None:
     assert [row.principle for row in tail] == [row.label for row in tail]
     assert min(row.cluster for row in tail) == size
     assert done.constitution.tail == constitution.tail
+
+
+def test_every_wording_goes_where_its_trajectories_go() -> None:
+    labelled, constitution = with_tail()
+    words = next(row.label for row in labelled if row.cluster >= len(constitution.principles))
+    whole, part = constitution.principles
+    merge = Decision(id=part.id, action="merge", into=whole.id)
+    for verdict in (
+        ReviewDecision(decisions=(merge,), added=(words,)),
+        ReviewDecision(decisions=(merge,)),
+        ReviewDecision(decisions=(merge,), drop_tail=True),
+        ReviewDecision(decisions=(Decision(id=part.id, action="drop"),)),
+        ReviewDecision(decisions=(Decision(id=whole.id, action="reword", text="be careful"),)),
+    ):
+        listed = constitution.model_copy(update={"principles": (whole, part)})
+        done = review(labelled, listed, verdict, clusters_of(labelled, constitution))
+        expected = {(row.cluster, row.principle) for row in done.labelled}
+        assert {(row.cluster, row.principle) for row in done.clusters} == expected
+        texts = dict(enumerate(done.constitution.texts))
+        own = [row for row in done.clusters if row.cluster in texts]
+        assert own and all(row.representative == texts[row.cluster] for row in own)
+
+
+def test_a_reviewed_constitution_has_all_the_wordings_that_its_file_does_not_list(
+    slot: Slot,
+) -> None:
+    attempt = clustered_attempt(slot, listed=1)
+    file = load(attempt.path("constitution.yaml"))
+    assert max(p.wordings for p in file.principles) == 3
+    assert all(len(p.members) == 1 for p in file.principles)
+    _, whole = clustering("an-experiment")
+    members = {p.id: set(p.members) for p in whole.principles}
+    assert {p.id: set(p.members) for p in with_wordings(attempt).principles} == members
+
+    merge = ReviewDecision(decisions=(Decision(id=ASK, action="merge", into=WARN),))
+    merged = run(slot, attempt, merge)
+    (warn,) = [p for p in with_wordings(merged).principles if p.id == WARN]
+    assert set(warn.members) == members[WARN] | members[ASK] and warn.wordings == 4
+    (warn,) = [p for p in load(merged.path("constitution.yaml")).principles if p.id == WARN]
+    assert warn.wordings == 4 and warn.members == ("warn of risks", "ask back")
+
+
+def test_a_merged_principle_stays_merged_in_a_file_that_lists_few_wordings(slot: Slot) -> None:
+    """It is known by its text, which the file lists whatever else it leaves out."""
+    attempt = clustered_attempt(slot, listed=1)
+    merge = Decision(id=ASK, action="merge", into=WARN)
+    reviewed = run(slot, attempt, ReviewDecision(decisions=(merge,)))
+    old, shown = (load(a.path("constitution.yaml")) for a in (attempt, reviewed))
+    again = load_draft(reviewed.path("constitution.yaml"))
+    assert decisions_between(old, again, shown) == ([merge], [])
 
 
 def test_the_decision_on_the_tail_is_recorded(slot: Slot, clustered: Attempt) -> None:

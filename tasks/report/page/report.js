@@ -10,6 +10,14 @@ function element(name, text, kind) {
   return made;
 }
 
+function place(it, times) {
+  if (it.cluster === null) return [element("p", `Kept in ${times}. It is of the tail, and keeps its own words.`, "note")];
+  return [
+    element("p", `Kept in ${times}. Cluster ${it.cluster}, represented by:`, "note"),
+    element("p", it.representative, "text representative"),
+  ];
+}
+
 function fill(card, it) {
   const names = { same: "span", added: "ins", removed: "del", gap: "span" };
   const times = it.support === 1 ? "1 trajectory" : `${it.support.toLocaleString("en")} trajectories`;
@@ -17,8 +25,7 @@ function fill(card, it) {
   example.append(...it.example.map(([kind, text]) => element(names[kind], text, kind === "gap" ? "gap" : "")));
   card.replaceChildren(
     element("p", it.principle, "text principle"),
-    element("p", `Kept in ${times}. Cluster ${it.cluster}, represented by:`, "note"),
-    element("p", it.representative, "text representative"),
+    ...place(it, times),
     element("p", "The refinement that it improved most:", "note"),
     it.example.length ? example : element("p", "No trajectory was kept with it.", "note"),
   );
