@@ -413,7 +413,9 @@ def _header(constitution: Constitution) -> str:
         else ""
     )
     drop_tail = (
-        "#            the tail and its trajectories: write 'tail: drop'\n" if constitution.tail else ""
+        "#            the tail and its trajectories: write 'tail: drop'\n"
+        if constitution.tail
+        else ""
     )
     return (
         f"# {covered(constitution)} To edit:\n"

@@ -62,8 +62,7 @@ class ReviewDecision(BaseModel):
 def review_stage(
     at: Slot, settings: ReviewSettings, clustered: Attempt, verdict: ReviewDecision
 ) -> Attempt:
-    """labelled, clusters, constitution → all as approved, the rejected trajectories, the decisions.
-    """
+    """labelled, clusters, constitution → as approved; the rejected trajectories, the decisions."""
 
     def compute(work: Workspace) -> Metrics:
         constitution = load(clustered.path("constitution.yaml"))

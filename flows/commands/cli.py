@@ -388,7 +388,8 @@ def plan(
         str, typer.Option(help="rtx-4090, l4, l40s, a100-40, a100-80, h100, h200 or b200.")
     ] = "h100",
     like: Annotated[
-        str, typer.Option(help="Use the lengths and the acceptance of this recorded experiment.")
+        str,
+        typer.Option(help="Use lengths, acceptance and clusters of this recorded experiment."),
     ] = "",
     filled: Annotated[
         float | None,
@@ -400,7 +401,7 @@ def plan(
     ] = None,
     set_: Set = None,
 ) -> None:
-    """Estimate tokens, GPU memory, disk and hours. No model is loaded or downloaded."""
+    """Estimate tokens, GPU memory, disk, hours, the constitution's size. No model is loaded."""
     from dataclasses import replace
 
     from flows.commands.plan import show_plan

@@ -1,4 +1,5 @@
-"""`staple plan`: an estimate of the tokens, memory, disk and hours that an experiment takes.
+"""`staple plan`: an estimate of the tokens, memory, disk and hours that an experiment takes, and of
+its constitution's size and coverage.
 
 No model is loaded and nothing is fetched. `flows.plan.workload` has the turns of each stage,
 `flows.plan.cost` what a turn costs on a GPU; this module adds them up.
@@ -7,6 +8,7 @@ No model is loaded and nothing is fetched. `flows.plan.workload` has the turns o
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +18,7 @@ from typing import Any
 from constitutions.errors import UserError
 from flows.experiment import record_of, recorded_settings
 from flows.methods import method_of
+from flows.plan.constitution import Foreseen, foreseen
 from flows.plan.cost import GIB, GPUS, Gpu, Held
 from flows.plan.sami import workload_of
 from flows.plan.workload import CHARACTERS, Assumed, JudgeTurns, SampledTurn, Workload, lengths
@@ -24,6 +27,9 @@ from flows.settings import with_changes
 from models.checkpoints.shapes import WIDTH, shape_of
 from models.policy import PolicySettings
 from models.worlds.registry import WORLD_MODELS
+from tasks.clustering.wordings import TABLE
+from tasks.record.record import Attempt
+from tasks.rows import ClusterRow
 
 MASK_BYTES = 3
 """Bytes per pair of positions of a row while its mask is made, beside the mask itself."""
@@ -143,12 +149,25 @@ def like(experiment: str) -> Assumed:
         asked, learned = m["mined_prompts"], m["train/examples"]
         accepted = m["trajectories"] / m["prompts_in"]
     limits = asked * sum(turn.samples * turn.limit for turn in explored[1])
-    found = Assumed(filled=m["generated_tokens"] / limits, accepted=accepted, like=experiment)
+    found = Assumed(
+        filled=m["generated_tokens"] / limits,
+        accepted=accepted,
+        clusters=_clusters(record.needs("cluster", done[0])) if method.guided else (),
+        like=experiment,
+    )
     if train.tokens:  # a budget cuts epochs short: they do not tell the prompts' length
         return found
     others, _ = replace(work, assumed=replace(found, prompt=0.0)).learned()
     each = m["train/tokens"] / (learned * work.rows * train.epochs)
     return replace(found, prompt=max(1.0, each - others))
+
+
+def _clusters(clustered: Attempt) -> tuple[int, ...]:
+    """The trajectories of each cluster, the tail's included."""
+    sizes: Counter[int] = Counter()
+    for row in clustered.read(TABLE, ClusterRow):
+        sizes[row.cluster] += row.support
+    return tuple(sizes.values())
 
 
 @dataclass(frozen=True)
@@ -402,6 +421,8 @@ class _Estimate:
             f"{known.gold:,.0f}, at {CHARACTERS} characters a token; what samples share is "
             "prefilled once"
         )
+        if method_of(s).guided:
+            yield from self._constitutions()
         gpu, reached = self.gpu, self.policy.efficiency
         yield (
             f"{gpu.name}: {gpu.bandwidth:,.0f} GB/s and {gpu.bfloat16:,.0f} TFLOP/s, of which "
@@ -414,6 +435,21 @@ class _Estimate:
         if s.policy.device == "cpu":
             yield "policy.device is cpu: the hours are the GPU's all the same"
         yield f"left out: {self.workload.rest}, loading, endpoints, corpora"
+
+    def constitution(self, iteration: int) -> Foreseen:
+        """What can be said of an iteration's constitution before it is there."""
+        sizes = self.settings.prompts
+        prompts = sizes.first if iteration == 1 else sizes.later
+        trajectories = prompts * self.workload.accepted
+        return foreseen(self.settings.cluster, trajectories, self.workload.assumed.clusters)
+
+    def _constitutions(self) -> Iterator[str]:
+        last = self.settings.iterations
+        for first, end in ((1, 1), (2, last)):
+            if first <= min(end, last):
+                which = str(first) if first == end else f"{first}–{end}"
+                said = _foreseen_text(self.constitution(first), self.workload.assumed.like)
+                yield f"constitution of iteration {which}: {said}"
 
     def _rows_note(self) -> str:
         """What SAMI's rows hold, and how many are in memory (`models.training.sami`)."""
@@ -431,6 +467,20 @@ class _Estimate:
             f"{longest:,.0f}; {how} (train.micro_batch_tokens = "
             f"{self.settings.train.micro_batch_tokens:,})"
         )
+
+
+def _foreseen_text(found: Foreseen, like: str) -> str:
+    of = f"{found.trajectories:,.0f} trajectories"
+    if found.principles is None:
+        bound = "cluster.constitution_size bounds it"
+        if found.coverage is None:
+            bound = "how many of them they label, a small run tells (--like)"
+        return f"at most {found.at_most:,.0f} principles of {of}; {bound}"
+    exact = "" if found.principles == found.at_most else "at least "
+    return (
+        f"{exact}{found.principles:,.0f} principles, which label about {found.coverage:.0%} of "
+        f"{of}, if their clusters are as in {like}"
+    )
 
 
 def _flags(changes: dict[str, Any]) -> str:

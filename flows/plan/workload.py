@@ -55,6 +55,8 @@ class Assumed:
     """Tokens of a prompt; None: by its characters."""
     given: float | None = None
     """SAMI: tokens of a constitution in a prompt; None: by its characters."""
+    clusters: tuple[int, ...] = ()
+    """Trajectories of each cluster of an iteration, the tail's included; empty: unknown."""
     like: str = ""
     """The experiment that these figures were measured on; empty: they are assumed."""
 

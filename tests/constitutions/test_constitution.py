@@ -305,7 +305,10 @@ def test_a_damaged_tail_is_named(tmp_path: Path, tail: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("tail", "said"),
     [
-        ("gone", "line 2, 'tail': this is not a tail; expected its figures as they were, 'keep' or"),
+        (
+            "gone",
+            "line 2, 'tail': this is not a tail; expected its figures as they were, 'keep' or",
+        ),
         ("{principles: 1, support: 1, share: 2.0}", "line 2, 'tail'"),
         ("{principles: 1, support: 1, share: 0.5, x: 1}", "one of principles, support, share"),
     ],

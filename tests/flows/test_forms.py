@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, get_args, get_origin
 
 import pytest
@@ -11,7 +12,7 @@ from prefect.utilities.callables import parameter_schema
 from pydantic import BaseModel, ValidationError
 
 from flows import deployments
-from flows.forms import changes, form_of
+from flows.forms import UNSET, changes, form_of
 from flows.schema import ExperimentSettings
 from flows.settings import load_settings, with_changes
 from tasks.cluster import ClusterSettings
@@ -75,6 +76,38 @@ def test_a_judge_without_a_model_is_given_by_one_word() -> None:
     assert [judge.kind for judge in also] == ["similarity", "oracle"]
 
 
+@pytest.mark.parametrize(("typed", "value"), [("0.6", 0.6), ("predictive", "predictive")])
+def test_a_number_or_a_word_is_typed_into_one_field(typed: str, value: float | str) -> None:
+    form = form_of(ClusterSettings)
+    facts = form.model_json_schema()["properties"]["distance_threshold"]
+    assert facts["type"] == "string" and re.search(facts["pattern"], typed)
+    found = changes(form.model_validate({"distance_threshold": typed}), "cluster")
+    assert found == {"cluster.distance_threshold": value}
+    assert with_changes(load_settings("planted"), found).cluster.distance_threshold == value
+    for bad in ("best", "", "1,5"):
+        assert not re.search(facts["pattern"], bad)
+    for bad in ("best", "3", "-1"):
+        with pytest.raises(ValidationError, match="distance_threshold"):
+            form.model_validate({"distance_threshold": bad})
+
+
+def test_what_may_have_no_value_is_emptied_by_its_name() -> None:
+    form = form_of(ExperimentSettings)
+    names = form.model_json_schema()["$defs"]["ClusterForm"]["properties"]["unset"]["items"]["enum"]
+    assert names == ["max_principles", "constitution_size", "logprob_tolerance"]
+    emptied = {"cluster": {"unset": ["constitution_size"]}, "score": {"unset": ["judge"]}}
+    found = changes(form.model_validate(emptied))
+    assert found == {"cluster.constitution_size": None, "score.judge": None}
+    preset = load_settings("llama-3.1-8b")
+    assert preset.cluster.constitution_size == 120
+    assert with_changes(preset, found).cluster.constitution_size is None
+    both = {"cluster": {"unset": ["constitution_size"], "constitution_size": 7}}
+    assert changes(form.model_validate(both)) == {"cluster.constitution_size": 7}
+    assert changes(form.model_validate({"cluster": {"unset": []}})) == {}
+    with pytest.raises(ValidationError, match="unset"):
+        form.model_validate({"cluster": {"unset": ["features"]}})
+
+
 def test_a_stages_form_names_its_settings_in_full() -> None:
     form = form_of(ClusterSettings).model_validate({"picture": "svd"})
     assert changes(form, "cluster") == {"cluster.picture": "svd"}
@@ -127,7 +160,7 @@ def test_choices_are_drop_downs_and_defaults_are_said() -> None:
     features = schema["ClusterForm"]["properties"]["features"]
     assert features["items"]["enum"] == ["effect", "characters", "sentences", "hidden"]
     assert "Default: effect, characters." in features["description"]
-    assert schema["ClusterForm"]["properties"]["distance_threshold"]["maximum"] == 2
+    assert schema["TrainForm"]["properties"]["lora_rank"]["minimum"] == 1
 
 
 def test_every_setting_has_its_field() -> None:
@@ -141,7 +174,7 @@ def test_every_setting_has_its_field() -> None:
                 kind = get_args(kind)[0]
             inner = isinstance(kind, type) and issubclass(kind, BaseModel)
             found |= names(kind, f"{prefix}{name}.") if inner else {prefix + name}
-        return found
+        return {name for name in found if name.rpartition(".")[2] != UNSET}
 
     assert names(form_of(ExperimentSettings)) == names(ExperimentSettings)
     assert "then" not in form_of(ExperimentSettings).model_fields

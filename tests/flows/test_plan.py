@@ -12,12 +12,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
 from chat_model import build_chat_model
 from command import staple
 
 from constitutions.constitution import Principle
 from flows.experiment import record_of
+from flows.methods import method_of
+from flows.plan.constitution import clusters_of, covered_by, foreseen
 from flows.plan.plan import like, plan
 from flows.plan.sami import SamiWorkload
 from flows.plan.workload import CHARACTERS, MARKS, Assumed, Lengths, SampledTurn, Workload, lengths
@@ -28,6 +31,7 @@ from models.policy import Completion, Message, PolicySettings, Request
 from models.prompts import CHAT_CONSTITUTION, TEMPLATES, ask_refinement, under_constitution
 from models.training.encoding import Group
 from models.worlds.registry import WORLD_MODELS
+from tasks.cluster import ClusterSettings
 from tasks.judging.pairs import answer_pairs
 from tasks.mine import mine
 from tasks.policies.answers import Generation
@@ -383,8 +387,19 @@ def test_the_bound_bounds_and_what_was_recorded_is_planned_again(
     assert again["train"].prompts == pytest.approx(kept["trajectories"])
     assert again["train"].trained == pytest.approx(trained["train/tokens"], rel=0.01)
 
+    clusters = like(at_home.experiment).clusters
+    clustered = record.needs("cluster", 1)
+    assert sum(clusters) == kept["trajectories"]
+    assert len(clusters) == clustered.metrics["constitution_size"]
+
     shown = staple(capsys, "plan", "lineage.yaml", "--like", at_home.experiment)
     assert shown.code == 0 and "as in lineage" in shown.out
+    said = " ".join(shown.out.split())
+    assert "which label about 100% of" in said and "if their clusters are as in lineage" in said
+    bounded = ("--like", at_home.experiment, "--set", "cluster.constitution_size=1")
+    said = " ".join(staple(capsys, "plan", "lineage.yaml", *bounded).out.split())
+    share = max(clusters) / sum(clusters) if max(clusters) > 1 else 0
+    assert f"1 principles, which label about {share:.0%} of" in said
 
 
 def test_an_experiment_that_never_ran_tells_nothing(
@@ -392,6 +407,74 @@ def test_an_experiment_that_never_ran_tells_nothing(
 ) -> None:
     ran = staple(capsys, "plan", "planted", "--like", "nobody")
     assert ran.code == 2 and "nothing is recorded" in ran.err
+
+
+# The constitution ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            "cluster.constitution_size=120",
+            "at most 120 principles of 35,000 trajectories; how many",
+        ),
+        ("cluster.constitution_size=null", "at most 35,000 principles of 35,000 trajectories; clu"),
+        ("prompts.first=100", "at most 70 principles of 70 trajectories; how many"),
+        ("cluster.max_principles=90", "at most 90 principles of 35,000 trajectories; how many"),
+    ],
+)
+def test_before_anything_ran_the_bound_tells_the_constitutions_size(change: str, said: str) -> None:
+    (first, later) = [
+        note
+        for note in plan(load_settings("llama-3.1-8b", [change])).notes
+        if note.startswith("constitution")
+    ]
+    assert said in first and first.startswith("constitution of iteration 1: ")
+    assert later.startswith("constitution of iteration 2–4: ")
+
+
+def test_no_constitution_is_foreseen_where_none_is_found() -> None:
+    for name in ("method=sft", "method=star"):
+        notes = plan(load_settings("planted", [name])).notes
+        assert not any(note.startswith("constitution") for note in notes)
+
+
+def test_a_small_sample_of_clusters_foretells_those_of_a_large_one() -> None:
+    """A thousand clusters whose sizes fall as in language; each figure is the mean of 20 draws."""
+    shares = 1 / (np.arange(1000) + 3)
+    rng = np.random.default_rng(0)
+
+    def drawn(trajectories: int) -> list[int]:
+        return [int(n) for n in rng.multinomial(trajectories, shares / shares.sum()) if n]
+
+    large = [sorted(drawn(20_000), reverse=True) for _ in range(20)]
+    small = [drawn(1_000) for _ in range(20)]
+    coverage = np.mean([sum(sizes[:50]) for sizes in large]) / 20_000
+    assert np.mean([covered_by(sizes, 50) for sizes in small]) == pytest.approx(coverage, rel=0.05)
+    found = np.mean([clusters_of(sizes, 2_000) for sizes in small])
+    assert found == pytest.approx(np.mean([len(drawn(2_000)) for _ in range(20)]), rel=0.05)
+    assert np.mean([clusters_of(s, 20_000) for s in small]) <= np.mean([len(s) for s in large])
+
+
+def test_what_is_foreseen_stays_within_the_bounds() -> None:
+    bounded, free = ClusterSettings(constitution_size=2), ClusterSettings()
+    found = foreseen(bounded, 1_000, [5, 3, 1, 1])
+    assert (found.principles, found.at_most, found.coverage) == (2, 2, 0.8)
+    assert foreseen(free, 1_000, [5, 3, 1, 1]).principles == pytest.approx(5, abs=0.01)
+    assert foreseen(free, 1_000, [5, 3]).principles == 2, "none was seen once only"
+    assert foreseen(free, 3, [5, 3, 1, 1]).principles == 3
+    assert foreseen(free, 1_000).coverage == 1 and foreseen(bounded, 1_000).coverage is None
+
+
+# Presets ------------------------------------------------------------------------------------
+
+
+def test_the_constitution_of_every_large_preset_is_bounded() -> None:
+    for name in presets():
+        settings = load_settings(name)
+        large = method_of(settings).guided and settings.prompts.first > 1_000
+        assert not large or (settings.cluster.constitution_size or 1_000) <= 300, name
 
 
 # One GPU or another -------------------------------------------------------------------------

@@ -145,6 +145,7 @@ def test_one_stage_from_its_form(place: Place, page: Any) -> None:
     page.get_by_role("menuitem", name="Custom run").click()
     page.get_by_label("experiment").first.fill("small")
     page.get_by_label("iteration").first.fill("2")
+    page.get_by_label("distance_threshold").fill("predictive")
     page.get_by_label("max_principles").fill("3")
     page.get_by_label("Select representative").click()
     assert page.get_by_role("option").all_inner_texts() == ["medoid", "mode", "none"]
@@ -155,7 +156,7 @@ def test_one_stage_from_its_form(place: Place, page: Any) -> None:
     assert sent == {
         "experiment": "small",
         "iteration": 2,
-        "settings": {"max_principles": 3},
+        "settings": {"distance_threshold": "predictive", "max_principles": 3},
         "force": False,
     }
     page.get_by_role("link", name="small cluster 2").wait_for(timeout=300_000)
@@ -176,7 +177,8 @@ def test_one_stage_from_its_form(place: Place, page: Any) -> None:
 
     shown = place.staple("status", "small")
     assert "train 2 is stale: cluster 2 has changed" in shown
-    assert "changed for iteration 2 alone: cluster.max_principles=3" in shown
+    changed = "cluster.distance_threshold=predictive, cluster.max_principles=3"
+    assert f"changed for iteration 2 alone: {changed}" in " ".join(shown.split())
 
 
 @browser_test
