@@ -3,7 +3,7 @@
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +13,28 @@ from sklearn.manifold import trustworthiness
 from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_limits
 
-from constitutions.constitution import Constitution, Principle, principle_key
-from models.policy import Completion, Message, Scoring
+from constitutions.constitution import Constitution, Principle, load, principle_key
+from models.policy import Completion, Message, PolicySettings, Scoring
 from models.prompts import TERSE, ask_refinement
-from tasks.cluster import LISTED, Clustering, ClusterSettings, cluster, discovery_rate
+from models.settings import Settings
+from tasks.cluster import (
+    LISTED,
+    Clustering,
+    ClusterSettings,
+    cluster,
+    cluster_stage,
+    discovery_rate,
+)
 from tasks.clustering import agglomeration, picture
 from tasks.clustering import features as blocks
 from tasks.clustering.agglomeration import agglomerate, group, micro_clusters, representatives
 from tasks.clustering.features import Features, combine, distinct_principles, word_counts
 from tasks.clustering.picture import figure, map_principles
+from tasks.clustering.wordings import with_wordings
+from tasks.policies.opening import PolicySource
+from tasks.record.record import Attempt, Record
+from tasks.record.slot import Slot
+from tasks.record.work import Metrics, Workspace
 from tasks.rows import (
     ClusterRow,
     Labelled,
@@ -488,6 +501,33 @@ def test_discovery_rate_counts_labels_that_were_never_seen() -> None:
     assert discovery_rate([], [earlier]) == 0
     merged = Constitution(principles=(Principle(text="beware", members=("beware", "Warn a")),))
     assert discovery_rate(labelled, [merged]) == 0.75
+
+
+def test_a_wording_that_no_file_lists_is_no_discovery(workplace: Path) -> None:
+    record = Record("an-experiment", workplace / ".staple")
+    policy = PolicySource(PolicySettings(), model="", base_digest="")
+
+    def clustered(t: int, texts: Sequence[str], earlier: Mapping[str, Attempt]) -> Attempt:
+        kept, scored = _kept(*texts)
+        at = Slot(record, t, seed=0)
+
+        def wrote(name: str, rows: Sequence[object], row_type: type) -> Attempt:
+            def compute(work: Workspace) -> Metrics:
+                work.write(name, rows, row_type)
+                return {}
+
+            return at.attempt(name, Settings(), {}, compute)
+
+        inputs = wrote("trajectories", kept, Trajectory), wrote("scored", scored, Scored)
+        return cluster_stage(at, _settings(max_principles=1, picture="none"), policy, *inputs, earlier)  # fmt: skip
+
+    first = clustered(1, [f"warn of {letter}" for letter in "abcdefghijklmnopqrst"], {})
+    (principle,) = load(first.path("constitution.yaml")).principles
+    every = set(with_wordings(first).principles[0].members)
+    assert (len(principle.members), len(every), principle.wordings) == (LISTED, 20, 20)
+    unlisted = min(every - set(principle.members))
+    later = clustered(2, [unlisted, unlisted], {"earlier": first})
+    assert later.metrics["discovery_rate"] == 0
 
 
 def test_the_map_has_a_place_for_every_row_that_has_a_vector(tmp_path: Path) -> None:
