@@ -518,7 +518,7 @@ def test_a_wording_that_no_file_lists_is_no_discovery(workplace: Path) -> None:
 
             return at.attempt(name, Settings(), {}, compute)
 
-        inputs = wrote("trajectories", kept, Trajectory), wrote("scored", scored, Scored)
+        inputs = wrote("trajectories", kept, Trajectory), wrote("mined", scored, Scored)
         return cluster_stage(at, _settings(max_principles=1, picture="none"), policy, *inputs, earlier)  # fmt: skip
 
     first = clustered(1, [f"warn of {letter}" for letter in "abcdefghijklmnopqrst"], {})
