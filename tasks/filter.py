@@ -71,12 +71,29 @@ def filter_stage(
             filtered = work.in_shards(
                 "filtered", Filtered, rows, pool, job, what=f"filter {at.iteration}", unit="prompts"
             )
-        work.write("trajectories", (t for row in filtered for t in row.kept), Trajectory)
-        work.write("rejected", (r for row in filtered for r in row.rejected), Rejected)
-        return _metrics(filtered)
+        work.items_table("trajectories", filtered, "kept", Trajectory)
+        work.items_table("rejected", filtered, "rejected", Rejected)
+        return _metrics(filtered.read(_Outcome))
 
     noted = at if guided else at.using(guided="no")
     return noted.attempt("filter", settings, {"mined": mined, "scored": scored}, compute)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fate:
+    """The columns of a kept or rejected candidate that `_metrics` reads."""
+
+    sample: int | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outcome:
+    """The columns of `Filtered` that `_metrics` reads."""
+
+    kept: tuple[_Fate, ...]
+    rejected: tuple[_Fate, ...]
+    improved: bool
 
 
 def _filter_shard(
@@ -253,7 +270,7 @@ def _reject(row: Scored, candidate: ScoredCandidate | None, reason: str, detail:
     )
 
 
-def _metrics(filtered: Iterable[Filtered]) -> Metrics:
+def _metrics(filtered: Iterable[_Outcome]) -> Metrics:
     """Figures of all prompts, each of which is read once."""
     total, reasons = Counter[str](), Counter[str]()
     for row in filtered:

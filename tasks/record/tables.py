@@ -1,6 +1,6 @@
 """Tables on disk: Parquet in small row groups that are written and read one at a time.
 
-A table is a file, or, where it holds more text than `FILE_BYTES`, a folder of such files; pandas,
+A table is a file, or, where it is larger than `FILE_BYTES`, a folder of such files; pandas,
 DuckDB and others read both by the table's path. What lies where depends on the rows alone, never on
 the pieces in which they were written. Arrow counts a column's text in a row group with 32 bits: a
 nested one past 2³¹ bytes is written without an error and never read again.
@@ -30,10 +30,9 @@ Row = TypeVar("Row")
 Other = TypeVar("Other")
 
 GROUP_BYTES = 4 << 20
-"""Text of a row group in UTF-8; a row that is longer has one to itself."""
-GROUP_ROWS = 1 << 16
+"""Size of a row group by `row_bytes`; a row that is larger has one to itself."""
 FILE_BYTES = 128 << 20
-"""Text of a file in UTF-8; a row group that is longer has one to itself."""
+"""Size of a file's rows; a row group that is larger has one to itself."""
 COMPRESSION = "zstd"
 """Of texts it takes half the time of Parquet's default to write and to read, and half the disk."""
 BATCH = 16
@@ -108,48 +107,46 @@ def _write(
 
 
 def _groups(tables: Iterable[pa.Table], form: pa.Schema) -> Iterator[tuple[pa.Table, int]]:
-    """Consecutive rows, and the bytes of their text; at least one group."""
-    pieces, rows, size = list[pa.Table](), 0, 0
+    """Consecutive rows, and their size; at least one group."""
+    pieces, size = list[pa.Table](), 0
 
     def group() -> tuple[pa.Table, int]:  # in one chunk: where chunks end shows in the bytes
         return pa.concat_tables(pieces or [form.empty_table()]).combine_chunks(), size
 
     for table in tables:
-        ends, start = np.cumsum(text_bytes(table)), 0
+        ends, start = np.cumsum(row_bytes(table)), 0
         while start < table.num_rows:
             before = int(ends[start - 1]) if start else 0
             fit = int(np.searchsorted(ends, before + GROUP_BYTES - size, side="right")) - start
-            taken = min(fit, GROUP_ROWS - rows) if rows else max(min(fit, GROUP_ROWS), 1)
-            if taken <= 0:
+            if pieces and fit <= 0:
                 yield group()
-                pieces, rows, size = [], 0, 0
+                pieces, size = [], 0
                 continue
+            taken = max(fit, 1)
             pieces.append(table.slice(start, taken))
-            start, rows = start + taken, rows + taken
+            start += taken
             size += int(ends[start - 1]) - before
     yield group()
 
 
-def text_bytes(table: pa.Table) -> np.ndarray:
-    """Bytes of all texts of each row, nested ones included, in UTF-8; (rows,) int64."""
+def row_bytes(table: pa.Table) -> np.ndarray:
+    """Size of each row: bytes of its texts in UTF-8, and eight a number; (rows,) int64."""
     total = np.zeros(table.num_rows, dtype=np.int64)
     for column in table.columns:
-        total += _text_bytes(column.combine_chunks())
+        total += _sizes(column.combine_chunks())
     return total
 
 
-def _text_bytes(array: pa.Array) -> np.ndarray:
+def _sizes(array: pa.Array) -> np.ndarray:
     if pa.types.is_string(array.type):
         return np.asarray(pc.fill_null(pc.binary_length(array), 0), dtype=np.int64)
     if pa.types.is_list(array.type):
-        items = np.concatenate([[0], np.cumsum(_text_bytes(array.flatten()))])
+        items = np.concatenate([[0], np.cumsum(_sizes(array.flatten()))])
         ends = np.cumsum(np.asarray(pc.list_value_length(array), dtype=np.int64))
         return np.asarray(np.diff(items[ends], prepend=0), dtype=np.int64)
-    total = np.zeros(len(array), dtype=np.int64)
     if pa.types.is_struct(array.type):
-        for part in array.flatten():
-            total += _text_bytes(part)
-    return total
+        return np.asarray(sum(map(_sizes, array.flatten())), dtype=np.int64)
+    return np.full(len(array), 8, dtype=np.int64)
 
 
 # Reading -------------------------------------------------------------------------------------

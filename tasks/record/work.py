@@ -39,6 +39,7 @@ from tasks.record.tables import StoredRows, read_bytes, rows_as_bytes, write_row
 from tasks.rows import from_table
 
 Row = TypeVar("Row")
+Other = TypeVar("Other")
 Metrics = dict[str, float]
 Manifest = dict[str, dict[str, Any]]
 """File (relative path) → its sha256 and, for Parquet, its rows."""
@@ -155,6 +156,12 @@ class Workspace:
         write_tables(path, parts.tables(), parts.row_type)
         return StoredRows.at(path, parts.row_type)
 
+    def items_table(self, name: str, parts: Parts[Any], column: str, row_type: type[Any]) -> None:
+        """Write the items of a column of lists as the table `name`."""
+        lists = (table.column(column).combine_chunks() for table in parts.tables())
+        tables = (pa.Table.from_struct_array(found.flatten()) for found in lists)
+        write_tables(self._table(name), tables, row_type)
+
     def _table(self, name: str) -> Path:
         return self.outputs / f"{name}.parquet"
 
@@ -255,8 +262,11 @@ class Parts(Generic[Row]):
     parts: Sequence[Part]
 
     def __iter__(self) -> Iterator[Row]:
-        for table in self.tables():
-            yield from from_table(table, self.row_type)
+        return self.read(self.row_type)
+
+    def read(self, row_type: type[Other]) -> Iterator[Other]:
+        """The rows as another type, without the columns that it lacks."""
+        return (row for table in self.tables() for row in from_table(table, row_type))
 
     def tables(self) -> Iterator[pa.Table]:
         """The rows as Arrow tables; raises as `Part.tables`."""

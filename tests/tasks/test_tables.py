@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.record import tables
-from tasks.record.tables import Beside, StoredRows, read_rows, text_bytes, write_rows, write_tables
+from tasks.record.tables import Beside, StoredRows, read_rows, row_bytes, write_rows, write_tables
 from tasks.rows import from_table, to_table
 
 
@@ -55,11 +55,12 @@ def bounds(group: int, file: int = tables.FILE_BYTES) -> Iterator[None]:
 
 
 def size(row: Row) -> int:
-    return sum(len(text.encode()) for text in (row.name, *(part.text for part in row.parts)))
+    texts = (row.name, *(part.text for part in row.parts))
+    return sum(len(text.encode()) for text in texts) + 8 * len(row.parts)
 
 
 def groups(path: Path) -> list[int]:
-    """Bytes of text in each row group, as the file's reader finds them."""
+    """The size of each row group, as the file's reader finds it."""
     with pq.ParquetFile(path) as file:
         tables = [file.read_row_group(n) for n in range(file.num_row_groups)]
     return [sum(map(size, from_table(table, Row))) for table in tables]
@@ -80,17 +81,17 @@ def test_a_group_has_the_bound_or_one_row(rows: list[Row], bound: int) -> None:
         assert read_rows(path, Row) == rows
 
 
-def test_text_counts_in_utf8() -> None:
+def test_text_counts_in_utf8_and_a_number_eight() -> None:
     rows = [row("é", "日本", "plain"), row("", ""), row("abc")]
-    assert text_bytes(to_table(rows, Row)).tolist() == [2 + 6 + 5, 0, 3]
-    assert text_bytes(to_table(rows, Row).slice(1)).tolist() == [0, 3]
+    assert row_bytes(to_table(rows, Row)).tolist() == [2 + 6 + 5 + 16, 8, 3]
+    assert row_bytes(to_table(rows, Row).slice(1)).tolist() == [8, 3]
 
 
 def test_long_rows_stand_alone_and_short_ones_together(tmp_path: Path) -> None:
     rows = [row("a", "x" * 3), row("b", "x" * 3), row("c", "x" * 50), row("d", "x")]
-    with bounds(10):
+    with bounds(26):
         write_rows(tmp_path / "rows.parquet", rows, Row)
-    assert groups(tmp_path / "rows.parquet") == [8, 51, 2]
+    assert groups(tmp_path / "rows.parquet") == [24, 59, 10]
     assert read_rows(tmp_path / "rows.parquet", Row) == rows
 
 
