@@ -39,7 +39,7 @@ import psutil
 from benchmarks import kills
 from benchmarks.measure import Result
 from benchmarks.planted_runs import table as markdown
-from benchmarks.scale_process import EXPERIMENT, MEASURED, Task, environment
+from benchmarks.scale_process import EXPERIMENT, MEASURED, PROMPTS, Task, environment
 
 Row = dict[str, Any]
 OUT = Path(__file__).parent / "scale.jsonl"
@@ -235,7 +235,7 @@ def experiment_settings(plan: Plan, size: int) -> Row:
             "threads": 1,
         },
         "prompts": {
-            "sources": [{"path": "prompts.jsonl"}],
+            "sources": [{"path": str(place_of(plan, size) / PROMPTS)}],
             "first": size,
             "held_out": max(2, min(1_000, size // 10)),
         },
