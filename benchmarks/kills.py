@@ -237,8 +237,8 @@ def digests(folder: Path, experiment: str) -> Mapping[Place, str]:
 
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     record = Record(experiment, folder / ".staple", uri)
-    places = {(run.data.tags["stage"], int(run.data.tags["iteration"])) for run in
-              record.runs("tags.kind = 'stage'")}  # fmt: skip
+    tags = [run.tags for run in record.runs(kind="stage")]
+    places = {(tag["stage"], int(tag["iteration"])) for tag in tags}
     return {place: record.needs(*place).digest for place in sorted(places)}
 
 

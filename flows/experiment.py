@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -236,9 +236,25 @@ def note_settings(settings: ExperimentSettings, keep_changes: Sequence[str] | No
         unchanged = False
     if not unchanged:
         record.log_text(SETTINGS_FILE, text)
-    for iteration, changes in record.all_changes().items():
-        dropped = [name for name in changes if keep_changes is None or name in keep_changes]
+    for iteration, dropped in _dropped(record, keep_changes).items():
         record.unchange(iteration, dropped)
+
+
+def is_noted(settings: ExperimentSettings, keep_changes: Sequence[str] | None = None) -> bool:
+    """Whether `note_settings` would change nothing."""
+    record = record_of(settings.experiment)
+    with suppress(Damaged):
+        same = record.read_text(SETTINGS_FILE) == dump_settings(settings)
+        return same and not any(_dropped(record, keep_changes).values())
+    return False
+
+
+def _dropped(record: Record, keep_changes: Sequence[str] | None) -> dict[int, list[str]]:
+    """Iteration → the settings of its own that a run drops."""
+    return {
+        iteration: [name for name in changes if keep_changes is None or name in keep_changes]
+        for iteration, changes in record.all_changes().items()
+    }
 
 
 def recorded_settings(experiment: str, overrides: Sequence[str] = ()) -> ExperimentSettings:

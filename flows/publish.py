@@ -119,8 +119,8 @@ def _files(attempts: Mapping[str, Attempt]) -> list[Path]:
 
 
 def _changed(record: Record, iteration: int, attempts: Mapping[str, Attempt]) -> bool:
-    run = record.client.get_run(record.iteration_run(iteration))
-    return run.data.tags.get(PUBLISHED) != _state(attempts)
+    run = record.reader.run(record.iteration_run(iteration))
+    return run.tags.get(PUBLISHED) != _state(attempts)
 
 
 def _mark(record: Record, iteration: int, attempts: Mapping[str, Attempt]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from flows.experiment import Place, note_settings, writing
+from flows.experiment import Place, is_noted, is_recorded, note_settings, writing
 from flows.preflight import ask_server
 from flows.publish import Attempts
 from flows.schema import ExperimentSettings
@@ -19,6 +19,21 @@ from flows.settings import following
 from flows.states import unchanged
 from tasks.record import interruption
 from tasks.record.record import Attempt
+
+
+def finished_run(
+    settings: ExperimentSettings, keep_changes: Sequence[str] | None = None
+) -> list[Attempts] | None:
+    """The attempts of every iteration if a run would write nothing, and so needs no lock.
+
+    None if it would: also with `then`, which ends in a report.
+
+    Args:
+        keep_changes: as `note_settings` takes it.
+    """
+    if following(settings) or not is_recorded(settings.experiment):
+        return None
+    return unchanged(settings) if is_noted(settings, keep_changes) else None
 
 
 def run_experiment(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from constitutions.errors import UserError
 from flows.em import steps
@@ -19,9 +19,7 @@ from flows.schema import ExperimentSettings
 from flows.settings import without_gone
 from tasks.record.provenance import Acceptance, Provenance
 from tasks.record.record import Attempt, Record, finished
-
-if TYPE_CHECKING:
-    from mlflow.entities import Run
+from tasks.record.runs import MlflowRun
 
 Standing = Literal["finished", "stale", "running", "failed", "missing"]
 
@@ -76,10 +74,9 @@ class Look:
     def __init__(self, record: Record) -> None:
         self.record = record
         self.states: dict[tuple[str, int], State] = {}
-        self._runs: dict[tuple[str, int], list[Run]] = defaultdict(list)
-        for run in record.runs("tags.kind = 'stage'"):
-            tags = run.data.tags
-            self._runs[tags["stage"], int(tags["iteration"])].append(run)
+        self._runs: dict[tuple[str, int], list[MlflowRun]] = defaultdict(list)
+        for run in record.runs(kind="stage"):
+            self._runs[run.tags["stage"], int(run.tags["iteration"])].append(run)
 
     def __call__(self, wanted: Provenance) -> Attempt:
         """The current attempt of the stage, or a placeholder."""
@@ -103,7 +100,7 @@ class Look:
         if current.run_id and not why:
             return State("finished", current)
         if runs and not finished(runs[0]):
-            failure = runs[0].data.tags.get("failure", "interrupted")
+            failure = runs[0].tags.get("failure", "interrupted")
             return State("failed", current if current.run_id else None, (failure, *why))
         return State("stale", current, why) if current.run_id else State("missing")
 

@@ -186,7 +186,7 @@ def recorded_verdict(record: Record, iteration: int, clustered: Attempt) -> Revi
 def read_verdict(reviewed: Attempt) -> ReviewDecision:
     """What was decided in a review attempt, by whom, and why."""
     recorded = yaml.safe_load(reviewed.path("review.yaml").read_text("utf-8"))
-    tags = reviewed.record.client.get_run(reviewed.run_id).data.tags
+    tags = reviewed.record.reader.run(reviewed.run_id).tags
     return ReviewDecision(
         decisions=tuple(
             Decision(**{name: d[name] for name in Decision.model_fields if name in d})

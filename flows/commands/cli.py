@@ -73,13 +73,16 @@ def run(
     place = parse_place(start, settings) if start else None
     from flows.commands import results
     from flows.preflight import check_all
-    from flows.run import run_experiment, run_following
+    from flows.run import finished_run, run_experiment, run_following
 
     results.show_beginning(settings, check_all(settings))
+    keep = list(parse_overrides(set_ or [])) if recorded else None
+    if not (force or place) and (done := finished_run(settings, keep)):
+        results.show_ending(settings, done)
+        return
     with writing(settings.experiment, f"staple run {settings.experiment}"):
         if recorded:  # the run that held the lock may have changed them
             settings = recorded_settings(source, set_ or [])
-        keep = list(parse_overrides(set_ or [])) if recorded else None
         again = f"staple run {settings.experiment} --resume"
         done = run_experiment(
             settings, keep_changes=keep, force=force, start=place, resumed_by=again

@@ -154,7 +154,7 @@ def _attempt(e: Experiment, stage: str, t: int, number: int | None) -> Attempt:
 
 def started(attempt: Attempt) -> int:
     """When an attempt began, by which `@1`, `@2` … are numbered."""
-    return int(attempt.record.client.get_run(attempt.run_id).info.start_time)
+    return attempt.record.reader.run(attempt.run_id).start_time
 
 
 def _current(e: Experiment, t: int) -> dict[str, Attempt]:

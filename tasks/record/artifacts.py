@@ -7,13 +7,15 @@ import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from constitutions.errors import UserError
 from models.files import UNREADABLE, file_sha256, remove
 from tasks.record.work import manifest_digest
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
+    from tasks.record.connection import RecordConnection
 
 MANIFEST = "manifest.json"
 
@@ -25,17 +27,17 @@ class Artifacts:
         cache: where files are copied to that MLflow keeps elsewhere.
     """
 
-    def __init__(self, client: MlflowClient, cache: Path) -> None:
-        self._client, self._cache = client, cache
+    def __init__(self, record: RecordConnection, cache: Path) -> None:
+        self._record, self._cache = record, cache
         self._verified: dict[Path, tuple[int, int]] = {}
         """File → its size and time of change when its digest was last found right."""
 
     def folder(self, run_id: str) -> Path | None:
         """The folder of a run's files; None: MLflow keeps them elsewhere."""
-        from mlflow.utils.file_utils import local_file_uri_to_path
-
-        root = str(self._client.get_run(run_id).info.artifact_uri)
-        return Path(local_file_uri_to_path(root)) if root.startswith(("/", "file:")) else None
+        root = self._record.reader.run(run_id).artifact_uri
+        if not root.startswith(("/", "file:")):
+            return None
+        return Path(url2pathname(urlsplit(root).path if root.startswith("file:") else root))
 
     def put(self, run_id: str, outputs: Path) -> None:
         """Keep a folder's files with a run: as links, where the store is on the same disk."""
@@ -54,7 +56,7 @@ class Artifacts:
             scratch = self._cache / f".{run_id}-{os.getpid()}"
             scratch.mkdir(parents=True, exist_ok=True)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            fetched = self._client.download_artifacts(run_id, name, str(scratch))
+            fetched = self._record.client.download_artifacts(run_id, name, str(scratch))
             if not copy.exists():
                 Path(fetched).replace(copy)
             shutil.rmtree(scratch, ignore_errors=True)
@@ -81,9 +83,8 @@ class Artifacts:
 
     def damage(self, run_id: str, file: str, path: Path) -> UserError:
         """The error for a file that is not what its attempt wrote."""
-        run = self._client.get_run(run_id)
-        stage, iteration = run.data.tags["stage"], run.data.tags["iteration"]
-        experiment = self._client.get_experiment(run.info.experiment_id).name
+        tags = self._record.reader.run(run_id).tags
+        stage, iteration, experiment = tags["stage"], tags["iteration"], self._record.experiment
         return UserError(
             f"the artefact {file} is not what the stage wrote: its sha256 differs",
             where=f"stage {stage} of iteration {iteration}, MLflow run {run_id}, {path}",

@@ -11,14 +11,16 @@ from urllib.parse import urlsplit
 from constitutions.errors import UserError
 from models.endpoint.proxies import proxy_of
 from tasks.record import database
+from tasks.record.runs import ClientReader, FileReader, Reader
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment
 
 
 class RecordConnection:
-    """One experiment in MLflow. Opening it creates what is missing, from several processes at once.
+    """One experiment in MLflow: what is missing is created, from several processes at once.
+
+    What only reads needs no client.
 
     Args:
         experiment: the experiment's name.
@@ -44,16 +46,26 @@ class RecordConnection:
         with FileLock(self.home / "mlflow.lock"):
             database.ready(self.tracking_uri)
             client = self._connect()
-            if self._find(client) is None:
+            if self._find() is None:
                 _create(client, self.experiment)
         return client
 
     @cached_property
+    def reader(self) -> Reader:
+        """Reads runs: from the SQLite file, or through MLflow."""
+        file = database.readable(self.tracking_uri)
+        return FileReader(file) if file else ClientReader(self._connect())
+
+    @cached_property
     def experiment_id(self) -> str:
-        """MLflow's identifier of the experiment."""
-        found = self._find(self.client)
-        assert found is not None, "the client creates it"
-        return str(found.experiment_id)
+        """MLflow's identifier of the experiment, which is created where it is missing.
+
+        Raises:
+            UserError: as `client`.
+        """
+        found = self._find() or (self.client and self._find())
+        assert found, "the client creates it"
+        return found
 
     def exists(self) -> bool:
         """Whether anything was ever recorded under this name (creates nothing).
@@ -61,16 +73,16 @@ class RecordConnection:
         Raises:
             UserError: the experiment was deleted, or the record cannot be used.
         """
+        return self._find() is not None
+
+    def _find(self) -> str | None:
+        """MLflow's identifier of the experiment; None where there is none of this name."""
         file = database.sqlite_file(self.tracking_uri)
         if file is not None and not database.is_whole(file):
-            return False
-        return self._find(self._connect()) is not None
-
-    def _find(self, client: MlflowClient) -> Experiment | None:
-        """The MLflow experiment; None where there is none of this name."""
-        found = client.get_experiment_by_name(self.experiment)
-        if found is None or found.lifecycle_stage != "deleted":
-            return found
+            return None
+        found = self.reader.experiment(self.experiment)
+        if found is None or not found.deleted:
+            return found and found.experiment_id
         place = "" if "@" in self.tracking_uri else f"MLFLOW_TRACKING_URI={self.tracking_uri} "
         raise UserError(
             "this experiment was deleted in MLflow",

@@ -12,6 +12,7 @@ import os
 import sqlite3
 from contextlib import closing
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -28,6 +29,8 @@ CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 """Errors of a place where this user cannot write."""
 TABLES = "select name from sqlite_master where type = 'table' and name not like 'sqlite_%'"
 REVISION = "select version_num from alembic_version"
+VERSION, SCHEMA = "3.17.2", "dc11669786a5"
+"""The version of MLflow that staple pins, and the schema of its database."""
 
 
 def tracking_uri() -> str:
@@ -62,12 +65,23 @@ def _is_address(uri: str) -> bool:
 
 def sqlite_file(uri: str) -> Path | None:
     """The database file that a tracking URI names; None: it names something else."""
-    if not uri.startswith("sqlite"):
+    kind, _, place = uri.partition("://")
+    name = place.partition("?")[0].removeprefix("/")
+    if kind.partition("+")[0] != "sqlite" or name in ("", ":memory:"):
         return None
-    from sqlalchemy.engine import make_url
+    return Path(name)
 
-    name = make_url(uri).database
-    return Path(name) if name and name != ":memory:" else None
+
+def readable(uri: str) -> Path | None:
+    """The database file, if `tasks.record.runs` can read it; None: MLflow has to."""
+    workspaces = os.environ.get("MLFLOW_ENABLE_WORKSPACES", "").lower() in ("1", "true")
+    return None if workspaces or _newest_revision() != SCHEMA else sqlite_file(uri)
+
+
+def opened(file: Path) -> sqlite3.Connection:
+    """A connection to an existing database; it waits while another program locks the file."""
+    uri = f"{file.absolute().as_uri()}?mode=rw"
+    return sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)
 
 
 def ready(uri: str) -> None:
@@ -105,7 +119,7 @@ def is_whole(file: Path) -> bool:
     if not file.exists():
         return False
     try:
-        with closing(sqlite3.connect(file, timeout=BUSY_SECONDS)) as database:
+        with closing(opened(file)) as database:
             tables = {str(name) for (name,) in database.execute(TABLES)}
             found = database.execute(REVISION).fetchone() if "alembic_version" in tables else None
             revision = str(found[0]) if found else "none"
@@ -114,7 +128,7 @@ def is_whole(file: Path) -> bool:
             if not any(_holds_data(database, table) for table in tables):
                 return False
     except sqlite3.DatabaseError as error:
-        raise _unusable(file, error) from None
+        raise unusable(file, error) from None
     raise UserError(
         f"another version of MLflow made this database (its schema is {revision})",
         where=str(file),
@@ -152,12 +166,15 @@ def _journals(file: Path) -> list[Path]:
 @cache
 def _newest_revision() -> str:
     """The schema of the MLflow that is installed."""
+    if version("mlflow") == VERSION:
+        return SCHEMA
     from mlflow.store.db.utils import _get_latest_schema_revision
 
     return str(_get_latest_schema_revision())
 
 
-def _unusable(file: Path, error: sqlite3.DatabaseError) -> UserError:
+def unusable(file: Path, error: sqlite3.DatabaseError) -> UserError:
+    """What is wrong with a database that SQLite cannot use."""
     if "locked" in str(error) or "busy" in str(error):
         return UserError(
             "another program has locked the record's database",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from constitutions.errors import UserError
 from models.files import UNREADABLE, remove, seal, unseal, write_text
@@ -22,11 +22,9 @@ from tasks.record import locks
 from tasks.record.artifacts import Artifacts
 from tasks.record.connection import RecordConnection
 from tasks.record.provenance import Acceptance, Provenance, Source
+from tasks.record.runs import MlflowRun
 from tasks.record.tables import StoredRows
 from tasks.record.work import Metrics
-
-if TYPE_CHECKING:
-    from mlflow.entities import Run
 
 Row = TypeVar("Row")
 
@@ -142,16 +140,16 @@ class Record(RecordConnection):
     @cached_property
     def artifacts(self) -> Artifacts:
         """The files of its runs."""
-        return Artifacts(self.client, self.home / "cache")
+        return Artifacts(self, self.home / "cache")
 
     # The experiment and its iterations ------------------------------------------------------
 
     def iteration_run(self, iteration: int) -> str:
         """The run id of an iteration's top-level run (SUMMARY: the experiment's), made once."""
         kind = "summary" if iteration == SUMMARY else "iteration"
-        found = self.runs(f"tags.kind = '{kind}' and tags.iteration = '{iteration}'")
+        found = self.runs(kind=kind, iteration=iteration)
         if found:
-            return str(found[-1].info.run_id)  # the first that was made, should there be two
+            return found[-1].run_id  # the first that was made, should there be two
         name = "summary" if iteration == SUMMARY else f"iteration {iteration}"
         tags = {"kind": kind, "iteration": str(iteration), LAST_USED: self.stamp()}
         run = self.client.create_run(self.experiment_id, tags=tags, run_name=name)
@@ -216,8 +214,7 @@ class Record(RecordConnection):
     def all_changes(self) -> dict[int, dict[str, Any]]:
         """`changes` of every iteration that has any."""
         changed = {
-            int(run.data.tags["iteration"]): _tags(run, CHANGE)
-            for run in self.runs("tags.kind = 'iteration'")
+            int(run.tags["iteration"]): _tags(run, CHANGE) for run in self.runs(kind="iteration")
         }
         return {
             iteration: {name: json.loads(value) for name, value in tags.items()}
@@ -263,19 +260,20 @@ class Record(RecordConnection):
 
     def attempts(self, stage: str, iteration: int) -> list[Attempt]:
         """Finished attempts of a stage, the newest first."""
-        return [self.attempt(run) for run in self.runs(runs_of(stage, iteration)) if finished(run)]
+        found = self.runs(kind="stage", stage=stage, iteration=iteration)
+        return [self.attempt(run) for run in found if finished(run)]
 
-    def attempt(self, run: Run, *, reused: bool = True) -> Attempt:
+    def attempt(self, run: MlflowRun, *, reused: bool = True) -> Attempt:
         """A finished MLflow run as an attempt."""
-        tags, accepted = run.data.tags, _tags(run, ACCEPTED)
+        tags, accepted = run.tags, _tags(run, ACCEPTED)
         return Attempt(
             stage=tags["stage"],
             iteration=int(tags["iteration"]),
-            run_id=run.info.run_id,
+            run_id=run.run_id,
             fingerprint=tags["fingerprint"],
             digest=tags["digest"],
             inputs={name: Source.read(tag) for name, tag in _tags(run, INPUT).items()},
-            metrics=dict(run.data.metrics),
+            metrics=dict(run.metrics),
             seconds=float(tags["seconds"]),
             reused=reused,
             record=self,
@@ -292,25 +290,18 @@ class Record(RecordConnection):
         accepted = json.dumps(Acceptance(by, when, list(modules))._asdict())
         self.client.set_tag(attempt.run_id, ACCEPTED + fingerprint, accepted)
 
-    def runs(self, where: str) -> list[Run]:
-        """The experiment's MLflow runs that match a filter, the newest by LAST_USED first."""
-        found: list[Run] = []
-        token: str | None = None
-        while token is None or token:
-            page = self.client.search_runs(
-                [self.experiment_id], where, order_by=[f"tags.{LAST_USED} DESC"], page_token=token
-            )
-            found += page
-            token = page.token or ""
-        return found
+    def runs(self, **tags: object) -> list[MlflowRun]:
+        """The experiment's MLflow runs that have these tags, the newest by LAST_USED first."""
+        found = self.reader.runs(self.experiment_id, {n: str(tag) for n, tag in tags.items()})
+        return sorted(found, key=lambda run: run.tags.get(LAST_USED, ""), reverse=True)
 
-    def is_alive(self, run: Run) -> bool:
+    def is_alive(self, run: MlflowRun) -> bool:
         """Whether the process behind a RUNNING attempt still works on it.
 
         Here its lock shows that; on another machine its heartbeat does, by this machine's clock.
         """
-        tags = run.data.tags
-        if run.info.status != "RUNNING":
+        tags = run.tags
+        if run.status != "RUNNING":
             return False
         if tags.get("place") == locks.place(self.home):
             return locks.is_held(self.lock(tags["fingerprint"]))
@@ -331,17 +322,12 @@ class Record(RecordConnection):
         return f"{max(time.time_ns(), last + 1):020}"
 
 
-def finished(run: Run) -> bool:
+def finished(run: MlflowRun) -> bool:
     """Whether a stage's run counts: all of it was recorded, the manifest last."""
-    return run.info.status == "FINISHED" and run.data.tags.get("complete") == "true"
+    return run.status == "FINISHED" and run.tags.get("complete") == "true"
 
 
-def runs_of(stage: str, iteration: int) -> str:
-    """MLflow's filter for the attempts of a stage."""
-    return f"tags.kind = 'stage' and tags.stage = '{stage}' and tags.iteration = '{iteration}'"
-
-
-def _tags(run: Run, prefix: str) -> dict[str, str]:
+def _tags(run: MlflowRun, prefix: str) -> dict[str, str]:
     """The tags that begin with a prefix, without it."""
-    tags = run.data.tags.items()
+    tags = run.tags.items()
     return {tag.removeprefix(prefix): value for tag, value in tags if tag.startswith(prefix)}

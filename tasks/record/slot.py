@@ -27,7 +27,6 @@ from tasks.record.record import (
     Attempt,
     Attempts,
     Record,
-    runs_of,
 )
 from tasks.record.work import Done, Metrics, Workspace, manifest_digest
 
@@ -142,10 +141,10 @@ class Slot:
     def _end_interrupted(self, wanted: Provenance) -> None:
         """Mark what dead processes left running: only one process writes an experiment, and here
         it holds the fingerprint's lock."""
-        same = f"{runs_of(*wanted.place)} and tags.fingerprint = '{wanted.fingerprint}'"
-        for run in self.record.runs(f"{same} and attributes.status = 'RUNNING'"):
-            self.record.client.set_tag(run.info.run_id, "failure", "interrupted")
-            self.record.client.set_terminated(run.info.run_id, "KILLED")
+        for run in self.record.runs(kind="stage", fingerprint=wanted.fingerprint):
+            if run.status == "RUNNING":
+                self.record.client.set_tag(run.run_id, "failure", "interrupted")
+                self.record.client.set_terminated(run.run_id, "KILLED")
 
     def _compute(
         self,
@@ -168,7 +167,7 @@ class Slot:
         interruption.note(stage="")
         work.note("recorded", stage=wanted.stage, iteration=wanted.iteration, run_id=run_id)
         work.remove()
-        return self.record.attempt(client.get_run(run_id), reused=False)
+        return self.record.attempt(self.record.reader.run(run_id), reused=False)
 
     def _begin(self, wanted: Provenance) -> str:
         """A RUNNING run under the iteration's, with what it is made from."""

@@ -127,8 +127,8 @@ def test_mlflow_goes_away_in_the_middle(tmp_path: Path) -> None:
         done = count(again, compute)
         assert done.read("numbers", Number) == [Number(value=1), Number(value=2)]
         assert done.metrics["sum"] == 3.0
-        (left,) = again.record.runs("attributes.status = 'KILLED'")
-        assert left.data.tags["failure"] == "interrupted"
+        (left,) = [run for run in again.record.runs() if run.status == "KILLED"]
+        assert left.tags["failure"] == "interrupted"
     assert events(home)[4:] == ["begun", "recorded"], "nothing was computed again"
 
 
@@ -349,7 +349,7 @@ def test_another_machine_sees_that_an_attempt_is_alive(workplace: Path) -> None:
     here, there = slot(workplace / "here"), slot(workplace / "there")
 
     def compute(work: Workspace) -> Metrics:
-        (running,) = here.record.runs("tags.kind = 'stage' and attributes.status = 'RUNNING'")
+        (running,) = [run for run in here.record.runs(kind="stage") if run.status == "RUNNING"]
         assert here.record.is_alive(running) and there.record.is_alive(running)
         return numbers(1)(work)
 
@@ -364,13 +364,13 @@ def test_what_another_machine_left_running_is_marked_and_computed_again(workplac
         patch.setattr(slots, "_give_up", lambda *_: None)  # as after kill -9: it stays RUNNING
         with pytest.raises(KeyboardInterrupt):
             count(here, _interrupted)
-    (dead,) = here.record.runs("attributes.status = 'RUNNING' and tags.kind = 'stage'")
+    (dead,) = [run for run in here.record.runs(kind="stage") if run.status == "RUNNING"]
     assert not here.record.is_alive(dead), "its lock is free"
-    here.record.client.set_tag(dead.info.run_id, HEARTBEAT, str(time.time() - 3600))
-    dead_now = there.record.client.get_run(dead.info.run_id)
+    here.record.client.set_tag(dead.run_id, HEARTBEAT, str(time.time() - 3600))
+    dead_now = there.record.reader.run(dead.run_id)
     assert not there.record.is_alive(dead_now), "its heartbeat is an hour old"
     assert count(there, numbers(1)).metrics["sum"] == 1.0
-    assert there.record.client.get_run(dead.info.run_id).info.status == "KILLED"
+    assert there.record.reader.run(dead.run_id).status == "KILLED"
 
 
 def _interrupted(_: Workspace) -> Metrics:

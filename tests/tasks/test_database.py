@@ -56,7 +56,7 @@ def test_killed_while_it_makes_the_database(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
     record = Record("an-experiment", tmp_path / "home", uri(file))
     assert not record.exists()
-    assert record.runs("") == [] and record.exists()
+    assert record.runs() == [] and record.exists()
 
 
 def initial_tables(file: Path) -> None:

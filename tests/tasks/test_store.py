@@ -100,9 +100,9 @@ def test_a_failed_attempt_does_not_count(slot: Slot) -> None:
     with pytest.raises(Crash):
         slot.attempt("add", AddSettings(), {}, fail)
     assert slot.record.current("add", 1) is None
-    (failed,) = slot.record.runs("tags.stage = 'add'")
-    assert failed.info.status == "FAILED"
-    assert failed.data.tags["failure"] == "Crash: halfway"
+    (failed,) = slot.record.runs(stage="add")
+    assert failed.status == "FAILED"
+    assert failed.tags["failure"] == "Crash: halfway"
     with pytest.raises(
         UserError, match="staple stage add --experiment an-experiment --iteration 1"
     ):
