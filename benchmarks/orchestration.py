@@ -40,7 +40,7 @@ class Seconds(NamedTuple):
 
 
 def main() -> None:
-    """Print the median of each program, with the smallest and largest figure, and the difference."""
+    """Print the median of each program, the smallest and largest figure, and the difference."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.orchestration", description=__doc__)
     parser.add_argument("--set", action="append", default=[], help="a setting of the experiment")
     parser.add_argument("--rounds", type=int, default=3, help="how often each program runs")
