@@ -43,7 +43,7 @@ class Artifacts:
         """Keep a folder's files with a run: as links, where the store is on the same disk."""
         folder = self.folder(run_id)
         if folder is None:
-            self._client.log_artifacts(run_id, str(outputs))
+            self._record.client.log_artifacts(run_id, str(outputs))
         else:
             shutil.copytree(outputs, folder, dirs_exist_ok=True, copy_function=_linked)
 
