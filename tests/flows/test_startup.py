@@ -62,5 +62,5 @@ def command(words: tuple[str, ...]) -> str:
         check=True,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     ).stdout
