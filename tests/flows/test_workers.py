@@ -82,6 +82,13 @@ def worker(site: Site, name: str, pool: str) -> Iterator[Path]:
         Server("", process).kill()
 
 
+@pytest.fixture(scope="module")
+def one(site: Site) -> Iterator[Path]:
+    """The place of a worker that both tests give something to do."""
+    with worker(site, "one", "gpu") as place:
+        yield place
+
+
 def run_deployment(site: Site, name: str, **parameters: Any) -> dict[str, Any]:
     """Run a deployment as the UI does, and wait for its end."""
     deployment = site.api.get(f"/deployments/name/{name}/{name}").json()
@@ -113,9 +120,9 @@ def computed(place: Path) -> list[str]:
     return [e["stage"] for e in events if e["event"] == "recorded"]
 
 
-def test_two_workers_share_nothing_but_the_record(site: Site) -> None:
+def test_two_workers_share_nothing_but_the_record(site: Site, one: Path) -> None:
     stage = {"experiment": "lineage", "iteration": 1}
-    with worker(site, "one", "gpu") as one, worker(site, "two", "cpu") as two:
+    with worker(site, "two", "cpu") as two:
         for name in ("prompts", "mine", "score"):
             state = run_deployment(site, name, **stage)
             assert state["type"] == "COMPLETED", state["message"]
@@ -125,7 +132,7 @@ def test_two_workers_share_nothing_but_the_record(site: Site) -> None:
     assert (again["name"], again["type"]) == ("Unchanged", "COMPLETED")
 
 
-def test_the_schedule_fires_and_skips_what_is_done(site: Site) -> None:
+def test_the_schedule_fires_and_skips_what_is_done(site: Site, one: Path) -> None:
     deployment = site.api.get("/deployments/name/experiment/experiment").json()
     assert [s["active"] for s in deployment["schedules"]] == [False], "nobody asked for it yet"
     often = {
@@ -134,8 +141,7 @@ def test_the_schedule_fires_and_skips_what_is_done(site: Site) -> None:
     }
     changed = site.api.patch(f"/deployments/{deployment['id']}", json=often)
     assert changed.status_code == 204, changed.text
-    with worker(site, "one", "gpu") as one:
-        states = [ended(site, run_id) for run_id in fired(site, deployment["id"], 2)]
+    states = [ended(site, run_id) for run_id in fired(site, deployment["id"], 2)]
     off = {"schedules": [{"schedule": {"interval": 20}, "active": False}]}
     site.api.patch(f"/deployments/{deployment['id']}", json=off)
     assert [s["type"] for s in states] == ["COMPLETED", "COMPLETED"], states
