@@ -62,7 +62,7 @@ class Filtered:
 def filter_stage(
     at: Slot, settings: FilterSettings, mined: Attempt, scored: Attempt, guided: bool = True
 ) -> Attempt:
-    """mined and its scores → trajectories, rejected; `guided` as `filter_rows` takes it."""
+    """mined and its scores → trajectories, rejected; `guided` as `filter_row` takes it."""
 
     def compute(work: Workspace) -> Metrics:
         rows = Beside(mined.rows("mined", Mined), scored.rows("scored", Scores))
@@ -109,19 +109,6 @@ def _filter_shard(
     return filtered
 
 
-def filter_rows(
-    rows: Iterable[Scored], settings: FilterSettings, key: str, guided: bool = True
-) -> tuple[list[Trajectory], list[Rejected]]:
-    """Trajectories and rejections of all rows; see `Filtered`.
-
-    Args:
-        key: "<seed>/<iteration>"; with prompt_id it seeds the draw of `rejection`.
-        guided: whether candidates have a principle, which then must be well-formed.
-    """
-    found = [filter_row(row, settings, key, guided) for row in rows]
-    return [t for row in found for t in row.kept], [r for row in found for r in row.rejected]
-
-
 def weights(scores: Sequence[float], initial_score: float, temperature: float) -> list[float]:
     """Posterior weights of one prompt's candidates: ∝ (f(y2, yG) − f(y1, yG))^(1/τ), summing to 1.
 
@@ -135,7 +122,12 @@ def weights(scores: Sequence[float], initial_score: float, temperature: float) -
 
 
 def filter_row(row: Scored, settings: FilterSettings, key: str, guided: bool = True) -> Filtered:
-    """What is kept of one prompt, and why the rest is not; the arguments as `filter_rows` takes."""
+    """What is kept of one prompt, and why the rest is not.
+
+    Args:
+        key: "<seed>/<iteration>"; with prompt_id it seeds the draw of `rejection`.
+        guided: whether candidates have a principle, which then must be well-formed.
+    """
     unfinished = bool(row.initial_thoughts) and not row.initial
     if unfinished or row.initial_score is None:
         reason = "truncated" if unfinished else "unscored"

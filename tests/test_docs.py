@@ -267,8 +267,10 @@ def test_the_picture_has_the_benchmarks_figures() -> None:
 
 def test_the_row_of_the_method_page() -> None:
     """Scores, weights, fates and the trained conversation follow from the mined row that it quotes."""
+    from filtered import filter_rows
+
     from models.prompts import TEMPLATES
-    from tasks.filter import FilterSettings, filter_rows
+    from tasks.filter import FilterSettings
     from tasks.rows import Candidate, Mined, Scored, fields
     from tasks.score import ScoreSettings, score
     from tasks.similarity.registry import open_similarity

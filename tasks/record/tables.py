@@ -255,16 +255,6 @@ class Beside(Sequence[tuple[Row, Other]]):
         return Beside(self._left[index], self._right[index])
 
 
-def read_rows(path: Path, row_type: type[Row]) -> list[Row]:
-    """All rows of a table.
-
-    Raises:
-        OSError, ValueError: it cannot be read.
-        TypeError: a column is missing that has no default.
-    """
-    return list(StoredRows.at(path, row_type))
-
-
 def read_bytes(content: bytes) -> Iterator[pa.Table]:
     """The Arrow tables of what `rows_as_bytes` returned."""
     with pq.ParquetFile(pa.BufferReader(content)) as file:

@@ -13,7 +13,7 @@ from flows.experiment import open_experiment
 from flows.methods import METHODS
 from flows.schema import ExperimentSettings, MethodName
 from flows.states import stage_states
-from tasks.record.tables import read_rows
+from tasks.record.tables import StoredRows
 from tasks.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def test_a_stage_reads_and_writes_what_it_declares(
         if stage != "evaluate":  # its tables depend on the method and the iteration
             assert tables == {*declared.writes}
         for table in tables:
-            read_rows(folder / f"{table}.parquet", declared.writes[table])
+            list(StoredRows.at(folder / f"{table}.parquet", declared.writes[table]))
         assert all((folder / published).exists() for published in declared.publishes)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+from filtered import filter_rows
 
-from tasks.filter import FilterSettings, filter_rows, weights
+from tasks.filter import FilterSettings, weights
 from tasks.rows import Scored, ScoredCandidate
 
 GOLD = "Restart the router first, then wait one minute before you try the page again."

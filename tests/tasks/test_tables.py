@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.record import tables
-from tasks.record.tables import Beside, StoredRows, read_rows, row_bytes, write_rows, write_tables
+from tasks.record.tables import Beside, StoredRows, row_bytes, write_rows, write_tables
 from tasks.rows import from_table, to_table
 
 
@@ -78,7 +78,7 @@ def test_a_group_has_the_bound_or_one_row(rows: list[Row], bound: int) -> None:
             write_rows(path, rows, Row)
         longest = max(map(size, rows), default=0)
         assert all(size <= max(bound, longest) for size in groups(path))
-        assert read_rows(path, Row) == rows
+        assert list(StoredRows.at(path, Row)) == rows
 
 
 def test_text_counts_in_utf8_and_a_number_eight() -> None:
@@ -92,7 +92,7 @@ def test_long_rows_stand_alone_and_short_ones_together(tmp_path: Path) -> None:
     with bounds(26):
         write_rows(tmp_path / "rows.parquet", rows, Row)
     assert groups(tmp_path / "rows.parquet") == [24, 59, 10]
-    assert read_rows(tmp_path / "rows.parquet", Row) == rows
+    assert list(StoredRows.at(tmp_path / "rows.parquet", Row)) == rows
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_no_rows_have_their_columns(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.parquet", [], Row)
-    assert read_rows(tmp_path / "rows.parquet", Row) == []
+    assert list(StoredRows.at(tmp_path / "rows.parquet", Row)) == []
     assert pq.read_schema(tmp_path / "rows.parquet").names == ["name", "parts"]
 
 
@@ -116,10 +116,12 @@ def test_a_long_table_is_a_folder_of_files(tmp_path: Path) -> None:
         write_rows(path, rows, Row)
     files = sorted(path.iterdir())
     assert len(files) > 3 and all(sum(groups(file)) <= 200 for file in files)
-    assert read_rows(path, Row) == rows
+    assert list(StoredRows.at(path, Row)) == rows
     assert from_table(pq.read_table(path), Row) == rows, "others read it by its path, too"
     write_rows(path, rows[:2], Row)
-    assert path.is_file() and read_rows(path, Row) == rows[:2], "a shorter one takes its place"
+    assert path.is_file() and list(StoredRows.at(path, Row)) == rows[:2], (
+        "a shorter one takes its place"
+    )
     assert list(tmp_path.iterdir()) == [path]
 
 

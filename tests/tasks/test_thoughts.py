@@ -9,13 +9,14 @@ from typing import Any, cast
 import pyarrow as pa
 import pytest
 from chat_model import build_tokenizer
+from filtered import filter_rows
 from real_templates import CHATML, QWEN3, QWEN35
 from scripted import Script
 
 from models.policy import Completion, PolicySettings, Progress, Request
 from models.prompts import CHAT, CHAT_CONSTITUTION
 from models.training.encoding import Encoder
-from tasks.filter import FilterSettings, filter_rows
+from tasks.filter import FilterSettings
 from tasks.mine import MineSettings, mine
 from tasks.policies.answers import AnswerSettings, Generation
 from tasks.policies.opening import PolicySource
