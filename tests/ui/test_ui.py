@@ -321,7 +321,7 @@ def ended(place: Place, deployment: str, but: str = "") -> dict[str, Any] | None
     return next((run for run in found if run["state"]["name"] != but), None)
 
 
-def eventually(look: Callable[[], T | None], seconds: float = 120) -> T:
+def eventually(look: Callable[[], T | None], seconds: float = 600) -> T:
     deadline = time.monotonic() + seconds
     while (found := look()) is None:
         assert time.monotonic() < deadline, "it took too long"
