@@ -64,7 +64,7 @@ def fingerprints() -> Fingerprints:
             experiment_id=name,
             tracking_uri=name,
             home=Path("home"),
-            runs=lambda _where: [],
+            runs=lambda **_tags: [],
             all_changes=dict,
         )
         look = Look(record)

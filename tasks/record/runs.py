@@ -95,7 +95,7 @@ class ClientReader:
         return _run(self._client.get_run(run_id))
 
 
-def _run(run: entities.MlflowRun) -> MlflowRun:
+def _run(run: entities.Run) -> MlflowRun:
     info, data = run.info, run.data
     uri, began = str(info.artifact_uri), int(info.start_time)
     return MlflowRun(info.run_id, info.status, uri, began, dict(data.tags), dict(data.metrics))
