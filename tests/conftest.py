@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 
 import durations
@@ -30,6 +31,9 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     COLUMNS="160",  # tables that do not wrap
 )
+with suppress(ImportError), redirect_stderr(sys.__stderr__):
+    # its handler closes the stream of its import where a server sets logging up: not pytest's, then
+    import absl.logging  # noqa: F401
 threads.cores = lambda: 1  # type: ignore[assignment]  # for the same reason
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs aside
     signal.signal(signal.SIGINT, signal.default_int_handler)  # processes of tests would inherit it

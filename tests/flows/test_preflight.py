@@ -71,7 +71,7 @@ def test_every_model_is_opened_for_what_it_is_used_for(
 ) -> None:
     opened: list[tuple[str, str]] = []
 
-    def look(directory: Path, settings: object, use: str, home: Path) -> str:
+    def look(directory: Path, settings: object, use: str) -> str:
         opened.append((directory.name, use))
         return "opened"
 
