@@ -165,7 +165,7 @@ def accept_code(experiment: str, stage: str, iteration: int, by: str) -> list[st
             raise UserError("there is no finished attempt to accept", where=where, fix=again)
         if state.attempt.stands_for(state.wanted.fingerprint):
             raise UserError("nothing to accept: the stage's code is unchanged", where=where)
-        old = state.attempt.provenance()
+        old = _with_what_was_read_through_others(state.attempt)
         if other := list(differences(replace(old, code=state.wanted.code), state.wanted)):
             raise UserError(
                 f"more than code differs: {'; '.join(other)}",
@@ -176,6 +176,22 @@ def accept_code(experiment: str, stage: str, iteration: int, by: str) -> list[st
         modules = changed_modules(old, state.wanted)
         state.attempt.record.accept(state.attempt, state.wanted.fingerprint, by, modules)
         return modules
+
+
+def _with_what_was_read_through_others(attempt: Attempt) -> Provenance:
+    """The provenance of an attempt, whose inputs' own inputs count as read.
+
+    Until version 0.2.0 the table `scored` repeated `mined`, so that the filter read both.
+    """
+    found = attempt.provenance()
+    through = {
+        f"{name}.{inner}": source
+        for name, read in found.inputs.items()
+        for made in attempt.record.attempts(read.stage, read.iteration)
+        if made.digest == read.digest
+        for inner, source in made.inputs.items()
+    }
+    return replace(found, inputs={**found.inputs, **through})
 
 
 NOTES = {
