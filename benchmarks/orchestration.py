@@ -3,8 +3,9 @@
     python -m benchmarks.orchestration --set prompts.first=60 --set iterations=1
 
 `staple run planted` takes turns with its stages alone: `flows.em.steps` in one process, which
-computes and records the same attempts. Each starts in a folder of its own, whose model is already
-pretrained. Processor time is that of all processes, Prefect's server among them.
+computes and records the same attempts. Each starts in a folder of its own, where the model is
+pretrained and Prefect's database made, as both are after the first run on a machine. Processor time
+is that of all processes, Prefect's server among them.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as made:
         home = asked.home or Path(made) / "home"
-        pretrain(asked.set, home)
+        prepare(asked.set, home)
         took: dict[str, list[Seconds]] = {name: [] for name in PROGRAMS}
         for _ in range(asked.rounds):
             for name, program in PROGRAMS.items():
@@ -60,21 +61,26 @@ def main() -> None:
     show(took)
 
 
-def pretrain(overrides: Sequence[str], home: Path) -> None:
-    """Make the experiment's model in `home`, where it is missing."""
+def prepare(overrides: Sequence[str], home: Path) -> None:
+    """Make the experiment's model and Prefect's database in `home`, where they are missing."""
+    os.environ["PREFECT_HOME"] = str(home.absolute() / "prefect")  # before Prefect is imported
+    from flows.server import prefect_database
     from flows.settings import load_settings
     from tasks.policies.base import make_world_model
 
     settings = load_settings("planted", overrides)
     make_world_model(settings.policy.model, settings.seed, home)
+    prefect_database.make()
 
 
 def run_stages(overrides: Sequence[str]) -> None:
     """Compute and record all stages of the experiment, and nothing else."""
+    from flows.commands.cli import _environment
     from flows.em import steps
     from flows.experiment import note_settings, open_experiment
     from flows.settings import load_settings
 
+    _environment()
     settings = load_settings("planted", overrides)
     note_settings(settings)
     experiment = open_experiment(settings)
@@ -91,7 +97,7 @@ def seconds_of(program: Sequence[str], overrides: Sequence[str], home: Path) -> 
         environment |= {
             "PYTHONPATH": str(ROOT),
             "STAPLE_HOME": str(Path(folder) / ".staple"),
-            "PREFECT_HOME": str(Path(folder) / "prefect"),
+            "PREFECT_HOME": str(Path(folder) / ".staple" / "prefect"),
         }
         changes = [part for override in overrides for part in ("--set", override)]
         began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
