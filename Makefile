@@ -6,10 +6,18 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constra
 WORKERS ?= 3
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-quick test-servers lint bench install clean
+.PHONY: demo demo-real test test-quick test-servers lint bench install clean
 
 demo: $(VENV)/.run  ## the whole loop on the planted world: five to seven minutes on two cores
 	$(BIN)/staple run planted
+
+demo-real: DTYPE = $(shell grep -qs amx_bf16 /proc/cpuinfo && echo bfloat16 || echo float32)
+demo-real: $(VENV)/.run  ## a real small model looks for a house style; downloads 180 MB
+	$(BIN)/staple fetch smollm2-135m-instruct
+	$(BIN)/staple fetch all-minilm-l6-v2
+	$(BIN)/staple run house-style --set policy.dtype=$(DTYPE)
+	$(BIN)/staple constitution show house-style
+	$(BIN)/staple report house-style
 
 test: $(VENV)/.dev  ## everything, on a CPU, without a network
 	$(PYTEST)

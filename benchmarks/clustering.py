@@ -15,12 +15,15 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean, stdev
 from time import process_time
+from typing import Any
 
 import numpy as np
+from sklearn.feature_extraction import DictVectorizer
 from sklearn.metrics import adjusted_rand_score
 
 from tasks.clustering import agglomeration, features, threshold
-from tasks.clustering.features import Features, combine, effect_features
+from tasks.clustering.features import Features, block_features, combine, effect_features
+from tasks.clustering.insertions import Insertions
 from tasks.clustering.picture import map_principles
 
 GROUPS = 150
@@ -28,7 +31,7 @@ OUTSIDE = 0.15
 """Share of the principles that belong to no group."""
 
 
-def world(rows: int, seed: int) -> tuple[list[str], list[Counter[str]], np.ndarray]:
+def world(rows: int, seed: int) -> tuple[list[str], Insertions, np.ndarray]:
     """Texts, insertions and groups (-1: none) of so many distinct principles."""
     draw = random.Random(seed)
     weights = [1 / (rank + 3) for rank in range(GROUPS)]
@@ -41,7 +44,14 @@ def world(rows: int, seed: int) -> tuple[list[str], list[Counter[str]], np.ndarr
         phrases = [word(f"{own} effect {draw.randrange(12)}") for _ in range(5)]
         inserted.append(Counter(phrases + topic(draw, draw.randint(40, 120))))
         truth.append(group)
-    return texts, inserted, np.array(truth)
+    return texts, counted(inserted), np.array(truth)
+
+
+def counted(inserted: Sequence[Counter[str]]) -> Insertions:
+    """The counts as a matrix."""
+    table = DictVectorizer(dtype=np.float32)
+    counts = table.fit_transform(inserted)
+    return Insertions(counts, tuple(table.get_feature_names_out()))
 
 
 def topic(draw: random.Random, count: int) -> list[str]:
@@ -57,16 +67,16 @@ def word(meaning: str) -> str:
 def measured(rows: int, seed: int, micro: Sequence[int]) -> dict[str, float]:
     """Processor seconds of each step, and what the clusterings have in common."""
     texts, inserted, truth = world(rows, seed)
-    wording = features.character_features(texts)
-
-    def describe(some: np.ndarray, effects: Sequence[Counter[str]]) -> Features:
-        return combine([wording[some], effect_features(effects)], seed)
-
     start = process_time()
+    wording = block_features(features.character_features(texts), seed)
+
+    def describe(some: np.ndarray, counts: Any) -> Features:
+        return combine([wording.only(some), block_features(effect_features(counts), seed)])
+
     found = threshold.predictive_threshold(describe, inserted, seed) or 0.8
     figures = {"rows": rows, "seed": seed, "threshold": found, "rule_s": process_time() - start}
     start = process_time()
-    described = describe(np.arange(rows), inserted)
+    described = describe(np.arange(rows), inserted.counts)
     figures["features_s"] = process_time() - start
     exact, figures["exact_s"] = grouped(described, found, rows)
     inside = truth >= 0

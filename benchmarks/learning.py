@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import sqrt
@@ -79,7 +80,7 @@ def run_all(arms: Sequence[str], seeds: Sequence[int], jobs: int, folder: Path) 
 
 def run_one(arm: str, seed: int, folder: Path, prefect_home: Path) -> History:
     """`staple run planted` with a seed, and its metrics by iteration."""
-    from mlflow import MlflowClient
+    from tasks.record.record import Record, finished
 
     place = folder / f"{arm}-{seed}"
     place.mkdir(parents=True, exist_ok=True)
@@ -94,13 +95,12 @@ def run_one(arm: str, seed: int, folder: Path, prefect_home: Path) -> History:
         stdout=subprocess.DEVNULL,
     )
     print(f"{arm}, seed {seed}: done", file=sys.stderr, flush=True)
-    client = MlflowClient(f"sqlite:///{place.absolute()}/mlflow.db")
-    experiment = client.get_experiment_by_name("planted")
-    assert experiment is not None
-    found = client.search_runs([experiment.experiment_id], "tags.kind = 'iteration'")
-    return [
-        dict(run.data.metrics) for run in sorted(found, key=lambda r: int(r.data.tags["iteration"]))
-    ]
+    record = Record("planted", home, f"sqlite:///{place.absolute()}/mlflow.db")
+    figures: defaultdict[int, dict[str, float]] = defaultdict(dict)
+    for run in reversed(record.runs(kind="stage")):  # the newest last
+        if finished(run):
+            figures[int(run.tags["iteration"])] |= run.metrics
+    return [figures[t] for t in sorted(figures)]
 
 
 def report(runs: Runs) -> str:

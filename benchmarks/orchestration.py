@@ -84,7 +84,7 @@ def run_stages(overrides: Sequence[str]) -> None:
     settings = load_settings("planted", overrides)
     note_settings(settings)
     experiment = open_experiment(settings)
-    for t in range(settings.iterations + 1):
+    for t in range(settings.last + 1):
         for _ in steps(experiment, t):
             pass
 

@@ -13,10 +13,14 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from math import sqrt
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
+
+from tasks.judging.gate import GatePoint
+from tasks.record.record import Attempt
 
 Overrides = Sequence[str]
 """Settings that differ from the preset, as `--set` takes them."""
@@ -25,11 +29,14 @@ History = list[dict[str, float]]
 Runs = dict[str, dict[str, History]]
 """Variant → seed → metrics by iteration."""
 KEPT = re.compile(
-    r"win_rate/(planted-held/)?(refined_vs_initial_0|initial_vs_0)|train/(tokens|trained_tokens)"
-    r"|planted/(recall|precision|nmi|ari|invented_right|kept_right)|faithfulness/(label|answers)"
+    r"win_rate/((planted|house-style)-held/)?(refined_vs_initial_0|initial_vs_0)(_low|_high)?"
+    r"|train/(tokens|trained_tokens)|(planted|house-style)/(recall|precision|nmi|ari)"
+    r"|(planted|house-style)/(invented|kept|hinted)_right|(planted|house-style)/(obeyed|core)_.+"
+    r"|faithfulness/(label|answers)"
     r"|generated_tokens|constitution_size|discovery_rate|refinement_rate|prompts_kept"
     r"|win_rate/(constitution|principles|antitheses|held_out|plain)_vs_0"
-    r"(_length_controlled)?(_low|_high)?|mi/.+|answers/.+_characters|planted/(obeyed|core)_.+"
+    r"(_length_controlled)?(_low|_high)?|mi/.+|answers/.+_characters"
+    r"|answers/tokens|gate/.+"
 )
 """What the files beside this one hold of an iteration's metrics."""
 
@@ -110,10 +117,17 @@ def _run(preset: str, overrides: Overrides) -> History:
 
     settings = load_settings(preset, ["cluster.picture=none", *overrides])
     experiment = open_experiment(settings)
-    iterations = range(settings.iterations + 1)
-    return [
-        _told(iteration_metrics({a.stage: a for a in steps(experiment, t)})) for t in iterations
-    ]
+    iterations = range(settings.last + 1)
+    attempts = ({a.stage: a for a in steps(experiment, t)} for t in iterations)
+    return [_told(iteration_metrics(made) | _curve(made["evaluate"])) for made in attempts]
+
+
+def _curve(evaluated: Attempt) -> dict[str, float]:
+    """The points of a gate's curve, flat: "gate/0/threshold" and so on."""
+    if "gate/win_rate" not in evaluated.metrics:
+        return {}
+    points = map(asdict, evaluated.read("gate", GatePoint))
+    return {f"gate/{n}/{name}": value for n, p in enumerate(points) for name, value in p.items()}
 
 
 def _told(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -148,7 +148,7 @@ def run_all(task: Task) -> None:
         note_settings(settings)
         experiment = open_experiment(settings)
         done = []
-        for t in range(settings.iterations + 1):
+        for t in range(settings.last + 1):
             done.append({attempt.stage: attempt for attempt in steps(experiment, t)})
             publish_iteration(experiment, t, done[t])
         publish_experiment(experiment, done)

@@ -41,6 +41,10 @@ SPREAD = 0.5
 LONGEST = 5.0
 """Times the mean length: the corpus refuses texts of more than 20,000 characters."""
 VOCABULARY = 4096
+KEPT = 0.8
+"""Share of a first answer's sentences that its refinement keeps."""
+CLOSER = 0.3
+"""Share of the gold, at most, that a refinement adds."""
 
 
 class World:
@@ -73,13 +77,13 @@ class World:
         asked = draw.choices(self.sentences, k=self._count(draw, PROMPT_BYTES))
         return " ".join([f"Request {number}.", *asked])
 
-    def answer(self, prompt: str, key: str, own: Sequence[str] = (), most: float = 0.4) -> str:
-        """Sentences of the prompt's gold, at most this share of it, then `own`, then others."""
+    def answer(self, prompt: str, key: str) -> str:
+        """Up to 40 % of the prompt's gold, then other sentences."""
         draw = random.Random(f"{self.seed}/{key}")
         gold, count = self.gold(prompt), self._count(draw, self.size)
-        kept = gold[: min(int(draw.uniform(0, most) * len(gold)), count)]
-        others = draw.choices(self._topic(prompt), k=max(count - len(kept) - len(own), 1))
-        return " ".join([*kept, *own, *others])
+        kept = gold[: min(int(draw.uniform(0, 0.4) * len(gold)), count)]
+        others = draw.choices(self._topic(prompt), k=max(count - len(kept), 1))
+        return " ".join([*kept, *others])
 
     def critique(self, prompt: str, key: str) -> str:
         """A few sentences of the prompt's topic."""
@@ -101,6 +105,14 @@ class World:
         named = " ".join(principle.split()[1:3])
         own = random.Random(f"{self.seed}/effect/{named}").sample(self.sentences, 6)
         return random.Random(principle).sample(own, 2)
+
+    def refined(self, prompt: str, key: str, initial: str, principle: str) -> str:
+        """Most of the first answer, some more of the gold, and what the principle inserts."""
+        draw = random.Random(f"{self.seed}/{key}")
+        gold = self.gold(prompt)
+        kept = [said for said in _sentences(initial) if draw.random() < KEPT]
+        closer = draw.choices(gold, k=round(draw.uniform(0, CLOSER) * len(gold)))
+        return " ".join([*kept, *closer, *self.effect(principle)])
 
     def _gold(self, prompt: str) -> list[str]:
         draw = random.Random(f"{self.seed}/gold/{prompt}")
@@ -161,6 +173,10 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (dict, list)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _strings(part)
+
+
+def _sentences(text: str) -> list[str]:
+    return re.split(r"(?<=[.!?])\s+", text)
 
 
 def _word(draw: random.Random) -> str:
@@ -231,15 +247,15 @@ class Recombined:
             case "critique":
                 text = self.world.critique(turns[0], key)
             case "refined":  # x, y1, "why?", z
-                text = self.world.answer(turns[0], key, self.world.effect(turns[3]), most=0.6)
+                text = self.world.refined(turns[0], key, turns[1], turns[3])
             case _:
                 text = self.world.answer(turns[0], key)
         return Completion(text=text, tokens=len(text) // 4, logprob=math.nan, finish="stop")
 
     def logprobs(self, pairs: Sequence[tuple[Messages, str]]) -> list[Scoring]:
         """No stage of this benchmark asks for them."""
-        raise NotImplementedError
+        raise AssertionError("a stage of this benchmark asks for log-probabilities")
 
     def hidden_states(self, texts: Sequence[str]) -> np.ndarray:
         """No stage of this benchmark asks for them."""
-        raise NotImplementedError
+        raise AssertionError("a stage of this benchmark asks for hidden states")

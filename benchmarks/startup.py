@@ -1,4 +1,4 @@
-"""Processor seconds of commands that find everything in the record.
+"""Processor seconds of commands that read the record, and of mistakes, beside importing MLflow.
 
     python -m benchmarks.startup SETTINGS EXPERIMENT
 
@@ -13,10 +13,27 @@ import argparse
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from statistics import median
 
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
+
+COMMANDS = (
+    ("--help", 0),
+    ("list", 0),
+    ("status {experiment}", 0),
+    ("constitution show {experiment}", 0),
+    ("compare {experiment}:1 {experiment}:2", 0),
+    ("run {settings}", 0),
+    ("status {experiment}x", 2),
+    ("run nowhere.yaml", 2),
+    ("run {settings} --set mine.sample=3", 2),
+    ("report {experiment}x", 2),
+    ("statsu", 2),
+)
+"""The commands, and the exit code of each."""
 
 
 def main() -> None:
@@ -26,23 +43,33 @@ def main() -> None:
     parser.add_argument("experiment", help="the experiment's name")
     parser.add_argument("--rounds", type=int, default=5, help="how often each command runs")
     asked = parser.parse_args()
-    table = Table("command", "processor seconds", "smallest", "largest", "rounds")
-    for words in (["--help"], ["status", asked.experiment], ["run", asked.settings]):
-        seconds = [processor_seconds(words) for _ in range(asked.rounds)]
-        figures = (median(seconds), min(seconds), max(seconds))
-        table.add_row(
-            " ".join(["staple", *words]), *map("{:.2f}".format, figures), str(len(seconds))
-        )
-    Console().print(table)
+    staple = (sys.executable, "-m", "flows.commands.program")
+    commands: dict[str, tuple[str, ...]] = {
+        'python -c "import mlflow"': (sys.executable, "-c", "import mlflow")
+    }
+    for words, _ in COMMANDS:
+        filled = words.format(settings=asked.settings, experiment=asked.experiment)
+        commands[f"staple {filled}"] = (*staple, *filled.split())
+    codes = [0, *(code for _, code in COMMANDS)]
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(asked.rounds):  # in turn, so that a busy minute falls on all of them
+        for (name, command), code in zip(commands.items(), codes, strict=True):
+            seconds[name].append(processor_seconds(command, code))
+    table = Table("command", "processor seconds", "smallest", "largest", box=MARKDOWN)
+    for name, found in seconds.items():
+        figures = (median(found), min(found), max(found))
+        table.add_row(f"`{name}`", *map("{:.2f}".format, figures))
+    Console(width=120).print(table)
 
 
-def processor_seconds(words: list[str]) -> float:
-    """User and system time of one command and of its children."""
+def processor_seconds(command: Sequence[str], code: int) -> float:
+    """User and system time of one command, which must end with this code, and of its children."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "flows.commands.program", *words]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if words[0] == "run" and "0 stages computed" not in done.stdout:
+    if done.returncode != code:
+        raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr}")
+    if "run" in command and not code and "0 stages computed" not in done.stdout:
         raise SystemExit("the experiment had changed: run this again")
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

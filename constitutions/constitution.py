@@ -51,6 +51,8 @@ class Principle(BaseModel):
     """The `prompt_id` of the trajectory that this principle improved most."""
     wordings: Count = 0
     """The number of wordings that were merged into it; at least that of `members`."""
+    absent: Count = 0
+    """For how many iterations in a row it has had no trajectory, and was carried over."""
     members: tuple[Text, ...] = ()
     """Wordings that were merged into it, most frequent first. `cluster` lists a few of many here,
     and all of them in its table `clusters` (`tasks.clustering.wordings`)."""
@@ -395,8 +397,9 @@ def _kinship(new: Principle) -> Callable[[Principle], tuple[bool, int]]:
 
 
 def _entry(principle: Principle) -> dict[str, Any]:
-    all_listed = {"wordings"} if principle.wordings == len(principle.members) else set()
-    entry = principle.model_dump(mode="json", exclude=all_listed)
+    left_out = {"wordings"} if principle.wordings == len(principle.members) else set()
+    left_out |= set() if principle.absent else {"absent"}
+    entry = principle.model_dump(mode="json", exclude=left_out)
     return {name: value for name, value in entry.items() if value not in ("", [])}
 
 

@@ -19,6 +19,7 @@ from flows.publish import Attempts, iteration_metrics, rate_text
 from flows.run import run_experiment
 from flows.schema import ExperimentSettings
 from flows.settings import parse_override, with_changes
+from tasks.record.stage import artifact_key
 from tasks.record.work import Metrics
 
 BASELINES: Mapping[str, Mapping[str, Any]] = {
@@ -70,7 +71,7 @@ def run_baselines(
         runs.append(Run(other, _run(other)))
     create_table_artifact(
         table=[row(run) for run in runs],
-        key="baselines",
+        key=artifact_key(settings.experiment, "baselines"),
         description=f"**{settings.experiment}** and its baselines, held-out prompts",
     )
     return runs

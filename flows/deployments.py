@@ -80,7 +80,7 @@ def experiment(
     if reviewed and all(attempt.reused for attempts in every for attempt in attempts.values()):
         stages = sum(map(len, done))
         return _unchanged(f"all {stages} stages of {chosen.experiment} are as recorded")
-    return Completed(message=f"{chosen.experiment}: {chosen.iterations} iterations")
+    return Completed(message=f"{chosen.experiment}: {chosen.last} iterations")
 
 
 def stage_flow(stage: str) -> Flow[..., State[Any]]:

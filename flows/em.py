@@ -20,6 +20,7 @@ from tasks.prompts import prompts_stage
 from tasks.record.record import Attempt
 from tasks.review import review_stage
 from tasks.score import score_stage
+from tasks.teach import teach_stage
 from tasks.train import train_stage
 
 
@@ -27,8 +28,8 @@ def steps(e: Experiment, t: int) -> Iterator[Attempt]:
     """One EM iteration, stage by stage; it ends early if a person has to review first.
 
     E-step (mine, score, filter), constitution (cluster, review), M-step (train), evaluation: each
-    method has some of them (`flows.methods`). In iteration 0 the initial policy answers the
-    held-out prompts.
+    method has some of them (`flows.methods`). In iteration 0 the initial policy, which may be
+    taught first, answers the held-out prompts.
     """
     method = method_of(e.settings)
     if method.constitutional:
@@ -37,16 +38,20 @@ def steps(e: Experiment, t: int) -> Iterator[Attempt]:
     at, settings = e.slot(t), e.settings_at(t)
     yield (prompts := prompts_stage(at, settings.prompts))
     if t == 0:
+        if settings.teach.on:
+            world = settings.prompts.world
+            yield teach_stage(at, settings.teach, settings.train, e.untaught, world)
         yield evaluate_stage(at, settings.evaluate, settings.score, e.policy(0), prompts)
         return
 
     policy = e.policy(t - 1, t)
-    examples, mined_from = prompts, {}
+    examples, mined_from, kept = prompts, {}, {}
     if method.mines:
         yield (mined := mine_stage(at, settings.mine, policy, prompts))
         yield (scored := score_stage(at, settings.score, mined))
         mined = scored.source("mined", mined)  # whose scores they are, should it be mined again
-        yield (examples := filter_stage(at, settings.filter, mined, scored, method.guided))
+        yield (filtered := filter_stage(at, settings.filter, mined, scored, method.guided))
+        examples = filtered
 
     if method.guided:
         earlier = e.earlier_constitutions(t)
@@ -57,7 +62,9 @@ def steps(e: Experiment, t: int) -> Iterator[Attempt]:
                 return
             yield (examples := review_stage(at, settings.review, examples, verdict))
         mined_from = {"mined": mined, "labelled": examples}
+        kept = {"mined": mined, "filtered": filtered} if settings.train.gate else {}
 
-    yield (trained := train_stage(at, settings.train, policy, examples))
-    tuned, references = policy.trained(trained), e.references(t)
+    yield (trained := train_stage(at, settings.train, policy, examples, **kept))
+    tuned = policy.trained(trained, gated=settings.train.gate)
+    references = e.references(t)
     yield evaluate_stage(at, settings.evaluate, settings.score, tuned, **references, **mined_from)

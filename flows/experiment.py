@@ -6,11 +6,12 @@ settings of each iteration: the experiment's, with those changed for that iterat
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ from flows.settings import (
     without_gone,
 )
 from models.files import Damaged
+from tasks.judging.champion import ChampionDecision
 from tasks.policies.base import BaseModelFiles, kept_model, resolve_model
 from tasks.policies.opening import PolicySource
 from tasks.record.progress import say
-from tasks.record.record import Attempt, Attempts, Record
+from tasks.record.record import DECISION, Attempt, Attempts, Record
 from tasks.record.slot import Looker, Mode, Slot
 from tasks.record.writer import made
 from tasks.record.writer import writing as hold
@@ -38,6 +40,8 @@ from tasks.stages import STAGES
 
 SETTINGS_FILE = "settings.yaml"
 NAMES = "up to 100 letters, digits, dots, dashes and underscores"
+PATIENCE = 2
+"""Iterations in a row that do not become the champion, after which `iterations: auto` stops."""
 Place = tuple[int, str]
 """(iteration, stage)"""
 
@@ -74,7 +78,7 @@ class Experiment:
     def settings_at(self, iteration: int) -> ExperimentSettings:
         """The settings that hold in an iteration."""
         found = with_changes(self.settings, self._changes.get(iteration, {}))
-        if found.review.which == "last" and iteration != found.iterations:
+        if found.review.which == "last" and iteration != found.last:
             return found.model_copy(update={"review": ReviewSettings()})
         return found
 
@@ -89,7 +93,18 @@ class Experiment:
             self.look,
             made=self.made,
             shard_size=self.settings_at(iteration).shard_size,
+            warm=partial(self._warm, iteration),
         )
+
+    def _warm(self, iteration: int, stage: str) -> None:
+        """Let UMAP compile itself, for half a minute in each process: it is no part of a stage."""
+        if stage == "cluster" and self.settings_at(iteration).cluster.picture == "umap":
+            import numpy as np
+
+            from tasks.clustering.features import Features
+            from tasks.clustering.picture import map_principles
+
+            map_principles(Features(np.eye(8, dtype=np.float32), np.ones(8, bool)))
 
     def _mode(self, iteration: int, stage: str) -> Mode:
         if self.only and (iteration, stage) != self.only:
@@ -117,19 +132,35 @@ class Experiment:
         Raises:
             UserError: the iteration is not trained.
         """
-        settings = self.settings_at(iteration if t is None else t).policy
+        untaught = replace(
+            self.untaught, settings=self.settings_at(iteration if t is None else t).policy
+        )
+        taught = self.taught()
+        initial = replace(untaught, adapter=taught, taught=taught)
+        if iteration:
+            gated = self.settings_at(iteration).train.gate
+            return initial.trained(self.needs("train", iteration), gated=gated)
+        begun = self.before if t else None  # as a result of 0, nothing has trained it yet
+        return initial.trained(begun.newest("train")) if begun else initial
+
+    @property
+    def untaught(self) -> PolicySource:
+        """The base model itself."""
         method = method_of(self.settings)
-        initial = PolicySource(
-            settings,
+        return PolicySource(
+            self.settings_at(0).policy,
             self.model.path,
             self.model.digest,
             guided=method.guided,
             constitutional=method.constitutional,
         )
-        if iteration:
-            return initial.trained(self.needs("train", iteration))
-        begun = self.before if t else None  # as a result of 0, it has no adapter
-        return initial.trained(begun.newest("train")) if begun else initial
+
+    def taught(self) -> Attempt | None:
+        """The attempt that taught the initial policy, also before an experiment that this one
+        continues; None where nothing was taught."""
+        if self.before:
+            return self.before.taught()
+        return self.needs("teach", 0) if self.settings_at(0).teach.on else None
 
     @cached_property
     def before(self) -> Experiment | None:
@@ -146,6 +177,12 @@ class Experiment:
         found = open_experiment(settings, made=self.made)
         found.newest("train")
         return found
+
+    def current(self, iteration: int) -> dict[str, Attempt]:
+        """The current attempts of an iteration's stages, of those that are finished."""
+        wanted = method_of(self.settings).asked(self.settings_at(iteration), iteration)
+        found = {stage: self.record.current(stage, iteration) for stage in wanted}
+        return {stage: attempt for stage, attempt in found.items() if attempt}
 
     def newest(self, stage: str) -> Attempt:
         """The attempt of the newest iteration that finished a stage, the same for the whole run.
@@ -191,12 +228,46 @@ class Experiment:
         return found or (ReviewDecision() if self.look else None)
 
     def references(self, iteration: int) -> dict[str, Attempt]:
-        """Held-out prompts, and the answers of the initial and the previous policy to them."""
-        return {
+        """Held-out prompts, and the answers of the initial and the previous policy to them; and of
+        the champion, where it is another one."""
+        found = {
             "held_out": self.needs("prompts", 0),
             "initial": self.needs("evaluate", 0),
             "previous": self.needs("evaluate", iteration - 1),
         }
+        champion = self.champion(iteration)
+        if champion not in (0, iteration - 1):
+            found["champion"] = self.needs("evaluate", champion)
+        return found
+
+    def champion(self, iteration: int) -> int:
+        """The iteration whose policy is the champion before this one; 0: the initial policy."""
+        best = 0
+        for t in range(1, iteration):
+            if (found := self.decision(t, best)) and found.accepted:
+                best = t
+        return best
+
+    def decision(self, iteration: int, champion: int) -> ChampionDecision | None:
+        """Whether an iteration beat this champion; None where nobody has decided yet."""
+        key = self.settings.experiment, "evaluate", iteration
+        if self.look:
+            text = self.look.attempt("evaluate", iteration).decision
+        elif found := self.made.get(key) or self.record.current("evaluate", iteration):
+            text = self.record.reader.run(found.run_id).tags.get(DECISION, "")  # not as it was made
+        else:
+            text = ""
+        decided = ChampionDecision.read(text)
+        return decided if decided and decided.champion == champion else None
+
+    def stops(self, iteration: int) -> bool:
+        """Whether an experiment with `iterations: auto` ends with this iteration: `PATIENCE` in a
+        row did not become the champion."""
+        if self.settings.iterations != "auto" or iteration < PATIENCE:
+            return False
+        best = self.champion(iteration + 1)
+        last = (self.decision(t, best) for t in range(iteration - PATIENCE + 1, iteration + 1))
+        return all(found is not None and not found.accepted for found in last)
 
 
 def home() -> Path:
@@ -274,14 +345,28 @@ def recorded_settings(experiment: str, overrides: Sequence[str] = ()) -> Experim
             f"staple run FILE --set experiment={experiment}",
         ) from error
     if text is None:
-        could_be = re.fullmatch(NAME, experiment)
-        raise UserError(
-            "nothing is recorded under this name",
-            where=f"experiment {experiment}",
-            expected="" if could_be else NAMES,
-            fix=f"run: staple run PRESET --set experiment={experiment}" if could_be else "",
-        )
+        raise _unknown(experiment)
     return load_settings(f"experiment {experiment}", overrides, text=text, recorded=True)
+
+
+def _unknown(experiment: str) -> UserError:
+    """The error about a name under which nothing is recorded, with the names that are near it."""
+    if not re.fullmatch(NAME, experiment):
+        fix, expected = "", NAMES
+    elif close := difflib.get_close_matches(
+        experiment, (name for name in recorded_names() if name != experiment), n=1
+    ):
+        fix, expected = f"did you mean '{close[0]}'?", ""
+    else:
+        fix, expected = f"run: staple run PRESET --set experiment={experiment}", ""
+    what, where = "nothing is recorded under this name", f"experiment {experiment}"
+    return UserError(what, where=where, expected=expected, fix=fix)
+
+
+def recorded_names() -> list[str]:
+    """The names of all experiments that this project recorded, the newest last."""
+    names = record_of("staple").neighbours()
+    return [name for name in names if is_recorded(name) and record_of(name).runs(kind="summary")]
 
 
 def is_recorded(experiment: str) -> bool:
@@ -297,7 +382,7 @@ def parse_place(place: str, settings: ExperimentSettings) -> Place:
     """
     stage, _, number = place.partition(":")
     counted = re.fullmatch(r"[0-9]{1,4}", number)
-    last, method = settings.iterations, method_of(settings)
+    last, method = settings.last, method_of(settings)
     iteration = int(number) if counted else int(stage in method.stages(1))
     wrong = number and not counted
     if wrong or iteration > last or stage not in method.stages(iteration):
@@ -332,12 +417,18 @@ def newest(settings: ExperimentSettings, stage: str, iteration: int | None) -> A
     """The current attempt of a stage, in an iteration or in the newest that finished it.
 
     Raises:
-        UserError: the stage is not finished.
+        UserError: the stage is not finished, or there is no such iteration.
     """
     record = record_of(settings.experiment)
+    if iteration is not None and iteration > settings.last:
+        raise UserError(
+            f"there is no iteration {iteration}",
+            where=f"experiment {settings.experiment}",
+            expected=f"at most {settings.last}",
+        )
     if iteration is not None:
         return record.needs(stage, iteration)
-    for t in range(settings.iterations, 0, -1):
+    for t in range(settings.last, 0, -1):
         if found := record.current(stage, t):
             return found
     return record.needs(stage, 1)

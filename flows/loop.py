@@ -5,17 +5,31 @@ This module imports Prefect, which takes seconds. A command imports it only to c
 
 from __future__ import annotations
 
-from prefect import flow, task
-from prefect.artifacts import create_markdown_artifact
+from collections.abc import Sequence
+
+from prefect import flow, tags, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
 
 from constitutions.constitution import load, markdown
 from flows import review
-from flows.em import steps
+from flows.champion import decided
 from flows.experiment import Experiment, Place, open_experiment, writing
-from flows.publish import Attempts, constitution_of, publish_experiment, publish_iteration
+from flows.methods import method_of
+from flows.mlflow_page import describe
+from flows.publish import (
+    Attempts,
+    constitution_of,
+    iteration_metrics,
+    publish_experiment,
+    publish_iteration,
+    rate_text,
+)
+from flows.registry import crown, log_corpora, registered
 from flows.schema import ExperimentSettings
+from flows.told import told_steps
+from tasks.record.stage import artifact_key
 
 
 @flow(name="em-experiment", flow_run_name="{settings.experiment}")
@@ -23,6 +37,8 @@ def em_experiment(
     settings: ExperimentSettings, force: bool = False, start: Place | None = None
 ) -> list[Attempts]:
     """Iteration 0 (the initial policy answers), then T iterations, under the write lock.
+
+    With `iterations: auto`, until two in a row do not become the champion.
 
     Returns:
         The attempts of every iteration. If a person has to review and this run cannot ask, the list
@@ -35,14 +51,22 @@ def em_experiment(
     with writing(settings.experiment, f"staple run {settings.experiment}"):
         experiment = open_experiment(settings, force=force, start=start)
         done: list[Attempts] = []
-        for t in range(settings.iterations + 1):
-            done.append(em_iteration(settings, t, force, start))
+
+        def iterate(t: int) -> Attempts:
+            with tags(settings.experiment, f"iteration {t}"):
+                return em_iteration(settings, t, force, start)
+
+        for t in range(settings.last + 1):
+            done.append(iterate(t))
             if t and "train" not in done[t]:
                 if not review.can_ask():
                     return done
                 review.ask(experiment, t, done[t]["cluster"])
-                done[t] = em_iteration(settings, t, force, start)
+                done[t] = iterate(t)
+            if experiment.stops(t):
+                break
         publish_experiment(experiment, done)
+        _show(experiment, done)
         return done
 
 
@@ -52,18 +76,51 @@ def em_iteration(
 ) -> Attempts:
     """One iteration: stage → its attempt; without "train" if a person has to review first."""
     experiment = open_experiment(settings, force=force, start=start)
-    attempts = {attempt.stage: attempt for attempt in steps(experiment, iteration)}
+    attempts = {attempt.stage: attempt for attempt in told_steps(experiment, iteration)}
     return publish(experiment, iteration, attempts)
 
 
 @task(name="publish", cache_policy=NO_CACHE)
 def publish(experiment: Experiment, iteration: int, attempts: Attempts) -> Attempts:
-    """Show an iteration in MLflow, and its constitution in Prefect."""
-    publish_iteration(experiment, iteration, attempts)
+    """Decide about the champion; show an iteration in MLflow, and its constitution in Prefect."""
+    attempts = decided(experiment, iteration, attempts)
+    model = registered(experiment, iteration, attempts)
+    if publish_iteration(experiment, iteration, attempts, model):
+        log_corpora(experiment, iteration, attempts["prompts"])
+    crown(experiment)
+    describe(experiment, iteration)
+    _show_constitution(experiment, iteration, attempts)
+    return attempts
+
+
+def _show(experiment: Experiment, done: Sequence[Attempts]) -> None:
+    """The experiment's result on its own flow run: win rates, and the last constitution."""
+    if FlowRunContext.get() is None:
+        return
+    name, method = experiment.settings.experiment, method_of(experiment.settings)
+    history = [iteration_metrics(attempts) for attempts in done]
+    create_table_artifact(
+        table=[
+            {
+                "iteration": t,
+                "win rate": rate_text(metrics, method.headline),
+                "at equal lengths": rate_text(metrics, f"{method.headline}_length_controlled"),
+                "principles": metrics.get("constitution_size", 0.0),
+            }
+            for t, metrics in enumerate(history)
+        ],
+        key=artifact_key(name, "win rates"),
+        description=f"**{name}**: held-out answers against the initial policy's, 95 % intervals",
+    )
+    _show_constitution(experiment, len(done) - 1, done[-1])
+
+
+def _show_constitution(experiment: Experiment, iteration: int, attempts: Attempts) -> None:
     approved = constitution_of(attempts)
     if approved and FlowRunContext.get() is not None:
-        constitution = load(approved.path("constitution.yaml"))
+        name = experiment.settings.experiment
         create_markdown_artifact(
-            markdown(constitution), key="constitution", description=f"Iteration {iteration}"
+            markdown(load(approved.path("constitution.yaml"))),
+            key=artifact_key(name, "constitution"),
+            description=f"**{name}**, iteration {iteration}",
         )
-    return attempts

@@ -31,6 +31,7 @@ from tasks.sami.evaluate import check_followed
 from tasks.sami.sample import check_mixtures
 from tasks.sami.write import split_held_out
 from tasks.similarity.registry import open_similarity
+from tasks.teach import skill_examples
 
 LEAST_FREE_BYTES = 512 << 20
 """Free disk that an experiment needs at least: database, rows, adapters, figures."""
@@ -73,6 +74,7 @@ def check(settings: ExperimentSettings, *, follows: bool = False) -> dict[str, s
     found = {
         "model": attempt(lambda: _model(settings)),
         "prompts": attempt(lambda: _prompts(settings)),
+        **({"teach": attempt(lambda: _skills(settings))} if settings.teach.on else {}),
         **({"write": attempt(lambda: _constitution(settings, follows))} if sami else {}),
         **({} if sami else {"score": attempt(lambda: _similarity(settings))}),
         "evaluate": attempt(lambda: _judges(settings)) + attempt(lambda: _benchmarks(settings)),
@@ -94,12 +96,17 @@ def ask_server(settings: ExperimentSettings) -> None:
         UserError: the endpoint does not answer, or cannot load adapters.
     """
     if settings.policy.endpoint:
-        check_server(settings.policy, adapters=settings.iterations > 0, limits=Limits(start=10))
+        check_server(settings.policy, adapters=_trains(settings), limits=Limits(start=10))
+
+
+def _trains(settings: ExperimentSettings) -> bool:
+    """Whether there will be adapters."""
+    return settings.last > 0 or settings.teach.on
 
 
 def _model(settings: ExperimentSettings) -> str:
     policy = settings.policy
-    found = open_model(policy, "trained" if settings.iterations else "sampled")
+    found = open_model(policy, "trained" if _trains(settings) else "sampled")
     if not policy.endpoint:
         return found
     open_endpoint(policy)  # its address and key
@@ -108,7 +115,7 @@ def _model(settings: ExperimentSettings) -> str:
 
 def _beyond_endpoints(settings: ExperimentSettings) -> Iterator[UserError]:
     """Errors about settings that need more than an endpoint offers."""
-    clusters = settings.policy.endpoint and method_of(settings).guided and settings.iterations
+    clusters = settings.policy.endpoint and method_of(settings).guided and settings.last
     if clusters and "hidden" in settings.cluster.features:
         yield _beyond("features", "hidden states", 'leave "hidden" out')
     if clusters and settings.cluster.logprob_tolerance is not None:
@@ -138,14 +145,24 @@ def check_data(path: str) -> dict[str, str]:
 
 
 def _prompts(settings: ExperimentSettings) -> str:
-    last = prompt_sets(settings.prompts, settings.seed, settings.iterations)
-    if settings.prompts.world and settings.iterations:
+    last = prompt_sets(settings.prompts, settings.seed, settings.last)
+    if settings.prompts.world and settings.last:
         prompt_sets(settings.prompts, settings.seed, 0)  # a corpus needs no second check
-    mined = [settings.prompts.first] + [settings.prompts.later] * (settings.iterations - 1)
+    mined = [settings.prompts.first] + [settings.prompts.later] * (settings.last - 1)
     rejected = f"; {len(last.rejected):,} rows rejected" if last.rejected else ""
-    counts = " + ".join(f"{size:,}" for size in mined if settings.iterations) or "none"
+    counts = " + ".join(f"{size:,}" for size in mined if settings.last) or "none"
     use = "to sample" if method_of(settings).constitutional else "to mine"
     return f"{counts} {use}, {settings.prompts.held_out:,} held out{rejected}"
+
+
+def _skills(settings: ExperimentSettings) -> str:
+    """How many examples teach what."""
+    teach = settings.teach
+    world = settings.prompts.world
+    found = len(skill_examples(teach, world))
+    naming = teach.named(found)
+    source = teach.file or f"the {world.name} world" if world else teach.file
+    return f"{naming:,} examples of naming and {found - naming:,} of following, of {source}"
 
 
 def _constitution(settings: ExperimentSettings, follows: bool) -> str:
@@ -182,7 +199,7 @@ def _check_pool(settings: ExperimentSettings, constitution: Constitution) -> tup
 
 
 def _similarity(settings: ExperimentSettings) -> str:
-    clusters = method_of(settings).guided and settings.iterations
+    clusters = method_of(settings).guided and settings.last
     if clusters and "sentences" in settings.cluster.features:
         check_embedder(settings.cluster.embedding_model)
     return f"similarity {open_similarity(settings.score).check()}"
@@ -193,7 +210,8 @@ def _judges(settings: ExperimentSettings) -> str:
     check_them = check_followed if method_of(settings).constitutional else check_judges
     check_them(evaluate, settings.score, settings.prompts.oracle)
     models = [check_judge(judge) for judge in evaluate.all_judges if judge.policy]
-    kinds = ", ".join(judge.kind for judge in evaluate.judges)
+    oracle = settings.prompts.oracle
+    kinds = ", ".join(judge.on(oracle).title(judge) for judge in evaluate.judges)
     return f"judge {kinds}" + (f" ({'; '.join(dict.fromkeys(models))})" if models else "")
 
 

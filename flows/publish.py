@@ -11,6 +11,7 @@ from pathlib import Path
 
 from flows.experiment import Experiment
 from flows.methods import method_of
+from tasks.judging.champion import ChampionDecision
 from tasks.record.record import SUMMARY, Attempt, Record
 from tasks.record.work import Metrics
 from tasks.report.figures import History, figures
@@ -22,26 +23,43 @@ PUBLISHED = "published"
 """Tag: the attempts that a run shows. An unchanged rerun adds no points to its curves."""
 
 
-def publish_iteration(experiment: Experiment, iteration: int, attempts: Attempts) -> None:
-    """Headline metrics, constitution, figures and adapter on the iteration's top-level run."""
+def publish_iteration(
+    experiment: Experiment, iteration: int, attempts: Attempts, model: str = ""
+) -> bool:
+    """Headline metrics, constitution, figures and adapter on the iteration's top-level run.
+
+    Args:
+        model: the id of its logged model, which the metrics are about.
+
+    Returns:
+        Whether there was anything new to show.
+    """
     record = experiment.record
-    if _changed(record, iteration, attempts):
-        metrics = iteration_metrics(attempts)
-        record.log_iteration(iteration, metrics, _files(attempts))
-        if "train" in attempts:
-            register_adapter(record, iteration, attempts["train"], metrics)
-        _mark(record, iteration, attempts)
+    if not _changed(record, iteration, attempts):
+        return False
+    metrics = shown_metrics(experiment, attempts)
+    record.log_iteration(iteration, metrics, _files(attempts), model)
+    record.took(record.iteration_run(iteration), metrics["seconds"])
+    _mark(record, iteration, attempts)
+    return True
 
 
 def publish_experiment(experiment: Experiment, done: Sequence[Attempts]) -> None:
-    """The curves over iterations, as metrics with steps and as figures, on the summary run."""
+    """The curves over iterations, as metrics with steps and as figures, on the summary run.
+
+    MLflow's table shows the newest point of a metric: only those that the last iteration has are
+    logged, so that all that it shows are the last iteration's.
+    """
     record = experiment.record
     if is_published(record, done):
         return
     run_id = record.iteration_run(SUMMARY)
+    curves = [shown_metrics(experiment, attempts) for attempts in done]
+    for t, metrics in enumerate(curves):
+        last = {name: value for name, value in metrics.items() if name in curves[-1]}
+        record.log_metrics(run_id, last, step=t)
+    record.took(run_id, sum(metrics["seconds"] for metrics in curves))
     history = {t: iteration_metrics(attempts) for t, attempts in enumerate(done)}
-    for t, metrics in history.items():
-        record.log_metrics(run_id, metrics, step=t)
     constitutional = method_of(experiment.settings).constitutional
     log_figures(record, history, constitutional=constitutional)
     _mark(record, SUMMARY, _every(done))
@@ -68,12 +86,23 @@ def _every(done: Sequence[Attempts]) -> Attempts:
 
 
 def iteration_metrics(attempts: Mapping[str, Attempt]) -> Metrics:
-    """All metrics of an iteration's stages, and the seconds that each took."""
+    """All metrics of an iteration's stages, the seconds that each took, and the decision whether it
+    became the champion."""
     metrics: Metrics = {}
     for name, attempt in attempts.items():
         metrics |= {key: v for key, v in attempt.metrics.items() if key != "seconds"}
         metrics[f"seconds/{name}"] = attempt.seconds
+        if decision := ChampionDecision.read(attempt.decision):
+            metrics |= decision.metrics
     return metrics
+
+
+def shown_metrics(experiment: Experiment, attempts: Mapping[str, Attempt]) -> Metrics:
+    """The figures that an iteration's own run shows, and the seconds of all its stages."""
+    found = iteration_metrics(attempts)
+    names = method_of(experiment.settings).figures(experiment.settings)
+    shown = {name: found[name] for name in names if name in found}
+    return shown | {"seconds": sum(attempt.seconds for attempt in attempts.values())}
 
 
 def constitution_of(attempts: Mapping[str, Attempt]) -> Attempt | None:
@@ -86,30 +115,6 @@ def rate_text(metrics: Mapping[str, float], name: str) -> str:
     if name not in metrics:
         return "–"
     return f"{metrics[name]:.2f} [{metrics[f'{name}_low']:.2f}, {metrics[f'{name}_high']:.2f}]"
-
-
-def register_adapter(
-    record: Record, iteration: int, trained: Attempt, metrics: Mapping[str, float]
-) -> None:
-    """Register a version of the model; "champion" moves only to a policy that beats the last one.
-
-    It does if the 95 % interval of its win rate against the previous iteration lies above 0.5: of
-    refined answers, or for SAMI of answers with constitution.
-    """
-    from mlflow.exceptions import MlflowException
-
-    client, name = record.client, record.experiment
-    try:
-        client.get_registered_model(name)
-    except MlflowException:
-        client.create_registered_model(name)
-    version = client.create_model_version(
-        name, source=f"runs:/{trained.run_id}/adapter", run_id=trained.run_id
-    )
-    client.set_model_version_tag(name, version.version, "iteration", str(iteration))
-    beaten = ("win_rate/refined_vs_previous_low", "win_rate/constitution_vs_previous_low")
-    if any(metrics.get(name, 0.0) > 0.5 for name in beaten):
-        client.set_registered_model_alias(name, "champion", version.version)
 
 
 def _files(attempts: Mapping[str, Attempt]) -> list[Path]:

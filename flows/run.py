@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flows.experiment import Place, is_noted, is_recorded, note_settings, writing
+from flows.logs import logged
 from flows.preflight import ask_server
 from flows.publish import Attempts
 from flows.schema import ExperimentSettings
@@ -65,10 +66,12 @@ def run_experiment(
     found = None if force or start else unchanged(settings)
     if found is not None:
         return found
+    from prefect import tags
+
     from flows.loop import em_experiment
 
     ask_server(settings)
-    with running_server():
+    with logged(settings.experiment), running_server(), tags(settings.experiment):
         return (em_experiment if subflow else em_experiment.fn)(settings, force, start)
 
 

@@ -15,6 +15,7 @@ from tasks.sami.evaluate import evaluate_stage
 from tasks.sami.sample import sample_stage
 from tasks.sami.train import train_stage
 from tasks.sami.write import write_stage
+from tasks.teach import teach_stage
 
 
 def steps(e: Experiment, t: int) -> Iterator[Attempt]:
@@ -28,6 +29,9 @@ def steps(e: Experiment, t: int) -> Iterator[Attempt]:
     measured = partial(evaluate_stage, at, settings.evaluate, settings.score, mixtures)
     yield (prompts := prompts_stage(at, settings.prompts))
     if t == 0:
+        if settings.teach.on:
+            world = settings.prompts.world
+            yield teach_stage(at, settings.teach, settings.train, e.untaught, world)
         yield (written := write_stage(at, settings.write, e.writer(), e.discovered()))
         yield measured(e.policy(0), prompts, written)
         return

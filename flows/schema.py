@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -32,14 +32,25 @@ class GeneralSettings(Settings):
     constitution: see the preset staple-then-sami."""
     seed: int = Field(0, ge=0)
     """Seeds every draw: prompts, samples, clustering, adapter, bootstrap."""
-    iterations: int = Field(4, ge=0, le=100)
-    """T: iterations. With 0 nothing is trained: the initial policy answers the held-out
-    prompts."""
+    iterations: Annotated[int, Field(ge=0, le=100)] | Literal["auto"] = 4
+    """T: iterations. With 0 nothing is trained: the initial policy answers the held-out prompts.
+    "auto" stops when two iterations in a row do not become the champion."""
+    max_iterations: int = Field(10, ge=1, le=100)
+    """T at most, with iterations: auto."""
+    decisions: int | None = Field(None, ge=1, le=1000)
+    """Among how many decisions about the champion the held-out prompts are shared; none uses
+    prompts of another. Unset: one for each iteration. More leave some for iterations that are added
+    or trained again."""
     shard_size: int = Field(64, ge=1, le=4096)
     """Prompts (or pairs to judge) that are computed and saved together: what a killed run repeats
     at most. No result depends on it."""
     policy: PolicySettings = PolicySettings()
     """The model that improves itself."""
+
+    @property
+    def last(self) -> int:
+        """The number of the last iteration; with "auto" that of the last that there can be."""
+        return self.max_iterations if self.iterations == "auto" else self.iterations
 
 
 class ExperimentSettings(StageSettings, GeneralSettings):

@@ -9,8 +9,9 @@ import difflib
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -21,6 +22,8 @@ from constitutions.untrusted import hide_passwords
 from flows.methods import method_of
 from flows.schema import ExperimentSettings
 from models.settings import Settings, is_settings
+from models.template_file import TemplateFile
+from models.templates import template_names
 
 PRESETS = Path(__file__).parent / "presets"
 ANY = object()
@@ -33,6 +36,8 @@ GONE = {
 }
 """Settings of earlier versions: their fixed value now (ANY: it changes no result), and what to do.
 A record may have them; a user's file may not."""
+FREE = ("then", "template_arguments")
+"""Settings whose parts have names of the user's, or are read later."""
 MOST_PARTS = 16
 """Parts of a setting's name, as in evaluate.judge.policy.model."""
 
@@ -40,6 +45,42 @@ MOST_PARTS = 16
 def presets() -> list[str]:
     """Names of the presets that come with the project."""
     return sorted(p.stem for p in PRESETS.glob("*.yaml"))
+
+
+def about(preset: str) -> str:
+    """What a preset is, in the first sentence of its file."""
+    lines = (PRESETS / f"{preset}.yaml").read_text("utf-8").splitlines()
+    told = (line.removeprefix("#").strip() for line in lines[2:])  # the command, an empty line
+    return " ".join(takewhile(bool, told)).partition(". ")[0].rstrip(".")
+
+
+def completions(begun: str) -> list[str]:
+    """What a shell offers for `--set`: names, as "mine.samples="; then the words that a setting may
+    be, as "train.update=lora"."""
+    name, equals, _ = begun.partition("=")
+    leaves = dict(_leaves(ExperimentSettings))
+    if equals:
+        return [f"{name}={word}" for word in _words(leaves.get(name))]
+    return [f"{leaf}=" for leaf in leaves]
+
+
+def _leaves(model: type[Settings], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting that is no part with settings of its own, by its whole name, and its type."""
+    for name, field in model.model_fields.items():
+        own = [a for a in (field.annotation, *get_args(field.annotation)) if is_settings(a)]
+        if own:
+            yield from _leaves(own[0], f"{path}{name}.")
+        else:
+            yield f"{path}{name}", field.annotation
+
+
+def _words(annotation: Any) -> list[str]:
+    """The words that a type allows, beside its other values."""
+    if annotation is bool:
+        return ["true", "false"]
+    if get_origin(annotation) is Literal:
+        return [str(word) for word in get_args(annotation)]
+    return [word for inner in get_args(annotation) for word in _words(inner)]
 
 
 def load_settings(
@@ -83,6 +124,8 @@ def _checked(
     values: Mapping[str, Any], source: str, problems: Sequence[UserError] = ()
 ) -> ExperimentSettings:
     """The settings, unless they or earlier `problems` are wrong: then all that is."""
+    values, wrong = with_templates(values, source)
+    problems = [*problems, *wrong]
     try:
         settings = ExperimentSettings.model_validate(values)
         found = _contradictions(settings, source)
@@ -91,6 +134,53 @@ def _checked(
     if problems or found:
         raise UserErrors([*problems, *found])
     return settings
+
+
+def with_templates(
+    values: Mapping[str, Any], source: str, path: str = ""
+) -> tuple[dict[str, Any], list[UserError]]:
+    """Settings in which what a file of templates holds replaces its path; and all that is wrong.
+
+    Args:
+        source: what messages call the settings; "": they were given as options.
+        path: the part of the settings that `values` is.
+    """
+    kept, problems = dict(values), list[UserError]()
+    for name, value in values.items():
+        place = f"{path}.{name}" if path else str(name)  # a key may be anything in YAML
+        if place.endswith("templates"):
+            try:
+                kept[name] = _templates(value, f"{source}, setting '{place}'".removeprefix(", "))
+            except UserError as error:
+                problems.append(error)
+                del kept[name]
+        elif isinstance(value, Mapping) and name not in FREE:
+            kept[name], wrong = with_templates(value, source, place)
+            problems += wrong
+    return kept, problems
+
+
+def _templates(value: Any, where: str) -> Any:
+    """What a setting `templates` is: a name as it stands, or the turns that it holds.
+
+    Raises:
+        UserError: the file cannot be read.
+        UserErrors: every mistake of the turns.
+    """
+    known = template_names()
+    if value in known or not isinstance(value, str | Mapping):
+        return value
+    if isinstance(value, str):
+        expected = f"one of {', '.join(known)}, or the path of a YAML file with the turns"
+        try:
+            where, value = value, _mapping(read_text(value, SMALL, expected), value)
+        except UserError as error:
+            raise UserErrors([error], within=where) from None
+    try:
+        turns = TemplateFile.model_validate(value)
+    except ValidationError as error:
+        raise UserErrors(explain(error, where, TemplateFile)) from None
+    return turns.model_dump(mode="json", exclude_none=True)
 
 
 def without_gone(
@@ -109,7 +199,7 @@ def without_gone(
 
     kept = {}
     for name, value in values.items():
-        place = f"{path}.{name}" if path else name
+        place = f"{path}.{name}" if path else str(name)  # a key may be anything in YAML
         fixed, _ = GONE.get(place, (None, ""))
         if place not in GONE or (as_fixed and fixed not in (ANY, value)):
             kept[name] = inside(value, "" if place == "then" else place)
@@ -122,7 +212,7 @@ def _wrong_succession(settings: ExperimentSettings, source: str) -> Iterator[Use
     own = [name for name in ("experiment", "method", "after", "then") if name in settings.then]
     if own:
         yield UserError(f"it sets {', '.join(own)}", where=where, expected="none of these")
-    if not settings.iterations:
+    if not settings.last:
         yield UserError(
             "the experiment trains nothing", where=where, expected="iterations: 1 or more"
         )
@@ -145,13 +235,14 @@ def following(settings: ExperimentSettings) -> ExperimentSettings | None:
     values = dotted(settings.then)
     held_out = values.get("prompts.held_out")
     fewer = prompts.held_out - held_out if isinstance(held_out, int) else 0
-    mined = prompts.first + prompts.later * (settings.iterations - 1) + max(0, fewer)
+    mined = prompts.first + prompts.later * (settings.last - 1) + max(0, fewer)
     own = {
         "experiment": f"{name}.sami",
         "method": "sami",
         "after": name,
         "then": {},
         "review": {},
+        "teach": {},
         "prompts.skip": prompts.skip + mined,
     }
     return with_changes(settings, {**values, **own})
@@ -229,6 +320,22 @@ def _contradictions(settings: ExperimentSettings, source: str) -> list[UserError
                 where=f"{source}, setting 'train.update' = full",
                 expected="policy.quantization: none",
                 fix="set it, or train.update: lora",
+            )
+        )
+    if settings.iterations == "auto" and settings.review.which == "last":
+        found.append(
+            UserError(
+                "nobody knows which iteration is the last before it has ended",
+                where=f"{source}, setting 'review.which' = last",
+                expected="each, with iterations: auto",
+            )
+        )
+    if settings.teach.on and settings.after:
+        found.append(
+            UserError(
+                f"experiment {settings.after}, which this one continues, has the skills",
+                where=f"{source}, setting 'teach'",
+                expected="no examples and no file",
             )
         )
     return [*found, *method.mistakes(settings, source)]
@@ -355,6 +462,8 @@ def _explain_one(error: Any, source: str, settings: type[Settings]) -> UserError
         fix = f"did you mean '{close[0]}'?" if close else ""
         one_of = f"one of {', '.join(known)}"
         return UserError("unknown setting", where=where, expected=one_of, fix=fix)
+    if error["type"] == "missing":
+        return UserError("it is missing", where=where)
     message = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
     return UserError(f"got {short(error['input'])}", where=where, expected=message)
 

@@ -6,13 +6,13 @@ and are not computed.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from prefect import flow
+from prefect import flow, tags
 
 from constitutions.errors import UserError, UserErrors
-from flows.em import steps
 from flows.experiment import (
     Experiment,
     open_experiment,
@@ -20,13 +20,18 @@ from flows.experiment import (
     recorded_settings,
     writing,
 )
+from flows.logs import logged
 from flows.loop import publish
 from flows.methods import method_of
 from flows.schema import ExperimentSettings
 from flows.server.prefect_server import running_server
-from flows.settings import with_changes, without_gone
+from flows.settings import with_changes, with_templates, without_gone
 from flows.states import stage_states
+from flows.told import told_steps
 from tasks.record.record import Attempt
+
+LONGEST_TAG = 8_000
+"""Characters that MLflow keeps of a tag."""
 
 
 def run_stage(
@@ -62,8 +67,14 @@ def _run_stage(
         record = record_of(experiment)
         before = without_gone(record.changes(iteration))
         with_changes(settings, {**before, **changes})  # raises on a mistake
-        record.change(iteration, changes)
+        record.change(iteration, _to_record(changes))
     state = stage_states(settings, iteration).get((stage, iteration))
+    if state is None and stage == "teach":
+        raise UserError(
+            "no skills are taught",
+            where=f"experiment {experiment}",
+            fix=f"staple run {experiment} --resume --set teach.examples=NUMBER",
+        )
     if state is None:
         raise UserError(
             f"iteration {iteration} trains without a review of its constitution",
@@ -72,7 +83,8 @@ def _run_stage(
         )
     if state.standing == "finished" and state.attempt and not force:
         return state.attempt
-    with running_server():
+    names = (experiment, f"iteration {iteration}", stage)
+    with logged(experiment), running_server(), tags(*names):
         return one_stage(settings, stage, iteration, force)
 
 
@@ -86,7 +98,7 @@ def one_stage(
         UserError: the constitution has no review yet.
     """
     experiment = open_experiment(settings, force=force, only=(iteration, stage))
-    for attempt in steps(experiment, iteration):
+    for attempt in told_steps(experiment, iteration):
         if attempt.stage == stage:
             _publish_if_whole(experiment, iteration)
             return attempt
@@ -95,6 +107,23 @@ def one_stage(
         where=f"experiment {settings.experiment}",
         fix=f"staple constitution edit {settings.experiment} --iteration {iteration}",
     )
+
+
+def _to_record(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes as an iteration's tags hold them, with the turns of a file of templates.
+
+    Raises:
+        UserError: the turns are too long for a tag.
+    """
+    kept, _ = with_templates(changes, "")
+    for name, value in kept.items():
+        if len(json.dumps(value)) > LONGEST_TAG:
+            raise UserError(
+                f"an iteration's own value has at most {LONGEST_TAG:,} characters",
+                where=f"setting '{name}'",
+                fix=f"set it for all iterations: staple run EXPERIMENT --resume --set {name}=…",
+            )
+    return kept
 
 
 def _publish_if_whole(experiment: Experiment, iteration: int) -> None:
@@ -114,11 +143,11 @@ def _check_place(settings: ExperimentSettings, stage: str, iteration: int) -> No
             f"iteration {iteration} has no stage '{stage}'",
             expected=f"one of {', '.join(there)}",
         )
-    if iteration > settings.iterations:
+    if iteration > settings.last:
         raise UserError(
             f"there is no iteration {iteration}",
             where=f"experiment {settings.experiment}",
-            expected=f"at most {settings.iterations}",
+            expected=f"at most {settings.last}",
             fix=f"staple run {settings.experiment} --resume --set iterations={iteration}",
         )
 

@@ -48,19 +48,24 @@ class State:
 def stage_states(
     settings: ExperimentSettings, last: int | None = None
 ) -> dict[tuple[str, int], State]:
-    """(stage, iteration) → its state, in the loop's order, up to iteration `last` (or all)."""
+    """(stage, iteration) → its state, in the loop's order, up to iteration `last`, or all: with
+    `iterations: auto` up to the first that is not finished."""
     look = Look(open_experiment(settings).record)
     experiment = open_experiment(settings, look=look)
-    for t in range((settings.iterations if last is None else last) + 1):
+    for t in range((settings.last if last is None else last) + 1):
         for _ in steps(experiment, t):
             pass  # `look` notes each stage's state
+        if last is None and settings.iterations == "auto":
+            here = (state.standing for (_, at), state in look.states.items() if at == t)
+            if experiment.stops(t) or any(standing != "finished" for standing in here):
+                break  # nobody knows yet whether another one follows
     return look.states
 
 
 def unchanged(settings: ExperimentSettings) -> list[Attempts] | None:
     """The attempts of every iteration; None if there is something to compute or to publish."""
     states = stage_states(settings)
-    done: list[Attempts] = [{} for _ in range(settings.iterations + 1)]
+    done: list[Attempts] = [{} for _ in range(1 + max(t for _, t in states))]
     for (stage, t), state in states.items():
         if state.standing != "finished" or state.attempt is None:
             return None
@@ -199,6 +204,8 @@ NOTES = {
     "served_model": "the model at the endpoint",
     "templates": "the prompt templates",
     "scoring": "a setting of score",
+    "training": "a setting of train",
+    "examples": "the file of examples",
     "decisions": "the review's decisions",
     "sampling": "a setting of sample",
     "wording": "the writer's prompts",

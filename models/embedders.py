@@ -12,6 +12,7 @@ from constitutions.errors import UserError
 from models.checkpoints.architecture import first_line
 from models.checkpoints.headers import check_listing, read_object, read_tensors
 from models.engine.threads import pinned
+from models.packaged import fetched
 
 Embed = Callable[[Sequence[str]], np.ndarray]
 """Texts to unit vectors, shape (texts, dimensions), float32."""
@@ -22,7 +23,7 @@ BATCH = 64
 
 
 def sentence_embedder(model: str) -> Embed:
-    """The function of a sentence-transformers model, given as a directory or a hub name.
+    """The function of a sentence-transformers model: a directory, a packaged model or a hub name.
 
     Raises:
         UserError: the directory is missing or holds no model, or the name cannot be loaded.
@@ -33,7 +34,7 @@ def sentence_embedder(model: str) -> Embed:
 
     try:
         encoder = SentenceTransformer(
-            model,
+            str(fetched(model) or model),
             device="cpu",
             trust_remote_code=False,
             model_kwargs={"use_safetensors": True},  # nothing is unpickled
@@ -73,9 +74,10 @@ def check_embedder(model: str) -> None:
     """Check that a directory holds a whole embedding model; a hub's "owner/name" passes.
 
     Raises:
-        UserError: there is no such directory, or its configuration or weights are malformed.
+        UserError: there is no such directory, its configuration or weights are malformed, or a
+            packaged model is not fetched yet.
     """
-    path = Path(model).expanduser()
+    path = fetched(model) or Path(model).expanduser()
     looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count(os.sep) > 1
     if not path.is_dir():
         if looks_local:

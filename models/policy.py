@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from models.settings import Settings
+from models.template_file import TemplateFile
 
 
 class Message(TypedDict):
@@ -134,7 +135,7 @@ class Policy(Protocol):
     def generate(
         self, requests: Sequence[Request], progress: Progress | None = None
     ) -> list[list[Completion]]:
-        """`n` completions of each request; `progress` counts requests.
+        """`n` completions of each request; `progress` counts completions.
 
         Raises:
             UserError: the policy cannot answer at all.
@@ -188,12 +189,15 @@ class PolicySettings(Settings):
     """The policy that is improved, and how it is held in memory."""
 
     model: str = "planted"
-    """A transformers model directory, a hub name, or a model of an embedded world: "planted", and
-    for SAMI "planted-sami" and the smaller "planted-sami-small"."""
+    """A transformers model directory, a GGUF file (or a directory with one), a hub name, a packaged
+    model that `staple fetch` keeps ("smollm2-135m-instruct"), or a model of an embedded world:
+    "planted", and for SAMI "planted-sami" and the smaller "planted-sami-small"."""
     revision: str | None = None
     """Commit of a hub model; needed for a repeatable run."""
-    templates: Literal["chat", "terse"] = "chat"
-    """The wording of the turns that ask for principles and refinements (models/prompts.py)."""
+    templates: str | TemplateFile = "chat"
+    """The wording of the turns that ask for principles and refinements: "chat", "terse", an
+    embedded world's by its name, or the path of a YAML file of your own (docs/templates.md), which
+    becomes part of the settings."""
     quantization: Literal["nf4", "none"] = "nf4"
     """How the base weights are held: 4-bit NormalFloat (QLoRA) or as they are."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -11,15 +11,30 @@ or, where no principle stands between the two responses (STaR, Self-Refine):
 
 Only `hint` shows the gold response, so that a refinement cannot copy it (STaPLe, section 3: the
 factored proposal p(y2 | x, y1, z) · p(z | x, y1, yG)).
+
+Examples, where there are any, are turns of other conversations. They stand before x, the same in
+every prompt of a kind, so that all of these share them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from models.policy import Message, Messages, assistant, user
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Turns of other conversations before x, by the kind of prompt that they lead."""
+
+    hint: Messages = ()
+    """Before the prompt that shows the gold response."""
+    propose: Messages = ()
+    """Before the prompts of z, c and y2 without it."""
+    improve: Messages = ()
+    """Before the prompt of y2 where no principle stands between the responses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +51,43 @@ class Templates:
     refine: str
     improve: str
     """Asks for y2 where no principle stands between the responses."""
+    examples: Examples = Examples()
+    keep: str = "Keep the first response as it is."
+    """The principle that keeps y1: where the policy names it, there is no y2."""
+    gated: bool = False
+    """Whether the policy has learned to name it."""
+
+    def keeps(self, principle: str) -> bool:
+        """Whether a principle that the policy named keeps y1."""
+        return self.gated and principle.strip() == self.keep
 
     @property
     def guided(self) -> bool:
         """Whether a principle stands between the two responses."""
         return bool(self.propose)
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Everything on which a prompt depends."""
+        turns = (self.hint, self.propose, self.critique, self.refine, self.improve)
+        examples = (
+            f"{kind.name} {message['role']}: {message['content']}"
+            for kind in fields(self.examples)
+            for message in getattr(self.examples, kind.name)
+        )
+        return (self.version, *turns, *examples, *([self.keep] if self.gated else []))
+
+    @property
+    def leading(self) -> Messages:
+        """The examples before every prompt without the gold."""
+        return self.examples.propose if self.guided else self.examples.improve
+
     def unguided(self) -> Templates:
         """The turns of the same conversation without a principle: y2 ~ p(· | x, y1)."""
         version = f"{self.version}/unguided"
-        return replace(self, version=version, hint="", propose="", critique="", refine=self.improve)
+        only = Examples(improve=self.examples.improve)
+        turns = {"hint": "", "propose": "", "critique": "", "refine": self.improve}
+        return replace(self, version=version, examples=only, gated=False, **turns)
 
 
 CHAT = Templates(
@@ -83,25 +125,28 @@ TERSE = Templates(
     critique="where?",
     refine="again.",
     improve="again.",
+    keep="keep it.",
 )
 """The same turns in a few words: for very small models, such as the planted world's."""
 
 TEMPLATES = {"chat": CHAT, "terse": TERSE}
 
 
-def after_initial(prompt: Sequence[Message], initial: str) -> Messages:
-    """The conversation x, y1."""
-    return (*prompt, assistant(initial))
+def after_initial(examples: Messages, prompt: Sequence[Message], initial: str) -> Messages:
+    """The conversation x, y1; the examples stand after x's own system turn, if it has one."""
+    own = prompt[0]["role"] == "system"
+    return (*prompt[:own], *examples, *prompt[own:], assistant(initial))
 
 
 def ask_with_gold(t: Templates, prompt: Sequence[Message], initial: str, gold: str) -> Messages:
     """The prompt of z ~ p(· | x, y1, yG)."""
-    return (*after_initial(prompt, initial), user(t.hint.format(gold=gold)))
+    before = after_initial(t.examples.hint, prompt, initial)
+    return (*before, user(t.hint.format(gold=gold)))
 
 
 def ask(t: Templates, prompt: Sequence[Message], initial: str) -> Messages:
     """The prompt of z ~ p(· | x, y1), at inference and in training."""
-    return (*after_initial(prompt, initial), user(t.propose))
+    return (*after_initial(t.leading, prompt, initial), user(t.propose))
 
 
 def ask_critique(t: Templates, prompt: Sequence[Message], initial: str, principle: str) -> Messages:
@@ -118,7 +163,7 @@ def ask_refinement(
 ) -> Messages:
     """The prompt of y2 ~ p(· | x, y1[, z[, c]])."""
     if not t.guided:
-        return (*after_initial(prompt, initial), user(t.refine))
+        return (*after_initial(t.leading, prompt, initial), user(t.refine))
     before = (
         (*ask_critique(t, prompt, initial, principle), assistant(critique))
         if critique

@@ -9,31 +9,26 @@ policy or settings are in `tasks.clustering`.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
-from constitutions.constitution import Constitution, Principle, principle_key, save
+from constitutions.constitution import Constitution, Principle, diff, principle_key, save
 from models import prompts
 from models.embedders import Embed, sentence_embedder
 from models.policy import Policy
 from models.settings import Settings
 from tasks.clustering import features as blocks
 from tasks.clustering.agglomeration import group, members_of, representatives
-from tasks.clustering.features import (
-    Distinct,
-    Features,
-    Proposals,
-    distinct_principles,
-    insertions,
-)
+from tasks.clustering.features import Distinct, Features, distinct_principles
+from tasks.clustering.insertions import Insertions, Proposals, insertions, nothing_inserted
 from tasks.clustering.picture import figure, map_principles
 from tasks.clustering.support import measured, tail_of
-from tasks.clustering.threshold import Describe, Insertions, predictive_threshold
+from tasks.clustering.threshold import Describe, predictive_threshold
 from tasks.clustering.wordings import with_wordings
 from tasks.policies.opening import PolicySource
 from tasks.record.record import Attempt
@@ -67,6 +62,9 @@ class ClusterSettings(Settings):
     """Principles at most: of the clusters with the most trajectories. The trajectories of all other
     clusters, the tail, keep their own principles as labels. Unset: each cluster has its principle.
     """
+    carried: Annotated[int, Field(ge=0, le=100, exclude_if=lambda count: not count)] = 0
+    """For how many iterations without a trajectory a principle of the constitution before stays in
+    this one, until a review drops it; and one that is rare is not left to the tail. 0: for none."""
     representative: Literal["medoid", "mode", "none"] = "medoid"
     """Which member labels a cluster: the most central, the most frequent; "none" replaces no label
     (unconstrained STaPLe)."""
@@ -74,7 +72,8 @@ class ClusterSettings(Settings):
     """Nats of log p(y2 | x, y1, z) that a label's replacement may cost (λ); beyond, the original
     stays. Unset: no test."""
     embedding_model: str = "sentence-transformers/all-MiniLM-L6-v2"
-    """Directory or hub name of the model behind the feature "sentences"."""
+    """The model behind the feature "sentences": a directory, a hub name, or "all-minilm-l6-v2", the
+    packaged one that `staple fetch` keeps."""
     picture: Literal["umap", "svd", "none"] = "umap"
     """How the map of principles is drawn; it has no influence on the clusters."""
 
@@ -97,11 +96,13 @@ def cluster_stage(
 
     def compute(work: Workspace) -> Metrics:
         asked = policy.load() if settings.needs_policy else None
+        known = [with_wordings(attempt) for attempt in earlier.values()]
         done = cluster(
             trajectories.read("trajectories", Trajectory),
             mined.rows("mined", Proposals),
             settings,
             policy=asked,
+            before=known[-1] if known else None,
             templates=policy.templates,
             seed=at.seed,
             experiment=at.record.experiment,
@@ -111,7 +112,6 @@ def cluster_stage(
         work.write("clusters", done.clusters, ClusterRow)
         save(done.constitution, work.outputs / "constitution.yaml")
         figure(done.clusters, work.outputs / "map.png", len(done.constitution.principles))
-        known = [with_wordings(attempt) for attempt in earlier.values()]
         return {
             **{f"cluster/{name}": float(count) for name, count in done.counts.items()},
             "cluster/distance_threshold": done.threshold,
@@ -154,10 +154,11 @@ class _Group:
 
 def cluster(
     trajectories: Sequence[Trajectory],
-    mined: Iterable[Mined | Proposals],
+    mined: Sequence[Mined | Proposals],
     settings: ClusterSettings,
     *,
     policy: Policy | None = None,
+    before: Constitution | None = None,
     templates: prompts.Templates = prompts.CHAT,
     embed: Embed | None = None,
     seed: int = 0,
@@ -171,6 +172,7 @@ def cluster(
         mined: all sampled candidates, read once, where "effect" is among the features or the
             threshold is "predictive".
         policy: for the feature "hidden" and for the log-probability test.
+        before: the constitution of the iteration before, with all wordings, to carry over from.
         templates: the policy's prompts, for the log-probability test.
         embed: texts to unit vectors; by default the settings' embedding model.
         seed: of the reduction of large feature blocks, and of the map.
@@ -180,31 +182,32 @@ def cluster(
         ValueError: the settings need a policy and none was given.
     """
     distinct = distinct_principles(trajectories)
-    effects: Sequence[Counter[str]] = [Counter()] * len(distinct)
+    inserted = nothing_inserted(len(distinct))
     threshold = settings.distance_threshold
     if settings.representative == "none" or not distinct:
         features, numbers = None, np.arange(len(distinct))
     else:
         if "effect" in settings.features or threshold == "predictive":
-            effects = insertions(distinct, mined)
+            inserted = insertions(distinct, mined)
         describe = _describer([d.text for d in distinct], settings, policy, embed, seed)
         if threshold == "predictive":
-            threshold = predictive_threshold(describe, effects, seed) or THRESHOLD
-        features = describe(np.arange(len(distinct)), effects)
+            threshold = predictive_threshold(describe, inserted, seed) or THRESHOLD
+        features = describe(np.arange(len(distinct)), inserted.counts)
         numbers = group(features, threshold, settings.max_principles)
     chosen = representatives(distinct, numbers, features, settings.representative)
     groups = [
         _Group(distinct[one], tuple(distinct[i] for i in members))
         for one, members in zip(chosen, members_of(numbers), strict=True)
     ]
-    groups = _bounded(groups, settings.constitution_size)
+    held = carried_over(before, groups, settings.carried) if before and settings.carried else None
+    groups = _bounded(groups, settings.constitution_size, held)
     labelled = _labelled(trajectories, groups, settings, policy, templates)
     tail = [row for row in labelled if groups[row.cluster].in_tail]
     constitution = Constitution(
         experiment=experiment,
         iteration=iteration,
         tail=tail_of(tail, sum(row.weight for row in labelled)),
-        principles=_principles(labelled, groups),
+        principles=(*_principles(labelled, groups), *(held.absent if held else ())),
     )
     rest = [g.representative.text for g in sorted(groups, key=_rank) if g.in_tail]
     place = {text: number for number, text in enumerate((*constitution.texts, *rest))}
@@ -215,20 +218,20 @@ def cluster(
         if features
         else np.full((len(distinct), 2), math.nan)
     )
-    notes = _notes(effects, features, settings)
+    notes = _notes(inserted, features, settings)
     rows = [
         ClusterRow(
             principle=d.text,
             cluster=places[number],
             representative=groups[number].representative.text,
             support=d.support,
-            inserted=effect.total(),
+            inserted=int(total),
             x=None if math.isnan(x) else float(x),
             y=None if math.isnan(y) else float(y),
             note=note,
         )
-        for d, number, effect, (x, y), note in zip(
-            distinct, map(int, numbers), effects, points, notes, strict=True
+        for d, number, total, (x, y), note in zip(
+            distinct, map(int, numbers), inserted.totals, points, notes, strict=True
         )
     ]
     rows.sort(key=lambda row: (row.cluster, -row.support, row.principle))
@@ -236,7 +239,8 @@ def cluster(
         labelled=labelled,
         constitution=constitution,
         clusters=rows,
-        counts=_counts(labelled, rows, constitution),
+        counts=_counts(labelled, rows, constitution)
+        | ({"carried": len(held.absent)} if held else {}),
         threshold=THRESHOLD if threshold == "predictive" else threshold,
     )
 
@@ -258,10 +262,53 @@ def discovery_rate(labelled: Sequence[Labelled], earlier: Sequence[Constitution]
     return unseen / len(labelled) if labelled else 0.0
 
 
-def _bounded(groups: Sequence[_Group], size: int | None) -> list[_Group]:
-    """The groups in their order, all but the `size` with the most trajectories in the tail."""
+class CarriedOver(NamedTuple):
+    """What becomes of the principles of the constitution before."""
+
+    present: frozenset[str]
+    """The texts of this iteration's clusters that continue one."""
+    absent: tuple[Principle, ...]
+    """Those that no cluster continues, and that stay nevertheless."""
+
+
+def carried_over(before: Constitution, groups: Sequence[_Group], most: int) -> CarriedOver:
+    """Which principles of the constitution before go on, and how.
+
+    Args:
+        before: with all wordings.
+        most: for how many iterations in a row a principle may stay without a trajectory.
+    """
+    here = Constitution(
+        principles=tuple(
+            Principle(text=g.representative.text, members=tuple(m.text for m in g.members))
+            for g in groups
+        )
+    )
+    changes = diff(before, here)
+    return CarriedOver(
+        present=frozenset(here.texts) - {p.text for p in changes.added},
+        absent=tuple(
+            p.model_copy(
+                update={
+                    **{"support": 0, "share": 0.0, "absent": p.absent + 1},
+                    "members": p.members[:LISTED],
+                }
+            )
+            for p in changes.dropped
+            if p.absent < most
+        ),
+    )
+
+
+def _bounded(groups: Sequence[_Group], size: int | None, held: CarriedOver | None) -> list[_Group]:
+    """The groups in their order, all but the `size` with the most trajectories in the tail, and
+    but those that continue a principle of before."""
     kept = set(map(_rank, sorted(groups, key=_rank)[:size]))
-    return [replace(g, in_tail=_rank(g) not in kept) for g in groups]
+    present = held.present if held else ()
+    return [
+        replace(g, in_tail=_rank(g) not in kept and g.representative.text not in present)
+        for g in groups
+    ]
 
 
 def _rank(group: _Group) -> tuple[int, str]:
@@ -275,7 +322,10 @@ def _describer(
     embed: Embed | None,
     seed: int,
 ) -> Describe:
-    """The settings' feature blocks of principles, side by side; texts are embedded once."""
+    """The settings' feature blocks of principles, side by side.
+
+    Texts are embedded, and large blocks of them reduced, once.
+    """
 
     def block(feature: Feature) -> Any:
         match feature:
@@ -286,14 +336,21 @@ def _describer(
             case "hidden":
                 return blocks.centred(_needed(policy, "hidden").hidden_states(texts))
 
-    worded = {feature: block(feature) for feature in settings.features if feature != "effect"}
+    worded = {
+        feature: blocks.block_features(block(feature), seed)
+        for feature in settings.features
+        if feature != "effect"
+    }
 
-    def describe(rows: np.ndarray, effects: Insertions) -> Features:
-        found = [
-            worded[feature][rows] if feature in worded else blocks.effect_features(effects)
-            for feature in settings.features
-        ]
-        return blocks.combine(found, seed)
+    def describe(rows: np.ndarray, counts: Any) -> Features:
+        return blocks.combine(
+            [
+                worded[feature].only(rows)
+                if feature in worded
+                else blocks.block_features(blocks.effect_features(counts), seed)
+                for feature in settings.features
+            ]
+        )
 
     return describe
 
@@ -391,16 +448,14 @@ def _listed(group: _Group) -> tuple[str, ...]:
     return tuple(m.text for m in ranked if m.key in listed)
 
 
-def _notes(
-    effects: Sequence[Counter[str]], features: Features | None, settings: ClusterSettings
-) -> list[str]:
+def _notes(inserted: Insertions, features: Features | None, settings: ClusterSettings) -> list[str]:
     """What each distinct principle lacks: `ClusterRow.note`."""
     if features is None:
-        return [""] * len(effects)
+        return [""] * len(inserted.totals)
     without = "no insertion" if "effect" in settings.features else ""
     return [
-        "no vector" if not present else "" if effect else without
-        for effect, present in zip(effects, features.present, strict=True)
+        "no vector" if not present else "" if total else without
+        for total, present in zip(inserted.totals, features.present, strict=True)
     ]
 
 

@@ -22,6 +22,7 @@ from models.judges.registry import JudgeSettings, kinds_that, open_policy
 from models.worlds.base import Oracle
 from models.worlds.registry import WORLDS
 from tasks.benchmarks.registry import BenchmarkSettings
+from tasks.judging.gate import GatePoint, gate_curve, gate_metrics
 from tasks.judging.judge import judge_notes, noted
 from tasks.judging.pairs import AnswerPair, answer_pairs, principle_pairs
 from tasks.judging.panel import Panel
@@ -106,6 +107,7 @@ def evaluate_stage(
     *,
     initial: Attempt | None = None,
     previous: Attempt | None = None,
+    champion: Attempt | None = None,
     mined: Attempt | None = None,
     labelled: Attempt | None = None,
 ) -> Attempt:
@@ -115,12 +117,13 @@ def evaluate_stage(
 
     Args:
         scoring: the similarity of the judge "similarity".
+        champion: the best policy before, where it is neither of the two.
 
     Raises:
         UserError: a benchmark's file or a judge is wrong (before anything is answered); more than
             `max_failed` of the judgements of one kind failed (the finished shards are kept).
     """
-    earlier = {"initial": initial, "previous": previous}
+    earlier = {"initial": initial, "previous": previous, "champion": champion}
     references = [attempt for attempt in earlier.values() if attempt]
     given = {"held_out": held_out, **earlier, "mined": mined, "labelled": labelled}
     inputs = {name: attempt for name, attempt in given.items() if attempt}
@@ -134,7 +137,11 @@ def evaluate_stage(
 
         with policy.pool() as pool:
             generation = Generation(
-                templates=policy.templates, settings=settings, seed=at.seed, iteration=at.iteration
+                templates=policy.templates,
+                settings=settings,
+                seed=at.seed,
+                iteration=at.iteration,
+                weighs=not policy.settings.endpoint,
             )
             respondent = Respondent(pool=pool, generation=generation, work=work)
             answers = respondent.answers("answers", prompts)
@@ -144,7 +151,7 @@ def evaluate_stage(
         compared = [answers, *(attempt.read("answers", Answer) for attempt in once.values())]
         pairs = [pair for other in compared for pair in answer_pairs(answers, other, prompts)]
         with panel_of(settings, scoring, at, work, oracle) as panel:
-            metrics = answer_metrics(answers) | _compared(panel, settings, pairs, prompts)
+            metrics = answer_metrics(answers) | _compared(panel, settings, pairs, answers, prompts)
             if settings.principle_judge and guided:
                 metrics |= _principles(panel, settings.principle_judge, answers, prompts)
             for name, benchmark in benchmarks.items():
@@ -217,12 +224,21 @@ def panel_of(
 
 
 def _compared(
-    panel: Panel, settings: EvaluateSettings, pairs: Sequence[AnswerPair], prompts: Sequence[Prompt]
+    panel: Panel,
+    settings: EvaluateSettings,
+    pairs: Sequence[AnswerPair],
+    answers: Sequence[Answer],
+    prompts: Sequence[Prompt],
 ) -> Metrics:
-    """Win rates by the first judge; how far to trust it, and how far the others agree with it."""
+    """Win rates by the first judge; how far to trust it, and how far the others agree with it; and
+    the curve of a policy's gate."""
     rows, *others = panel.compare("comparisons", pairs, settings.judges)
     how = {"seed": panel.seed, "resamples": panel.resamples}
+    curve = gate_curve(answers, rows, **how)
+    if curve:
+        panel.work.write("gate", curve, GatePoint)
     return {
+        **gate_metrics(curve),
         **win_rate_metrics(win_rates(rows, max_failed=panel.max_failed, **how)),
         **source_metrics(rows, prompts, **how),
         **length_metrics(rows, seed=panel.seed),

@@ -25,7 +25,16 @@ from tasks.record.slot import Slot
 from tasks.record.stage import stage
 from tasks.record.tables import Beside
 from tasks.record.work import Metrics, Workspace
-from tasks.rows import Mined, Rejected, Scored, ScoredCandidate, Scores, Trajectory, fields
+from tasks.rows import (
+    NOT_BETTER,
+    Mined,
+    Rejected,
+    Scored,
+    ScoredCandidate,
+    Scores,
+    Trajectory,
+    fields,
+)
 
 LONGEST_PRINCIPLE = 40
 """Words. A longer principle is malformed: it is a response or an argument, not a principle."""
@@ -186,7 +195,7 @@ def _fault(
         return "unscored", candidate.unscored or ""
     gain = candidate.score - (row.initial_score or 0.0)
     if gain <= settings.min_gain:
-        return "not better", f"gain {gain:.4f}"
+        return NOT_BETTER, f"gain {gain:.4f}"
     return None
 
 

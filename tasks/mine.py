@@ -66,8 +66,8 @@ def mine_stage(at: Slot, settings: MineSettings, policy: PolicySource, prompts: 
                 pool,
                 job,
                 what=f"mine {at.iteration}",
-                unit="requests",
-                each=requests_per_prompt(settings, policy.templates),
+                unit="completions",
+                each=completions_per_prompt(settings, policy.templates),
             )
         return _metrics(work.table(parts))
 
@@ -87,7 +87,7 @@ def mine(
 
     Args:
         key: "<seed>/<iteration>"; with prompt_id, role and sample number it seeds the noise.
-        advance: called with the number of requests that were answered.
+        advance: called with the number of completions that were sampled.
     """
     sample = _Sampler(policy, settings, key, advance)
     initials = sample.one("initial", [(r.prompt_id, r.prompt) for r in rows])
@@ -106,12 +106,10 @@ def mine(
     ]
 
 
-def requests_per_prompt(settings: MineSettings, templates: Templates) -> int:
-    """Requests for one prompt: y1, the N principles together, each critique and each refinement.
-
-    Without principles the N refinements share their prompt, and are one request.
-    """
-    return 2 + (settings.samples * (2 if settings.critique else 1) if templates.guided else 0)
+def completions_per_prompt(settings: MineSettings, templates: Templates) -> int:
+    """Completions for one prompt: y1, and N principles, critiques (if any) and refinements."""
+    turns = (3 if settings.critique else 2) if templates.guided else 1
+    return 1 + settings.samples * turns
 
 
 @dataclass(frozen=True)

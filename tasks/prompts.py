@@ -133,6 +133,7 @@ def _rows(world: World, found: Sequence[WorldPrompt]) -> list[Prompt]:
             prompt_id=prompt_id(turns),
             prompt=turns,
             gold=each.gold,
+            other_golds=each.other_golds,
             source=f"{world.name}/{each.source}",
         )
         for turns, each in zip(asked, found, strict=True)

@@ -26,6 +26,9 @@ from models.judges.base import Verdict
 from models.policy import Message
 
 Row = TypeVar("Row")
+NOT_BETTER = "not better"
+"""Why a sound candidate is rejected whose y1 is as good; and the detail of a rejected prompt that
+has only such candidates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +38,16 @@ class Prompt:
     prompt_id: str
     prompt: tuple[Message, ...]
     gold: str
+    """The one that is shown, and learned by supervised fine-tuning."""
     source: str
     """Where the row came from: "prompts.jsonl:7"."""
+    other_golds: tuple[str, ...] = ()
+    """Further references: a response is as similar to the gold as to the nearest of all."""
+
+    @property
+    def golds(self) -> tuple[str, ...]:
+        """All references of the prompt, the one that is shown first."""
+        return (self.gold, *self.other_golds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +76,15 @@ class Mined(Prompt):
     initial_tokens: int
     initial_thoughts: str = ""
     candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstAnswer(Prompt):
+    """What is read of a mined prompt whose y1 no candidate improved: y1 alone."""
+
+    initial: str
+    initial_finish: str
+    initial_thoughts: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +250,10 @@ class Answer:
     initial_thoughts: str = ""
     principle_thoughts: str = ""
     refined_thoughts: str = ""
+    initial_tokens: int = 0
+    """Those of y1 among `tokens`."""
+    keep: float | None = None
+    """p(keep | x, y1), in [0, 1], of a policy that has learned to keep first answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from tasks import rows
 from tasks.cluster import ClusterSettings
 from tasks.evaluate import EvaluateSettings
 from tasks.filter import FilterSettings
+from tasks.judging.gate import GatePoint
 from tasks.mine import MineSettings
 from tasks.prompts import PromptSettings
 from tasks.review import ReviewSettings
@@ -24,6 +25,7 @@ from tasks.sami.evaluate import Estimate
 from tasks.sami.sample import SampleSettings
 from tasks.sami.write import WriteSettings
 from tasks.score import ScoreSettings
+from tasks.teach import TeachSettings
 from tasks.train import TrainSettings
 
 Part = Literal["every method", "E-step", "constitution", "given constitution"]
@@ -42,6 +44,8 @@ class Stage:
     """The tables that it can write: name → type of a row. Benchmarks add their own."""
     publishes: tuple[str, ...] = ()
     """Other outputs, which the iteration's own MLflow run shows too."""
+    tells: Mapping[str, str] = field(default_factory=dict)
+    """Figure → how its line says it when the stage is finished; the first that was measured."""
     part: Part = "every method"
     iterations: Literal["every", "first", "later"] = "later"
     """ "first" is iteration 0, the initial policy's."""
@@ -68,6 +72,7 @@ class StageSettings(Settings):
         PromptSettings,
         Stage(
             about="the prompts that an iteration mines or holds out",
+            tells={"prompts": "{:,.0f} prompts"},
             writes={"prompts": rows.Prompt, "rejected": rows.Rejected},
             iterations="every",
             colour="#999999",
@@ -75,11 +80,26 @@ class StageSettings(Settings):
         ),
     ] = PromptSettings()
     """Where prompts and gold responses come from, and how many each iteration takes."""
+    teach: Annotated[
+        TeachSettings,
+        Stage(
+            about="naming and following, taught on other rules",
+            tells={"teach/lessons": "{:,.0f} examples"},
+            writes={"curve": TrainingStep, "skipped": rows.Rejected},
+            publishes=("adapter",),
+            iterations="first",
+            pool="gpu",
+            colour="#7F5AA2",
+            hatch="..",
+        ),
+    ] = TeachSettings()
+    """Whether the policy is taught the method's two skills first."""
     write: Annotated[
         WriteSettings,
         Stage(
             about="the principles and antitheses to be taught",
-            reads=("cluster", "review"),
+            tells={"write/principles": "{:,.0f} principles"},
+            reads=("teach", "cluster", "review"),
             writes={"rejected": rows.Rejected},
             publishes=("constitution.yaml",),
             part="given constitution",
@@ -94,7 +114,8 @@ class StageSettings(Settings):
         MineSettings,
         Stage(
             about="first answers, principles and refined answers",
-            reads=("prompts", "train"),
+            tells={"mined_candidates": "{:,.0f} candidates", "mined_prompts": "{:,.0f} prompts"},
+            reads=("prompts", "teach", "train"),
             writes={"mined": rows.Mined},
             part="E-step",
             pool="gpu",
@@ -106,6 +127,7 @@ class StageSettings(Settings):
         ScoreSettings,
         Stage(
             about="similarity to the gold responses",
+            tells={"candidate_similarity": "similarity {:.2f}"},
             reads=("mine",),
             writes={"scored": rows.Scores},
             part="E-step",
@@ -118,6 +140,7 @@ class StageSettings(Settings):
         FilterSettings,
         Stage(
             about="the refinements that are kept, and why the others are not",
+            tells={"trajectories": "{:,.0f} kept"},
             reads=("mine", "score"),
             writes={"trajectories": rows.Trajectory, "rejected": rows.Rejected},
             part="E-step",
@@ -130,7 +153,8 @@ class StageSettings(Settings):
         ClusterSettings,
         Stage(
             about="the constitution; what is trained on it becomes stale",
-            reads=("filter", "mine", "train", "cluster", "review"),
+            tells={"constitution_size": "{:,.0f} principles"},
+            reads=("filter", "mine", "teach", "train", "cluster", "review"),
             writes={"labelled": rows.Labelled, "clusters": rows.ClusterRow},
             publishes=("constitution.yaml", "map.png"),
             part="constitution",
@@ -143,6 +167,7 @@ class StageSettings(Settings):
         ReviewSettings,
         Stage(
             about="the constitution as a person approved it",
+            tells={"constitution_size": "{:,.0f} principles"},
             reads=("cluster",),
             writes={
                 "labelled": rows.Labelled,
@@ -161,7 +186,8 @@ class StageSettings(Settings):
         SampleSettings,
         Stage(
             about="responses under constitutions",
-            reads=("prompts", "write", "train"),
+            tells={"sampled_responses": "{:,.0f} responses"},
+            reads=("prompts", "teach", "write", "train"),
             writes={"sampled": rows.Sampled},
             part="given constitution",
             pool="gpu",
@@ -173,7 +199,8 @@ class StageSettings(Settings):
         TrainSettings,
         Stage(
             about="the adapter",
-            reads=("prompts", "filter", "cluster", "review", "sample", "train"),
+            tells={"train/steps": "{:,.0f} steps"},
+            reads=("prompts", "teach", "mine", "filter", "cluster", "review", "sample", "train"),
             writes={"curve": TrainingStep, "skipped": rows.Rejected},
             publishes=("adapter",),
             pool="gpu",
@@ -185,12 +212,18 @@ class StageSettings(Settings):
         EvaluateSettings,
         Stage(
             about="held-out answers and win rates",
-            reads=("prompts", "train", "evaluate", "mine", "cluster", "review", "write"),
+            tells={
+                "win_rate/constitution_vs_0": "win rate {:.2f}",
+                "win_rate/refined_vs_initial_0": "win rate {:.2f}",
+                "win_rate/initial_vs_0": "win rate {:.2f}",
+            },
+            reads=("prompts", "teach", "train", "evaluate", "mine", "cluster", "review", "write"),
             writes={
                 "answers": rows.Answer,
                 "responses": rows.Response,
                 "information": Estimate,
                 "comparisons": rows.Comparison,
+                "gate": GatePoint,
                 "plain-comparisons": rows.Comparison,
                 "principle-comparisons": rows.Comparison,
             },

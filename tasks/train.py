@@ -1,6 +1,7 @@
 """The M-step: from conversations to learn from to an adapter and its training curve.
 
 Maximises log p_θ(y2, z | x, y1): x and y1 are context, the loss is on z and y2 (STaPLe, section 3).
+With `train.first_answer` it also maximises log p_θ(y2 | x), which is no part of the paper's method.
 The baselines train here too: STaR on y2 without a principle, supervised fine-tuning on the golds.
 """
 
@@ -10,21 +11,21 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from constitutions.errors import UserError
 from models.files import text_sha256
 from models.policy import Message, PolicySettings, Progress
 from models.pools.base import Where
 from models.pools.processes import ProcessPool
-from models.prompts import Templates, ask_refinement
+from models.prompts import Templates, ask, ask_refinement
 from models.training.adapter import AdapterSettings, TrainingStep, plan_batches
 from models.training.encoding import EncodedExample, Encoder, EncodingError
 from models.training.examples import StoredExamples
@@ -34,9 +35,8 @@ from tasks.record.progress import progress
 from tasks.record.record import Attempt
 from tasks.record.slot import Slot
 from tasks.record.stage import stage
-from tasks.record.tables import StoredRows
 from tasks.record.work import Metrics, Workspace
-from tasks.rows import Labelled, Prompt, Rejected, Trajectory
+from tasks.rows import NOT_BETTER, FirstAnswer, Labelled, Prompt, Rejected, Trajectory
 
 Turn = Literal["initial", "principle", "refined"]
 
@@ -48,7 +48,18 @@ class TrainSettings(AdapterSettings):
     """Turns with loss: y1, z, y2. The method's are z and y2; where there is no principle, z does
     not count. Training on golds has its loss on them."""
     start: Literal["previous", "base"] = "previous"
-    """Continue the adapter of the iteration before, or start at the base model."""
+    """Continue the adapter of the iteration before, or start at the initial policy: the base model,
+    or what it was taught (`teach`)."""
+    first_answer: Literal["none", "refined", "distilled"] = "none"
+    """Whether first answers learn, too, so that a policy that is asked once gives what it would
+    have refined: "refined" also trains the kept refinement as the answer to the prompt alone,
+    "distilled" the probabilities that the policy, as the iteration finds it, has under the label.
+    """
+    first_answer_weight: float = Field(1.0, gt=0, le=100)
+    """Weight of these examples beside the method's own."""
+    gate: bool = False
+    """Whether the policy learns to keep first answers: prompts whose candidates all failed to
+    improve them become examples of the principle that says so, and need no third turn."""
     max_tokens: int = Field(4096, ge=16, le=1_000_000)
     """A longer conversation is skipped, and reported: a cut one would teach cut answers."""
     kl: float = Field(0.0, ge=0, le=100)
@@ -56,6 +67,15 @@ class TrainSettings(AdapterSettings):
     end_token: bool = True
     """SAMI: whether the token that ends a response counts as one of its tokens. The reference
     leaves it out."""
+
+    @model_validator(mode="after")
+    def _teacher_is_an_adapter(self) -> TrainSettings:
+        if self.first_answer == "distilled" and self.update == "full":
+            raise ValueError(
+                "first_answer: distilled needs update: lora (a copy of all weights would be a "
+                "second model in memory)"
+            )
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +92,8 @@ class TrainingConversation:
     thoughts: tuple[str | None, ...] = ()
     """What the policy thought before each of `turns`, which is trained with it; None: the answer
     follows the template's empty thought."""
+    teacher: tuple[Message, ...] = ()
+    """Where the last message is distilled: the prompt after which the teacher gives it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +157,8 @@ class Training:
     policy: PolicySettings
     """How the base is held in memory."""
     previous_adapter: Path | None
-    """The adapter that is continued; None starts at the base."""
+    """The adapter that is continued: the last iteration's or a taught one; None starts at the base.
+    """
     out: Path
     """The adapter's directory; unfinished work lies beside it."""
     settings: TrainSettings
@@ -144,7 +167,7 @@ class Training:
     @classmethod
     def of(cls, policy: PolicySource, settings: TrainSettings, seed: int, out: Path) -> Training:
         """The training of a policy."""
-        previous = policy.adapter_path if settings.start == "previous" else None
+        previous = policy.adapter_path if settings.start == "previous" else policy.taught_path
         return cls(policy.model, policy.settings, previous, out, settings, seed)
 
     def encoder(self) -> Encoder:
@@ -177,6 +200,7 @@ class Training:
             out=self.out,
             checkpoints=self._checkpoints(digest),
             kl=self.settings.kl,
+            distils=self.settings.first_answer == "distilled",
         )
         return run(job, examples, progress)
 
@@ -216,13 +240,21 @@ def train(data: TrainingSet, training: Training, progress: Progress | None = Non
 
 @stage("train")
 def train_stage(
-    at: Slot, settings: TrainSettings, policy: PolicySource, examples: Attempt
+    at: Slot,
+    settings: TrainSettings,
+    policy: PolicySource,
+    examples: Attempt,
+    *,
+    mined: Attempt | None = None,
+    filtered: Attempt | None = None,
 ) -> Attempt:
     """examples, the adapter of iteration t−1 (inside `policy`) → adapter, curve, skipped.
 
     Args:
         examples: labelled trajectories of `cluster` or `review`; of `filter`, each under its own
             principle or under none; or `prompts`, whose golds are then learned.
+        mined, filtered: what was mined and which of it was kept, where the policy learns to keep
+            first answers.
 
     Raises:
         UserError: as `train`.
@@ -230,32 +262,54 @@ def train_stage(
 
     def compute(work: Workspace) -> Metrics:
         training = Training.of(policy, settings, at.seed, work.outputs / "adapter")
-        data = tokenised(work, training, examples, policy.templates, at.iteration)
+        asked = partial(conversations_of, templates=policy.templates, settings=settings)
+        rows = _rows_of(examples)
+        if mined and filtered:
+            rows = [*rows, *not_improved(mined, filtered)]
+        data = tokenised(work, training, rows, asked, str(at.iteration))
         total = expected_steps(data.conversations, settings)
         with work.device(), progress(f"train {at.iteration}", total, "steps") as tick:
             done = train(data, training, tick)
         losses = write_curve(work, done.curve, done.skipped)
         return {f"train/{name}": float(count) for name, count in done.counts.items()} | losses
 
-    inputs = policy.inputs(labelled=examples)
+    gate = {"mined": mined, "filtered": filtered} if mined and filtered else {}
+    inputs = policy.begun(settings.start, labelled=examples, **gate)
     where, fixed = training_slot(policy, at), in_one_process(settings)
     return where.attempt("train", fixed, inputs, compute, takes_device=True)
 
 
 def tokenised(
-    work: Workspace, training: Training, examples: Attempt, templates: Templates, iteration: int
+    work: Workspace,
+    training: Training,
+    rows: Sequence[Any],
+    conversations: Callable[[Any], Sequence[TrainingConversation]],
+    what: str,
 ) -> TrainingSet:
-    """The conversations of a stage's rows, tokenised shard by shard in several processes."""
-    rows = _rows_of(examples)
-    job = partial(_encode_shard, templates, training.settings)
+    """Rows as conversations, tokenised shard by shard in several processes.
+
+    Args:
+        conversations: what is learned from a row; other processes call it.
+        what: the name of the rows, for the progress bar.
+    """
+    job = partial(_encode_shard, conversations)
     with ProcessPool(partial(_open_encoder, training), worth=32) as pool:
         encoded = work.in_shards(
-            "encoded", Encoded, rows, pool, job, what=f"tokenise {iteration}", unit="conversations"
+            "encoded", Encoded, rows, pool, job, what=f"tokenise {what}", unit="conversations"
         )
     return TrainingSet.of(encoded, work.folder / "examples.arrow")
 
 
-def _rows_of(examples: Attempt) -> StoredRows[Any]:
+def not_improved(mined: Attempt, filtered: Attempt) -> Iterator[FirstAnswer]:
+    """The finished first answers that no candidate improved, all of them being sound."""
+    whole = (row for row in filtered.rows("rejected", Rejected) if row.sample is None)
+    failed = {row.prompt_id for row in whole if row.detail == NOT_BETTER}
+    for row in mined.rows("mined", FirstAnswer):
+        if row.prompt_id in failed and row.initial_finish == "stop":
+            yield row
+
+
+def _rows_of(examples: Attempt) -> Sequence[Any]:
     match examples.stage:
         case "prompts":
             return examples.rows("prompts", Prompt)
@@ -269,14 +323,18 @@ def _open_encoder(training: Training, _: Where) -> Encoder:
     return training.encoder()
 
 
+def itself(row: TrainingConversation) -> list[TrainingConversation]:
+    """The conversation of a row that is one."""
+    return [row]
+
+
 def _encode_shard(
-    templates: Templates,
-    settings: TrainSettings,
+    conversations: Callable[[Any], Sequence[TrainingConversation]],
     encoder: Encoder,
-    rows: Sequence[Prompt],
+    rows: Sequence[Any],
     advance: Progress,
 ) -> list[Encoded]:
-    found = [encode(conversation_of(row, templates, settings), encoder) for row in rows]
+    found = [encode(each, encoder) for row in rows for each in conversations(row)]
     advance(len(rows))
     return found
 
@@ -291,7 +349,10 @@ def training_slot(policy: PolicySource, at: Slot) -> Slot:
 
 
 def write_curve(
-    work: Workspace, curve: Sequence[TrainingStep], skipped: Sequence[Rejected]
+    work: Workspace,
+    curve: Sequence[TrainingStep],
+    skipped: Sequence[Rejected],
+    stage: str = "train",
 ) -> Metrics:
     """Write the training curve and what was skipped.
 
@@ -302,7 +363,7 @@ def write_curve(
     work.write("skipped", skipped, Rejected)
     losses = [step.loss for step in curve]
     last = losses[-max(1, len(losses) // 10) :]
-    return {"train/first_loss": losses[0], "train/last_loss": sum(last) / len(last)}
+    return {f"{stage}/first_loss": losses[0], f"{stage}/last_loss": sum(last) / len(last)}
 
 
 def expected_steps(labelled: int, settings: TrainSettings) -> int:
@@ -320,7 +381,7 @@ def training_conversation(
 ) -> TrainingConversation:
     """x, y1, z, y2 as the policy is asked without the gold, or x, y1, y2; z is the label."""
     asked = ask_refinement(templates, row.prompt, row.initial, label)
-    places = _places(len(row.prompt), templates.guided)
+    places = _places(len(asked), templates.guided)
     as_sampled = label == row.principle and not row.principle_thoughts
     thoughts: dict[Turn, str | None] = {
         "initial": row.initial_thoughts,
@@ -351,15 +412,51 @@ def demonstration(row: Prompt) -> TrainingConversation:
     )
 
 
-def conversation_of(
+def first_answer(row: Trajectory, text: str, weight: float) -> TrainingConversation:
+    """x, y: one of the row's answers to the prompt alone, after an empty thought: what was thought
+    before a refinement speaks of the principle."""
+    return TrainingConversation(
+        prompt_id=row.prompt_id,
+        sample=row.sample,
+        source=row.source,
+        messages=(*row.prompt, {"role": "assistant", "content": text}),
+        turns=(len(row.prompt),),
+        weight=row.weight * weight,
+    )
+
+
+def kept_answer(row: FirstAnswer, templates: Templates) -> TrainingConversation:
+    """x, y1, keep: the policy's turn that says that y1 stands, with loss on it alone."""
+    asked = ask(templates, row.prompt, row.initial)
+    return TrainingConversation(
+        prompt_id=row.prompt_id,
+        sample=None,
+        source=row.source,
+        messages=(*asked, {"role": "assistant", "content": templates.keep}),
+        turns=(len(asked),),
+    )
+
+
+def conversations_of(
     row: Prompt, templates: Templates, settings: TrainSettings
-) -> TrainingConversation:
-    """What is learned from a row: its trajectory under its label or its own principle; its gold,
-    where it has no trajectory."""
+) -> list[TrainingConversation]:
+    """What is learned from a row: its trajectory under its label or its own principle, and its
+    first answer where the settings say so; that its first answer is kept; its gold, where it has
+    neither."""
+    if isinstance(row, FirstAnswer):
+        return [kept_answer(row, templates)]
     if not isinstance(row, Trajectory):
-        return demonstration(row)
+        return [demonstration(row)]
     label = row.label if isinstance(row, Labelled) else row.principle
-    return training_conversation(row, label, templates, settings)
+    found = [training_conversation(row, label, templates, settings)]
+    if settings.first_answer == "none":
+        return found
+    first = first_answer(row, row.refined, settings.first_answer_weight)
+    if settings.first_answer == "refined":
+        return [*found, first]
+    teacher = ask_refinement(templates, row.prompt, row.initial, label)
+    own = first_answer(row, row.initial, settings.first_answer_weight)
+    return [*found, *(dataclasses.replace(each, teacher=teacher) for each in (first, own))]
 
 
 def encode(row: TrainingConversation, encoder: Encoder) -> Encoded:
@@ -371,7 +468,7 @@ def encode(row: TrainingConversation, encoder: Encoder) -> Encoded:
     }
     digest = text_sha256(json.dumps(dataclasses.asdict(row), sort_keys=True))
     try:
-        examples = tuple(encoder.encode(row.messages, row.turns, row.weight, known))
+        examples = tuple(_examples(row, encoder, known))
     except EncodingError as error:
         skipped = Rejected(
             prompt_id=row.prompt_id,
@@ -384,11 +481,20 @@ def encode(row: TrainingConversation, encoder: Encoder) -> Encoded:
     return Encoded(examples=examples, skipped=(), digest=digest)
 
 
-def _places(prompt: int, guided: bool) -> dict[Turn, int]:
+def _examples(
+    row: TrainingConversation, encoder: Encoder, thoughts: Mapping[int, str]
+) -> list[EncodedExample]:
+    if not row.teacher:
+        return encoder.encode(row.messages, row.turns, row.weight, thoughts)
+    *prompt, answer = row.messages
+    return [encoder.distilled(tuple(prompt), row.teacher, answer["content"], row.weight)]
+
+
+def _places(last: int, guided: bool) -> dict[Turn, int]:
     """Where the policy's turns stand: x · y1 · ask · z · ask · y2, or x · y1 · ask · y2."""
     if guided:
-        return {"initial": prompt, "principle": prompt + 2, "refined": prompt + 4}
-    return {"initial": prompt, "refined": prompt + 2}
+        return {"initial": last - 4, "principle": last - 2, "refined": last}
+    return {"initial": last - 2, "refined": last}
 
 
 def nothing_to_train_on(
@@ -408,7 +514,7 @@ def in_one_process(settings: TrainSettings) -> TrainSettings:
 
 
 def _counts(data: TrainingSet, training: Training) -> dict[str, int]:
-    lengths = [len(example.ids) for example in data.examples]
+    lengths = [example.tokens for example in data.examples]
     trained = [int(np.sum(example.trained)) for example in data.examples]
     steps = plan_batches(lengths, training.settings, training.seed)
     return {

@@ -86,7 +86,7 @@ def run_server(arguments: Sequence[str], folder: Path, url: str, health: str) ->
             server.kill()
 
 
-def _wait(url: str, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+def _wait(url: str, process: subprocess.Popen[bytes], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         assert process.poll() is None, "the server ended at once"

@@ -116,7 +116,7 @@ def run(settings: ExperimentSettings, **how: Any) -> set[tuple[str, int]]:
     journal = Path(".staple/work") / JOURNAL
     seen = len(journal.read_text().splitlines()) if journal.exists() else 0
     experiment = open_experiment(settings, **how)
-    for t in range(settings.iterations + 1):
+    for t in range(settings.last + 1):
         for _ in em.steps(experiment, t):
             pass
     lines = map(json.loads, journal.read_text().splitlines()[seen:])

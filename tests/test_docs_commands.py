@@ -17,9 +17,11 @@ import yaml
 from command import staple
 from pages import COMMANDS, PAGES, README, ROOT, fences
 
+from constitutions import terminal
+
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
-RUN = r"(constitution show|ask planted |status|stage|compare|export|report|plan llama|plan sami|plan mine\.yaml$|validate mine|run planted --(resume|from))"
+RUN = r"(constitution show|ask planted |status|stage|compare|export(?!.* --push)|report|plan llama|plan sami|plan mine\.yaml$|validate mine|run planted --(resume|from))"
 """The commands that are run here."""
 ELSEWHERE = {
     r"run planted( --set prompts\.|$)|run planted --set iterations": "tests/test_end_to_end.py",
@@ -31,6 +33,11 @@ ELSEWHERE = {
     r"judge": "tests/flows/test_judge.py",
     r"baselines": "tests/flows/test_baselines.py",
     r"accept": "tests/test_old_record.py",
+    r"serve": "tests/flows/test_serve.py",
+    r"fetch": "tests/models/test_packaged.py",
+    r"export planted --(trajectories|constitution)": "tests/flows/test_export_data.py",
+    r"export planted .*--push|export planted --push": "tests/flows/test_push.py",
+    r"list": "tests/flows/test_listing.py",
     r"up|down": "tests/flows/test_services.py",
 }  # fmt: skip
 """Those that are not, and the test that runs such a command."""
@@ -74,7 +81,7 @@ def here() -> list[tuple[str, ...]]:
 def settled(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(place)
     monkeypatch.setenv("STAPLE_HOME", str(place / ".staple"))
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(terminal.console, "_width", 80)  # it was read when the console was made
     return place
 
 

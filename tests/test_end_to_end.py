@@ -6,6 +6,7 @@ rows must pass through with every count in place.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -55,12 +56,13 @@ def test_the_planted_world_is_learned(
     assert evaluated.metrics["planted/nmi"] >= 0.9
 
     top = record.client.get_run(record.iteration_run(2))
-    assert top.data.metrics["win_rate/refined_vs_0"] == evaluated.metrics["win_rate/refined_vs_0"]
+    headline = "win_rate/refined_vs_initial_0"
+    assert top.data.metrics[headline] == evaluated.metrics[headline]
     files = {f.path for f in record.client.list_artifacts(top.info.run_id)}
     assert {"constitution.yaml", "map.png", "adapter"} <= files
     summary = record.iteration_run(SUMMARY)
-    curve = record.client.get_metric_history(summary, "win_rate/refined_vs_0")
-    assert sorted(point.step for point in curve) == [1, 2]
+    curve = record.client.get_metric_history(summary, headline)
+    assert sorted(point.step for point in curve) == [0, 1, 2]
     assert {f.path for f in record.client.list_artifacts(summary)} >= {"win_rate.png"}
 
 
@@ -75,16 +77,28 @@ def test_the_same_run_again_computes_nothing(
     assert len(record.client.search_runs([record.experiment_id])) == before
 
 
-def test_one_flow_run_an_iteration_with_its_six_tasks(learned: Path) -> None:
+def test_prefect_shows_the_experiment(learned: Path) -> None:
+    """Runs say which stage and iteration they are; the result is on the experiment's own run."""
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
-        flows = client.read_flow_runs()
+        flows = {f.name: f for f in client.read_flow_runs()}
         tasks = client.read_task_runs()
-    iterations = [f for f in flows if f.name == "planted iteration 2"]
-    assert iterations
-    names = {t.name.split("-")[0] for t in tasks if t.flow_run_id == iterations[0].id}
-    assert {"mine", "score", "filter", "cluster", "train", "evaluate"} <= names
+        artifacts = {a.key: a for a in client.read_artifacts()}
+    mine = [t for t in tasks if t.flow_run_id == flows["planted iteration 2"].id]
+    stages = ("mine", "score", "filter", "cluster", "train", "evaluate")
+    assert {f"{stage} 2" for stage in stages} <= {t.name for t in mine}
+    assert next(set(t.tags) for t in mine if t.name == "mine 2") == {
+        "planted",
+        "iteration 2",
+        "mine",
+    }
+    assert {"planted", "iteration 2"} <= set(flows["planted iteration 2"].tags)
+    assert artifacts["planted-win-rates"].flow_run_id == flows["planted"].id
+    rows = json.loads(str(artifacts["planted-win-rates"].data))
+    assert [row["iteration"] for row in rows] == [0, 1, 2]
+    assert "[" in rows[2]["win rate"]
+    assert {"planted-constitution", "planted-mine"} <= set(artifacts)
 
 
 def test_what_one_asks_afterwards(

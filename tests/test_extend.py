@@ -60,7 +60,7 @@ def test_a_world(tmp_path: Path) -> None:
     used = staple(copy, "validate", "planted", "--set", "prompts.sources=sums")
     assert used.returncode == 0 and "can be run" in used.stdout, used.stderr
     refused = staple(copy, "validate", "planted", "--set", "prompts.sources=nowhere")
-    assert refused.returncode == 2 and "planted, sums" in refused.stderr
+    assert refused.returncode == 2 and "planted, house-style, sums" in refused.stderr
     oracle = ("--set", "prompts.sources=sums", "--set", "evaluate.judge=oracle")
     refused = staple(copy, "validate", "planted", *oracle)
     assert refused.returncode == 2 and "an embedded world" in refused.stderr

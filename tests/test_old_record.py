@@ -71,7 +71,7 @@ def test_constitutions(typed: Typed) -> None:
 
 def test_compare(typed: Typed) -> None:
     shown = typed("compare", "lineage:1", "lineage:2")
-    assert "constitution_size 10 4" in shown and "trajectories 10 4" in shown
+    assert "constitution size 10 4" in shown and "trajectories 10 4" in shown
     assert "added 1" in shown and "dropped 1" in shown
     shown = typed("compare", "lineage:1:cluster", "lineage:2:cluster")
     assert "input trajectories" in shown

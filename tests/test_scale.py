@@ -74,10 +74,11 @@ def test_answers_are_as_long_as_asked_and_share_words_with_their_gold() -> None:
     policy = Recombined(world)
     prompts = [world.prompt(number) for number in range(200)]
     principle = world.principle("0/1/x/principle/0")
-    asked = (assistant("y1"), user("why?"), assistant(principle), user("again."))
+    asked = (user("why?"), assistant(principle), user("again."))
+    initials = [world.answer(prompt, f"0/1/{number}") for number, prompt in enumerate(prompts)]
     requests = [
-        Request(messages=(user(prompt), *asked), key=f"0/1/{number}/0/refined")
-        for number, prompt in enumerate(prompts)
+        Request(messages=(user(prompt), assistant(y1), *asked), key=f"0/1/{number}/0/refined")
+        for number, (prompt, y1) in enumerate(zip(prompts, initials, strict=True))
     ]
     answers = [found[0].text for found in policy.generate(requests)]
     assert answers == [found[0].text for found in policy.generate(requests)]

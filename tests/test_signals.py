@@ -201,7 +201,7 @@ BUSY = """
     def work():
         print("begun", flush=True)
         sum(range(10**12))  # one call, hours long, that no signal interrupts
-    sys.exit(program._watched(work))
+    sys.exit(program.watched(work))
 """
 
 

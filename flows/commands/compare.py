@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 from rich.text import Text
@@ -37,20 +39,94 @@ class Side:
     constitution: Attempt | None
 
 
+Value = tuple[float, ...]
+"""A figure: alone, or with the ends of its 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure on both sides; None where a side does not have it."""
+
+    name: str
+    """As in MLflow; of a whole experiment with its iteration, as in "constitution_size · 2"."""
+    left: Value | None
+    right: Value | None
+
+    @property
+    def difference(self) -> Value | None:
+        """Right minus left; None where a side is missing.
+
+        Its interval is Newcombe's (1998, method 10), which takes the two as independent: on the
+        same prompts, where they are not, it is mostly too wide.
+        """
+        if self.left is None or self.right is None:
+            return None
+        (a, *inside), (b, *others) = self.left, self.right
+        if not (inside and others):
+            return (b - a,)
+        low = math.hypot(b - others[0], inside[1] - a)
+        high = math.hypot(others[1] - b, a - inside[0])
+        return b - a, b - a - low, b - a + high
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """(iteration or "", kind): the table in which it stands."""
+        name, _, t = self.name.partition(" · ")
+        kind, _, rest = name.partition("/")
+        return t, {"win_rate": "win rates"}.get(kind, kind) if rest else "figures"
+
+    @property
+    def label(self) -> str:
+        """Its name within its table."""
+        name = self.name.partition(" · ")[0]
+        name = name.partition("/")[2] or name
+        return name.replace("_length_controlled", " (equal lengths)").replace("_", " ")
+
+    def shown(self, value: Value | None, *, signed: bool = False) -> str:
+        """A count as a count, a p-value as one, a rate with its interval; a dash for nothing."""
+        if value is None:
+            return "–"
+        number, *ends = value
+        sign = "+" * signed
+        name = self.name.partition(" · ")[0]
+        if name.endswith("_p") and not signed:
+            return "<0.001" if number < 0.001 else f"{number:.3f}"
+        if name.startswith("seconds"):
+            return f"{number:{sign},.1f}"
+        both = [side[0] for side in (self.left, self.right) if side]
+        if not ends and all(map(float.is_integer, both)):
+            return f"{number:{sign},.0f}"
+        style = f"{sign}.3f"
+        return f"{number:{style}}" + (f" [{ends[0]:{style}}, {ends[1]:{style}}]" if ends else "")
+
+
 @dataclass(frozen=True)
 class Compared:
-    """What differs; `metrics` holds every figure that either side has, by name."""
+    """What differs, and every figure."""
 
     left: Side
     right: Side
     settings: list[tuple[str, str, str]]
     """(name, left, right) of those that differ."""
-    metrics: list[tuple[str, str, str]]
-    """(name, left, right) of those that differ, intervals included."""
-    equal: int
-    """Figures that are the same on both sides."""
+    figures: list[Figure]
+    """Every figure of either side: by iteration, the win rates first."""
     constitution: Changes | None
     """From left to right; None where one side has none."""
+
+    def facts(self) -> dict[str, object]:
+        """The same for a program: figures that are equal, too."""
+        names = ("name", "left", "right")
+        changes = self.constitution and [
+            {"what": what, "trajectories": counts, "principle": text.plain}
+            for what, counts, text in _changes(self.constitution, shown=None)
+        ]
+        return {
+            "left": self.left.name,
+            "right": self.right.name,
+            "settings": [dict(zip(names, row, strict=True)) for row in self.settings],
+            "figures": [{**asdict(f), "difference": f.difference} for f in self.figures],
+            "constitution": changes,
+        }
 
 
 def compare(left: str, right: str) -> Compared:
@@ -66,7 +142,6 @@ def compare(left: str, right: str) -> Compared:
             where=f"{left}, {right}",
             expected=f"two of {REFERENCE}",
         )
-    figures = list(_figures(a.metrics, b.metrics))
     return Compared(
         left=a,
         right=b,
@@ -75,8 +150,7 @@ def compare(left: str, right: str) -> Compared:
             for name in dict.fromkeys([*a.settings, *b.settings])
             if a.settings.get(name) != b.settings.get(name)
         ],
-        metrics=[figure for figure in figures if figure[1] != figure[2]],
-        equal=sum(figure[1] == figure[2] for figure in figures),
+        figures=_figures(a.metrics, b.metrics),
         constitution=_constitutions(a.constitution, b.constitution),
     )
 
@@ -109,8 +183,8 @@ def _whole(reference: str, e: Experiment) -> Side:
         settings |= {f"{name}, iteration {t}": str(value) for name, value in changes.items()}
     metrics: Metrics = {}
     constitution = None
-    for t in range(e.settings.iterations + 1):
-        attempts = _current(e, t)
+    for t in range(e.settings.last + 1):
+        attempts = e.current(t)
         found = iteration_metrics(attempts)
         metrics |= {_at(t, name): value for name, value in found.items()}
         constitution = constitution_of(attempts) or constitution
@@ -118,7 +192,7 @@ def _whole(reference: str, e: Experiment) -> Side:
 
 
 def _iteration(reference: str, e: Experiment, t: int) -> Side:
-    attempts = _current(e, t)
+    attempts = e.current(t)
     if not attempts:
         raise UserError("no stage of this iteration is finished", where=reference)
     settings = e.settings_at(t).model_dump(mode="json", exclude={"experiment"})
@@ -157,32 +231,24 @@ def started(attempt: Attempt) -> int:
     return attempt.record.reader.run(attempt.run_id).start_time
 
 
-def _current(e: Experiment, t: int) -> dict[str, Attempt]:
-    wanted = method_of(e.settings).stages(t)
-    if not e.settings_at(t).review.enabled:
-        wanted = tuple(stage for stage in wanted if stage != "review")
-    found = {stage: e.record.current(stage, t) for stage in wanted}
-    return {stage: attempt for stage, attempt in found.items() if attempt}
+def _figures(left: Metrics, right: Metrics) -> list[Figure]:
+    names = [n for n in dict.fromkeys([*left, *right]) if not n.endswith(("_low", "_high"))]
+    found = [Figure(name, _value(left, name), _value(right, name)) for name in names]
+    return sorted(found, key=_rank)
 
 
-def _figures(left: Metrics, right: Metrics) -> Iterator[tuple[str, str, str]]:
-    names = dict.fromkeys([*left, *right])
-    for name in sorted(names, key=_rank):
-        if not name.endswith(("_low", "_high")):
-            yield name, _shown(left, name), _shown(right, name)
+def _rank(figure: Figure) -> tuple[str, bool, bool, str]:
+    """By iteration; win rates first, seconds last."""
+    t, kind = figure.group
+    return t.zfill(4), kind == "seconds", kind != "win rates", kind
 
 
-def _rank(name: str) -> tuple[bool, bool, str]:
-    """Win rates first, seconds last."""
-    return "seconds" in name, "win_rate/" not in name, name
-
-
-def _shown(metrics: Metrics, name: str) -> str:
+def _value(metrics: Metrics, name: str) -> Value | None:
     if name not in metrics:
-        return "–"
-    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
-    interval = f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else ""
-    return f"{metrics[name]:.4g}{interval}"
+        return None
+    plain, dot, t = name.partition(" · ")
+    ends = [metrics.get(f"{plain}{dot}{t}{end}") for end in ("_low", "_high")]
+    return (metrics[name], *(end for end in ends if end is not None))
 
 
 def _at(t: int, name: str) -> str:
@@ -203,8 +269,12 @@ def _constitutions(left: Attempt | None, right: Attempt | None) -> Changes | Non
     return diff(with_wordings(left), with_wordings(right))
 
 
-def show_compared(found: Compared) -> None:
-    """Print the settings, figures and principles that differ."""
+def show_compared(found: Compared, *, everything: bool = False) -> None:
+    """Print the settings, figures and principles that differ.
+
+    Args:
+        everything: also print figures that are the same.
+    """
     left, right = found.left.name, found.right.name
     if found.settings:
         rows = [list(map(Text, row)) for row in found.settings]
@@ -212,23 +282,30 @@ def show_compared(found: Compared) -> None:
         console.print(table("settings that differ", columns, rows, texts=range(3)))
     else:
         console.print("Their settings are the same.")
-    if found.metrics:
-        title = "figures that differ, with 95 % intervals"
-        made = table(title, ("figure", left, right), found.metrics)
-        made.columns[0].overflow = "fold"
-        console.print(made)
-    console.print(f"{found.equal} figures are the same.")
+    shown = [f for f in found.figures if everything or f.left != f.right]
+    for (t, kind), group in groupby(shown, key=lambda f: f.group):
+        title = f"{kind}{f', iteration {t}' * bool(t)}"
+        cells = [
+            (f.label, f.shown(f.left), f.shown(f.right), f.shown(f.difference, signed=True))
+            for f in group
+        ]
+        heads = ("figure", left, right, "difference")
+        console.print(table(title, heads, cells, texts=[0]))
+    if equal := len(found.figures) - len(shown):
+        console.print(f"{equal} figures are the same: --all shows them.")
+    if any(f.difference and len(f.difference) > 1 for f in shown):
+        console.print("Brackets: 95 % intervals; of a difference, as if the two were independent.")
     if found.constitution:
-        changes = list(_changes(found.constitution))
+        changes = list(_changes(found.constitution, SHOWN))
         title, columns = f"principles, {left} → {right}", ("what", "trajectories", "principle")
         same = "Their constitutions are the same."
         console.print(table(title, columns, changes, texts=(0, -1)) if changes else same)
 
 
-def _changes(changes: Changes) -> Iterator[tuple[str, str, Text]]:
+def _changes(changes: Changes, shown: int | None) -> Iterator[tuple[str, str, Text]]:
     """(what, trajectories, principle) of every change between two constitutions.
 
-    The changes of one kind are ordered by trajectories; those beyond `SHOWN` share a row.
+    The changes of one kind are ordered by trajectories; those beyond `shown`, if any, share a row.
     """
     moved = {was.id for was, _ in changes.reworded}
     grown = [(was, now) for was, now in changes.support_changed if was.id not in moved]
@@ -249,9 +326,9 @@ def _changes(changes: Changes) -> Iterator[tuple[str, str, Text]]:
     }
     for what, rows in kinds.items():
         ordered = sorted(rows, key=lambda row: -row[0])
-        for _, trajectories, text in ordered[:SHOWN]:
+        for _, trajectories, text in ordered[:shown]:
             yield what, trajectories, Text(text)
-        if rest := ordered[SHOWN:]:
+        if rest := ordered[len(ordered) if shown is None else shown :]:
             yield what, str(sum(row[0] for row in rest)), Text(f"… {len(rest):,} more principles")
     was, now = changes.tail
     if was != now:

@@ -6,6 +6,7 @@ import getpass
 import os
 import shlex
 import subprocess
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from constitutions.constitution import Constitution, Draft, diff, load, load_dra
 from constitutions.errors import UserError
 from constitutions.parse import whole
 from constitutions.review import decisions_between, described
+from constitutions.untrusted import clean
 from flows.experiment import (
     check_discovers,
     home,
@@ -25,6 +27,7 @@ from flows.review import record_review
 from tasks.record.progress import say
 from tasks.record.record import Attempt
 from tasks.review import ReviewDecision, recorded_review
+from tasks.rows import Labelled
 
 FILE = "constitution.yaml"
 
@@ -67,7 +70,7 @@ def edit(
     standing = (recorded_review(opened.record, t, clustered) or clustered).path(FILE)
     draft = home() / "edits" / f"{experiment}-{t}-{clustered.digest[:12]}.yaml"
     if file is None:
-        _begin(draft, standing)
+        _begin(draft, standing, clustered)
         _open_editor(draft, command)
     source = file or draft
     with writing(experiment, f"staple constitution edit {experiment}"):
@@ -110,13 +113,45 @@ def decided(
     )
 
 
-def _begin(draft: Path, standing: Path) -> None:
+def _begin(draft: Path, standing: Path, clustered: Attempt) -> None:
     """Write the file to edit; an unfinished edit of the same constitution is continued."""
     if draft.exists():
         say(f"continuing the unfinished edit {draft} (delete it to start again)")
         return
     draft.parent.mkdir(parents=True, exist_ok=True)
     save(load(standing), draft)
+    wanted = {p.example for p in load(standing).principles}
+    rows = clustered.rows("labelled", Labelled)
+    draft.write_text(_with_examples(draft.read_text("utf-8"), rows, wanted), "utf-8")
+
+
+def _with_examples(text: str, rows: Iterable[Labelled], wanted: Collection[str]) -> str:
+    """A constitution's YAML with the example itself in comments below each example's digest.
+
+    Args:
+        rows: the trajectories, of which the one that a principle improved most is shown.
+        wanted: the `prompt_id` of the examples.
+    """
+    best: dict[str, Labelled] = {}
+    for row in rows:
+        known = best.get(row.prompt_id)
+        if row.prompt_id in wanted and (known is None or row.score > known.score):
+            best[row.prompt_id] = row
+    lines = []
+    for line in text.splitlines(keepends=True):
+        lines.append(line)
+        indent, _, example = line.rstrip().partition("example: ")
+        if not indent.strip() and (shown := best.get(example)):
+            prompt = shown.prompt[-1]["content"]
+            parts = {"prompt": prompt, "first": shown.initial, "refined": shown.refined}
+            lines += [f"{indent}# {name}: {_one_line(part)}\n" for name, part in parts.items()]
+    return "".join(lines)
+
+
+def _one_line(text: str) -> str:
+    """At most 200 characters, without line breaks or controls: a comment cannot become YAML."""
+    line = clean(" ".join(text.split()))
+    return line if len(line) <= 200 else f"{line[:200]} …"
 
 
 def _open_editor(path: Path, command: str) -> None:

@@ -303,9 +303,7 @@ def show_judged(found: Judged) -> None:
     rows |= {name: f"{found.orders[n]:.2f}" for n, name in orders.items() if n in found.orders}
     title = "which policy follows the constitution better? 95 % intervals"
     cells = [(name, Text(value)) for name, value in rows.items()]
-    made = table(title, ("figure", "value"), cells, texts=range(2))
-    made.columns[1].overflow = "fold"
-    console.print(made)
+    console.print(table(title, ("figure", "value"), cells, texts=range(2)))
     if found.rejected:
         console.print(f"{len(found.rejected):,} rows are in no pair:")
     for row in found.rejected[:10]:

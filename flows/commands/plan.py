@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from rich.table import Table
 from rich.text import Text
 
 from constitutions.terminal import console
-from flows.commands.tables import table
+from flows.commands.tables import Grid, table
 from flows.plan.cost import GIB
 from flows.plan.plan import Plan
 
@@ -25,6 +24,11 @@ def show_plan(found: Plan) -> None:
     """Print tokens and hours of every stage, memory, disk and the assumptions."""
     what = f"{found.settings.policy.model}, {_count(found.parameters)} parameters"
     console.print(Text(f"An estimate: {what}, on one {found.gpu.name}. Nothing was loaded."))
+    if found.needs_no_gpu:
+        console.print(
+            "So small a model needs no GPU: run it on this machine, whose stages say how long they "
+            "take. The tokens hold there, too; the hours and the memory are the GPU's."
+        )
     console.print(_tokens(found))
     if found.memory:
         console.print(_memory(found))
@@ -38,7 +42,7 @@ def show_plan(found: Plan) -> None:
         console.print(Text(f"- {note}", "dim"))
 
 
-def _tokens(found: Plan) -> Table:
+def _tokens(found: Plan) -> Grid:
     titles = ("stage", "it.", "prompts", "samples", "generate", "at most", "prefill", "train")
     figures = ("prompts", "samples", "generated", "at_most", "prefilled", "trained")
     rows = []
@@ -48,22 +52,19 @@ def _tokens(found: Plan) -> Table:
             counts = [_count(getattr(work, figure)) for figure in figures]
             rows.append([work.stage, which, *counts, _hours(work.hours)])
     title = "tokens and hours, each iteration"
-    made = table(title, (*titles, "hours"), rows, texts=[0], narrow=True)
-    made.columns[0].no_wrap = True
-    made.add_section()
     totals = [_count(found.total(figure)) for figure in figures[1:]]
-    made.add_row("all", "", "", *totals, _hours(found.total("hours")))
-    return made
+    rows.append(["all", "", "", *totals, _hours(found.total("hours"))])
+    return table(title, (*titles, "hours"), rows, texts=[0], total=True)
 
 
-def _memory(found: Plan) -> Table:
+def _memory(found: Plan) -> Grid:
     parts = list(dict.fromkeys(part for memory in found.memory for part in memory.parts))
     rows = []
     for memory in found.memory:
         cells = [_size(memory.parts[part]) if part in memory.parts else "–" for part in parts]
         rows.append([memory.title, *cells, _size(memory.bytes)])
     title = f"GPU memory at most, of {found.gpu.memory:g} GiB"
-    return table(title, ("rows × tokens", *parts, "all"), rows, texts=[0], narrow=True)
+    return table(title, ("rows × tokens", *parts, "all"), rows, texts=[0])
 
 
 def _count(number: float) -> str:

@@ -2,7 +2,8 @@
 
 A signal must take effect within seconds, but a library in a long computation does not react to one.
 So the process that the shell started only waits. At a signal it interrupts the child, waits
-`GRACE_SECONDS` for an orderly end, then kills the child and its descendants, and says what is kept.
+`GRACE_SECONDS` (a server notes more) for an orderly end, then kills the child and its descendants,
+and says what is kept.
 It imports almost nothing, so that it handles signals from the start.
 """
 
@@ -37,7 +38,7 @@ class Stopped(KeyboardInterrupt):
 
 def main() -> None:
     """Entry point of `staple`: the exit code is the command's, or 128 + the signal's number."""
-    sys.exit(_watched(_command_line))
+    sys.exit(watched(_command_line))
 
 
 def _command_line() -> None:
@@ -46,7 +47,7 @@ def _command_line() -> None:
     command_line()
 
 
-def _watched(work: Callable[[], None]) -> int:
+def watched(work: Callable[[], None]) -> int:
     """Run `work` in a child; this process's exit code."""
     stops: list[int] = []
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the parent may have ignored it
@@ -79,7 +80,7 @@ def _stop(stops: list[int], number: int) -> None:
 
 def _end(child: int, stops: list[int]) -> int:
     """End the child and its descendants, and print what is kept; the exit code."""
-    deadline = time.monotonic() + GRACE_SECONDS
+    deadline = time.monotonic() + float(interruption.noted().get("grace", GRACE_SECONDS))
     family = _family(child)
     with suppress(ProcessLookupError):
         os.kill(child, signal.SIGINT)  # a terminal sent it already: the child ignores the second

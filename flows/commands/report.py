@@ -8,25 +8,22 @@ from __future__ import annotations
 import errno
 import platform
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from datetime import date
 from importlib import metadata
 from pathlib import Path
 
-from prefect import flow
-from prefect.artifacts import create_table_artifact
-
 from constitutions.errors import UserError
+from flows.commands.listing import overview
 from flows.commands.output import check_output, unwritable
 from flows.experiment import record_of, recorded_settings
 from flows.methods import method_of
-from flows.publish import Attempts, iteration_metrics, log_figures
+from flows.publish import log_figures
 from flows.schema import ExperimentSettings
-from flows.server.prefect_server import running_server
 from flows.settings import dump_settings
-from flows.states import stage_states
 from models.files import write_text
-from tasks.record.record import Attempt
+from tasks.prompts import PromptSettings
+from tasks.record.record import Attempt, finished
 from tasks.report.document import page, table
 from tasks.report.recorded import Recorded, RecordedStage
 
@@ -49,19 +46,24 @@ def write_report(experiments: Sequence[str], out: Path | None = None) -> Path:
         _check_begun(recorded_settings(name))
     path = out or _default(names)
     check_output(path)
+    from prefect import flow
+
+    from flows.server.prefect_server import running_server
+
     with running_server():
-        return report(names, path)
+        return flow(name="report", flow_run_name="report of {experiments}")(report)(names, path)
 
 
-@flow(name="report", flow_run_name="report of {experiments}")
 def report(experiments: list[str], out: Path) -> Path:
     """Write the file, the figures and the artifact, as `write_report` checked.
 
     Raises:
         UserError: the file cannot be written.
     """
+    from prefect.artifacts import create_table_artifact
+
     recorded = [gather(recorded_settings(name)) for name in experiments]
-    text = page(recorded, packages())
+    text = page(recorded, packages(), written=f"{date.today():%-d %B %Y}")
     try:
         write_text(out, text)
     except OSError as error:
@@ -80,64 +82,74 @@ def report(experiments: list[str], out: Path) -> Path:
 
 
 def gather(settings: ExperimentSettings) -> Recorded:
-    """All that the record has of an experiment."""
-    method, stages = method_of(settings), _stages(settings)
-    attempts: defaultdict[int, Attempts] = defaultdict(dict)
-    for stage in stages:
-        if stage.attempt:
-            attempts[stage.iteration][stage.name] = stage.attempt
+    """All that the record has of an experiment.
+
+    Where the states cannot be checked (the base model is gone), all finished stages.
+    """
+    method, found = method_of(settings), overview(settings)
+    attempts: dict[int, dict[str, Attempt]] = {}
+    for (stage, t), state in found.states.items():
+        if state.attempt:
+            attempts.setdefault(t, {})[stage] = state.attempt
     return Recorded(
         name=settings.experiment,
         method=method.title(settings),
+        about=method.about,
+        model=settings.policy.model,
+        data=_data(settings.prompts),
+        found=found.headline,
+        caveat=_caveat(settings),
+        first_answers=method.first_answers(settings),
         headline=method.headline,
         settings=dump_settings(settings),
         seed=settings.seed,
-        iterations=settings.iterations,
-        stages=stages,
-        attempts=dict(attempts),
-        history={t: iteration_metrics(found) for t, found in attempts.items()},
+        iterations=settings.last,
+        outdated=found.outdated,
+        stages=[
+            RecordedStage(
+                *place,
+                "not checked" if found.problem else state.standing,
+                found.problem or "; ".join(state.since),
+                state.attempt,
+            )
+            for place, state in found.states.items()
+        ],
+        attempts=attempts,
+        history=found.history,
         changes=record_of(settings.experiment).all_changes(),
     )
 
 
+def _data(prompts: PromptSettings) -> str:
+    if prompts.world:
+        return f"the embedded world “{prompts.world.name}”"
+    return ", ".join(corpus.label for corpus in prompts.corpora)
+
+
+def _caveat(settings: ExperimentSettings) -> str:
+    judge = settings.evaluate.judge.on(settings.prompts.oracle)
+    if judge.needs_oracle:
+        about = "is the oracle of an embedded world: it knows the rules that the model has to find"
+    elif judge.needs_gold:
+        about = "prefers the answer that is nearer to the gold answer, whatever it says"
+    else:
+        about = "is a model, which may prefer a length or a style"
+    return (
+        f"The judge {about}; and this is one seed, whose interval covers the draw of the held-out "
+        "prompts alone."
+    )
+
+
 def packages() -> dict[str, str]:
-    """Python and what the project depends on: name → version, as installed here."""
-    try:
-        required = metadata.requires(PACKAGE) or []
-    except metadata.PackageNotFoundError:
-        required = []
+    """The project, Python and what it depends on: name → version, as installed here."""
+    required = metadata.requires(PACKAGE) or []
     names = [re.split(r"[^\w.-]", line)[0] for line in required if "extra ==" not in line]
-    return {"Python": platform.python_version()} | {n: metadata.version(n) for n in sorted(names)}
-
-
-def _stages(settings: ExperimentSettings) -> list[RecordedStage]:
-    """Every stage that the settings ask for, in the loop's order.
-
-    Where the states cannot be checked (the base model is gone), all finished stages.
-    """
-    try:
-        states = stage_states(settings)
-    except UserError as error:
-        return [
-            RecordedStage(*place, "not checked", str(error), a) for place, a in _current(settings)
-        ]
-    return [
-        RecordedStage(*place, state.standing, "; ".join(state.since), state.attempt)
-        for place, state in states.items()
-    ]
-
-
-def _current(settings: ExperimentSettings) -> Iterator[tuple[tuple[str, int], Attempt]]:
-    """(stage, iteration) and its current attempt, in the loop's order."""
-    record = record_of(settings.experiment)
-    for t in range(settings.iterations + 1):
-        for stage in method_of(settings).stages(t):
-            if attempt := record.current(stage, t):
-                yield (stage, t), attempt
+    versions = {name: metadata.version(name) for name in sorted(names)}
+    return {"staple": metadata.version(PACKAGE), "Python": platform.python_version(), **versions}
 
 
 def _check_begun(settings: ExperimentSettings) -> None:
-    if next(_current(settings), None) is None:
+    if not any(map(finished, record_of(settings.experiment).runs(kind="stage"))):
         raise UserError(
             "no stage of it is finished",
             where=f"experiment {settings.experiment}",

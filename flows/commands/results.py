@@ -9,9 +9,11 @@ from rich.panel import Panel
 from rich.text import Text
 
 from constitutions.terminal import console
+from flows.commands.listing import Overview
 from flows.commands.tables import by_iteration, figure, next_commands, rate, table
 from flows.experiment import record_of
 from flows.methods import method_of
+from flows.mlflow_page import table_url
 from flows.publish import iteration_metrics
 from flows.schema import ExperimentSettings
 from flows.settings import without_gone
@@ -30,9 +32,15 @@ History = Mapping[int, Metrics]
 def show_beginning(settings: ExperimentSettings, found: Mapping[str, str]) -> None:
     """The experiment that is about to run."""
     facts = "\n".join(f"{name:<8} {what}" for name, what in found.items())
-    of = "" if method_of(settings).constitutional else "EM "
-    title = f"experiment {settings.experiment}: {settings.iterations} {of}iterations"
+    title = f"experiment {settings.experiment}: {iterations(settings)}"
     console.print(Panel(Text(facts), title=Text(title), title_align="left", expand=False))
+
+
+def iterations(settings: ExperimentSettings) -> str:
+    """ "3 EM iterations", "1 iteration", "at most 10 EM iterations"."""
+    of = "" if method_of(settings).constitutional else "EM "
+    upto = "at most " if settings.iterations == "auto" else ""
+    return f"{upto}{settings.last} {of}iteration{'s' * (settings.last != 1)}"
 
 
 def show_ending(settings: ExperimentSettings, done: Sequence[Mapping[str, Attempt]]) -> None:
@@ -42,6 +50,9 @@ def show_ending(settings: ExperimentSettings, done: Sequence[Mapping[str, Attemp
         _show_sami(settings, history)
     else:
         _show_em(settings, history)
+    if found := method_of(settings).found(settings, history):
+        console.print(str(found))
+    _show_decisions(history)
     for world in WORLDS:
         if any(f"{world}/nmi" in metrics for metrics in history.values()):
             _show_truth(world, history)
@@ -62,20 +73,41 @@ def show_ending(settings: ExperimentSettings, done: Sequence[Mapping[str, Attemp
 
 
 def _show_em(settings: ExperimentSettings, history: History) -> None:
+    method = method_of(settings)
     columns = [
         ("accepted", _accepted),
         ("principles", figure("constitution_size", ".0f")),
-        ("refined answer", rate("win_rate/refined_vs_0")),
+        ("final answer", rate(method.headline)),
+        ("equal lengths", rate(f"{method.headline}_length_controlled")),
         ("first answer", rate("win_rate/initial_vs_0")),
     ]
-    title = f"experiment {settings.experiment}: win rates against iteration 0, 95 % intervals"
-    console.print(by_iteration(title, columns, history))
+    title = (
+        f"experiment {settings.experiment}: win rates against the initial policy's first answers"
+    )
+    console.print(by_iteration(title, columns, history, first="it."))
+    if said := method.first_answers(settings):
+        console.print(said)
 
 
 def _accepted(metrics: Metrics) -> str:
     if "prompts_in" not in metrics:
         return "–"
     return f"{metrics['prompts_kept']:,.0f}/{metrics['prompts_in']:,.0f}"
+
+
+def _show_decisions(history: History) -> None:
+    """How each iteration met the champion, where it was decided."""
+    columns = [(name, figure(f"champion/{name}", ".0f")) for name in ("wins", "losses", "ties")]
+    columns += [("p", figure("champion/p", ".2g")), ("at most", figure("champion/level", ".2g"))]
+    columns.append(("champion", _champion))
+    decided = {t: metrics for t, metrics in history.items() if "champion/accepted" in metrics}
+    if decided:
+        title = "against the champion, on prompts that no decision has used"
+        console.print(by_iteration(title, columns, decided, first="it."))
+
+
+def _champion(metrics: Metrics) -> str:
+    return "yes" if metrics["champion/accepted"] else "no"
 
 
 def _show_sami(settings: ExperimentSettings, history: History) -> None:
@@ -89,7 +121,7 @@ def _show_sami(settings: ExperimentSettings, history: History) -> None:
     title = "win rates against iteration 0 under the same constitution"
     title = f"experiment {settings.experiment}: {title}"
     columns = [(name, rate(f"win_rate/{metric}")) for name, metric in rates.items()]
-    console.print(by_iteration(title, columns, history, first="it.", narrow=True))
+    console.print(by_iteration(title, columns, history, first="it."))
     tables = {
         "information in nats per token; mean characters of the answers": (
             ("I(Y;C|X)", "mi/per_token", ".3f"),
@@ -109,7 +141,7 @@ def _show_sami(settings: ExperimentSettings, history: History) -> None:
     for title, figures in tables.items():
         columns = [(name, figure(metric, f)) for name, metric, f in figures if metric in measured]
         if columns:
-            console.print(by_iteration(title, columns, history, first="it.", narrow=True))
+            console.print(by_iteration(title, columns, history, first="it."))
 
 
 def _show_truth(world: str, history: History) -> None:
@@ -139,7 +171,7 @@ def _show_next(settings: ExperimentSettings) -> None:
             (show, "the constitution of its training"),
             (f'{ask} --principle "…"', "its answers with and without this constitution"),
         ]
-    elif method.guided and settings.iterations:
+    elif method.guided and settings.last:
         commands.insert(0, (show, "the principles that it learned"))
     console.print("\nNext:")
     next_commands(
@@ -147,6 +179,10 @@ def _show_next(settings: ExperimentSettings) -> None:
         (f"staple status {name}", "every stage of every iteration"),
         ("staple up", "all runs and experiments in Prefect's and MLflow's pages"),
     )
+    record = record_of(name)
+    if record.tracking_uri.startswith("http"):
+        url = table_url(record.tracking_uri, record)
+        console.print(f"\nIts iterations in MLflow: {url}", soft_wrap=True)
 
 
 def show_baselines(runs: Sequence[Run]) -> None:
@@ -162,9 +198,7 @@ def show_baselines(runs: Sequence[Run]) -> None:
     }
     title = "win rates against the initial policy's own answers; tokens"
     rows = [[cells[name] for name in shown] for cells in map(row, runs)]
-    made = table(title, list(shown.values()), rows, texts=[0], narrow=True)
-    made.columns[0].no_wrap = True
-    console.print(made)
+    console.print(table(title, list(shown.values()), rows, texts=[0]))
     console.print("\nNext:")
     names = " ".join(run.settings.experiment for run in runs)
     next_commands((f"staple report {names}", "one page with all of them"))
@@ -178,22 +212,45 @@ def show_attempt(done: Attempt) -> None:
     console.print(table(title, ("figure", "value"), rows))
 
 
+def status_facts(settings: ExperimentSettings) -> dict[str, object]:
+    """What `show_status` prints, for a program."""
+    found = Overview(settings, stage_states(settings))
+    return {
+        **found.facts(),
+        "stages": [
+            {
+                "stage": stage,
+                "iteration": t,
+                "standing": state.standing,
+                "since": state.since,
+                "seconds": state.attempt and state.attempt.seconds,
+                "figures": state.attempt and state.attempt.metrics,
+                "accepted": state.accepted and state.accepted._asdict(),
+            }
+            for (stage, t), state in found.states.items()
+        ],
+        "changes": record_of(settings.experiment).all_changes(),
+    }
+
+
 def show_status(settings: ExperimentSettings) -> None:
     """A line for each iteration; then why stages are stale, and settings of single iterations."""
     states = stage_states(settings)
     columns = [name for name in STAGES if any(stage == name for stage, _ in states)]
-    title = f"experiment {settings.experiment}: seconds, principles, win rate against iteration 0"
+    title = f"experiment {settings.experiment}: seconds of each stage; principles; win rate"
     method = method_of(settings)
-    given = method.constitutional
-    size = figure("write/principles" if given else "constitution_size", ".0f")
-    win = figure(method.headline if given else "win_rate/refined_vs_0", ".2f")
+    size = figure("write/principles" if method.constitutional else "constitution_size", ".0f")
+    win = figure(method.headline, ".2f")
     rows = []
-    for iteration in range(settings.iterations + 1):
+    for iteration in range(1 + max(t for _, t in states)):
         row = {stage: state for (stage, t), state in states.items() if t == iteration}
         figures = iteration_metrics({k: s.attempt for k, s in row.items() if s.attempt})
         cells = [_state_cell(row.get(name)) for name in columns]
         rows.append([str(iteration), *cells, size(figures), win(figures)])
-    console.print(table(title, ("it.", *columns, "size", "win"), rows, narrow=True))
+    console.print(table(title, ("it.", *columns, "size", "win"), rows))
+    found = Overview(settings, states)
+    if found.headline:
+        console.print(" ".join(filter(None, (str(found.headline), found.outdated))))
     for (name, iteration), state in states.items():
         if state.since:
             why = "; ".join(state.since)

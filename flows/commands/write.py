@@ -27,9 +27,9 @@ from flows.experiment import (
     open_experiment,
     recorded_settings,
 )
-from flows.settings import explain
+from flows.settings import explain, with_templates
 from models.policy import Policy, PolicySettings
-from models.prompts import CONSTITUTION_WORDINGS
+from models.templates import constitution_wording_of
 from models.worlds.registry import WORLD_MODELS
 from tasks.policies.base import make_world_model, open_model
 from tasks.policies.opening import PolicySource
@@ -81,7 +81,7 @@ def write_constitution(
             fix="leave one of them out",
         )
     policy = _load(writer, seed, opened)
-    wording, key = CONSTITUTION_WORDINGS[writer.templates], f"{seed}/write"
+    wording, key = constitution_wording_of(writer.templates), f"{seed}/write"
     constitution = load(discovered.path("constitution.yaml")) if discovered else None
     total = len(constitution.principles) if constitution else 2 * settings.principles
     with progress("write", total, "requests") as tick:
@@ -115,8 +115,11 @@ def _settings(
         writer = dict(world.policy if world else {}) | writer
     if world := WORLD_MODELS.get(writer["model"]):
         values.setdefault("topics", world.topics)  # the only topics that it knows
+    given, wrong = with_templates({**values, "writer": writer}, "")
+    if wrong:
+        raise UserErrors(wrong)
     try:
-        settings = WriteSettings.model_validate({**values, "writer": writer})
+        settings = WriteSettings.model_validate(given)
     except ValidationError as error:
         raise UserErrors(explain(error, "", WriteSettings)) from None
     unused = [name for name in ("constitution", "held_out") if name in values]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from constitutions.errors import UserError
 from flows.schema import ExperimentSettings
+from tasks.record.work import Metrics
+from tasks.report.headline import Headline, headline
 from tasks.stages import STAGES, Part
 
 
@@ -22,6 +24,18 @@ class Method:
     """What it runs beside the stages of every method."""
     final: str
     """Its measure: the comparison of its final answer with the initial policy's."""
+    compared: str = "refined answers against the initial policy's first ones"
+    """`final` in words."""
+    beside: tuple[str, ...] = (
+        "constitution_size",
+        "refinement_rate",
+        "discovery_rate",
+        "trajectories",
+        "win_rate/initial_vs_0",
+    )
+    """The figures that MLflow shows beside its measure, where they were measured."""
+    about: str = ""
+    """What it does, in one sentence."""
     needs_gold: bool = True
     """Whether every prompt must have a gold response."""
 
@@ -41,9 +55,43 @@ class Method:
         return "given constitution" in self.parts
 
     @property
+    def answer(self) -> str:
+        """Its final answer, as `Comparison.answer` has it."""
+        return self.final.partition("_vs_")[0]
+
+    @property
     def headline(self) -> str:
         """The metric of `final`."""
         return f"win_rate/{self.final}"
+
+    def figures(self, settings: ExperimentSettings) -> tuple[str, ...]:
+        """The figures that tell how an iteration went; all others are its stages'."""
+        rate = self.headline
+        measure = (rate, f"{rate}_low", f"{rate}_high", f"{rate}_length_controlled")
+        world = settings.prompts.world
+        truth = (f"{world.name}/recall", f"{world.name}/precision") if world else ()
+        return (*measure, *self.beside, *truth, "champion/accepted")
+
+    def found(
+        self, settings: ExperimentSettings, history: Mapping[int, Metrics]
+    ) -> Headline | None:
+        """The experiment's headline; None before its first evaluation.
+
+        Args:
+            history: iteration → its figures.
+        """
+        judge = settings.evaluate.judge
+        name = judge.on(settings.prompts.oracle).title(judge)
+        return headline(self.headline, history, compared=self.compared, judge=name)
+
+    def first_answers(self, settings: ExperimentSettings) -> str:
+        """What training does to first answers, where it does not teach them; or ""."""
+        if not self.guided or settings.train.first_answer != "none":
+            return ""
+        return (
+            "Training teaches to refine: first answers change little, unless train.first_answer is "
+            "set."
+        )
 
     @property
     def all_stages(self) -> tuple[str, ...]:
@@ -53,6 +101,11 @@ class Method:
     def stages(self, iteration: int) -> tuple[str, ...]:
         """Those that an iteration can have."""
         return tuple(name for name in self.all_stages if STAGES[name].runs_in(iteration))
+
+    def asked(self, settings: ExperimentSettings, iteration: int) -> tuple[str, ...]:
+        """Those that the settings ask for, which are the settings of this iteration."""
+        off = {"review": not settings.review.enabled, "teach": not settings.teach.on}
+        return tuple(name for name in self.stages(iteration) if not off.get(name))
 
     def title(self, settings: ExperimentSettings) -> str:
         """What tables call it with these settings."""
@@ -69,6 +122,12 @@ class Method:
                 f"method {self.name} needs gold responses",
                 where=f"{source}, setting 'prompts.sources'",
                 expected="a gold_column in each",
+            )
+        if settings.train.gate and not self.guided:
+            yield UserError(
+                f"method {self.name} has no turn that names a principle, or that keeps an answer",
+                where=f"{source}, setting 'train.gate'",
+                expected="false, or method: staple",
             )
         if settings.after:
             yield UserError(

@@ -57,5 +57,9 @@ SAMI = Sami(
     "SAMI",
     frozenset({"given constitution"}),
     final="constitution_vs_0",
+    compared="answers with a constitution against the initial policy's with the same one",
+    beside=("win_rate/principles_vs_0", "win_rate/held_out_vs_0", "mi/per_token"),
+    about="The model is given a constitution, of principles or of their antitheses, and is trained "
+    "so that its answer depends on which one it was given; it sees no gold answers.",
     needs_gold=False,
 )

@@ -7,4 +7,11 @@ from __future__ import annotations
 
 from flows.methods.base import Method
 
-SFT = Method("sft", "SFT on gold", frozenset(), final="initial_vs_0")
+SFT = Method(
+    "sft",
+    "SFT on gold",
+    frozenset(),
+    final="initial_vs_0",
+    compared="answers against the initial policy's",
+    about="The model is trained on the gold answers themselves.",
+)

@@ -12,12 +12,17 @@ class Staple(Method):
 
     def title(self, settings: ExperimentSettings) -> str:
         """Constrained where similar principles are replaced by the one that represents them."""
-        if not settings.iterations:
+        if not settings.last:
             return "initial policy"
         free = settings.cluster.representative == "none"
         return f"{self.label}, {'unconstrained' if free else 'constrained'}"
 
 
 STAPLE = Staple(
-    "staple", "STaPLe", frozenset({"E-step", "constitution"}), final="refined_vs_initial_0"
+    "staple",
+    "STaPLe",
+    frozenset({"E-step", "constitution"}),
+    final="refined_vs_initial_0",
+    about="The model names a principle by which it refines its first answer, and is trained on the "
+    "refinements that came nearer to the gold answers; similar principles form a constitution.",
 )

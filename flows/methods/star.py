@@ -11,7 +11,14 @@ class Star(Method):
 
     def title(self, settings: ExperimentSettings) -> str:
         """By whether anything is trained."""
-        return self.label if settings.iterations else "Self-Refine"
+        return self.label if settings.last else "Self-Refine"
 
 
-STAR = Star("star", "STaR", frozenset({"E-step"}), final="refined_vs_initial_0")
+STAR = Star(
+    "star",
+    "STaR",
+    frozenset({"E-step"}),
+    final="refined_vs_initial_0",
+    about="The model refines its first answer without naming a principle, and is trained on the "
+    "refinements that came nearer to the gold answers.",
+)

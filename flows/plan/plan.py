@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from constitutions.errors import UserError
@@ -24,6 +23,7 @@ from flows.plan.sami import workload_of
 from flows.plan.workload import CHARACTERS, Assumed, JudgeTurns, SampledTurn, Workload, lengths
 from flows.schema import ExperimentSettings
 from flows.settings import with_changes
+from models.checkpoints.gguf import local_directory
 from models.checkpoints.shapes import WIDTH, shape_of
 from models.policy import PolicySettings
 from models.worlds.registry import WORLD_MODELS
@@ -33,6 +33,8 @@ from tasks.rows import ClusterRow
 
 MASK_BYTES = 3
 """Bytes per pair of positions of a row while its mask is made, beside the mask itself."""
+SMALL = 20_000_000
+"""Parameters below which a CPU does: the embedded worlds' models have fewer than a million."""
 COPIES = 3
 """Copies of each text: in mine's rows, in score's, and in the running stage's parts."""
 
@@ -91,6 +93,24 @@ class Plan:
     notes: tuple[str, ...]
     """What was assumed, and what is left out."""
 
+    @property
+    def needs_no_gpu(self) -> bool:
+        """Whether the model is so small that two CPU cores run it, too."""
+        return self.parameters < SMALL
+
+    def facts(self) -> dict[str, object]:
+        """All of it but the settings, for a program; memory and disk in bytes."""
+        return {
+            "experiment": self.settings.experiment,
+            "gpu": self.gpu.name,
+            "parameters": self.parameters,
+            "iterations": [asdict(part) for part in self.iterations],
+            "memory": [asdict(memory) for memory in self.memory],
+            "disk": self.disk,
+            "hours": self.total("hours"),
+            "notes": self.notes,
+        }
+
     def total(self, figure: str) -> float:
         """A figure of `StageCost` over all stages and iterations."""
         return sum(
@@ -129,7 +149,7 @@ def like(experiment: str) -> Assumed:
         UserError: no iteration of this name sampled and trained.
     """
     settings, record = recorded_settings(experiment), record_of(experiment)
-    done = [t for t in range(settings.iterations, 0, -1) if record.current("train", t)]
+    done = [t for t in range(settings.last, 0, -1) if record.current("train", t)]
     work = workload_of(settings, lengths(settings.prompts, settings.seed), Assumed())
     explored = work.explored()
     if explored is None or not done:
@@ -155,7 +175,7 @@ def like(experiment: str) -> Assumed:
         clusters=_clusters(record.needs("cluster", done[0])) if method.guided else (),
         like=experiment,
     )
-    if train.tokens:  # a budget cuts epochs short: they do not tell the prompts' length
+    if train.tokens or train.first_answer != "none":  # rows do not tell the prompts' length
         return found
     others, _ = replace(work, assumed=replace(found, prompt=0.0)).learned()
     each = m["train/tokens"] / (learned * work.rows * train.epochs)
@@ -189,8 +209,13 @@ class _Estimate:
     def policy(self) -> Held:
         """The model that improves itself, on the GPU."""
         train = self.settings.train
-        adapted = self.settings.iterations and train.update == "lora"
+        adapted = self._adapters and train.update == "lora"
         return self._held(self.settings.policy, train.lora_rank if adapted else 0)
+
+    @property
+    def _adapters(self) -> int:
+        """How many are trained: one an iteration, and a taught one."""
+        return self.settings.last + self.settings.teach.on
 
     def _micro(self, length: float) -> int:
         """Conversations of a length that are trained on together."""
@@ -201,12 +226,23 @@ class _Estimate:
 
     def iterations(self) -> Iterator[Iterations]:
         """Iteration 0, the first, and the later ones."""
-        last = self.settings.iterations
-        yield Iterations(first=0, last=0, work=tuple(self._evaluated(0)))
+        last = self.settings.last
+        yield Iterations(first=0, last=0, work=(*self._taught(), *self._evaluated(0)))
         for first, end in ((1, 1), (2, last)):
             if first <= min(end, last):
                 work = (*self._improved(first), *self._evaluated(first))
                 yield Iterations(first=first, last=end, work=work)
+
+    def _taught(self) -> Iterator[StageCost]:
+        """What the initial policy is taught; nothing where another experiment kept the same."""
+        if not self.settings.teach.on:
+            return
+        count, length, loss = self.workload.taught()
+        s = self.settings.teach.training(self.settings.train)
+        tokens = count * s.epochs * length
+        seconds = self._training_seconds(tokens, length, loss)
+        hours = seconds / s.processes / 3600
+        yield StageCost(stage="teach", prompts=count, trained=tokens, hours=hours)
 
     def _improved(self, iteration: int) -> Iterator[StageCost]:
         sizes = self.settings.prompts
@@ -271,16 +307,23 @@ class _Estimate:
     def _training(self, examples: float) -> StageCost:
         s = self.settings.train
         length, loss = self.workload.learned()
-        tokens = s.tokens or examples * self.workload.rows * s.epochs * length
-        seconds = self.policy.training_seconds(
+        first, first_loss = self.workload.first_answers()
+        each = length + first
+        tokens = s.tokens or examples * self.workload.rows * s.epochs * each
+        length, loss = (each / 2, (loss + first_loss) / 2) if first else (length, loss)
+        seconds = self._training_seconds(tokens, length, loss)
+        hours = seconds * (1 + self._ahead(length)) / s.processes / 3600
+        return StageCost(stage="train", prompts=examples, trained=tokens, hours=hours)
+
+    def _training_seconds(self, tokens: float, length: float, loss: float) -> float:
+        """On one GPU, for rows of `length` tokens of which `loss` have loss."""
+        return self.policy.training_seconds(
             tokens,
             tokens * loss / length,
             rows=self._micro(length),
             length=length,
-            checkpointing=s.gradient_checkpointing,
+            checkpointing=self.settings.train.gradient_checkpointing,
         )
-        hours = seconds * (1 + self._ahead(length)) / s.processes / 3600
-        return StageCost(stage="train", prompts=examples, trained=tokens, hours=hours)
 
     def _ahead(self, length: float) -> float:
         """What SAMI's further forward passes add, as a share: see `models.training.sami`.
@@ -302,7 +345,7 @@ class _Estimate:
         kinds = []
         if not self.settings.policy.endpoint:
             kinds.append((self.sampling(), self._fewer_rows))
-        if self.settings.iterations:
+        if self._adapters:
             kinds.append((self.training(), self._smaller_steps))
         for memory, remedy in kinds:
             fits = memory.bytes <= self.gpu.room
@@ -323,7 +366,7 @@ class _Estimate:
     def _longest_turns(self) -> Iterator[SampledTurn]:
         """Every turn of the policy at its limits."""
         work = self.workload.at_limits()
-        if self.settings.iterations and (explored := work.explored()):
+        if self.settings.last and (explored := work.explored()):
             yield from explored[1]
         yield from work.answered()
 
@@ -375,21 +418,22 @@ class _Estimate:
     def disk(self) -> dict[str, float]:
         """Bytes; without the corpora, which are the hub's to tell."""
         s, shape = self.settings, self.policy.shape
-        files = Path(s.policy.model).expanduser().glob("*.safetensors")
+        directory = local_directory(s.policy.model)
+        files = directory.glob("*.safetensors") if directory else ()
         published = "float32" if s.policy.model in WORLD_MODELS else "bfloat16"
         weights = sum(f.stat().st_size for f in files) or shape.parameters * WIDTH[published]
         found = {"model": float(weights)}
-        if s.iterations:
+        if self._adapters:
             adapter = float(shape.adapter(self.policy.rank) * WIDTH["float32"])
             full = float(shape.parameters * WIDTH[s.policy.dtype])
             found["adapters" if adapter else "weights, one an iteration"] = (adapter or full) * (
-                s.iterations
+                self._adapters
             )
             found["training checkpoint"] = 1.5 * (adapter or full)
-        if s.iterations and (explored := self.workload.explored()):
+        if s.last and (explored := self.workload.explored()):
             (stage, turns), shard = explored, s.shard_size
             row = self._row_bytes(turns)
-            prompts = s.prompts.first + s.prompts.later * (s.iterations - 1)
+            prompts = s.prompts.first + s.prompts.later * (s.last - 1)
             found["records"] = COPIES * row * prompts
             found[f"a part of {stage} ({shard} prompts)"] = row * shard
         return found
@@ -421,6 +465,8 @@ class _Estimate:
             f"{known.gold:,.0f}, at {CHARACTERS} characters a token; what samples share is "
             "prefilled once"
         )
+        if s.iterations == "auto":
+            yield f"at most {s.last} iterations: it ends after two that do not become the champion"
         if method_of(s).guided:
             yield from self._constitutions()
         gpu, reached = self.gpu, self.policy.efficiency
@@ -434,7 +480,7 @@ class _Estimate:
             yield f"training on {s.train.processes} such GPUs, all else on one"
         if s.policy.device == "cpu":
             yield "policy.device is cpu: the hours are the GPU's all the same"
-        yield f"left out: {self.workload.rest}, loading, endpoints, corpora"
+        yield f"left out: {self.workload.rest}, loading, endpoints, corpora, older champions"
 
     def constitution(self, iteration: int) -> Foreseen:
         """What can be said of an iteration's constitution before it is there."""
@@ -444,7 +490,7 @@ class _Estimate:
         return foreseen(self.settings.cluster, trajectories, self.workload.assumed.clusters)
 
     def _constitutions(self) -> Iterator[str]:
-        last = self.settings.iterations
+        last = self.settings.last
         for first, end in ((1, 1), (2, last)):
             if first <= min(end, last):
                 which = str(first) if first == end else f"{first}–{end}"

@@ -18,7 +18,7 @@ from flows.plan.workload import (
     Workload,
 )
 from flows.schema import ExperimentSettings
-from models.prompts import CONSTITUTION_WORDINGS
+from models.templates import constitution_wording_of
 
 PRINCIPLE = 80
 """Characters of a principle that is not written yet: a guess."""
@@ -43,7 +43,8 @@ class SamiWorkload(Workload):
 
     def _constitution(self, of: Callable[[Iterable[float]], float]) -> float:
         """The same, of the mean or the longest principles."""
-        s, wording = self.settings, CONSTITUTION_WORDINGS[self.settings.policy.templates]
+        s = self.settings
+        wording = constitution_wording_of(s.policy.templates)
         pairs = load_pairs(s.write.constitution).principles if s.write.constitution else ()
         texts = [text for p in pairs for text in (p.text, p.antithesis) if text]
         around = len(wording.item.format(number=1, principle="")) + len(wording.separator)

@@ -14,12 +14,15 @@ from statistics import fmean
 from flows.methods import method_of
 from flows.schema import ExperimentSettings
 from models.judges.registry import JudgeSettings
-from models.prompts import TEMPLATES
+from models.policy import Messages
+from models.prompts import Templates
+from models.templates import templates_of
 from tasks.corpus.prompts import CorpusSettings, load_corpus
 from tasks.evaluate import EvaluateSettings
 from tasks.judging.pairs import arms
 from tasks.mine import MineSettings
 from tasks.prompts import PromptSettings, prompt_sets
+from tasks.teach import lessons, skill_examples
 
 CHARACTERS = 4
 """Characters of an English token, about."""
@@ -242,16 +245,32 @@ class Workload:
         words, turn = self._words, partial(SampledTurn, samples=samples)
         y1, z, c = self._expected(s.max_response_tokens, s.max_principle_tokens, critique)
         turns = [SampledTurn(samples=1, limit=s.max_response_tokens, shared=self.prompt)]
-        answered = self.prompt + y1
+        hinted = self.prompt + y1 + words["hint"] + _length(self._templates.examples.hint)
+        answered = self.prompt + y1 + _length(self._templates.leading)
         if not self.guided:
             return [*turns, turn(limit=s.max_response_tokens, shared=answered + words["refine"])]
         asked, own = answered + words["propose"], z + words["refine"]
-        hinted = asked if gold is None else answered + words["hint"] + gold
+        hinted = asked if gold is None else hinted + gold
         turns.append(turn(limit=s.max_principle_tokens, shared=hinted))
         if critique:
             turns.append(turn(limit=critique, shared=asked, own=z + words["critique"]))
             own += words["critique"] + c
         return [*turns, turn(limit=s.max_response_tokens, shared=asked, own=own)]
+
+    def taught(self) -> tuple[int, float, float]:
+        """Lessons of `teach`, tokens of one, and how many of them have loss.
+
+        Raises:
+            UserError: as `tasks.teach.skill_examples`.
+        """
+        s, turns = self.settings, templates_of(self.settings.policy.templates)
+        found = skill_examples(s.teach, s.prompts.world)
+        rows = [
+            [MARKS + len(m["content"]) / CHARACTERS for m in lesson.messages]
+            for lesson in lessons(found, s.teach, turns)
+        ]
+        length = fmean(map(sum, rows))
+        return len(rows), *self._cut(length, fmean(row[-1] for row in rows))
 
     def learned(self) -> tuple[float, float]:
         """Tokens of a row that is trained on, and how many of them have loss."""
@@ -260,10 +279,21 @@ class Workload:
         s, words = self.settings.mine, self._words
         y, z = self._expected(s.max_response_tokens, s.max_principle_tokens)
         turns, asking = {"initial": y, "refined": y}, words["refine"]
+        asking += _length(self._templates.leading)
         if self.guided:
             turns["principle"], asking = z, asking + words["propose"]
         loss = sum(turns.get(turn, 0.0) for turn in self.settings.train.loss_on)
         return self._cut(self.prompt + sum(turns.values()) + asking, loss)
+
+    def first_answers(self) -> tuple[float, float]:
+        """The same of what first answers learn from it, or 0 and 0: the prompt with y2; distilled,
+        the prompt with y2 and with y1, each also after the prompt that names the principle."""
+        way = self.settings.train.first_answer
+        if way == "none" or not method_of(self.settings).mines:
+            return 0.0, 0.0
+        y, _ = self._expected(self.settings.mine.max_response_tokens, 1)
+        length, loss = self._cut(self.prompt + y, y)
+        return (length, loss) if way == "refined" else (2 * (length + self.learned()[0]), 2 * loss)
 
     def at_limits(self) -> Workload:
         """The same with the longest prompts and every turn at its limit."""
@@ -316,9 +346,19 @@ class Workload:
         return min(tokens, most), min(loss, tokens, most)
 
     @property
+    def _templates(self) -> Templates:
+        """The wording of the turns."""
+        t = templates_of(self.settings.policy.templates)
+        return t if self.guided else t.unguided()
+
+    @property
     def _words(self) -> dict[str, float]:
         """Tokens of the user's turns in between, without the gold."""
-        t = TEMPLATES[self.settings.policy.templates]
-        t = t if self.guided else t.unguided()
+        t = self._templates
         texts = {"hint": t.hint, "propose": t.propose, "critique": t.critique, "refine": t.refine}
         return {name: MARKS + len(text) / CHARACTERS for name, text in texts.items()}
+
+
+def _length(examples: Messages) -> float:
+    """Tokens of the examples before a prompt."""
+    return sum(MARKS + len(message["content"]) / CHARACTERS for message in examples)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -120,10 +120,15 @@ def _end_with(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def environment(url: str, login: str) -> dict[str, str]:
-    """A server's settings for `url`, as environment variables: secrets are never arguments."""
+def environment(url: str, login: str, home: Path) -> dict[str, str]:
+    """A server's settings for `url`, as environment variables: secrets are never arguments.
+
+    Args:
+        home: the folder of its database, unless the user has chosen another one.
+    """
     port = urlsplit(url).port
     return {
+        **prefect_database.own(home),
         "PREFECT_SERVER_API_AUTH_STRING": login,
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{HOST}:{port},http://localhost:{port}",
         "PREFECT_SERVER_UI_API_URL": f"{url}/api",
@@ -185,24 +190,29 @@ def _send_queued() -> None:
 @contextmanager
 def _started() -> Iterator[dict[str, str]]:
     """A temporary server; environment variables for its clients."""
+    from flows.experiment import home
+
     with socket.socket() as listening:
         listening.bind((HOST, 0))
         listening.listen(128)
         url, login = f"http://{HOST}:{listening.getsockname()[1]}", new_login()
-        own = {"PREFECT_UI_ENABLED": "0", "PREFECT_SERVER_UI_ENABLED": "0"}
+        server = {
+            **environment(url, login, home()),
+            **{"PREFECT_UI_ENABLED": "0", "PREFECT_SERVER_UI_ENABLED": "0"},
+        }
         process = subprocess.Popen(
             [
                 *(sys.executable, "-P", "-m", "flows.server.prefect_server"),
                 *("--socket", str(listening.fileno()), "--parent", str(os.getpid())),
             ],
-            env={**os.environ, **environment(url, login), **own},
+            env={**os.environ, **server},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=[listening.fileno()],
             start_new_session=True,
         )
     try:
-        _wait(f"{url}/api/health", process)
+        _wait(f"{url}/api/health", process, server)
         yield {"PREFECT_API_URL": f"{url}/api", "PREFECT_API_AUTH_STRING": login}
     finally:
         process.terminate()
@@ -213,7 +223,7 @@ def _started() -> Iterator[dict[str, str]]:
             process.wait()
 
 
-def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
+def _wait(url: str, process: subprocess.Popen[bytes], server: Mapping[str, str]) -> None:
     """Wait until the server answers; the socket queues connections before that."""
     import httpx
 
@@ -227,17 +237,10 @@ def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
     raise UserError(
         "Prefect's temporary server does not start"
         + (f" (exit code {process.returncode})" if process.poll() is not None else ""),
-        where=f"its database, {_database()}",
+        where=f"its database, {server.get(prefect_database.URL) or prefect_database.file()}",
         expected=f"an answer within {START_SECONDS} s",
         fix="read the error of: prefect server start; or move the database away",
     )
-
-
-def _database() -> str:
-    from prefect.settings import get_current_settings
-
-    settings = get_current_settings()
-    return str(settings.home / "prefect.db")
 
 
 if __name__ == "__main__":

@@ -280,7 +280,7 @@ class _Starting:
 
 def _prefect_server(login: str, port: int) -> tuple[list[str], dict[str, str]]:
     command = ["flows.server.prefect_server", "--port", str(port)]
-    return command, server_environment(f"http://{HOST}:{port}", login)
+    return command, server_environment(f"http://{HOST}:{port}", login, _home())
 
 
 def _mlflow_server(port: int) -> tuple[list[str], dict[str, str]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,6 +26,7 @@ from models.checkpoints.architecture import (
     read_config,
 )
 from models.checkpoints.bounded import Step, ask, serve
+from models.checkpoints.gguf import local_directory
 from models.checkpoints.headers import (
     check_listing,
     digest_parts,
@@ -35,7 +37,8 @@ from models.checkpoints.headers import (
 from models.checkpoints.shapes import cached_config
 from models.files import recall, remember, user_cache
 from models.policy import FINGERPRINT, Messages, PolicySettings
-from models.prompts import TEMPLATES, ask_refinement
+from models.prompts import Examples, Templates, ask_refinement
+from models.templates import templates_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -73,8 +76,8 @@ def check_directory(
     ended = ask("models.checkpoints.check", request)
     if ended.reason:
         raise UserError(f"{ended.step} {ended.reason}", where=f"model directory {directory}")
-    if "error" in ended.answer:
-        raise _moved(UserError(**ended.answer["error"]), directory)
+    if ended.error:
+        raise _moved(ended.error, directory)
     found = str(ended.answer["found"])
     remember(_passed(), keys[0], found)
     return found
@@ -98,12 +101,18 @@ def _key(directory: Path, settings: PolicySettings, use: Use) -> str:
     """sha256 (hex) of everything on which a check depends."""
     facts = settings.model_dump(mode="json", context=FINGERPRINT)
     facts |= {"model": "", "use": use, "transformers": version("transformers")}
+    facts["templates"] = _turns(settings).texts
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for source in SOURCES:
         digest.update(source.read_bytes())
     for part in digest_parts(directory):
         digest.update(part)
     return digest.hexdigest()
+
+
+def _turns(settings: PolicySettings) -> Templates:
+    """The turns that a chat template is tried on; examples would only add more of the same."""
+    return replace(templates_of(settings.templates), examples=Examples())
 
 
 def _moved(error: UserError, directory: Path) -> UserError:
@@ -115,9 +124,12 @@ def _moved(error: UserError, directory: Path) -> UserError:
 
 
 def located(settings: PolicySettings) -> Path | None:
-    """The model's directory, or that of a hub model which is complete in the cache; else None."""
-    directory = Path(settings.model).expanduser()
-    if directory.is_dir():
+    """The model's directory, or that of a hub model which is complete in the cache; else None.
+
+    Raises:
+        UserError: a GGUF file cannot be dequantised.
+    """
+    if directory := local_directory(settings.model):
         return directory
     config = cached_config(settings)
     if config is None:
@@ -135,14 +147,9 @@ def located(settings: PolicySettings) -> Path | None:
 def main() -> None:
     """Answer one request of `check_directory`, in the child."""
 
-    def work(request: Any, step: Step) -> dict[str, Any]:
+    def work(request: Any, step: Step) -> dict[str, str]:
         settings = PolicySettings.model_validate(request["settings"])
-        try:
-            found = examine(Path(request["directory"]), settings, request["use"], step)
-        except UserError as error:
-            parts = {part: getattr(error, part) for part in ("what", "where", "expected", "fix")}
-            return {"error": parts}
-        return {"found": found}
+        return {"found": examine(Path(request["directory"]), settings, request["use"], step)}
 
     serve(work)
 
@@ -151,7 +158,7 @@ def examine(
     directory: Path,
     settings: PolicySettings,
     use: Use = "trained",
-    step: Step = lambda name, seconds: None,
+    step: Step = lambda name, seconds, memory=0: None,
 ) -> str:
     """What `check_directory` returns, found in this process without limits or memory.
 
@@ -275,7 +282,7 @@ def _check_chat(
     from models.training.encoding import EncodingError, check_template
 
     where = f"model directory {directory}"
-    chat, wording = Chat(tokenizer, settings), TEMPLATES[settings.templates]
+    chat, wording = Chat(tokenizer, settings), _turns(settings)
     turns: Messages = (
         {"role": "system", "content": "Answer in plain words."},
         {"role": "user", "content": "Do you have an oven?"},

@@ -203,9 +203,6 @@ def _no_weights(directory: Path, names: set[str]) -> UserError:
     if "adapter_config.json" in names:
         what = "holds an adapter, not a model"
         fix = "merge it into its base (peft: merge_and_unload, save_pretrained)"
-    elif ".gguf" in suffixes:
-        what = "holds a GGUF file, which is not supported yet"
-        fix = "convert it: from_pretrained(directory, gguf_file=…), then save_pretrained"
     elif suffixes & {".bin", ".pt", ".pth", ".ckpt"}:
         what += ": pickled weights (.bin, .pt) are not loaded"
         fix = "take the model's safetensors version, or convert it where you trust the file"

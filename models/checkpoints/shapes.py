@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from constitutions.errors import UserError
+from models.checkpoints.gguf import local_directory
 from models.policy import PolicySettings
 from models.worlds.registry import WORLD_MODELS
 
@@ -86,8 +87,8 @@ def shape_of(settings: PolicySettings) -> Shape:
     Raises:
         UserError: the model is neither a directory nor known here, or its architecture is unknown.
     """
-    directory = Path(settings.model).expanduser()
-    file = directory / "config.json" if directory.is_dir() else None
+    directory = local_directory(settings.model)
+    file = directory / "config.json" if directory else None
     if file is None:
         known = PUBLISHED.get(settings.model.lower().removesuffix("-instruct"))
         if known is not None:

@@ -40,19 +40,21 @@ def has_port(url: httpx.URL) -> bool:
     return url.port is None or 0 < url.port < 2**16
 
 
-def key_in(variable: str) -> SecretStr:
+def key_in(variable: str, where: str = "setting 'key_variable'") -> SecretStr:
     """The key in an environment variable.
+
+    Args:
+        where: what messages call the place that names the variable.
 
     Raises:
         UserError: the variable is not set, or its text cannot be a key.
     """
     key = SecretStr(os.environ.get(variable, "").strip())
-    where = "setting 'key_variable'"
     if not key:
         raise UserError(
             f"the environment variable {variable} is not set",
             where=where,
-            fix=f"export {variable}=… before the run, or unset key_variable for a server without",
+            fix=f"export {variable}=… before the run, or leave it out for a server without",
         )
     if not re.fullmatch(r"[!-~]+", key.get_secret_value()):
         raise UserError(  # h11's own error would quote the header, and so the key

@@ -119,22 +119,19 @@ class ServerPolicy:
         self, requests: Sequence[Request], progress: Progress | None
     ) -> list[list[Completion]]:
         jobs = [self._jobs(request) for request in requests]
-        left = list(map(len, jobs))
         gate = asyncio.Semaphore(self.endpoint.limits.in_flight)
 
-        async def work(connection: Connection, owner: int, job: _Job) -> list[Completion]:
+        async def work(connection: Connection, job: _Job) -> list[Completion]:
             async with gate:
                 completions = await self._complete(connection, job)
-            left[owner] -= 1
-            if progress and not left[owner]:
-                progress(1)
+            if progress:
+                progress(len(completions))
             return completions
 
         try:
             async with self.endpoint.connect() as connection, asyncio.TaskGroup() as group:
                 tasks = [
-                    [group.create_task(work(connection, owner, job)) for job in some]
-                    for owner, some in enumerate(jobs)
+                    [group.create_task(work(connection, job)) for job in some] for some in jobs
                 ]
         except ExceptionGroup as failed:  # the first failure has cancelled the other tasks
             raise failed.exceptions[0] from None

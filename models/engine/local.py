@@ -139,17 +139,15 @@ class LocalPolicy:
         prompts = {i: found[i][0] for i in asked}
         opened = {i: self._opened(requests[i], prompts[i]) for i in asked}
         answers = [[no_answer(f)] * r.n for r, (_, f) in zip(requests, found, strict=True)]
-        left = [request.n for request in requests]
 
         def ended(sample: Sample) -> None:
             i = asked[sample.request]
             answers[i][sample.number] = self._completion(sample, requests[i], opened[i])
-            left[i] -= 1
-            if progress and not left[i]:
+            if progress:
                 progress(1)
 
         if progress and len(asked) < len(requests):
-            progress(len(requests) - len(asked))
+            progress(sum(r.n for r, (_, finish) in zip(requests, found, strict=True) if finish))
         self.decoder.sample(list(prompts.values()), [requests[i] for i in asked], ended)
         self._check_finite([completion for i in asked for completion in answers[i]])
         return answers

@@ -36,6 +36,8 @@ class Pair:
     """The gold response, for judges that compare with it."""
     ours: str
     theirs: str
+    other_golds: tuple[str, ...] = ()
+    """Further references, for the judge "similarity": the nearest counts."""
     principle: str = ""
     """What both answers are to follow: a principle, or several as `numbered` lines. The oracle and
     rubrics about principles read it."""
@@ -93,8 +95,8 @@ class Grade(NamedTuple):
     failure: str | None = None
 
 
-Similarity = Callable[[str, Sequence[str]], Sequence[tuple[float | None, str | None]]]
-"""(gold, texts) to (score in [0, 1], None) for each text, or to (None, reason)."""
+Similarity = Callable[[Sequence[str], Sequence[str]], Sequence[tuple[float | None, str | None]]]
+"""(golds, texts) to (score in [0, 1], None) for each text, or to (None, reason)."""
 
 
 class KindSettings(Settings):

@@ -29,5 +29,6 @@ class GoldSimilarity(Judge):
         return each(pairs, self._judge, advance)
 
     def _judge(self, pair: Pair) -> Judgement:
-        ours, theirs = self._similarity(pair.gold, [pair.ours, pair.theirs])
+        golds = (pair.gold, *pair.other_golds)
+        ours, theirs = self._similarity(golds, [pair.ours, pair.theirs])
         return decide(Grade(*ours), Grade(*theirs))

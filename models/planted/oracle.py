@@ -25,6 +25,7 @@ from models.planted.world import (
 __all__ = [
     "TRUTH",
     "behaviour_of",
+    "called",
     "core_share",
     "known",
     "needed",
@@ -45,6 +46,11 @@ def needed(prompt: str) -> frozenset[str]:
     cues = set(words(prompt))
     calls = itertools.chain(CHORES.items(), CIRCUMSTANCES.items())
     return frozenset(behaviour for synonyms, behaviour in calls if cues & set(synonyms))
+
+
+def called(prompts: Sequence[str]) -> frozenset[str]:
+    """Every behaviour that a prompt can call for: each seed's prompts call for all of them."""
+    return TRUTH
 
 
 def shown(response: str) -> frozenset[str]:

@@ -220,7 +220,7 @@ def build_tokenizer(more: str = "") -> PreTrainedTokenizerFast:
         more: a text with further words.
     """
     specials = [PAD, UNKNOWN, SYSTEM, USER, ASSISTANT, END]
-    turns = " ".join([*asdict(TERSE).values(), more]).replace("{gold}", "")
+    turns = " ".join([*TERSE.texts, more]).replace("{gold}", "")
     texts = sorted({*world.vocabulary(), *world.words(turns)})
     names = [word if not word.isalpha() else f"▁{word}" for word in texts]
     vocabulary = {name: i for i, name in enumerate(specials + names)}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from constitutions.errors import UserError
+from models.checkpoints.gguf import local_directory
 from models.files import Damaged, file_sha256, read_sealed, remove, write_sealed
 from models.notices import say
 
@@ -39,11 +40,11 @@ class Folder:
 
 def folders(names: Iterable[str], home: Path) -> dict[str, Folder]:
     """The folders among models' names; every node fetches a hub name by itself."""
-    places = {name: Path(name).expanduser() for name in names}
+    places = {name: local_directory(name) for name in names}
     return {
         name: Folder(str(place.resolve()), file_hashes(place, home))
         for name, place in places.items()
-        if place.is_dir()
+        if place
     }
 
 

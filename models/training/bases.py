@@ -21,6 +21,7 @@ import torch
 
 from constitutions.errors import UserError
 from models.checkpoints.architecture import check_loading, first_line, no_chat_template, own_code
+from models.checkpoints.gguf import local_directory
 from models.checkpoints.headers import check_listing, read_object
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def load_base(
     """Load a causal language model and its tokenizer from safetensors, frozen.
 
     Args:
-        model: a `transformers` directory, or a hub name that is fetched once.
+        model: a `transformers` directory, a GGUF file, or a hub name that is fetched once.
 
     Returns:
         The base, which has its `Identity` as `identity`, and its tokenizer.
@@ -68,7 +69,7 @@ def load_base(
     base = load_weights(AutoModelForCausalLM, model, **how)
     base.requires_grad_(False)
     keep_unpacked(base)
-    name = directory.resolve().name if Path(model).expanduser().is_dir() else str(model)
+    name = directory.resolve().name if Path(model).expanduser().exists() else str(model)
     commit = directory.name if directory.parent.name == "snapshots" else None
     base.identity = Identity(name, base_digest(directory), how["quantization"], commit)
     return base, tokenizer
@@ -172,13 +173,13 @@ def _placement(device: str) -> str | dict[str, str | int]:
 def find_base(model: str | Path, revision: str | None = None) -> Path:
     """The local directory of a model; a hub's model is fetched, without pickles, if not cached.
 
+    A GGUF file's is made if it is not there.
+
     Raises:
         UserError: there is no such directory or hub model, or it lacks the configuration, the
             safetensors weights or the tokenizer.
     """
-    directory = Path(model).expanduser()
-    if not directory.is_dir():
-        directory = _fetch(str(model), revision)
+    directory = local_directory(model) or _fetch(str(model), revision)
     check_listing(directory)
     return directory
 

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from models.chat import Answered, Chat
 from models.chat_template import ChatError
@@ -27,6 +29,22 @@ class EncodedExample:
     """Whether each token's prediction counts in the loss."""
     weight: float = 1.0
     """The trajectory's posterior weight, which multiplies its log-likelihood."""
+    taught: Sequence[int] = ()
+    """Where the example is distilled: the prompt after which the teacher predicts the trained
+    tokens, which are the last."""
+
+    @property
+    def teacher(self) -> EncodedExample:
+        """The trained tokens after the teacher's prompt."""
+        answer = [i for i, trained in zip(self.ids, self.trained, strict=True) if trained]
+        marks = (*(False,) * len(self.taught), *(True,) * len(answer))
+        return EncodedExample((*self.taught, *answer), marks, self.weight)
+
+    @property
+    def tokens(self) -> int:
+        """How many are processed, the teacher's included."""
+        answer = int(np.sum(self.trained)) if len(self.taught) else 0
+        return len(self.ids) + len(self.taught) + answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +132,22 @@ class Encoder:
             self._example(line, [turn], weight) for line, turn in zip(lines, turns, strict=True)
         ]
 
+    def distilled(
+        self, prompt: Messages, teacher: Messages, text: str, weight: float = 1.0
+    ) -> EncodedExample:
+        """An answer to be distilled from a teacher's prompt, after the template's empty thought.
+
+        Raises:
+            EncodingError: as `encode`, of either prompt.
+        """
+        try:
+            answered, told = (self.chat.answered(each, text) for each in (prompt, teacher))
+        except ChatError as error:
+            raise EncodingError(str(error)) from error
+        self._check([*told.prompt, *answered.answer])
+        example = self._example([*answered.prompt, *answered.answer], [answered], weight)
+        return replace(example, taught=tuple(told.prompt))
+
     def group(
         self, prompts: Sequence[Messages], responses: Sequence[str], ends: Sequence[bool]
     ) -> Group:
@@ -151,10 +185,13 @@ class Encoder:
         return tuple(ids), tuple(response)
 
     def _example(self, ids: list[int], turns: Sequence[Answered], weight: float) -> EncodedExample:
-        if len(ids) > self.max_tokens:
-            raise EncodingError(f"{len(ids):,} tokens, more than max_tokens = {self.max_tokens:,}")
+        self._check(ids)
         trained = {len(prompt) + i for prompt, answer in turns for i in range(len(answer))}
         return EncodedExample(tuple(ids), tuple(i in trained for i in range(len(ids))), weight)
+
+    def _check(self, ids: Sequence[int]) -> None:
+        if len(ids) > self.max_tokens:
+            raise EncodingError(f"{len(ids):,} tokens, more than max_tokens = {self.max_tokens:,}")
 
 
 def check_template(
@@ -189,7 +226,7 @@ def check_template(
     for turn in turns[:-1]:
         if _letters(tokenizer, chat.words(turn["content"])) not in shown:
             raise ChatError(f"the chat template drops what the {turn['role']} says before the end")
-    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"][1:]
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"][-len(texts) :]
     known = {answers[-1]: thought if chat.tags else ""}
     wanted = [turns[i]["content"] for i in answers] + [thought] * bool(chat.tags)
     examples = encoder.encode(turns, answers, thoughts=known)

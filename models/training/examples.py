@@ -16,7 +16,12 @@ from models.files import written
 from models.training.encoding import EncodedExample
 
 SCHEMA = pa.schema(
-    [("ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool_())), ("weight", pa.float64())]
+    [
+        ("ids", pa.list_(pa.int32())),
+        ("trained", pa.list_(pa.bool_())),
+        ("weight", pa.float64()),
+        ("taught", pa.list_(pa.int32())),
+    ]
 )
 BATCH = 16
 """Examples that are written together: a million tokens each at most, as Python's integers."""
@@ -32,7 +37,7 @@ class StoredExamples(Sequence[EncodedExample]):
     def __init__(self, path: Path) -> None:
         self.path = path
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        self._ids, self._trained, self._weight = table.columns
+        self._ids, self._trained, self._weight, self._taught = table.columns
 
     @classmethod
     def write(cls, path: Path, examples: Iterable[EncodedExample]) -> StoredExamples:
@@ -40,7 +45,7 @@ class StoredExamples(Sequence[EncodedExample]):
         left = iter(examples)
         with written(path) as sink, pa.ipc.new_file(sink, SCHEMA) as file:
             while batch := list(itertools.islice(left, BATCH)):
-                rows = [(list(e.ids), list(e.trained), e.weight) for e in batch]
+                rows = [(list(e.ids), list(e.trained), e.weight, list(e.taught)) for e in batch]
                 columns = [list(column) for column in zip(*rows, strict=True)]
                 file.write_table(pa.table(columns, schema=SCHEMA))
         return cls(path)
@@ -61,4 +66,5 @@ class StoredExamples(Sequence[EncodedExample]):
             self._ids[index].values.to_numpy(),
             self._trained[index].values.to_numpy(zero_copy_only=False),
             self._weight[index].as_py(),
+            self._taught[index].values.to_numpy(),
         )

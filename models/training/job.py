@@ -53,6 +53,8 @@ class Job:
     """The folder of this job's unfinished work."""
     kl: float = 0.0
     """β of SAMI's objective: the weight of the divergence from the policy at the start."""
+    distils: bool = False
+    """Whether some examples have a teacher."""
 
 
 Examples = Sequence[EncodedExample] | Sequence[Group]
@@ -107,13 +109,15 @@ def _train(
     model: Any, job: Job, examples: Examples, progress: Progress | None
 ) -> list[TrainingStep]:
     from models.training import sami
+    from models.training.distillation import Start
     from models.training.loop import Likelihood, train
 
     budget = job.settings.micro_batch_tokens
     how: dict[str, Any] = {"seed": job.seed, "checkpoints": job.checkpoints, "progress": progress}
     if not isinstance(examples[0], Group):
         rows = cast("Sequence[EncodedExample]", examples)
-        return train(model, rows, job.settings, objective=Likelihood(budget), **how)
+        start = Start(model) if job.distils else None  # before a checkpoint is read
+        return train(model, rows, job.settings, objective=Likelihood(budget, start), **how)
     groups = cast("Sequence[Group]", examples)
     if job.kl:  # before the first step, and before a resumed training's checkpoint is read
         groups = sami.referred(model.eval(), groups, budget)

@@ -25,6 +25,7 @@ from constitutions.errors import UserError
 from models.engine.output_layer import output_only
 from models.policy import Progress
 from models.training.adapter import AdapterSettings, TrainingStep, plan_batches
+from models.training.distillation import Start, distillation_loss
 from models.training.encoding import EncodedExample
 from models.training.resumable import keep, newest
 
@@ -90,6 +91,8 @@ def train(
     Raises:
         UserError: the loss is no longer finite.
     """
+    from models.training.mixed_precision import mixed_precision
+
     lengths = list(map(objective.tokens, examples))
     worths = list(map(objective.worth, examples))
     steps = plan_batches(lengths, settings, seed)
@@ -104,7 +107,8 @@ def train(
         progress=progress,
     )
     begun = newest(checkpoints)
-    trainer.train(resume_from_checkpoint=str(begun) if begun else None)
+    with mixed_precision(model, active=trainer.args.bf16):
+        trainer.train(resume_from_checkpoint=str(begun) if begun else None)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -146,16 +150,21 @@ def share(rows: Sequence[Item], processes: int, objective: Objective[Item]) -> l
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The M-step's objective: −log p_θ of the trained tokens, weighted; see `weighted_loss`."""
+    """The M-step's objective: −log p_θ of the trained tokens, weighted; see `weighted_loss`.
+
+    Of examples with a teacher it is `distillation_loss`, in micro-batches of their own.
+    """
 
     budget: int
     """Most tokens of a micro-batch, padding included; a longer row has one of its own."""
+    start: Start | None = None
+    """The policy at the start of the training, which is the teacher."""
 
     idle = EncodedExample((0, 0), (False, True), 0.0)
 
     def tokens(self, item: EncodedExample) -> int:
         """See `Objective`."""
-        return len(item.ids)
+        return item.tokens
 
     def worth(self, item: EncodedExample) -> float:
         """Its trained tokens times its weight."""
@@ -164,16 +173,25 @@ class Likelihood:
     def micro_batches(self, rows: Sequence[EncodedExample]) -> Passes[EncodedExample]:
         """See `Objective`; the padded size of each group is within the budget."""
         passes: Passes[EncodedExample] = []
-        for row in rows:
-            if passes and (len(passes[-1]) + 1) * len(row.ids) <= self.budget:
+        for row in sorted(rows, key=_has_teacher):
+            together = passes and _has_teacher(passes[-1][0]) == _has_teacher(row)
+            if together and (len(passes[-1]) + 1) * row.tokens <= self.budget:
                 passes[-1].append(row)
             else:
                 passes.append([row])
         return passes
 
+    @classmethod
+    def collate(cls, rows: Sequence[EncodedExample]) -> dict[str, Any]:
+        """The batch of `weighted_loss`, padded on the right to the longest row; and the teacher's,
+        where there is one, under "teacher"."""
+        batch = cls._padded(rows)
+        if _has_teacher(rows[0]):
+            batch["teacher"] = cls._padded([row.teacher for row in rows])
+        return batch
+
     @staticmethod
-    def collate(rows: Sequence[EncodedExample]) -> dict[str, torch.Tensor]:
-        """The batch of `weighted_loss`, padded on the right to the longest row."""
+    def _padded(rows: Sequence[EncodedExample]) -> dict[str, Any]:
         length = max(len(row.ids) for row in rows)
         ids = torch.zeros(len(rows), length, dtype=torch.long)
         trained = torch.zeros(len(rows), length, dtype=torch.bool)
@@ -185,7 +203,14 @@ class Likelihood:
 
     def parts(self, model: Any, batch: dict[str, Any]) -> list[Callable[[], torch.Tensor]]:
         """The one loss."""
-        return [partial(weighted_loss, model, batch)]
+        if "teacher" not in batch:
+            return [partial(weighted_loss, model, batch)]
+        assert self.start is not None, "a job with a teacher keeps the policy at its start"
+        return [partial(distillation_loss, model, self.start, batch, batch["teacher"])]
+
+
+def _has_teacher(row: EncodedExample) -> bool:
+    return len(row.taught) > 0
 
 
 def weighted_loss(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -287,7 +312,7 @@ def _arguments(
         warmup_steps=round(settings.warmup * steps),
         max_grad_norm=settings.max_gradient_norm,
         activation_checkpointing=settings.gradient_checkpointing,
-        bf16=on_gpu and held_as == torch.bfloat16,
+        bf16=held_as == torch.bfloat16,
         optim=_optimiser(settings, on_gpu=on_gpu),
         weight_decay=0.0,
         save_steps=CHECKPOINT_STEPS,

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from models.prompts import ConstitutionWording, Templates
+
 Steps = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
 
@@ -23,6 +25,26 @@ class WorldPrompt:
     gold: str
     source: str
     """Where in the world it comes from ("train:1")."""
+    other_golds: tuple[str, ...] = ()
+    """Further references: the nearest counts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkillExample:
+    """A taught example of the two skills: naming what a better answer does, and following a named
+    rule."""
+
+    prompt: str
+    initial: str
+    """y1: the answer that follows no rule."""
+    gold: str
+    """What the hint shows: it obeys the rule, and may differ from `refined` in wording."""
+    principle: str
+    """z: the rule, named."""
+    refined: str
+    """y2: y1 under the rule."""
+    source: str
+    """Where it comes from ("skill:1")."""
 
 
 class Oracle(Protocol):
@@ -32,7 +54,11 @@ class Oracle(Protocol):
     """
 
     TRUTH: frozenset[str]
-    """Every behaviour that a prompt can call for: what a constitution should recover."""
+    """Every behaviour that a prompt can call for."""
+
+    def called(self, prompts: Sequence[str]) -> frozenset[str]:
+        """The behaviours that an experiment's prompts call for, read from some of them: what its
+        constitution should recover."""
 
     def score(self, prompt: str, response: str) -> float:
         """How good a response is: higher is better."""
@@ -73,6 +99,10 @@ class World(ABC):
     """The settings of `policy` with which these models write principles, by name."""
     principle: str = ""
     """An example of a principle that its oracle knows."""
+    templates: Templates | None = None
+    """The turns of its own that `policy.templates` means by the world's name; None: it has none."""
+    constitution: ConstitutionWording | None = None
+    """The wording of constitutions that stands beside `templates`; None: that of "chat"."""
 
     @abstractmethod
     def mined(self, n: int, seed: int) -> list[WorldPrompt]:
@@ -89,6 +119,15 @@ class World(ABC):
         Raises:
             ValueError: the world has fewer.
         """
+
+    def skill_examples(self, n: int, seed: int) -> list[SkillExample]:
+        """`n` examples of the two skills, on rules that none of its prompts calls for; none where
+        the world teaches no skill.
+
+        Raises:
+            ValueError: the world has fewer.
+        """
+        return []
 
     @property
     def topics(self) -> Sequence[str]:

@@ -126,7 +126,7 @@ def read_records(
     if errors:
         raise UserErrors(errors[:REPORTED], more=max(len(errors) - REPORTED, 0))
     if not rows:
-        raise UserError("there are no rows", where=str(source), expected="a benchmark's file")
+        raise UserError("there are no rows", where=str(source), expected="at least one")
     return rows
 
 

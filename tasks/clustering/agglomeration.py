@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ class Merge:
     distance: float
 
 
-EXACT_ROWS = 16_384
+EXACT_ROWS = 8_192
 """Up to so many rows are linked one by one, more through micro-clusters."""
 CELL_ROWS = 4_096
 """Rows at most among which micro-clusters are sought together."""
@@ -137,7 +137,7 @@ def members_of(groups: np.ndarray) -> list[np.ndarray]:
     return np.split(order, np.cumsum(np.bincount(groups))[:-1]) if len(groups) else []
 
 
-def cut(count: int, merges: Iterable[Merge], threshold: float) -> np.ndarray:
+def cut(count: int, merges: Sequence[Merge], threshold: float) -> np.ndarray:
     """Cluster numbers (count,) of so many items after the merges up to a threshold."""
     return _united(count, [merge for merge in merges if merge.distance <= threshold])
 
@@ -175,26 +175,20 @@ def means_of(vectors: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.nd
     return sums / sizes[:, None].astype(np.float32), sizes
 
 
-def _united(count: int, merges: Iterable[Merge]) -> np.ndarray:
+def _united(count: int, merges: Sequence[Merge]) -> np.ndarray:
     """Numbers (count,) of what the merges make of so many items, in order of first appearance."""
-    parents = np.arange(count)
-    for merge in merges:
-        left, right = _root(parents, merge.left), _root(parents, merge.right)
-        parents[max(left, right)] = min(left, right)
-    return _by_first(np.array([_root(parents, item) for item in range(count)], dtype=np.intp))
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    ends = [m.left for m in merges], [m.right for m in merges]
+    graph = coo_matrix((np.ones(len(merges), dtype=np.int8), ends), shape=(count, count))
+    return _by_first(connected_components(graph, directed=False)[1])
 
 
 def _by_first(groups: np.ndarray) -> np.ndarray:
     """The same groups, numbered in order of first appearance."""
     _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[inverse]
-
-
-def _root(parents: np.ndarray, item: int) -> int:
-    while parents[item] != item:
-        parents[item] = parents[parents[item]]
-        item = parents[item]
-    return int(item)
 
 
 def _find_nearest(

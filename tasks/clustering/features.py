@@ -7,7 +7,6 @@ counts: `combine` takes the other blocks for it and says which rows have no vect
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,14 @@ import numpy as np
 
 from constitutions.constitution import principle_key
 from models.engine.threads import pinned
-from tasks.rows import Mined, Trajectory
+from tasks.rows import Trajectory
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-EXACT_ENTRIES = 1 << 25
-"""A sparse block is used as it is up to this many entries (128 MiB of float32), else reduced."""
+EXACT_ENTRIES = 1 << 22
+"""A block is used as it is up to this many entries, else reduced: linking costs as many products of
+rows as there are pairs."""
 COMPONENTS = 256
 """Singular vectors that a larger block is reduced to."""
 
@@ -47,21 +47,9 @@ class Features:
     vectors: np.ndarray
     present: np.ndarray
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proposal:
-    """The columns of a candidate that `insertions` reads."""
-
-    principle: str
-    refined: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proposals:
-    """The columns of a mined prompt that `insertions` reads."""
-
-    initial: str
-    candidates: tuple[Proposal, ...]
+    def only(self, rows: np.ndarray) -> Features:
+        """The features of some rows, by their numbers."""
+        return Features(self.vectors[rows], self.present[rows])
 
 
 def distinct_principles(trajectories: Iterable[Trajectory]) -> list[Distinct]:
@@ -75,20 +63,6 @@ def distinct_principles(trajectories: Iterable[Trajectory]) -> list[Distinct]:
     ]
 
 
-def insertions(
-    distinct: Sequence[Distinct], mined: Iterable[Mined | Proposals]
-) -> list[Counter[str]]:
-    """For each principle the tokens in y2 and not in y1, over all candidates sampled with it."""
-    effects: dict[str, Counter[str]] = {d.key: Counter() for d in distinct}
-    for row in mined:
-        found = [(effects.get(principle_key(c.principle)), c.refined) for c in row.candidates]
-        kept = [(effect, refined) for effect, refined in found if effect is not None]
-        before = tokens(row.initial) if kept else []
-        for effect, refined in kept:
-            effect += inserted_tokens(before, tokens(refined))
-    return list(effects.values())
-
-
 def character_features(texts: Sequence[str]) -> csr_matrix:
     """TF-IDF of the character 3- to 5-grams inside words; (texts, n-grams), unit rows."""
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -97,47 +71,20 @@ def character_features(texts: Sequence[str]) -> csr_matrix:
     return vectorizer.fit_transform(texts)
 
 
-def inserted_tokens(before: Sequence[str], after: Sequence[str]) -> Counter[str]:
-    """The tokens that `after` has more often than `before`, and how many more."""
-    return Counter(after) - Counter(before)
-
-
-def tokens(text: str) -> list[str]:
-    """Lower-case words, single marks, and single characters of scripts without spaces."""
-    return _TOKEN.findall(text.lower())
-
-
-_UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f"
-"""Kana, Han and Thai."""
-_TOKEN = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
-
-
-def effect_features(insertions: Sequence[Counter[str]]) -> csr_matrix:
+def effect_features(counts: csr_matrix) -> csr_matrix:
     """Sublinear TF-IDF of the tokens that each principle's refinements inserted.
 
-    Returns (principles, tokens) with unit rows; a principle that inserted nothing has an empty
-    row, which `combine` takes for absent.
+    Args:
+        counts: (principles, tokens), as `Insertions` has them.
+
+    Returns:
+        (principles, tokens that occur) with unit rows; a principle that inserted nothing has an
+        empty row, which `combine` takes for absent.
     """
     from sklearn.feature_extraction.text import TfidfTransformer
 
-    counts = word_counts(insertions)
+    counts = counts[:, np.flatnonzero(counts.getnnz(axis=0))] if counts.nnz else counts
     return TfidfTransformer(sublinear_tf=True).fit_transform(counts) if counts.nnz else counts
-
-
-def word_counts(insertions: Sequence[Counter[str]]) -> csr_matrix:
-    """How often each principle's refinements inserted each word; (principles, words) float32.
-
-    As scikit-learn's DictVectorizer counts them, in a fifth of its time; at least one column.
-    """
-    from scipy.sparse import csr_matrix
-
-    words = {word: place for place, word in enumerate(sorted(set[str]().union(*insertions)))}
-    ends = np.cumsum([0, *map(len, insertions)])
-    columns = np.fromiter((words[word] for each in insertions for word in each), np.int32, ends[-1])
-    counts = np.fromiter((n for each in insertions for n in each.values()), np.float32, ends[-1])
-    found = csr_matrix((counts, columns, ends), shape=(len(insertions), max(len(words), 1)))
-    found.sort_indices()
-    return found
 
 
 def centred(vectors: np.ndarray) -> np.ndarray:
@@ -147,22 +94,28 @@ def centred(vectors: np.ndarray) -> np.ndarray:
 
 
 @pinned()
-def combine(blocks: Sequence[Any], seed: int = 0) -> Features:
-    """Blocks of features side by side, each of the same weight.
+def block_features(block: Any, seed: int = 0) -> Features:
+    """A block of features, (n, d) array or sparse matrix, with rows of length one.
 
-    Args:
-        blocks: (n, d_i) arrays or sparse matrices; an all-zero row is absent from that block.
-        seed: of the randomised reduction that blocks of more than `EXACT_ENTRIES` go through.
+    More than `EXACT_ENTRIES` are reduced to `COMPONENTS` columns that keep the dot products, by a
+    randomised SVD. An all-zero row is absent.
+    """
+    from sklearn.preprocessing import normalize
+
+    present = _row_norms(block) > 0
+    return Features(_dense(normalize(block), seed), present)
+
+
+def combine(blocks: Sequence[Features]) -> Features:
+    """Blocks of features side by side, each of the same weight.
 
     The cosine of two combined rows is the mean of their blocks' cosines. A row that some blocks
     lack is compared by the others alone, at full length.
     """
-    from sklearn.preprocessing import normalize
-
-    present: np.ndarray = np.stack([_row_norms(block) > 0 for block in blocks])
+    present = np.stack([block.present for block in blocks])
     scale = 1 / np.sqrt(np.maximum(present.sum(axis=0), 1)).astype(np.float32)
-    parts = [_dense(normalize(block), seed) for block in blocks]
-    return Features(np.hstack(parts) * scale[:, None], present.sum(axis=0) > 0)
+    vectors = np.hstack([block.vectors for block in blocks]) * scale[:, None]
+    return Features(vectors, present.sum(axis=0) > 0)
 
 
 def _row_norms(block: Any) -> np.ndarray:

@@ -9,7 +9,8 @@ from tasks.rows import Labelled
 
 
 def measured(principle: Principle, rows: Sequence[Labelled], weight: float) -> Principle:
-    """The principle with its support, share in [0, 1] and best example.
+    """The principle with its support, share in [0, 1] and best example: the last one that it had,
+    where it was carried over.
 
     Args:
         rows: the trajectories that it labels.
@@ -19,7 +20,8 @@ def measured(principle: Principle, rows: Sequence[Labelled], weight: float) -> P
     figures = {
         "support": len(rows),
         "share": _share(rows, weight),
-        "example": best.prompt_id if best else "",
+        "example": best.prompt_id if best else principle.example if principle.absent else "",
+        "absent": 0 if rows else principle.absent,
     }
     return principle.model_copy(update=figures)
 

@@ -8,22 +8,20 @@ places. The figure is in nats a word, whatever the kind of features: the rule ne
 
 from __future__ import annotations
 
-import functools
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from models.engine.threads import pinned
 from tasks.clustering.agglomeration import agglomerate, cut
-from tasks.clustering.features import Features, word_counts
+from tasks.clustering.features import Features
+from tasks.clustering.insertions import Insertions
 
-Insertions = Sequence[Counter[str]]
-Describe = Callable[[np.ndarray, Insertions], Features]
-"""The features of some rows, by their numbers (n,), where they inserted these words alone."""
+Describe = Callable[[np.ndarray, Any], Features]
+"""The features of some rows, by their numbers (n,), where they inserted these words alone: counts
+(n, words)."""
 
 ROWS = 4_000
 """Principles at most that the rule reads, a sample. A mean distance does not depend on how many
@@ -47,22 +45,23 @@ def predictive_threshold(describe: Describe, inserted: Insertions, seed: int = 0
     Returns:
         In (0, 2]; None where fewer than 8 principles have features, or no words to predict.
     """
-    rows = np.sort(np.random.default_rng(seed).permutation(len(inserted))[:ROWS])
-    whole = describe(rows, [inserted[row] for row in rows])
+    principles = inserted.counts.shape[0]
+    rows = np.sort(np.random.default_rng(seed).permutation(principles)[:ROWS])
+    counts = inserted.counts[rows]
+    whole = describe(rows, counts)
     if whole.present.sum() < 8:
         return None
     thresholds = _candidates(whole.vectors[whole.present])
+    odd = np.array([_is_odd(word) for word in inserted.words], dtype=bool)
     folds = []
-    for described in (False, True):
-        shown = [_half(inserted[row], described) for row in rows]
-        features = describe(rows, shown)
-        hidden = _Words.of([_half(inserted[row], not described) for row in rows])
-        there = features.present & hidden.any
+    for described in (odd, ~odd):
+        features, hidden = describe(rows, _only(counts, described)), _only(counts, ~described)
+        there = features.present & (hidden.getnnz(axis=1) > 0)
         if there.sum() < 8:
             return None
-        vectors, hidden = features.vectors[there], hidden.only(there)
+        vectors, hidden = features.vectors[there], hidden[there]
         tree = agglomerate(vectors)
-        folds.append([hidden.likelihood(cut(len(vectors), tree, t)) for t in thresholds])
+        folds.append([_likelihood(hidden, cut(len(vectors), tree, t)) for t in thresholds])
     each = np.hstack([np.array(fold) for fold in folds])  # (thresholds, principles of both folds)
     best = int(each.mean(axis=1).argmax())
     loss = each[best] - each
@@ -70,48 +69,35 @@ def predictive_threshold(describe: Describe, inserted: Insertions, seed: int = 0
     return float(thresholds[np.flatnonzero(loss.mean(axis=1) <= error)[-1]])
 
 
-@dataclass(frozen=True, slots=True)
-class _Words:
-    """Words of principles: `counts` is (principles, words)."""
+def _likelihood(counts: Any, groups: np.ndarray) -> np.ndarray:
+    """Mean log-probability of a word of each principle, in nats, by the group's other members.
 
-    counts: Any
-
-    @classmethod
-    def of(cls, inserted: Insertions) -> _Words:
-        return cls(word_counts(inserted).astype(np.float64))
-
-    @property
-    def any(self) -> np.ndarray:
-        return np.asarray(self.counts.sum(axis=1)).ravel() > 0
-
-    def only(self, rows: np.ndarray) -> _Words:
-        return _Words(self.counts[rows])
-
-    def likelihood(self, groups: np.ndarray) -> np.ndarray:
-        """Mean log-probability (principles,) of a word, in nats, by the group's other members."""
-        cells = self.counts.tocoo()
-        shared = groups[cells.row] * cells.shape[1] + cells.col
-        _, place = np.unique(shared, return_inverse=True)
-        others = np.bincount(place, cells.data)[place] - cells.data
-        own = np.bincount(cells.row, cells.data)
-        rest = (np.bincount(groups, own)[groups] - own)[cells.row]
-        common = np.bincount(cells.col, cells.data, minlength=cells.shape[1]) / own.sum()
-        tried = [
-            np.bincount(
-                cells.row, cells.data * np.log((others + a * common[cells.col]) / (rest + a))
-            )
-            / own
-            for a in CONCENTRATIONS
-        ]
-        return max(tried, key=lambda each: float(each.mean()))
+    Args:
+        counts: (principles, words), no row of them empty.
+        groups: (principles,) cluster numbers.
+    """
+    cells = counts.tocoo()
+    data = cells.data.astype(np.float64)
+    shared = groups[cells.row] * cells.shape[1] + cells.col
+    _, place = np.unique(shared, return_inverse=True)
+    others = np.bincount(place, data)[place] - data
+    own = np.bincount(cells.row, data)
+    rest = (np.bincount(groups, own)[groups] - own)[cells.row]
+    common = np.bincount(cells.col, data, minlength=cells.shape[1]) / own.sum()
+    tried = [
+        np.bincount(cells.row, data * np.log((others + a * common[cells.col]) / (rest + a))) / own
+        for a in CONCENTRATIONS
+    ]
+    return max(tried, key=lambda each: float(each.mean()))
 
 
-def _half(inserted: Counter[str], second: bool) -> Counter[str]:
-    """The words whose hash is even, or odd."""
-    return Counter({w: n for w, n in inserted.items() if _is_odd(w) == second})
+def _only(counts: Any, words: np.ndarray) -> Any:
+    """The counts of these words alone, a mask (words,); the shape stays."""
+    found = counts.multiply(words).tocsr()
+    found.eliminate_zeros()
+    return found
 
 
-@functools.lru_cache(maxsize=1 << 20)
 def _is_odd(word: str) -> bool:
     return bool(hashlib.sha256(word.encode()).digest()[0] % 2)
 

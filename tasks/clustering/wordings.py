@@ -29,6 +29,7 @@ def with_wordings(attempt: Attempt) -> Constitution:
     for row in attempt.read(TABLE, ClusterRow):
         members[row.cluster].append(row.principle)
     principles = [
-        p.model_copy(update={"members": tuple(members[n])}) for n, p in enumerate(found.principles)
+        p.model_copy(update={"members": tuple(members[n]) or p.members})
+        for n, p in enumerate(found.principles)
     ]
     return found.model_copy(update={"principles": tuple(principles)})

@@ -16,6 +16,8 @@ from tasks.corpus.rows import Record, RowError, wrong_type
 
 Format = Literal["plain", "chat", "hh-rlhf", "ultrafeedback", "tldr", "hotpotqa"]
 Messages = tuple[Message, ...]
+Golds = tuple[str, ...]
+"""The references of a prompt: the first is shown and learned, the nearest counts."""
 
 
 class Columns(NamedTuple):
@@ -25,8 +27,8 @@ class Columns(NamedTuple):
     gold: str = "gold"
 
 
-Adapter = Callable[[Record, Columns], tuple[Messages, str]]
-"""From a record to its prompt and gold response. It raises RowError where a part is missing or
+Adapter = Callable[[Record, Columns], tuple[Messages, Golds]]
+"""From a record to its prompt and gold responses. It raises RowError where a part is missing or
 wrong."""
 
 
@@ -50,27 +52,27 @@ def detected(record: Record, columns: Columns) -> Format | None:
 _LIST = re.compile(r"\s*[\[{]")
 
 
-def _plain(record: Record, columns: Columns) -> tuple[Messages, str]:
+def _plain(record: Record, columns: Columns) -> tuple[Messages, Golds]:
     prompt = _messages(record, columns.prompt)
-    return prompt, _gold(record, columns.gold) if columns.gold else ""
+    return prompt, _golds(record, columns.gold) if columns.gold else ()
 
 
 _CHATS = ("messages", "conversations")
 
 
-def _chat(record: Record, columns: Columns) -> tuple[Messages, str]:
+def _chat(record: Record, columns: Columns) -> tuple[Messages, Golds]:
     """A dialogue in `messages`, or in ShareGPT's `conversations`; its last answer is the gold."""
     column = next((name for name in _CHATS if name in record), _CHATS[0])
     turns = turns_of(record, column)
     if isinstance(system := record.get("system"), str) and system.strip():
         turns = [_message("system", filled(system, "system")), *turns]
     if not columns.gold and turns[-1]["role"] == "user":
-        return _dialogue(turns, column), ""
+        return _dialogue(turns, column), ()
     gold = _last_answer(turns, column)
-    return _dialogue(turns[:-1], column), gold if columns.gold else ""
+    return _dialogue(turns[:-1], column), (gold,) if columns.gold else ()
 
 
-def _hh_rlhf(record: Record, columns: Columns) -> tuple[Messages, str]:
+def _hh_rlhf(record: Record, columns: Columns) -> tuple[Messages, Golds]:
     """A dialogue "\\n\\nHuman: … \\n\\nAssistant: …"; the last turn is the gold response."""
     dialogue = text_of(record, "chosen")
     before, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", dialogue)
@@ -85,18 +87,18 @@ def _hh_rlhf(record: Record, columns: Columns) -> tuple[Messages, str]:
             field="chosen",
             expected='turns "\\n\\nHuman: …" and "\\n\\nAssistant: …"',
         )
-    return _dialogue(turns[:-1], "chosen"), filled(turns[-1]["content"], "chosen")
+    return _dialogue(turns[:-1], "chosen"), (filled(turns[-1]["content"], "chosen"),)
 
 
-def _ultrafeedback(record: Record, columns: Columns) -> tuple[Messages, str]:
+def _ultrafeedback(record: Record, columns: Columns) -> tuple[Messages, Golds]:
     """`chosen` is the gold response, or messages that end with it; the prompt may be in them."""
     if isinstance(record.get("chosen"), str) and unpacked(record["chosen"], "chosen") is None:
-        return _messages(record, "prompt"), text_of(record, "chosen")
+        return _messages(record, "prompt"), (text_of(record, "chosen"),)
     turns = turns_of(record, "chosen")
     gold, before = _last_answer(turns, "chosen"), turns[:-1]
     if not before or before[0]["role"] == "assistant":  # the prompt stands before them
         before = [*_messages(record, "prompt"), *before]
-    return _dialogue(before, "chosen"), gold
+    return _dialogue(before, "chosen"), (gold,)
 
 
 def _last_answer(turns: Sequence[Message], field: str) -> str:
@@ -113,15 +115,14 @@ def _last_answer(turns: Sequence[Message], field: str) -> str:
 _TLDR_GOLD = ("reference_responses", "reference_response")
 
 
-def _tldr(record: Record, columns: Columns) -> tuple[Messages, str]:
-    """A post that ends in "TL;DR:", and its summary (the first, where there are several)."""
+def _tldr(record: Record, columns: Columns) -> tuple[Messages, Golds]:
+    """A post that ends in "TL;DR:", and its summaries."""
     column = next((c for c in _TLDR_GOLD if c in record), _TLDR_GOLD[0])
-    gold = record.get(column)
-    first = {column: gold[0]} if isinstance(gold, list) and gold else record
-    return _user(text_of(record, "query").strip()), text_of(first, column).strip()
+    golds = _several(record, column) or (text_of(record, column),)
+    return _user(text_of(record, "query").strip()), tuple(gold.strip() for gold in golds)
 
 
-def _hotpotqa(record: Record, columns: Columns) -> tuple[Messages, str]:
+def _hotpotqa(record: Record, columns: Columns) -> tuple[Messages, Golds]:
     """The paragraphs, then the question; `context` in the release's form or the hub's."""
     context = value_of(record, "context")
     try:
@@ -140,7 +141,7 @@ def _hotpotqa(record: Record, columns: Columns) -> tuple[Messages, str]:
         ) from None
     question = "\n\n".join([*paragraphs, f"Question: {text_of(record, 'question').strip()}"])
     writable(question, "context")
-    return _user(question), text_of(record, "answer").strip()
+    return _user(question), (text_of(record, "answer").strip(),)
 
 
 ADAPTERS: dict[Format, Adapter] = {
@@ -166,6 +167,19 @@ def _messages(record: Record, field: str) -> Messages:
     return _dialogue(turns_of(record, field), field)
 
 
+def _golds(record: Record, field: str) -> Golds:
+    """One gold response, or several texts in a list."""
+    return _several(record, field) or (_gold(record, field),)
+
+
+def _several(record: Record, field: str) -> Golds:
+    """The texts of a list of texts; none for any other value."""
+    value = value_of(record, field)
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        return ()
+    return tuple(filled(text, f"{field}[{i}]") for i, text in enumerate(value))
+
+
 def _gold(record: Record, field: str) -> str:
     """A gold response as text, or as the one message of the assistant."""
     value = value_of(record, field)
@@ -173,7 +187,9 @@ def _gold(record: Record, field: str) -> str:
     if isinstance(value, str) and messages is None:
         return filled(value, field)
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-        raise wrong_type(value, field, "a text, or a list of the one message of the assistant")
+        raise wrong_type(
+            value, field, "a text, a list of texts, or the assistant's message in a list"
+        )
     turns = turns_of(record, field)
     if len(turns) > 1:
         raise RowError(

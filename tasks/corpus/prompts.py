@@ -20,7 +20,7 @@ from constitutions.errors import UserError, UserErrors
 from models.policy import Message
 from models.settings import Settings
 from tasks.corpus.files import checked_file, file_records, hub_data
-from tasks.corpus.formats import ADAPTERS, Columns, Format, detected
+from tasks.corpus.formats import ADAPTERS, Columns, Format, Golds, detected
 from tasks.corpus.rows import Records, RowError
 from tasks.rows import Prompt, Rejected, prompt_id
 
@@ -52,8 +52,8 @@ class CorpusSettings(Settings):
     prompt_column: str = "prompt"
     """Column with the prompt, as text or chat messages (plain format)."""
     gold_column: str = "gold"
-    """Column with the gold response (plain format). Empty: there are none, which SAMI does not
-    need."""
+    """Column with the gold response, or with a list of several, of which the nearest to a response
+    counts (plain format). Empty: there are none, which SAMI does not need."""
     rows: int | None = Field(default=None, ge=1)
     """Use so many rows of this source, drawn by the seed; all when empty."""
     on_bad_row: Literal["stop", "reject"] = "stop"
@@ -132,11 +132,13 @@ def split(rows: Sequence[Prompt], sizes: Sequence[int], seed: int) -> list[list[
 def shuffle_golds(rows: Sequence[Prompt], seed: int) -> list[Prompt]:
     """The control experiment: the same prompts in their order, each with another prompt's gold.
 
-    No prompt keeps its gold text: with equal golds side by side, a rotation by the size of the
-    largest group leaves none in place.
+    No prompt keeps a gold text: with equal golds side by side, a rotation by the size of the
+    largest group leaves none in place. Of several golds those that the prompt has itself are left
+    out.
 
     Raises:
-        UserError: more than half of the rows share one gold, so that some would have to keep it.
+        UserError: more than half of the rows share one gold, so that some would have to keep it; or
+            all golds of a prompt are among those of the one that they would go to.
     """
     largest = max(Counter(row.gold for row in rows).values(), default=0)
     if 2 * largest > len(rows):
@@ -146,8 +148,20 @@ def shuffle_golds(rows: Sequence[Prompt], seed: int) -> list[Prompt]:
         )
     order = sorted(rows, key=lambda row: (_draw(seed, row.gold), _draw(seed, row.prompt_id)))
     moved = order[largest:] + order[:largest]
-    gold = {row.prompt_id: other.gold for row, other in zip(order, moved, strict=True)}
-    return [replace(row, gold=gold[row.prompt_id]) for row in rows]
+    dealt = {row.prompt_id: _dealt(row, other) for row, other in zip(order, moved, strict=True)}
+    return [dealt[row.prompt_id] for row in rows]
+
+
+def _dealt(row: Prompt, other: Prompt) -> Prompt:
+    """The prompt with another one's golds, without its own."""
+    golds = [gold for gold in other.golds if gold not in row.golds]
+    if not golds:
+        raise UserError(
+            "the gold responses cannot be shuffled: a prompt has all those of another one",
+            where=f"{row.source} and {other.source}",
+            expected="golds of their own for every prompt",
+        )
+    return replace(row, gold=golds[0], other_golds=tuple(golds[1:]))
 
 
 def source_digests(sources: Sequence[CorpusSettings]) -> dict[str, str]:
@@ -245,12 +259,13 @@ def _drawn(rows: list[Prompt], limit: int | None, seed: int) -> list[Prompt]:
 
 
 def _prompt(
-    prompt: tuple[Message, ...], gold: str, columns: Columns, where: str, seen: dict[str, str]
+    prompt: tuple[Message, ...], golds: Golds, columns: Columns, where: str, seen: dict[str, str]
 ) -> Prompt:
     """The row, checked for its length and against the prompts that were `seen`."""
     row_id = prompt_id(prompt)
     characters = sum(len(message["content"]) for message in prompt)
-    for field, length in ((columns.prompt, characters), (columns.gold, len(gold))):
+    longest = max(map(len, golds), default=0)
+    for field, length in ((columns.prompt, characters), (columns.gold, longest)):
         if length > LONGEST:
             raise RowError(
                 "too long",
@@ -268,7 +283,10 @@ def _prompt(
             row_id=row_id,
         )
     seen[row_id] = where
-    return Prompt(prompt_id=row_id, prompt=prompt, gold=gold, source=where)
+    gold, *others = dict.fromkeys(golds) or ("",)
+    return Prompt(
+        prompt_id=row_id, prompt=prompt, gold=gold, source=where, other_golds=tuple(others)
+    )
 
 
 def _records(source: CorpusSettings) -> Records:

@@ -10,7 +10,7 @@ from models.endpoint.client import open_endpoint
 from models.files import text_sha256
 from models.judges import llm
 from models.judges.registry import JudgeSettings
-from tasks.policies.base import check_model, folder_digest, open_model
+from tasks.policies.base import check_model, files_of, open_model
 from tasks.record.slot import Slot
 
 
@@ -85,11 +85,7 @@ def check_judge(settings: JudgeSettings, opens: bool = True) -> str:
 
 def _model(settings: JudgeSettings, home: Path) -> str:
     assert settings.policy is not None, "JudgeSettings sees to it"
-    model = settings.policy.model
     if settings.policy.endpoint:
         return settings.policy.served_name
     check_judge(settings, opens=False)
-    directory = Path(model).expanduser()
-    if not directory.is_dir():
-        return f"{model}@{settings.policy.revision or 'main'}"
-    return folder_digest(directory, home)
+    return files_of(settings.policy, home).digest

@@ -121,6 +121,7 @@ def as_judged(pair: AnswerPair) -> Pair:
     return Pair(
         prompt=pair.prompt.prompt,
         gold=pair.prompt.gold,
+        other_golds=pair.prompt.other_golds,
         ours=pair.ours.text,
         theirs=pair.theirs.text,
         principle=pair.principle,

@@ -79,7 +79,7 @@ class Judges:
     @property
     def similarity(self) -> tuple[Similarity, str]:
         """The similarity of `score`, and its name; its model is loaded when it is first asked."""
-        return open_similarity(self.scoring).compare, self.scoring.similarity
+        return open_similarity(self.scoring).best, self.scoring.similarity
 
 
 @dataclass(kw_only=True)

@@ -83,7 +83,7 @@ def truth_metrics(
     }
     figures = (
         {name: fmean(values) for name, values in shares.items() if values}
-        | _recovery(principles, oracle)
+        | _recovery(principles, oracle, [turns[-1]["content"] for turns in asked.values()])
         | _agreement(labelled, oracle)
     )
     return {f"{world}/{name}": value for name, value in figures.items()}
@@ -108,10 +108,13 @@ def obedience_metrics(
     return {f"{world}/{name}": fmean(values) for name, values in shares.items()}
 
 
-def _recovery(principles: Sequence[str], oracle: Oracle) -> dict[str, float]:
-    """Precision, recall and duplicates of the constitution against the truth."""
-    named = [b for b in map(oracle.behaviour_of, principles) if b in oracle.TRUTH]
-    figures = {"recall": len(set(named)) / len(oracle.TRUTH)}
+def _recovery(
+    principles: Sequence[str], oracle: Oracle, prompts: Sequence[str]
+) -> dict[str, float]:
+    """Precision, recall and duplicates of the constitution against what prompts call for."""
+    truth = oracle.called(prompts)
+    named = [b for b in map(oracle.behaviour_of, principles) if b in truth]
+    figures = {"recall": len(set(named)) / len(truth)}
     if principles:
         figures["precision"] = len(named) / len(principles)
         figures["duplicates"] = float(len(named) - len(set(named)))

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, Literal, TypeVar
 
@@ -62,8 +63,13 @@ def given(row: Answer | None, which: Which) -> Given:
     return Given(text=text, missing=None if text.strip() else NO_ANSWER.get(row.finish))
 
 
-def requests_per_prompt(templates: Templates) -> int:
-    """Requests that one prompt takes: y1, z (where there are principles), y2."""
+def noise_key(seed: int, prompt_id: str, role: str) -> str:
+    """The key of the noise of a turn: "initial", "principle" or "refined"."""
+    return f"{seed}/evaluate/{prompt_id}/{role}"
+
+
+def completions_per_prompt(templates: Templates) -> int:
+    """Completions that one prompt takes: y1, z (where there are principles), y2."""
     return 3 if templates.guided else 2
 
 
@@ -75,6 +81,8 @@ class Generation:
     settings: AnswerSettings
     seed: int
     iteration: int
+    weighs: bool = True
+    """Whether a gated policy is asked how probable it is to keep y1; an endpoint cannot tell."""
 
     def ask(
         self,
@@ -85,42 +93,63 @@ class Generation:
     ) -> list[Answer]:
         """y1, z ~ p(· | x, y1), y2 ~ p(· | x, y1, z) of every prompt, in order; gold is not read.
 
-        Unguided templates have no z: y2 ~ p(· | x, y1). The noise depends on seed and prompt, not
-        on the iteration: similar policies answer alike, which makes their comparison tight.
+        Unguided templates have no z: y2 ~ p(· | x, y1). Where z keeps y1, y1 stands for y2, and
+        nothing is asked. The noise depends on seed and prompt, not on the iteration: similar
+        policies answer alike, which makes their comparison tight.
 
         Args:
-            advance: called with the number of answered requests, `requests_per_prompt` a prompt.
+            advance: called with the number of sampled completions.
             temperature: replaces that of the settings.
         """
         templates, settings = self.templates, self.settings
 
-        def sample(role: str, messages: Iterable[Messages], max_tokens: int) -> list[Completion]:
+        def sample(
+            role: str, asked: Mapping[int, Messages], max_tokens: int
+        ) -> dict[int, Completion]:
             requests = [
                 Request(
-                    messages=m,
-                    key=f"{self.seed}/evaluate/{p.prompt_id}/{role}",
+                    messages=messages,
+                    key=noise_key(self.seed, prompts[i].prompt_id, role),
                     temperature=settings.temperature if temperature is None else temperature,
                     max_tokens=max_tokens,
                 )
-                for p, m in zip(prompts, messages, strict=True)
+                for i, messages in asked.items()
             ]
-            return [completions[0] for completions in policy.generate(requests, advance)]
+            found = policy.generate(requests, advance)
+            return {i: completions[0] for i, completions in zip(asked, found, strict=True)}
 
-        y1 = sample("initial", (p.prompt for p in prompts), settings.max_response_tokens)
-        z = [no_answer("stop")] * len(prompts)
+        x = dict(enumerate(p.prompt for p in prompts))
+        y1 = sample("initial", x, settings.max_response_tokens)
+        asked, z = dict[int, Messages](), dict.fromkeys(x, no_answer("stop"))
         if templates.guided:
-            asked = (ask.ask(templates, p.prompt, a.text) for p, a in zip(prompts, y1, strict=True))
+            asked = {i: ask.ask(templates, x[i], y1[i].text) for i in x}
             z = sample("principle", asked, settings.max_principle_tokens)
-        turns = (
-            ask.ask_refinement(templates, p.prompt, a.text, b.text)
-            for p, a, b in zip(prompts, y1, z, strict=True)
-        )
+        kept = [i for i in x if templates.keeps(z[i].text)]
+        turns = {
+            i: ask.ask_refinement(templates, x[i], y1[i].text, z[i].text)
+            for i in x
+            if i not in set(kept)
+        }
         y2 = sample("refined", turns, settings.max_response_tokens)
-        rows = zip(prompts, y1, z, y2, strict=True)
-        return [_answer(prompt, self.iteration, parts) for prompt, *parts in rows]
+        y2 |= {i: replace(y1[i], tokens=0) for i in kept}
+        if advance and kept:
+            advance(len(kept))
+        named = {i: asked[i] for i in asked if z[i].finish not in NO_ANSWER}
+        keep = self._keep(policy, named) if templates.gated and self.weighs else {}
+        return [
+            _answer(prompt, self.iteration, (y1[i], z[i], y2[i]), keep.get(i))
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def _keep(self, policy: Policy, asked: Mapping[int, Messages]) -> dict[int, float]:
+        """p(keep | x, y1) of some prompts, by their place."""
+        scored = policy.logprobs([(messages, self.templates.keep) for messages in asked.values()])
+        return {i: math.exp(s.logprob) for i, s in zip(asked, scored, strict=True)}
 
 
-def _answer(prompt: Prompt, iteration: int, parts: Sequence[Completion]) -> Answer:
+def _answer(
+    prompt: Prompt, iteration: int, parts: Sequence[Completion], keep: float | None
+) -> Answer:
     initial, principle, refined = parts
     return Answer(
         prompt_id=prompt.prompt_id,
@@ -133,6 +162,8 @@ def _answer(prompt: Prompt, iteration: int, parts: Sequence[Completion]) -> Answ
         refined_thoughts=refined.thoughts,
         finish=finish_of(parts),
         tokens=sum(part.tokens for part in parts),
+        initial_tokens=initial.tokens,
+        keep=keep,
     )
 
 
@@ -164,8 +195,8 @@ class Respondent:
             self.pool,
             compute,
             what=f"evaluate {self.generation.iteration}: {name}",
-            unit="requests",
-            each=requests_per_prompt(self.generation.templates) * prompts_each,
+            unit="completions",
+            each=completions_per_prompt(self.generation.templates) * prompts_each,
         )
         return list(self.work.table(parts))
 

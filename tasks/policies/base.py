@@ -1,5 +1,7 @@
 """The base model's files: a world's made when missing, a directory checked, a hub name noted.
 
+A GGUF file is identified by its own content, whether or not its dequantised model is there.
+
 Everything that the model's answers depend on is in its digest.
 """
 
@@ -12,6 +14,7 @@ from pathlib import Path
 from constitutions.errors import UserError
 from models.checkpoints.architecture import Use
 from models.checkpoints.check import check_directory, located
+from models.checkpoints.gguf import CONVERTER, content, gguf_file, place_of
 from models.checkpoints.headers import check_listing
 from models.files import Damaged, text_sha256
 from models.policy import PolicySettings
@@ -61,6 +64,18 @@ def kept_model(settings: PolicySettings, seed: int, home: Path, record: Record) 
     check_model(settings)
     if settings.model in WORLD_MODELS:
         return _kept_world_model(settings.model, seed, home, record)
+    return files_of(settings, home)
+
+
+def files_of(settings: PolicySettings, home: Path) -> BaseModelFiles:
+    """The files of a model that is no world's, and what identifies them.
+
+    Raises:
+        UserError: a directory holds several GGUF files.
+    """
+    if file := gguf_file(settings.model):
+        digest = text_sha256(f"{content(file)} {code_version(CONVERTER)}")
+        return BaseModelFiles(str(place_of(file)), digest)
     directory = Path(settings.model).expanduser()
     if directory.is_dir():
         return BaseModelFiles(str(directory.resolve()), folder_digest(directory, home))
@@ -76,6 +91,8 @@ def check_model(settings: PolicySettings) -> str:
     if settings.model in WORLD_MODELS:
         world = WORLD_MODELS[settings.model].name
         return f"the {world} world's, pretrained here the first time (a few minutes at most)"
+    if file := gguf_file(settings.model):
+        return f"GGUF file {file}"
     directory = Path(settings.model).expanduser()
     if directory.is_dir():
         check_listing(directory)
@@ -84,8 +101,8 @@ def check_model(settings: PolicySettings) -> str:
         raise UserError(
             "there is no such directory",
             where=f"setting 'policy.model' = {settings.model}",
-            expected="a transformers model directory, a hub name such as owner/model, or one of "
-            + ", ".join(WORLD_MODELS),
+            expected="a transformers model directory, a GGUF file, a hub name such as owner/model, "
+            "or one of " + ", ".join(WORLD_MODELS),
         )
     return f"{settings.model} from the hub, revision {settings.revision or 'main'}"
 
@@ -97,13 +114,22 @@ def open_model(settings: PolicySettings, use: Use = "trained") -> str:
     remembered for this user. The worlds' models are our own: they are not looked into.
 
     Raises:
-        UserError: as `check_model` and `models.checkpoints.check.check_directory`.
+        UserError: as `check_model`, `models.checkpoints.check.check_directory` and
+            `models.checkpoints.gguf.dequantised`.
     """
     found = check_model(settings)
     if settings.model in WORLD_MODELS:
         return found
-    directory = located(settings)
-    return f"{found}: {check_directory(directory, settings, use)}" if directory else found
+    file = gguf_file(settings.model)
+    try:
+        directory = located(settings)
+        return f"{found}: {check_directory(directory, settings, use)}" if directory else found
+    except UserError as error:
+        if file is None:
+            raise
+        raise UserError(
+            error.what, where=f"GGUF file {file}", expected=error.expected, fix=error.fix
+        ) from None
 
 
 def folder_digest(folder: Path, home: Path) -> str:

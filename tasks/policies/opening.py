@@ -15,7 +15,8 @@ from models.policy import Policy, PolicySettings
 from models.pools.base import Pool, Where
 from models.pools.local import LocalPool
 from models.pools.opening import open_pool
-from models.prompts import CONSTITUTION_WORDINGS, TEMPLATES, ConstitutionWording, Templates
+from models.prompts import ConstitutionWording, Templates
+from models.templates import constitution_wording_of, templates_of
 from tasks.record.record import Attempt
 from tasks.record.slot import Slot
 
@@ -27,7 +28,7 @@ TEMPLATE = ("chat_template", "template_arguments", "thought_tags", "thought_toke
 class PolicySource:
     """A reference to a policy: nothing is loaded before `load`.
 
-    `base_digest` identifies the base model's files; `adapter` is a finished train attempt.
+    `base_digest` identifies the base model's files; `adapter` is a finished train or teach attempt.
     """
 
     settings: PolicySettings
@@ -38,22 +39,33 @@ class PolicySource:
     """Whether a principle stands between the policy's two responses."""
     constitutional: bool = False
     """Whether its prompts hold a constitution instead (SAMI)."""
+    taught: Attempt | None = None
+    """The teach attempt whose adapter the initial policy has."""
+    gated: bool = False
+    """Whether it has learned to keep first answers."""
 
     @property
     def templates(self) -> Templates:
         """The wording of the turns."""
-        templates = TEMPLATES[self.settings.templates]
-        return templates if self.guided else templates.unguided()
+        templates = templates_of(self.settings.templates)
+        if not self.guided:
+            return templates.unguided()
+        return replace(templates, gated=self.gated)
 
     @property
     def wording(self) -> ConstitutionWording:
         """The wording of prompts with a constitution, and of those that ask for principles."""
-        return CONSTITUTION_WORDINGS[self.settings.templates]
+        return constitution_wording_of(self.settings.templates)
 
     @property
     def adapter_path(self) -> Path | None:
         """The adapter's local folder; None is the initial policy."""
         return self.adapter.path("adapter") if self.adapter else None
+
+    @property
+    def taught_path(self) -> Path | None:
+        """The folder of the initial policy's adapter; None where it was taught nothing."""
+        return self.taught.path("adapter") if self.taught else None
 
     @property
     def local(self) -> PolicySource:
@@ -85,20 +97,26 @@ class PolicySource:
         models = [self.model, *([str(self.adapter_path)] if self.adapter else [])]
         return open_pool(self.settings, partial(_load_there, self.settings, models), models=models)
 
-    def trained(self, adapter: Attempt) -> PolicySource:
-        """The same base model with the adapter of a finished train attempt."""
-        return replace(self, adapter=adapter)
+    def trained(self, adapter: Attempt, *, gated: bool = False) -> PolicySource:
+        """The same base model with the adapter of a finished train attempt; `gated`: it was taught
+        to keep first answers."""
+        return replace(self, adapter=adapter, gated=gated)
 
     def inputs(self, **others: Attempt) -> Mapping[str, Attempt]:
         """The attempts that a stage reads, with the adapter among them."""
         return {**others, **({"adapter": self.adapter} if self.adapter else {})}
+
+    def begun(self, start: str, **others: Attempt) -> Mapping[str, Attempt]:
+        """The attempts that a training reads: as `inputs`, and the adapter that it starts at."""
+        taught = {"taught": self.taught} if self.taught and start == "base" else {}
+        return {**self.inputs(**others), **taught}
 
     def noted(self, at: Slot) -> Slot:
         """The slot with everything else that this policy's answers depend on, and their device.
 
         Behind an endpoint they depend on the server's model, not on the server's address.
         """
-        texts = astuple(self.wording if self.constitutional else self.templates)
+        texts = astuple(self.wording) if self.constitutional else self.templates.texts
         wording = hashlib.sha256("\0".join(texts).encode()).hexdigest()
         if self.settings.endpoint:
             held: Mapping[str, object] = {"served_model": self.settings.served_name}

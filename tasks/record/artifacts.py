@@ -34,10 +34,7 @@ class Artifacts:
 
     def folder(self, run_id: str) -> Path | None:
         """The folder of a run's files; None: MLflow keeps them elsewhere."""
-        root = self._record.reader.run(run_id).artifact_uri
-        if not root.startswith(("/", "file:")):
-            return None
-        return Path(url2pathname(urlsplit(root).path if root.startswith("file:") else root))
+        return local_folder(self._record.reader.run(run_id).artifact_uri)
 
     def put(self, run_id: str, outputs: Path) -> None:
         """Keep a folder's files with a run: as links, where the store is on the same disk."""
@@ -45,7 +42,7 @@ class Artifacts:
         if folder is None:
             self._record.client.log_artifacts(run_id, str(outputs))
         else:
-            shutil.copytree(outputs, folder, dirs_exist_ok=True, copy_function=_linked)
+            link_files(outputs, folder)
 
     def path(self, run_id: str, name: str) -> Path:
         """Where a file or folder of a run lies, or its copy in the cache."""
@@ -118,6 +115,18 @@ class Artifacts:
             return False
         self._verified[path] = state
         return True
+
+
+def local_folder(uri: str) -> Path | None:
+    """The folder that an artifact URI of MLflow names; None: it is elsewhere."""
+    if not uri.startswith(("/", "file:")):
+        return None
+    return Path(url2pathname(urlsplit(uri).path if uri.startswith("file:") else uri))
+
+
+def link_files(outputs: Path, folder: Path) -> None:
+    """Copy a folder's files: as links, where both are on the same disk."""
+    shutil.copytree(outputs, folder, dirs_exist_ok=True, copy_function=_linked)
 
 
 def _linked(source: str, target: str) -> str:

@@ -25,7 +25,7 @@ APART = (
     *("tasks.record", "tasks.report", "models.pools", "models.files", "models.notices"),
     *("constitutions.errors", "models.checkpoints", "tasks.policies.base", "tasks.judging.judge"),
     *("models.engine.local", "models.endpoint.server", "models.training.sami", "models.embedders"),
-    *("models.planted.oracle", "models.planted.pretrain"),
+    *("models.planted.oracle", "models.planted.pretrain", "models.house_style.oracle"),
 )
 """Modules and packages that do not count just because a module imports them. Those of the first two
 lines keep and show results, find and check a model's files, and name what else a result depends on:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
+TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+"""Tag of the experiment: MLflow's page opens on runs, not on traces."""
+
+
 class RecordConnection:
     """One experiment in MLflow: what is missing is created, from several processes at once.
 
@@ -75,6 +79,15 @@ class RecordConnection:
         """
         return self._find() is not None
 
+    def neighbours(self) -> list[str]:
+        """The names of all experiments in this MLflow, staple's or not, the newest last.
+
+        Raises:
+            UserError: the record cannot be used.
+        """
+        file = database.sqlite_file(self.tracking_uri)
+        return [] if file is not None and not database.is_whole(file) else self.reader.names()
+
     def _find(self) -> str | None:
         """MLflow's identifier of the experiment; None where there is none of this name."""
         file = database.sqlite_file(self.tracking_uri)
@@ -119,7 +132,7 @@ def _create(client: MlflowClient, experiment: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        client.create_experiment(experiment)
+        client.create_experiment(experiment, tags=TRAINING)
     except MlflowException:
         if client.get_experiment_by_name(experiment) is None:
             raise

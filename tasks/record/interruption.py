@@ -19,7 +19,8 @@ def note(**facts: str) -> None:
     Args:
         facts: `command`, which resumes the work; `stage`, the one that runs, such as "mine 1";
             `parts`, what of it is finished, such as "3 of 8 shards"; `all`, what there is to say
-            while no stage runs.
+            while no stage runs; `grace`, the seconds that an orderly end may take; `log`, the file
+            with the log of the run.
     """
     _facts.update(facts)
     text = json.dumps(_facts).encode()

@@ -39,6 +39,8 @@ INPUT = "input."
 """Tags of an attempt: what it read, by name."""
 ACCEPTED = "accepted."
 """Tags of an attempt: further fingerprints that it stands for, and who accepted them, as JSON."""
+DECISION = "decision"
+"""Tag of an attempt at evaluate: whether its policy became the champion."""
 SUMMARY = -1
 """The iteration number under which the experiment's own summary run is kept."""
 AttemptKey = tuple[str, str, int]
@@ -63,6 +65,8 @@ class Attempt:
     record: Record = field(repr=False, compare=False)
     accepted: Mapping[str, Acceptance] = field(default_factory=dict)
     """Fingerprint, after a change of code → who accepted the attempt for it."""
+    decision: str = field(default="", compare=False)
+    """The tag `DECISION`, as it was when the attempt was read."""
 
     @property
     def key(self) -> AttemptKey:
@@ -156,22 +160,35 @@ class Record(RecordConnection):
         self.client.set_terminated(run.info.run_id)
         return str(run.info.run_id)
 
-    def log_iteration(self, iteration: int, metrics: Metrics, files: Iterable[Path] = ()) -> None:
-        """Headline metrics (at step = iteration) and files of an iteration's top-level run."""
+    def log_iteration(
+        self, iteration: int, metrics: Metrics, files: Iterable[Path] = (), model: str = ""
+    ) -> None:
+        """Headline metrics (at step = iteration) and files of an iteration's top-level run.
+
+        Args:
+            model: the id of the logged model that the metrics are about.
+        """
         run_id = self.iteration_run(iteration)
-        self.log_metrics(run_id, metrics, step=max(iteration, 0))
+        self.log_metrics(run_id, metrics, step=max(iteration, 0), model=model)
         for path in files:
             if path.is_dir():
                 self.client.log_artifacts(run_id, str(path), path.name)
             else:
                 self.client.log_artifact(run_id, str(path))
 
-    def log_metrics(self, run_id: str, metrics: Metrics, step: int) -> None:
+    def took(self, run_id: str, seconds: float) -> None:
+        """Let a run have this duration: the top-level runs are closed when they are made."""
+        began = self.reader.run(run_id).start_time
+        self.client.set_terminated(run_id, end_time=began + round(1000 * seconds))
+
+    def log_metrics(self, run_id: str, metrics: Metrics, step: int, model: str = "") -> None:
         """Metrics in one call; a value that MLflow could not draw (NaN) is our defect."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        points = [Metric(k, float(v), now, step) for k, v in metrics.items()]
+        points = [
+            Metric(k, float(v), now, step, model_id=model or None) for k, v in metrics.items()
+        ]
         for start in range(0, len(points), 1000):
             self.client.log_batch(run_id, metrics=points[start : start + 1000])
 
@@ -278,6 +295,7 @@ class Record(RecordConnection):
             reused=reused,
             record=self,
             accepted={name: by for name, tag in accepted.items() if (by := Acceptance.read(tag))},
+            decision=tags.get(DECISION, ""),
         )
 
     def make_current(self, attempt: Attempt) -> None:

@@ -52,6 +52,9 @@ class MlflowExperiment(NamedTuple):
 class Reader(Protocol):
     """Reads experiments and runs."""
 
+    def names(self) -> list[str]:
+        """The names of all experiments that are not deleted, the newest last."""
+
     def experiment(self, name: str) -> MlflowExperiment | None:
         """The experiment of this name, also a deleted one; None where there is none."""
 
@@ -67,6 +70,16 @@ class ClientReader:
 
     def __init__(self, client: MlflowClient) -> None:
         self._client = client
+
+    def names(self) -> list[str]:
+        """As `Reader.names`."""
+        found: list[str] = []
+        token: str | None = None
+        while token is None or token:
+            page = self._client.search_experiments(order_by=["creation_time ASC"], page_token=token)
+            found += [one.name for one in page]
+            token = page.token or ""
+        return found
 
     def experiment(self, name: str) -> MlflowExperiment | None:
         """As `Reader.experiment`."""
@@ -109,6 +122,15 @@ class FileReader:
 
     def __init__(self, file: Path) -> None:
         self._file = file
+
+    def names(self) -> list[str]:
+        """As `Reader.names`."""
+        with self._opened() as tables:
+            query = (
+                "select name from experiments where lifecycle_stage = 'active' "
+                "order by creation_time, experiment_id"
+            )
+            return [str(name) for (name,) in tables.execute(query)]
 
     def experiment(self, name: str) -> MlflowExperiment | None:
         """As `Reader.experiment`."""

@@ -17,6 +17,7 @@ from models.settings import Settings
 from tasks.record import interruption, locks
 from tasks.record.artifacts import MANIFEST
 from tasks.record.code import code_versions
+from tasks.record.preview import SHOWN, preview, shown
 from tasks.record.progress import say
 from tasks.record.provenance import Provenance, Source
 from tasks.record.record import (
@@ -38,6 +39,9 @@ Device = Callable[[], AbstractContextManager[None]]
 Mode = Literal["reuse", "take", "force"]
 """How a stage gets its outputs: found by fingerprint or computed; the current ones, whatever they
 were made from; computed even when the record has them."""
+
+UNSET: tuple[object, ...] = (None, "", [], {})
+"""Values of settings that MLflow's table of parameters leaves out."""
 
 
 class Looker(Protocol):
@@ -68,6 +72,8 @@ class Slot:
     """Modules that the settings chose from a registry: their code counts like the stage's own."""
     shard_size: int = 64
     """Prompts that are computed and saved together; it is in no fingerprint."""
+    warm: Callable[[str], None] = lambda _stage: None
+    """Prepares libraries for a stage that is computed, before its seconds are counted."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """Further tags of the attempt, such as who started it; they are in no fingerprint."""
 
@@ -158,7 +164,10 @@ class Slot:
         interruption.note(stage=f"{wanted.stage} {wanted.iteration}", parts="")
         try:
             with locks.heartbeat(lambda: client.set_tag(run_id, HEARTBEAT, f"{time.time():.1f}")):
-                done = work.finished() or _work(compute, work, device)
+                done = work.finished()
+                if done is None:
+                    self.warm(wanted.stage)
+                    done = _work(compute, work, device)
                 self._log(run_id, work.outputs, done)
         except BaseException as error:
             _give_up(client, run_id, error)
@@ -190,8 +199,10 @@ class Slot:
             },
         )
         run_id = str(run.info.run_id)
-        shown = [Param(k, json.dumps(v)[:500]) for k, v in wanted.settings.items()]
-        self.record.client.log_batch(run_id, params=shown)
+        chosen = {name: value for name, value in wanted.settings.items() if value not in UNSET}
+        texts = {n: v if isinstance(v, str) else json.dumps(v) for n, v in chosen.items()}
+        params = [Param(name, text[:500]) for name, text in texts.items()]
+        self.record.client.log_batch(run_id, params=params)
         self.record.client.log_dict(run_id, asdict(wanted), PROVENANCE)
         return run_id
 
@@ -200,6 +211,7 @@ class Slot:
         figures = {**done.metrics, "seconds": done.seconds}
         self.record.log_metrics(run_id, figures, step=max(self.iteration, 0))
         self.record.artifacts.put(run_id, outputs)
+        self._log_previews(run_id, outputs)
         client.log_dict(run_id, done.manifest, MANIFEST)  # last: before, the attempt does not count
         tags = {
             "digest": manifest_digest(done.manifest),
@@ -209,6 +221,13 @@ class Slot:
         }
         for key, value in tags.items():
             client.set_tag(run_id, key, value)
+
+    def _log_previews(self, run_id: str, outputs: Path) -> None:
+        tables = {f"{path.stem}.json": path for path in sorted(outputs.glob("*.parquet"))}
+        for name, path in tables.items():
+            self.record.client.log_text(run_id, json.dumps(preview(path)), name)
+        if tables:
+            self.record.client.set_tag(run_id, SHOWN, shown(list(tables)))
 
 
 def _work(compute: Callable[[Workspace], Metrics], work: Workspace, device: Device) -> Done:

@@ -7,6 +7,7 @@ imported when a stage runs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import wraps
 from typing import Concatenate, ParamSpec
@@ -25,7 +26,7 @@ def stage(name: str) -> Callable[[Stage[P]], Stage[P]]:
         @wraps(function)
         def published(at: Slot, /, *args: P.args, **kwargs: P.kwargs) -> Attempt:
             attempt = function(at, *args, **kwargs)
-            _publish(attempt)
+            _publish(at.record.experiment, attempt)
             return attempt
 
         @wraps(function)
@@ -40,7 +41,13 @@ def stage(name: str) -> Callable[[Stage[P]], Stage[P]]:
 
             compute = function
             if FlowRunContext.get() is not None:
-                compute = task(name=name, cache_policy=NO_CACHE, persist_result=False)(published)
+                compute = task(
+                    name=name,
+                    task_run_name=f"{name} {at.iteration}",
+                    tags=[at.record.experiment, f"iteration {at.iteration}", name],
+                    cache_policy=NO_CACHE,
+                    persist_result=False,
+                )(published)
             attempt = compute(at, *args, **kwargs)
             at.made[attempt.key] = attempt
             return attempt
@@ -50,14 +57,19 @@ def stage(name: str) -> Callable[[Stage[P]], Stage[P]]:
     return decorate
 
 
-def _publish(attempt: Attempt) -> None:
+def artifact_key(experiment: str, what: str) -> str:
+    """The key of an artifact of Prefect's, which has versions; it takes "a" to "z", digits, "-"."""
+    return re.sub("[^a-z0-9]+", "-", f"{experiment} {what}".lower()).strip("-")
+
+
+def _publish(experiment: str, attempt: Attempt) -> None:
     from prefect.artifacts import create_table_artifact
 
     rows = [{"figure": key, "value": f"{value:g}"} for key, value in attempt.metrics.items()]
     how = "reused from the record" if attempt.reused else f"computed in {attempt.seconds:.1f} s"
     create_table_artifact(
         table=rows,
-        key=f"{attempt.stage}-figures",
+        key=artifact_key(experiment, attempt.stage),
         description=f"**{attempt.stage}**, iteration {attempt.iteration}: {how}; "
         f"MLflow run `{attempt.run_id}`, fingerprint `{attempt.fingerprint[:12]}`",
     )

@@ -20,7 +20,6 @@ from typing import IO, Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from models.files import remove, written
@@ -138,6 +137,8 @@ def row_bytes(table: pa.Table) -> np.ndarray:
 
 
 def _sizes(array: pa.Array) -> np.ndarray:
+    import pyarrow.compute as pc  # what only reads the record does without
+
     if pa.types.is_string(array.type):
         return np.asarray(pc.fill_null(pc.binary_length(array), 0), dtype=np.int64)
     if pa.types.is_list(array.type):

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from constitutions.constitution import Constitution
+from models.worlds.registry import WORLDS
 from tasks.benchmarks.base import Column
 from tasks.benchmarks.registry import columns as benchmark_columns
 from tasks.clustering.wordings import with_wordings
+from tasks.judging.gate import GatePoint
 from tasks.report import sami
 from tasks.report.exhibits import MAP_HEIGHT, MAP_WIDTH, AnswerExhibit, Map, examples, principle_map
 from tasks.report.figures import figures, stage_seconds, stage_tokens, svg
@@ -34,11 +36,12 @@ SHOWN = 60
 """The most lines of a table of principles."""
 
 
-def page(experiments: Sequence[Recorded], packages: Mapping[str, str]) -> str:
+def page(experiments: Sequence[Recorded], packages: Mapping[str, str], written: str = "") -> str:
     """The whole report as HTML.
 
     Args:
         packages: name → version, of where the report is written.
+        written: the date.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -57,7 +60,10 @@ def page(experiments: Sequence[Recorded], packages: Mapping[str, str]) -> str:
         style=Markup(style),
         script=Markup(script),
         title=", ".join(e.name for e in experiments),
+        made=", ".join(filter(None, (written, _version(packages)))),
         columns=columns(experiments),
+        truths=[column.title for column in TRUTHS],
+        named=any(e.guided for e in experiments),
         results=results(experiments),
         budgets=[budget(e) for e in experiments],
         chapters=[_chapter(number, e) for number, e in enumerate(experiments, start=1)],
@@ -71,17 +77,24 @@ def page(experiments: Sequence[Recorded], packages: Mapping[str, str]) -> str:
 # The table of methods by benchmarks --------------------------------------------------------------
 
 
-HEADLINE = "win_rate/{final}"
-"""Stands for the metric `Recorded.held_out_rate`."""
+TRUTHS = tuple(
+    Column(f"{title} ({world} world)", f"{world}/{metric}")
+    for world in WORLDS
+    for title, metric in (("Recall", "recall"), ("Precision", "precision"))
+)
+"""What an embedded world knows of the constitution."""
 COLUMNS = (
-    Column("Held-out win rate", HEADLINE),
+    Column("Held-out win rate", "win_rate/{final}"),
+    Column("Held-out win rate at equal lengths", "win_rate/{final}_length_controlled"),
     Column("Held-out win rate, combinations never mined", "win_rate/planted-held/{final}"),
     Column("Follows its constitution", "win_rate/constitution_vs_0"),
     Column("… at equal lengths", "win_rate/constitution_vs_0_length_controlled"),
     Column("… of held-out principles", "win_rate/held_out_vs_0"),
+    *TRUTHS,
     *benchmark_columns(),
 )
-"""The paper's benchmarks in its order, after our own held-out prompts and SAMI's measure."""
+"""The paper's benchmarks in its order, after our own held-out prompts, SAMI's measure and what an
+embedded world knows of the constitution; {final} is of `Recorded.held_out_rate`."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +117,12 @@ def columns(experiments: Iterable[Recorded]) -> list[Column]:
 
 
 def results(experiments: Sequence[Recorded]) -> list[Result]:
-    """A line for each experiment's initial policy, best iteration and last evaluated one."""
+    """A line for each iteration of each experiment that was evaluated."""
     shown = columns(experiments)
     return [
         Result(e.name, e.method, t, marks, tuple(_cell(e, t, column) for column in shown))
         for e in experiments
-        for t, marks in _chosen(e).items()
+        for t, marks in _evaluated(e).items()
     ]
 
 
@@ -120,7 +133,7 @@ def table(experiments: Sequence[Recorded]) -> list[dict[str, str]]:
         {
             "method": row.method,
             "experiment": row.experiment,
-            "iteration": f"{row.iteration} ({', '.join(row.marks)})",
+            "iteration": f"{row.iteration} ({', '.join(row.marks)})".removesuffix(" ()"),
             **{
                 title: f"{cell.value} {cell.interval}".strip()
                 for title, cell in zip(titles, row.cells, strict=True)
@@ -136,16 +149,12 @@ def best_iteration(e: Recorded) -> int | None:
     return max(rates, key=lambda t: rates[t], default=None)
 
 
-def _chosen(e: Recorded) -> dict[int, tuple[str, ...]]:
+def _evaluated(e: Recorded) -> dict[int, tuple[str, ...]]:
     """Iteration → the marks of its line; only iterations that were evaluated have one."""
-    evaluated = [t for t, stages in e.attempts.items() if "evaluate" in stages]
+    evaluated = sorted(t for t, stages in e.attempts.items() if "evaluate" in stages)
     last = max((t for t in evaluated if t), default=None)
     lines = {"initial": 0, "best": best_iteration(e), "last": last}
-    return {
-        t: tuple(mark for mark, line in lines.items() if line == t)
-        for t in sorted(evaluated)
-        if t in lines.values()
-    }
+    return {t: tuple(mark for mark, line in lines.items() if line == t) for t in evaluated}
 
 
 def _metric(e: Recorded, column: Column) -> str:
@@ -206,6 +215,7 @@ def _chapter(number: int, e: Recorded) -> dict[str, Any]:
         "judge": _judge(e),
         "base": _base(e),
         "commands": _commands(e),
+        "summary": _summary(e),
         **(sami.parts(e) if e.constitutional else _parts(e)),
     }
 
@@ -214,10 +224,16 @@ def _parts(e: Recorded) -> dict[str, Any]:
     """The principles' map and movement, refinements; `sami.parts` has the same of SAMI."""
     constitutions = _constitutions(e)
     lines, steps = movement(constitutions)
+    gate = _gate(e)
     return {
         "kind": "staple",
-        "sections": {"map": "The map", "movement": "Movement", "examples": "Before and after"},
-        "headline": _headline(e),
+        "sections": {
+            "map": "The map",
+            "movement": "Movement",
+            **({"gate": "The gate"} if gate else {}),
+            "examples": "Before and after",
+        },
+        "gate": gate,
         "rates": cells(e, _FIGURES),
         "maps": _maps(e),
         "lines": lines,
@@ -230,18 +246,39 @@ def _parts(e: Recorded) -> dict[str, Any]:
     }
 
 
+def _summary(e: Recorded) -> list[str]:
+    """What the experiment is, what it found, and what that does not say: a sentence or two each."""
+    idle = "" if e.iterations else "Nothing is trained here: the initial policy is measured."
+    found = sami.beside(e) if e.constitutional else _first_answers(e)
+    return [
+        " ".join(filter(None, said))
+        for said in ((e.about, idle, e.lessons), (_headline(e), found), (e.caveat,))
+    ]
+
+
 def _headline(e: Recorded) -> str:
-    last = max(_chosen(e), default=0)
-    found = _cell(e, last, COLUMNS[0])
-    if found.value == "–":
-        return ""
-    when = f"After iteration {last}" if last else "Without training"
+    """The headline of the command line as a sentence, with percentages as the tables have them."""
+    if e.found is None:
+        return "No policy was evaluated yet."
+    t, metrics = e.found.iteration, e.history[e.found.iteration]
+    when = f"After iteration {t}" if t else "Without training"
+    same = cell(metrics, f"{e.headline}_length_controlled")
+    controlled = "" if same.value == "–" else f" ({same.value} {same.interval} at equal lengths)"
     held_out = e.history.get(0, {}).get("prompts", 0)
     return (
-        f"{when}, the method's final answer has a win rate of {found.value} {found.interval} "
-        f"against the initial policy's first answer on {held_out:,.0f} held-out prompts; "
+        f"{when}, {e.found.compared} have a win rate of {' '.join(cell(metrics, e.headline))}"
+        f"{controlled} on {held_out:,.0f} held-out prompts, by the judge {e.found.judge}; "
         "50\u00a0% is parity."
     )
+
+
+def _first_answers(e: Recorded) -> str:
+    """The same of the policy's first answers, where training does not teach them."""
+    last = e.last_evaluated
+    rate = cell(e.history.get(last or 0, {}), "win_rate/initial_vs_0")
+    if not last or not e.first_answers or rate.value == "–":
+        return ""
+    return f"Its first answers alone: {rate.value} {rate.interval}. {e.first_answers}"
 
 
 class Picture(NamedTuple):
@@ -249,19 +286,19 @@ class Picture(NamedTuple):
 
     uri: str
     text: str
-    wide: bool = False
-    """Whether it has two panels."""
 
 
 _ALT = {
     "win_rate": "Win rates against iteration 0, by iteration.",
     "previous": "Win rates against the previous iteration's policy, by iteration.",
-    "constitution": "Refinement rate, discovery rate and constitution size, by iteration.",
-    "costs": "Seconds and tokens of every stage, by iteration.",
+    "mined": "Refinement rate and discovery rate, by iteration.",
+    "constitution": "The constitution's principles, by iteration.",
+    "seconds": "Seconds of every stage, by iteration.",
+    "tokens": "Tokens of every stage, by iteration.",
     "information": "The estimated mutual information of constitution and response, by iteration.",
     "lengths": "Mean length of the responses under each kind of constitution, by iteration.",
 }
-_NEEDS = {"win_rate": "evaluate", "previous": "evaluate", "constitution": "filter"}
+_NEEDS = {"win_rate": "evaluate", "previous": "evaluate", "mined": "filter"}
 
 
 def _pictures(e: Recorded) -> list[Picture]:
@@ -274,23 +311,22 @@ def _pictures(e: Recorded) -> list[Picture]:
             found.append(Picture("", f"{_ALT[name]} Not drawn. {e.why_missing(needed)}"))
         else:
             image = base64.b64encode(svg(figure)).decode()
-            uri, wide = f"data:image/svg+xml;base64,{image}", len(figure.axes) > 1
-            found.append(Picture(uri, _ALT[name], wide))
+            found.append(Picture(f"data:image/svg+xml;base64,{image}", _ALT[name]))
     return found
 
 
 _FIGURES = (
-    Column("refined vs initial policy's first", "win_rate/refined_vs_initial_0"),
-    Column("refined vs iteration 0 refined", "win_rate/refined_vs_0"),
+    Column("refined vs iteration 0's first", "win_rate/refined_vs_initial_0"),
+    Column("refined vs iteration 0's refined", "win_rate/refined_vs_0"),
     Column("refined vs previous refined", "win_rate/refined_vs_previous"),
-    Column("first vs iteration 0 first", "win_rate/initial_vs_0"),
+    Column("first vs iteration 0's first", "win_rate/initial_vs_0"),
     Column("refinement rate", "refinement_rate"),
     Column("discovery rate", "discovery_rate"),
     Column("constitution size", "constitution_size", form="count"),
 )
 
 
-def _costs(e: Recorded) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def _costs(e: Recorded) -> Iterator[tuple[str, list[Cell]]]:
     """A line a stage: of each iteration its seconds and tokens."""
     seconds, tokens = stage_seconds(e.history), stage_tokens(e.history)
     there = {stage.name for stage in e.stages}
@@ -298,7 +334,13 @@ def _costs(e: Recorded) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         spent = [(seconds[t].get(name), tokens[t].get(name)) for t in sorted(e.history)]
         yield (
             name,
-            [("–" if s is None else f"{s:,.1f}\u00a0s", number(n) if n else "") for s, n in spent],
+            [
+                Cell(
+                    "–" if s is None else f"{s:,.1f}\u00a0s",
+                    f"{number(n)}\u00a0tokens" if n else "",
+                )
+                for s, n in spent
+            ],
         )
 
 
@@ -346,6 +388,14 @@ def _dots(drawn: Map) -> list[dict[str, Any]]:
     ]
 
 
+def _gate(e: Recorded) -> list[GatePoint]:
+    """The curve of the last evaluated iteration's gate; nothing where it has none."""
+    last = e.last_evaluated
+    if last is None or "gate/win_rate" not in e.history[last]:
+        return []
+    return e.attempts[last]["evaluate"].read("gate", GatePoint)
+
+
 def _examples(e: Recorded) -> tuple[int, int, list[AnswerExhibit]]:
     """(iteration, its answers in all, the chosen ones) of the last evaluated iteration."""
     last = e.last_evaluated
@@ -386,6 +436,10 @@ def _stage_of(name: str) -> str:
 
 
 # How things are written --------------------------------------------------------------------------
+
+
+def _version(packages: Mapping[str, str]) -> str:
+    return f"staple {packages['staple']}" if "staple" in packages else ""
 
 
 def _content_policy(style: str, script: str) -> str:

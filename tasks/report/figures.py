@@ -33,15 +33,19 @@ class _Curve(NamedTuple):
 
 
 _INK, _FAINT = "#333333", "#e3e3e3"
+MOST_TICKS = 12
+"""Iterations that an axis names; of more, every second one, or third."""
+LONG_LABEL = 22
+"""Letters of a label beside which a second one does not fit."""
 
 _WIN_RATES = (
-    _Curve("win_rate/refined_vs_0", "refined, against iteration 0 refined", BLUE, "o"),
-    _Curve("win_rate/refined_vs_initial_0", "refined, against iteration 0 plain", ORANGE, "s"),
-    _Curve("win_rate/initial_vs_0", "plain, against iteration 0 plain", GREEN, "^", "--"),
+    _Curve("win_rate/refined_vs_0", "refined vs iteration 0's refined", BLUE, "o"),
+    _Curve("win_rate/refined_vs_initial_0", "refined vs iteration 0's first", ORANGE, "s"),
+    _Curve("win_rate/initial_vs_0", "first vs iteration 0's first", GREEN, "^", "--"),
 )
 _AGAINST_PREVIOUS = (
-    _Curve("win_rate/refined_vs_previous", "refined, against previous refined", BLUE, "o"),
-    _Curve("win_rate/initial_vs_previous", "plain, against previous plain", GREEN, "^", "--"),
+    _Curve("win_rate/refined_vs_previous", "refined vs previous refined", BLUE, "o"),
+    _Curve("win_rate/initial_vs_previous", "first vs previous first", GREEN, "^", "--"),
 )
 _SHARES = (
     _Curve("refinement_rate", "refinement rate", BLUE, "o"),
@@ -90,37 +94,44 @@ def figures(history: History, *, constitutional: bool = False) -> dict[str, Figu
             "win_rate": _rates(measured, _SAME_CONSTITUTION, "Win rate with the same constitution"),
             "information": _information(history),
             "lengths": _lengths(history),
-            "costs": _costs(history),
+            **_costs(history),
         }
     return {
         "win_rate": _rates(measured, _WIN_RATES, "Win rate on held-out prompts"),
         "previous": _rates(measured, _AGAINST_PREVIOUS, "Win rate against the one before"),
-        "constitution": _constitution(measured),
-        "costs": _costs(history),
+        "mined": _mined(measured),
+        **_constitution(measured),
+        **_costs(history),
     }
 
 
-def _constitution(history: History) -> Figure:
-    """Refinement and discovery rates beside the constitution's size, by iteration.
-
-    Without any constitution (a method that names no principle), the rates alone.
-    """
-    size = {i: m["constitution_size"] for i, m in history.items() if "constitution_size" in m}
+def _mined(history: History) -> Figure:
+    """Refinement and discovery rates, by iteration."""
+    figure, axes = _one_panel()
     drawn = _known(history, _SHARES)
-    mined = {i for i, m in history.items() for curve in drawn if curve.metric in m} | {*size}
-    figure = _figure(width=9 if size else 6.4)
-    rates, *sizes = figure.subplots(1, 2 if size else 1, squeeze=False)[0]
     for curve in drawn:
-        _curve(rates, history, curve)
-    _share_axis(rates)
-    _dress(rates, mined, "What was mined", "share")
-    _legend(rates)
-    for axes in sizes:
-        bars = axes.bar(list(size), list(size.values()), width=0.55, color=BLUE, zorder=2)
-        axes.bar_label(bars, fmt="%d", padding=2, color=_INK)
-        axes.set_ylim(0, 1.15 * max(size.values()))
-        _dress(axes, size, "The constitution", "principles")
+        _curve(axes, history, curve)
+    _share_axis(axes)
+    mined = {i for i, m in history.items() if any(curve.metric in m for curve in drawn)}
+    _dress(axes, mined, "What was mined", "share")
+    _legend(axes)
     return figure
+
+
+def _constitution(history: History) -> dict[str, Figure]:
+    """The constitution's size, by iteration; nothing of a method that names no principle."""
+    size = {i: m["constitution_size"] for i, m in history.items() if "constitution_size" in m}
+    if not size:
+        return {}
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _one_panel()
+    bars = axes.bar(list(size), list(size.values()), width=0.55, color=BLUE, zorder=2)
+    axes.bar_label(bars, fmt="%d", padding=2, color=_INK)
+    axes.set_ylim(0, 1.15 * max(1, *size.values()))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    _dress(axes, size, "The constitution", "principles")
+    return {"constitution": figure}
 
 
 def _information(history: History) -> Figure:
@@ -168,20 +179,19 @@ def _lengths(history: History) -> Figure:
     return figure
 
 
-def _costs(history: History) -> Figure:
+def _costs(history: History) -> dict[str, Figure]:
     """Seconds and tokens by iteration, a part of the bar for each stage."""
     from matplotlib.ticker import EngFormatter
 
-    figure = _figure(width=9)
-    seconds, tokens = figure.subplots(1, 2)
-    _stacks(seconds, stage_seconds(history))
-    _stacks(tokens, stage_tokens(history))
-    _dress(seconds, history, "Time", "seconds")
-    _dress(tokens, history, "Tokens", "tokens")
-    tokens.yaxis.set_major_formatter(EngFormatter(sep=""))
-    _legend(seconds)
-    _legend(tokens)
-    return figure
+    found = {}
+    spent = {"seconds": stage_seconds(history), "tokens": stage_tokens(history)}
+    for measure, costs in spent.items():
+        found[measure], axes = _one_panel()
+        _stacks(axes, costs)
+        _dress(axes, history, {"seconds": "Time", "tokens": "Tokens"}[measure], measure)
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        _legend(axes)
+    return found
 
 
 def stage_seconds(history: History) -> dict[int, dict[str, float]]:
@@ -194,7 +204,8 @@ def stage_seconds(history: History) -> dict[int, dict[str, float]]:
 
 
 def stage_tokens(history: History) -> dict[int, dict[str, float]]:
-    """Iteration → stage → tokens: generated (mine, sample, evaluate), or read in training (train).
+    """Iteration → stage → tokens: generated (mine, sample, evaluate), or read in training (train,
+    teach).
 
     What was generated for the held-out prompts was recorded as tokens a prompt. The tokens of a
     judge, of a principle writer and of an estimate of the information were not recorded.
@@ -204,7 +215,8 @@ def stage_tokens(history: History) -> dict[int, dict[str, float]]:
     for t, m in history.items():
         answered = round(held_out * m.get("answers/tokens", 0))
         made = "sample" if "sampled_responses" in m else "mine"
-        counts = {made: m.get("generated_tokens"), "train": m.get("train/tokens")}
+        counts = {made: m.get("generated_tokens")}
+        counts |= {name: m.get(f"{name}/tokens") for name in ("train", "teach")}
         found[t] = {k: v for k, v in counts.items() if v is not None}
         if answered:
             found[t]["evaluate"] = answered
@@ -266,17 +278,13 @@ def _stacks(axes: Axes, costs: Mapping[int, Mapping[str, float]]) -> None:
 
 
 def _one_panel() -> tuple[Figure, Axes]:
-    figure = _figure(width=6.4)
-    return figure, figure.subplots()
-
-
-def _figure(width: float) -> Figure:
+    """As wide as a telephone shows it without making the text small."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, 4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(5.2, 4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure
+    return figure, figure.subplots()
 
 
 def _curve(axes: Axes, history: History, curve: _Curve, nudge: float = 0.0) -> None:
@@ -314,7 +322,7 @@ def _dress(axes: Axes, iterations: Iterable[int], title: str, measure: str) -> N
     axes.set_xlabel("iteration")
     axes.set_ylabel(measure)
     ticks = sorted(iterations)
-    axes.set_xticks(ticks)
+    axes.set_xticks(ticks[:: 1 + len(ticks) // MOST_TICKS])
     axes.set_xlim(min(ticks, default=0) - 0.5, max(ticks, default=0) + 0.5)
     axes.grid(axis="y", color=_FAINT, linewidth=0.8, zorder=0)
     axes.set_axisbelow(True)
@@ -323,5 +331,6 @@ def _dress(axes: Axes, iterations: Iterable[int], title: str, measure: str) -> N
 
 
 def _legend(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2, frameon=False)
+    if labels := axes.get_legend_handles_labels()[1]:
+        columns = 1 if max(map(len, labels)) > LONG_LABEL else 2
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=columns, frameon=False)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from tasks.benchmarks.base import Column
 from tasks.record.record import Attempt
 from tasks.report.figures import History
+from tasks.report.headline import Headline
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,17 @@ class Recorded:
 
     name: str
     method: str
+    about: str
+    """What the method does, in one sentence."""
+    model: str
+    data: str
+    """Where the prompts come from."""
+    found: Headline | None
+    """What it found, as the command line says it; None before the first evaluation."""
+    caveat: str
+    """What the headline does not say."""
+    first_answers: str
+    """What training does to first answers, where a method does not train them; or ""."""
     headline: str
     """The win rate that its iterations are compared by: the method's final answer against the
     initial policy's first one; for SAMI, the response with a constitution against the initial
@@ -41,6 +53,8 @@ class Recorded:
     """YAML, as `staple run` reads it."""
     seed: int
     iterations: int
+    outdated: str
+    """A sentence where not every stage is as the settings ask for; else ""."""
     stages: Sequence[RecordedStage]
     """All that the experiment asks for, in the loop's order."""
     attempts: Mapping[int, Mapping[str, Attempt]]
@@ -48,6 +62,11 @@ class Recorded:
     history: History
     changes: Mapping[int, Mapping[str, Any]]
     """Settings that were changed for single iterations."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether any iteration has a constitution of principles that the policy named."""
+        return any("constitution_size" in metrics for metrics in self.history.values())
 
     @property
     def tuned(self) -> bool:
@@ -58,6 +77,28 @@ class Recorded:
     def constitutional(self) -> bool:
         """Whether the policy answers with a constitution in the prompt, as SAMI's does."""
         return self._final.startswith("constitution")
+
+    @property
+    def prompts(self) -> str:
+        """ "2,000 prompts to learn from, 200 held out", as far as they were drawn."""
+        counts = {t: m["prompts"] for t, m in self.history.items() if "prompts" in m}
+        held_out = counts.pop(0, None)
+        learned = f"{number(sum(counts.values()))} prompts to learn from" if counts else ""
+        kept = f"{number(held_out)} held out" if held_out is not None else ""
+        return ", ".join(filter(None, (learned, kept)))
+
+    @property
+    def lessons(self) -> str:
+        """What the initial policy was taught first, as a sentence; "" for nothing."""
+        metrics = self.history.get(0, {})
+        if "teach/trained" not in metrics:
+            return ""
+        naming, all_ = metrics["teach/naming"], metrics["teach/lessons"]
+        return (
+            f"The initial policy was taught first, on other rules: {number(naming)} examples of "
+            f"naming what a better response does and {number(all_ - naming)} of following a named "
+            "rule."
+        )
 
     @property
     def held_out_rate(self) -> str:

@@ -77,7 +77,6 @@ def parts(e: Recorded) -> dict[str, Any]:
             "constitution": "The constitution",
             "examples": "Before and after",
         },
-        "headline": headline(e),
         "rates": cells(e, _FIGURES),
         "limit": None if limit is None else nats(limit),
         "lengths": cells(e, _LENGTHS),
@@ -87,33 +86,18 @@ def parts(e: Recorded) -> dict[str, Any]:
     }
 
 
-def headline(e: Recorded) -> str:
-    """What was measured of the last policy, in sentences; empty where none was trained."""
-    last = e.last_evaluated
-    metrics = e.history.get(last or 0, {})
-    if not last or e.headline not in metrics:
-        return ""
-
-    def rate(metric: str) -> str:
-        return " ".join(cell(metrics, metric)).strip()
-
+def beside(e: Recorded) -> str:
+    """What else was measured of the last policy, in sentences."""
+    metrics = e.history.get(e.last_evaluated or 0, {})
     more = {
-        f"{e.headline}_length_controlled": "at equal lengths",
-        "win_rate/held_out_vs_0": "under principles and antitheses that were never trained on",
+        "win_rate/held_out_vs_0": "Under principles and antitheses that were never trained on",
+        e.held_out_rate: "Without constitution, against the initial policy's answers",
     }
-    beside = "; ".join(f"{rate(name)} {words}" for name, words in more.items() if name in metrics)
-    held_out = e.history.get(0, {}).get("prompts", 0)
-    said = (
-        f"After iteration {last}, with a constitution of principles or of antitheses, the policy's "
-        f"response has a win rate of {rate(e.headline)} against the initial policy's response with "
-        f"the same constitution, on {held_out:,.0f} held-out prompts"
+    return " ".join(
+        f"{words}: {' '.join(cell(metrics, name)).strip()}."
+        for name, words in more.items()
+        if name in metrics
     )
-    plain = (
-        f" Without constitution, it has {rate(e.held_out_rate)} against the initial policy's."
-        if e.held_out_rate in metrics
-        else ""
-    )
-    return f"{said}{f' ({beside})' if beside else ''}; 50\u00a0% is parity.{plain}"
 
 
 def constitution(e: Recorded) -> list[PrinciplePair]:

@@ -86,15 +86,17 @@ def evaluate_stage(
     *,
     initial: Attempt | None = None,
     previous: Attempt | None = None,
+    champion: Attempt | None = None,
 ) -> Attempt:
     """held-out prompts, the pool, earlier policies' responses → responses, comparisons, metrics.
 
-    `sampling` says how many principles a constitution holds, and what the estimate's mixtures are.
+    `sampling` says how many principles a constitution holds, and what the estimate's mixtures are;
+    `champion` is the best policy before, where it is neither the initial nor the previous one.
 
     Raises:
         UserError: a judge is wrong (before anything is answered), or failed too often.
     """
-    given = {"initial": initial, "previous": previous}
+    given = {"initial": initial, "previous": previous, "champion": champion}
     references = {name: attempt for name, attempt in given.items() if attempt is not None}
 
     def compute(work: Workspace) -> Metrics:
@@ -409,7 +411,7 @@ def _compared(
 
 
 def _references(earlier: Mapping[str, Attempt]) -> list[list[Response]]:
-    """The initial policy's responses and the previous one's, each once."""
+    """The responses of the policies before, each once."""
     once = {a.run_id: a for a in earlier.values()}  # one at iteration 1
     return [attempt.read("responses", Response) for attempt in once.values()]
 

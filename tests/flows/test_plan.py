@@ -27,6 +27,7 @@ from flows.plan.workload import CHARACTERS, MARKS, Assumed, Lengths, SampledTurn
 from flows.schema import ExperimentSettings
 from flows.settings import PRESETS, load_settings, presets
 from models.engine.local import load_policy
+from models.packaged import PACKAGED
 from models.policy import Completion, Message, PolicySettings, Request
 from models.prompts import CHAT_CONSTITUTION, TEMPLATES, ask_refinement, under_constitution
 from models.training.encoding import Group
@@ -42,8 +43,10 @@ from tasks.sami.evaluate import response_pairs as met_under
 from tasks.sami.sample import sample
 from tasks.train import training_conversation
 
+LARGE = [n for n in presets() if load_settings(n).policy.model not in {*WORLD_MODELS, *PACKAGED}]
 
-@pytest.mark.parametrize("name", presets())
+
+@pytest.mark.parametrize("name", [*LARGE, *(n for n in presets() if n.startswith("planted"))])
 def test_every_preset_is_planned(
     name: str, capsys: pytest.CaptureFixture[str], workplace: Path
 ) -> None:
@@ -54,9 +57,17 @@ def test_every_preset_is_planned(
     assert "too much" not in ran.out
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in presets() if load_settings(name).policy.model not in WORLD_MODELS]
-)
+def test_a_preset_whose_packaged_model_is_not_fetched_says_so(
+    capsys: pytest.CaptureFixture[str], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workplace / "cache"))
+    for command in ("plan", "run"):
+        ran = staple(capsys, command, "house-style")
+        assert ran.code == 2
+        assert "; run: staple fetch smollm2-135m-instruct\n" in ran.err
+
+
+@pytest.mark.parametrize("name", LARGE)
 def test_a_preset_says_what_it_takes(name: str) -> None:
     text = (PRESETS / f"{name}.yaml").read_text("utf-8")
     said = re.search(r"# About ([\d.]+) hours on one H100, an estimate; a GPU with 24 GiB is", text)
@@ -335,8 +346,8 @@ def test_the_experiment_that_follows_is_planned_with_it(
     shown = staple(capsys, "plan", "staple-then-sami")
     assert shown.code == 0 and shown.out.count("An estimate: planted-sami") == 2
     first, then = shown.out.split("An estimate: planted-sami")[1:]
-    assert "\n mine " in first and "\n sample " not in first
-    assert "\n sample " in then and "\n mine " not in then
+    assert "\nmine " in first and "\nsample " not in first
+    assert "\nsample " in then and "\nmine " not in then
 
 
 def test_a_taught_experiment_is_planned_again(

@@ -22,7 +22,7 @@ EXAMPLE = {
 def test_benchmarks_and_judges_are_named(workplace: Path) -> None:
     Path("ifeval.jsonl").write_text(json.dumps(EXAMPLE))
     found = check(load_settings("planted", ["evaluate.benchmarks.ifeval.prompts=ifeval.jsonl"]))
-    assert found["evaluate"] == "judge auto; also ifeval"
+    assert found["evaluate"] == "judge oracle; also ifeval"
 
 
 def test_a_missing_file_and_a_missing_judge_are_told_together(workplace: Path) -> None:

@@ -53,7 +53,7 @@ def test_one_file_with_its_traces(
         assert attempt.provenance().code_digest in text
     assert attempts[0].provenance().notes["base"] in text
     files = {f.path for f in record.client.list_artifacts(record.iteration_run(SUMMARY))}
-    assert {"win_rate.png", "previous.png", "constitution.png", "costs.png"} <= files
+    assert {"win_rate.png", "previous.png", "constitution.png", "tokens.png"} <= files
     with get_client(sync_client=True) as client:
         (artifact, *_) = client.read_artifacts(
             artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["results"])),
@@ -139,7 +139,9 @@ def test_an_unfinished_experiment(at_home: ExperimentSettings) -> None:
 
 def test_a_stale_stage_is_named(drawn: ExperimentSettings) -> None:
     note_settings(with_changes(drawn, {"cluster.max_principles": 2}))
-    shown = words(page([gather(recorded_settings("drawn"))], {}))
+    text = page([gather(recorded_settings("drawn"))], {})
+    shown = words(text[: text.index("</header>")])
+    assert "Not all of it is current: 3 stale" in shown
     assert "cluster of iteration 1 is stale: cluster.max_principles None → 2" in shown
     assert "train of iteration 1 is stale: cluster 1 is stale" in shown
 

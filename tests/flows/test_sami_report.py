@@ -52,8 +52,9 @@ def test_two_measures_are_not_one(taught: ExperimentSettings) -> None:
     shown = words(page([type(e)(**{**vars(e), "history": {0: e.history[0], 1: metrics}})], {}))
     row = shown[shown.index("SAMI taught 1") :]
     assert row.index("12.3 %") < row.index("87.7 %"), "held-out win rate, then follows"
-    (headline,) = re.findall(r"After iteration 1, with a constitution.*?50 % is parity\.", shown)
+    (headline,) = re.findall(r"After iteration 1, answers with a constitution.*?parity\.", shown)
     assert "87.7 %" in headline and "12.3 %" not in headline
+    assert "Without constitution, against the initial policy's answers: 12.3 %" in shown
 
 
 def test_constitution_and_examples(taught: ExperimentSettings) -> None:
@@ -96,7 +97,7 @@ def test_its_pictures_are_logged(taught: ExperimentSettings) -> None:
     e, record = gather(taught), record_of("taught")
     log_figures(record, e.history, constitutional=e.constitutional)
     files = {f.path for f in record.client.list_artifacts(record.iteration_run(SUMMARY))}
-    assert {"win_rate.png", "information.png", "lengths.png", "costs.png"} <= files
+    assert {"win_rate.png", "information.png", "lengths.png", "tokens.png"} <= files
     assert "constitution.png" not in files
 
 

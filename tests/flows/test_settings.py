@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from constitutions.errors import UserError, UserErrors
-from flows.settings import dump_settings, load_settings, presets, with_changes, without_gone
+from flows.settings import (
+    completions,
+    dump_settings,
+    load_settings,
+    presets,
+    with_changes,
+    without_gone,
+)
 
 
 @pytest.mark.parametrize("name", presets())
@@ -17,17 +27,36 @@ def test_presets_load_and_name_the_command_that_runs_them(name: str) -> None:
     assert load_settings(name).experiment == name
 
 
+def test_the_shell_completes_settings_and_their_words() -> None:
+    known = {"seed=", "mine.samples=", "cluster.carried=", "evaluate.judge.policy.model="}
+    assert known <= {*completions("")} and "evaluate.judge=" not in completions("")
+    assert completions("train.update=") == ["train.update=lora", "train.update=full"]
+    assert "evaluate.judge.kind=oracle" in completions("evaluate.judge.kind=o")
+    assert completions("review.enabled=") == ["review.enabled=true", "review.enabled=false"]
+    assert completions("mine.samples=") == completions("nonsense=") == []
+    code = "import sys; sys.argv = ['staple']; from flows.commands.cli import main; main()"
+    asked = {"_STAPLE_COMPLETE": "complete_bash", "COMP_CWORD": "3"}
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **asked, "COMP_WORDS": "staple run --set mine.max_p"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert shown.stdout.split() == ["mine.max_principle_tokens="]
+
+
 def test_the_paper_scale() -> None:
     for name in ("llama-3.1-8b", "granite-3.1-8b", "qwen2.5-7b"):
         settings = load_settings(name)
-        assert (settings.prompts.first, settings.prompts.later, settings.iterations) == (
+        assert (settings.prompts.first, settings.prompts.later, settings.last) == (
             50_000,
             10_000,
             4,
         )
         assert [s.rows for s in settings.prompts.sources] == [25_000] * 4  # type: ignore[union-attr]
     scale = [n for n in presets() if load_settings(n).method == "staple" and "sami" not in n]
-    assert len({load_settings(n).policy.model for n in scale}) == len(scale) == 4
+    assert len({load_settings(n).policy.model for n in scale}) == len(scale) == 5
 
 
 def test_a_file_extends_a_preset_and_overrides_win(tmp_path: Path) -> None:

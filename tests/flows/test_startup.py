@@ -25,8 +25,10 @@ can start."""
 CODE = f"""
 import sys
 from flows.commands.cli import main
-main()
-print("imported:", *sorted({HEAVY} & set(sys.modules)))
+try:
+    main()
+finally:
+    print("imported:", *sorted({HEAVY} & set(sys.modules)))
 """
 
 
@@ -41,26 +43,41 @@ def published(at_home: ExperimentSettings) -> ExperimentSettings:
     return at_home
 
 
-@pytest.mark.parametrize("words", [("status", "lineage"), ("run", "lineage.yaml")], ids=" ".join)
-def test_what_the_record_has_is_only_read(
-    published: ExperimentSettings, words: tuple[str, ...]
-) -> None:
+READING = (
+    "status lineage",
+    "run lineage.yaml",
+    "list",
+    "constitution show lineage",
+    "compare lineage:0 lineage:1",
+)
+
+
+@pytest.mark.parametrize("words", READING)
+def test_what_the_record_has_is_only_read(published: ExperimentSettings, words: str) -> None:
     """No library is imported that computes, or writes the record; no lock is waited for."""
     assert unchanged(published), "there is nothing to compute"
     with writing(published.experiment, "another run"):
         shown = command(words)
-    if words[0] == "run":
+    if words.startswith("run"):
         assert "0 stages computed" in shown
     assert shown.splitlines()[-1] == "imported:"
 
 
-def command(words: tuple[str, ...]) -> str:
+@pytest.mark.parametrize("words", ["report nobody", "run lineage.yaml --set mine.sample=3"])
+@pytest.mark.usefixtures("at_home")
+def test_a_mistake_is_told_before_anything_is_imported(words: str) -> None:
+    assert command(words, code=2).splitlines()[-1] == "imported:"
+
+
+def command(words: str, code: int = 0) -> str:
     """What a command prints, and then which heavy libraries it imported."""
-    return subprocess.run(
-        [sys.executable, "-c", CODE, *words],
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, *words.split()],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=True,
+        check=False,
         capture_output=True,
         text=True,
         timeout=300,
-    ).stdout
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout

@@ -104,7 +104,10 @@ def test_a_file_is_not_replaced_unasked(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--set", "writer.templates=odd"), "setting 'writer.templates': got 'odd'"),
+        (
+            ("--set", "writer.templates=odd"),
+            "setting 'writer.templates': odd: there is no such file",
+        ),
         (("--set", "writer.nope=1"), "'writer.nope': unknown setting; expected one of model,"),
         (("--set", "similarity=1"), "'similarity': unknown setting; expected one of constitution,"),
         (("--set", "held_out=0.5"), "'held_out': it has no effect here"),

@@ -10,13 +10,15 @@ from models.training.encoding import EncodedExample
 from models.training.examples import StoredExamples
 
 EXAMPLES = [
-    EncodedExample(tuple(range(n, 3 * n)), tuple(i % 3 == 0 for i in range(2 * n)), n / 7)
+    EncodedExample(
+        tuple(range(n, 3 * n)), tuple(i % 3 == 0 for i in range(2 * n)), n / 7, (n, 1) * (n % 2)
+    )
     for n in range(1, 600)
 ]
 
 
-def plain(example: EncodedExample) -> tuple[list[int], list[bool], float]:
-    return list(example.ids), list(example.trained), example.weight
+def plain(example: EncodedExample) -> tuple[list[int], list[bool], float, list[int]]:
+    return list(example.ids), list(example.trained), example.weight, list(example.taught)
 
 
 def test_examples_are_read_back_by_their_numbers(tmp_path: Path) -> None:

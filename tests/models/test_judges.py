@@ -29,8 +29,9 @@ def pair(ours: str, theirs: str, prompt: str = "x", gold: str = "a b c d") -> Pa
     return Pair(prompt=({"role": "user", "content": prompt},), gold=gold, ours=ours, theirs=theirs)
 
 
-def overlap(gold: str, responses: Sequence[str]) -> list[Grade]:
+def overlap(golds: Sequence[str], responses: Sequence[str]) -> list[Grade]:
     """Share of the gold's words in the response; not a number for "nan", no grade for "?"."""
+    (gold,) = golds
     return [
         Grade(None, "nothing to compare")
         if response == "?"
@@ -52,7 +53,7 @@ def test_the_answer_nearer_to_the_gold_wins() -> None:
 
 def test_rounding_does_not_decide() -> None:
     near = GoldSimilarity(
-        lambda gold, texts: [Grade(0.1 + 0.2 if t == "ours" else 0.3) for t in texts], "n"
+        lambda golds, texts: [Grade(0.1 + 0.2 if t == "ours" else 0.3) for t in texts], "n"
     )
     assert near.compare([pair("ours", "theirs")])[0].outcome == 0.5
 
@@ -105,7 +106,7 @@ def test_every_kind_declares_what_it_needs_and_can_do() -> None:
 
 
 def test_rouge_l_is_a_similarity_to_judge_by() -> None:
-    judge = GoldSimilarity(RougeL(RougeSettings()).compare, "rouge_l")
+    judge = GoldSimilarity(RougeL(RougeSettings()).best, "rouge_l")
     near, unreadable = judge.compare(
         [
             pair("the cat sat", "the dog ran", gold="the cat sat down"),

@@ -32,8 +32,10 @@ def user(text: str) -> tuple[Message, ...]:
     return ({"role": "user", "content": text},)
 
 
-def pair(ours: str, theirs: str, **more: str) -> Pair:
-    return Pair(prompt=user("Help me."), gold="the gold", ours=ours, theirs=theirs, **more)
+def pair(ours: str, theirs: str, principle: str = "") -> Pair:
+    return Pair(
+        prompt=user("Help me."), gold="the gold", ours=ours, theirs=theirs, principle=principle
+    )
 
 
 class Scripted:

@@ -7,6 +7,8 @@ import os
 import resource
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -161,7 +163,6 @@ def first(told: dict[str, Any]) -> dict[str, Any]:
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     # files
     "an adapter": (only("adapter_config.json", "adapter_model.safetensors"), "holds an adapter"),
-    "GGUF": (only("model.gguf"), "GGUF"),
     "pickled": (only("pytorch_model.bin"), "pickled weights"),
     "no weights": (only(), "lacks safetensors weights"),
     "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), "lacks a tokenizer"),
@@ -295,25 +296,51 @@ def test_a_model_is_not_made_up_when_it_is_loaded(model: Path) -> None:
         load_base(model, quantization="none", dtype="float32", device="cpu")
 
 
+CHECK = """
+import resource, sys
+from pathlib import Path
+from constitutions.errors import UserError
+from models.checkpoints.check import check_directory
+from models.policy import PolicySettings
+
+settings = PolicySettings(quantization="none", dtype="float32", device="cpu")
+try:
+    check_directory(Path(sys.argv[1]), settings, "trained")
+except UserError as error:
+    print(error)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+def check_alone(model: Path) -> tuple[str, int]:
+    """The message of a check in a new process, and the peak of that one's child, in KiB.
+
+    Linux counts what a process holds when it starts a child as the child's own memory, so a worker
+    of the tests, which may hold gigabytes, cannot measure one.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK, str(model)], capture_output=True, text=True, check=True
+    )
+    *message, child = done.stdout.splitlines()
+    return "\n".join(message), int(child)
+
+
 def test_a_template_that_loops_is_ended(model: Path) -> None:
-    """By its processor time, in a child: the step is named, and this process goes on."""
+    """By its processor time, in a child: the step is named, and the caller goes on."""
     template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")(
         model
     )
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match=r"rendering the chat template takes more than 8 s") as told:
-        check_directory(model, SETTINGS, "trained")
-    assert str(told.value).startswith(f"model directory {model}: ")
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert used.ru_maxrss < 2_000_000, "KiB: no child takes 2 GB"
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+    message, child = check_alone(model)
+    assert message.startswith(f"model directory {model}: ")
+    assert "rendering the chat template takes more than 8 s" in message
+    assert child < 2_000_000
 
 
 def test_a_template_that_makes_gigabytes_is_ended(model: Path) -> None:
     template("{% for m in messages %}{{ 'word ' * 600000000 }}{% endfor %}")(model)
-    with pytest.raises(UserError, match=r"the chat template takes more than 1,600 MiB of memory"):
-        check_directory(model, SETTINGS, "trained")
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2_000_000
+    message, child = check_alone(model)
+    assert "the chat template takes more than 1,600 MiB of memory" in message
+    assert child < 2_000_000
 
 
 def test_what_was_found_good_is_remembered_and_a_change_is_seen(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from models.engine import sampling
 from models.engine.sampling import choose, gumbel, seed_of
 
 
@@ -29,6 +30,14 @@ def test_the_noise_is_what_it_was() -> None:
     keys, steps = torch.tensor([seed_of("0/1/abc/principle", 3)]), torch.tensor([0])
     expected = [1.627066, -0.502674, -0.017244]
     assert gumbel(keys, steps, 3)[0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "vocabulary"), [(3, 70_000), (1000, 300), (1, 1)])
+def test_the_noise_on_the_cpu_is_that_of_other_devices(rows: int, vocabulary: int) -> None:
+    seeds = torch.arange(rows) * sampling._GOLDEN + (1 << 62)
+    found = sampling._bits_on_cpu(seeds, vocabulary)
+    assert torch.equal(found, sampling._bits(seeds, vocabulary))
+    assert 0 <= found.min() <= found.max() < 1 << 23
 
 
 def test_rows_sample_greedily_or_within_their_nucleus() -> None:

@@ -20,7 +20,7 @@ from models.training.adapter import AdapterSettings
 from models.training.encoding import EncodedExample
 from models.training.job import run
 from tasks.clustering.agglomeration import group
-from tasks.clustering.features import combine
+from tasks.clustering.features import block_features
 from tasks.clustering.picture import map_principles
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +96,7 @@ def test_the_map_and_the_clusters_do_not_depend_on_threads() -> None:
 
     def drawn(threads: int) -> tuple[bytes, bytes, bytes]:
         with something_ran_before(threads):
-            features = combine([block])
+            features = block_features(block)
             places = map_principles(features, "umap", seed=1)
             return features.vectors.tobytes(), places.tobytes(), group(features, 0.95).tobytes()
 

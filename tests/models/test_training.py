@@ -23,8 +23,9 @@ from models.training.adapter import AdapterSettings
 from models.training.bases import load_base
 from models.training.encoding import EncodedExample
 from models.training.job import run, write_job
-from models.training.loop import Likelihood, share, weighted_loss
-from models.training.updates import attach_adapter, new_adapter
+from models.training.loop import Likelihood, share, train, weighted_loss
+from models.training.mixed_precision import FLOAT32_ATTENTION
+from models.training.updates import attach_adapter, new_adapter, trainable
 
 SETTINGS = AdapterSettings(
     lora_rank=8, lora_alpha=16, learning_rate=1e-2, batch_size=4, micro_batch_tokens=40
@@ -97,6 +98,41 @@ def test_the_loss_is_trls_completion_only_loss_on_the_same_rows(
         )
     ours = loss(base(model), *examples) / sum(sum(e.trained) for e in examples)
     assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+# Arithmetic --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cpu_multiplies_in_the_dtype_of_the_policy(
+    model: Path, tmp_path: Path, dtype: Any
+) -> None:
+    """The adapter's weights are in float32 all the same, and so is attention, which is faster."""
+    policy = trainable(
+        load_base(model, quantization="none", dtype=dtype, device="cpu")[0], SETTINGS, 0, None
+    )
+    assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
+    seen, attention = set[torch.dtype](), set[str]()
+
+    def look(module: Any, given: Any, found: Any) -> None:
+        seen.update((given[0].dtype, found.dtype))
+        attention.add(policy.config._attn_implementation)
+
+    for name, module in policy.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_hook(look)
+    curve = train(
+        policy,
+        EXAMPLES,
+        SETTINGS.model_copy(update={"epochs": 4}),
+        objective=Likelihood(SETTINGS.micro_batch_tokens),
+        seed=0,
+        checkpoints=tmp_path / "checkpoints",
+    )
+    assert seen == {getattr(torch, dtype)}, "no input is cast"
+    assert attention == {"sdpa" if dtype == "float32" else FLOAT32_ATTENTION}
+    assert policy.config._attn_implementation == "sdpa"
+    assert curve[-1].loss < 0.9 * curve[0].loss
 
 
 # Micro-batches and processes ---------------------------------------------------------------

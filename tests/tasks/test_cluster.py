@@ -13,7 +13,7 @@ from sklearn.manifold import trustworthiness
 from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_limits
 
-from constitutions.constitution import Constitution, Principle, load, principle_key
+from constitutions.constitution import Constitution, Principle, load, principle_key, save
 from models.policy import Completion, Message, PolicySettings, Scoring
 from models.prompts import TERSE, ask_refinement
 from models.settings import Settings
@@ -27,8 +27,10 @@ from tasks.cluster import (
 )
 from tasks.clustering import agglomeration, picture
 from tasks.clustering import features as blocks
+from tasks.clustering import insertions as counting
 from tasks.clustering.agglomeration import agglomerate, group, micro_clusters, representatives
-from tasks.clustering.features import Features, combine, distinct_principles, word_counts
+from tasks.clustering.features import Features, block_features, distinct_principles
+from tasks.clustering.insertions import insertions, tokens
 from tasks.clustering.picture import figure, map_principles
 from tasks.clustering.wordings import with_wordings
 from tasks.policies.opening import PolicySource
@@ -169,7 +171,7 @@ class FakePolicy:
 
 def test_every_trajectory_is_labelled_once_and_the_counts_add_up() -> None:
     kept, scored, _ = _world()
-    result = cluster(kept, iter(scored), _settings(), experiment="e", iteration=2)
+    result = cluster(kept, scored, _settings(), experiment="e", iteration=2)
     texts = result.constitution.texts
     assert [(r.prompt_id, r.sample, r.principle) for r in result.labelled] == [
         (r.prompt_id, r.sample, r.principle) for r in kept
@@ -326,9 +328,9 @@ def test_the_reduction_of_large_blocks_keeps_the_clusters(monkeypatch: pytest.Mo
     rng = np.random.default_rng(0)
     truth = np.arange(1200) % 20
     block = rng.standard_normal((20, 600))[truth] + 0.7 * rng.standard_normal((1200, 600))
-    exact = group(combine([block]), 0.8)
+    exact = group(block_features(block), 0.8)
     monkeypatch.setattr(blocks, "EXACT_ENTRIES", 1000)
-    reduced = combine([block])
+    reduced = block_features(block)
     assert reduced.vectors.shape == (1200, 256)
     assert adjusted_rand_score(exact, group(reduced, 0.8)) > 0.99
     assert adjusted_rand_score(exact, truth) > 0.99
@@ -393,6 +395,50 @@ def test_a_bounded_constitution_has_the_best_supported_clusters_and_a_tail() -> 
     # the clusters are as they were, those of the tail beyond the constitution's end
     assert _ari(bound, {row.principle: str(row.cluster) for row in free.clusters}) == 1
     assert {row.cluster for row in bound.clusters} == set(range(len(BEHAVIOURS)))
+
+
+def test_a_principle_without_trajectories_is_carried_over(tmp_path: Path) -> None:
+    kept, scored = _kept(*["warn of heat"] * 5, *["name a source"] * 3, "offer a quote")
+    before = Constitution(
+        principles=(
+            Principle(
+                text="rhyme at the end", support=7, share=0.5, example="x", members=("rhyme",)
+            ),
+            Principle(text="quote", members=("offer a quote",), support=1, share=0.1),
+            Principle(text="count to ten", absent=1),
+        )
+    )
+    free = cluster(
+        kept, scored, _settings(features=["characters"], constitution_size=1), before=before
+    )
+    assert free.constitution.texts == ("warn of heat",), "off by default"
+    assert "carried" not in free.counts
+
+    held = cluster(
+        kept,
+        scored,
+        _settings(features=["characters"], constitution_size=1, carried=1),
+        before=before,
+    )
+    assert held.constitution.texts == ("warn of heat", "offer a quote", "rhyme at the end")
+    stayed = held.constitution.principles[-1]
+    assert (stayed.absent, stayed.support, stayed.share) == (1, 0, 0.0)
+    assert stayed.example == "x" and "rhyme" in stayed.members, "with what was known of it"
+    assert held.counts["carried"] == 1, "the other one was absent before"
+    assert [row.label for row in held.labelled] == [row.principle for row in kept]
+    size = len(held.constitution.principles)
+    for row in held.labelled:  # a review finds a row's principle, or the tail, by its number
+        texts = dict(enumerate(held.constitution.texts))
+        assert row.label == texts.get(row.cluster, "name a source") and row.cluster <= size
+
+    again = cluster(
+        kept, scored, _settings(features=["characters"], carried=1), before=held.constitution
+    )
+    assert "rhyme at the end" not in again.constitution.texts
+    file = tmp_path / "constitution.yaml"
+    save(held.constitution, file)
+    assert load(file) == held.constitution
+    assert file.read_text("utf-8").count("absent") == 1
 
 
 def test_a_bound_that_is_not_reached_leaves_no_tail() -> None:
@@ -573,12 +619,23 @@ def test_support_counts_kept_trajectories() -> None:
     assert {d.key: d.support for d in distinct_principles(kept)} == counted
 
 
-def test_words_are_counted_as_by_scikit_learn() -> None:
-    from sklearn.feature_extraction import DictVectorizer
-
-    drawn = np.random.default_rng(3)
-    counters = [Counter(map(str, drawn.integers(0, 40, size=n % 7 * 5))) for n in range(30)]
-    expected = DictVectorizer(dtype=np.float32).fit_transform(counters)
-    found = word_counts(counters)
-    assert (found != expected).nnz == 0 and found.dtype == expected.dtype
-    assert word_counts([Counter(), Counter()]).shape == (2, 1)
+def test_insertions_are_counted_the_same_however_they_are_cut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beside a plain count; in one process and in two, with pieces added up early."""
+    kept, mined, _ = _world(160)
+    distinct = distinct_principles(kept)
+    plain: dict[str, Counter[str]] = {d.key: Counter() for d in distinct}
+    for row in mined:
+        for c in row.candidates:
+            if (key := principle_key(c.principle)) in plain:
+                plain[key] += Counter(tokens(c.refined)) - Counter(tokens(row.initial))
+    words = sorted(set().union(*plain.values()))
+    expected = [[plain[d.key][word] for word in words] for d in distinct]
+    for shard, pending in ((64, 10**6), (2, 100)):  # 80 shards are enough for two processes
+        monkeypatch.setattr(counting, "SHARD", shard)
+        monkeypatch.setattr(counting, "PENDING", pending)
+        found = insertions(distinct, mined)
+        assert list(found.words) == words
+        np.testing.assert_array_equal(found.counts.toarray(), expected)
+        np.testing.assert_array_equal(found.totals, np.sum(expected, axis=1))

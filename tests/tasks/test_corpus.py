@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ BAD_ROWS = [
     ({"prompt": "p", "gold": " \n"}, ["row 2", "'gold'", "empty"]),
     ({"prompt": "", "gold": "g"}, ["row 2", "'prompt'", "empty"]),
     ({"prompt": 7, "gold": "g"}, ["row 2", "'prompt'", "type int", "chat messages"]),
-    ({"prompt": "p", "gold": ["g"]}, ["row 2", "'gold'", "type list"]),
+    ({"prompt": "p", "gold": ["g", 7]}, ["row 2", "'gold'", "type list"]),
     ({"prompt": "fine", "gold": "g"}, ["row 2", "'prompt'", "same prompt as bad.jsonl:1"]),
     ({"prompt": "p" * 200_000, "gold": "g"}, ["row 2", "'prompt'", "200,000 characters", "at most 20,000"]),
     ({"prompt": "p", "gold": "g" * 200_000}, ["row 2", "'gold'", "200,000 characters"]),
@@ -260,6 +261,15 @@ def test_no_prompt_keeps_its_gold(n: int, golds: int) -> None:
     assert sorted(r.gold for r in shuffled) == sorted(r.gold for r in rows)
 
 
+def test_no_prompt_keeps_any_of_several_golds() -> None:
+    rows = [replace(r, other_golds=(f"{r.gold} too", "shared")) for r in some_rows(9, 9)]
+    for new, old in zip(shuffle_golds(rows, 3), rows, strict=True):
+        assert new.golds == (new.gold, f"{new.gold} too") and not set(new.golds) & set(old.golds)
+    rows = [replace(r, other_golds=tuple(o.gold for o in rows if o != r)) for r in rows]
+    with pytest.raises(UserError, match=r"a prompt has all those of another one"):
+        shuffle_golds(rows, 3)
+
+
 def test_golds_that_are_mostly_alike_cannot_be_shuffled() -> None:
     with pytest.raises(UserError, match="cannot be shuffled"):
         shuffle_golds([*some_rows(2, 2), *some_rows(3, 1)], 0)
@@ -301,6 +311,30 @@ def test_formats_are_detected_by_their_columns(
     assert [turn["content"] for turn in row.prompt] == prompt
     assert row.gold == gold
     assert row.prompt[-1]["role"] == "user"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_prompt_may_have_several_golds(tmp_path: Path, kind: str) -> None:
+    """The first is shown; equal ones count once; each is checked."""
+    records = [{"prompt": f"p{i}", "gold": golds} for i, golds in enumerate(
+        (["a", "b", "a", "c"], ["one"], ["x" * 20_001, "y"], ["d", " "])
+    )]  # fmt: skip
+    if kind == "jsonl":
+        source = jsonl(tmp_path / "a.jsonl", records)
+    else:
+        pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+        source = CorpusSettings(path=str(tmp_path / "a.parquet"))
+    corpus = load_corpus([source.model_copy(update={"on_bad_row": "reject"})])
+    assert [row.golds for row in corpus.rows] == [("a", "b", "c"), ("one",)]
+    assert [(r.reason, "'gold[1]'" in r.detail) for r in corpus.rejected] == [
+        ("too long", False), ("empty", True),
+    ]  # fmt: skip
+    tldr = {"query": "q", "reference_responses": [" b", "c"]}
+    (row,) = load_corpus([jsonl(tmp_path / "b.jsonl", [tldr])]).rows
+    assert row.golds == ("b", "c")
+    assert "a list of texts" in refusal(
+        jsonl(tmp_path / "c.jsonl", [{"prompt": "p", "gold": ["a", 1]}])
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from tasks.report.figures import History, figures, stage_tokens, svg
+from tasks.report.figures import MOST_TICKS, History, figures, stage_tokens, svg
 
 HISTORY = {
     0: {"win_rate/refined_vs_initial_0": 0.4},
@@ -46,22 +46,32 @@ def curves(figure: Figure) -> dict[str, list[float]]:
 def test_win_rates_are_drawn_with_their_intervals_and_only_where_known() -> None:
     figure = figures(HISTORY)["win_rate"]
     assert curves(figure) == {
-        "refined, against iteration 0 refined": [0.6, 0.8],
-        "refined, against iteration 0 plain": [0.7],
+        "refined vs iteration 0's refined": [0.6, 0.8],
+        "refined vs iteration 0's first": [0.7],
     }
     containers: list[Any] = figure.axes[0].containers
-    (bars,) = (c for c in containers if "0 refined" in c.get_label())
+    (bars,) = (c for c in containers if "0's refined" in c.get_label())
     spans = [[float(y) for _, y in segment] for segment in bars.lines[2][0].get_segments()]
     assert spans == [pytest.approx([0.5, 0.65]), pytest.approx([0.7, 0.9])]
     assert list(figure.axes[0].get_xticks()) == [1, 2], "iteration 0 is what is compared with"
 
 
 def test_the_constitution_is_drawn_from_the_first_iteration_on() -> None:
-    figure = figures(HISTORY)["constitution"]
-    assert curves(figure) == {"refinement rate": [0.3, 0.5], "discovery rate": [1.0, 0.2]}
-    bars: list[Any] = list(figure.axes[1].patches)
+    drawn = figures(HISTORY)
+    assert curves(drawn["mined"]) == {"refinement rate": [0.3, 0.5], "discovery rate": [1.0, 0.2]}
+    (axes,) = drawn["constitution"].axes
+    bars: list[Any] = list(axes.patches)
     assert [bar.get_height() for bar in bars] == [21, 17]
-    assert [text.get_text() for text in figure.axes[1].texts] == ["21", "17"]
+    assert [text.get_text() for text in axes.texts] == ["21", "17"]
+
+
+@pytest.mark.parametrize("last", [1, 3, 100])
+def test_axes_count_in_whole_numbers(last: int) -> None:
+    drawn = figures({t: {"constitution_size": 2.0, "seconds/mine": 1.0} for t in range(last + 1)})
+    for axes in (figure.axes[0] for figure in drawn.values()):
+        named = [float(t) for t in axes.get_xticks()]
+        assert all(t.is_integer() for t in named) and len(named) <= MOST_TICKS + 1
+    assert all(float(y).is_integer() for y in drawn["constitution"].axes[0].get_yticks())
 
 
 @pytest.mark.parametrize("history", [{}, {0: {}}, {1: HISTORY[1]}])
@@ -74,17 +84,16 @@ def test_little_or_nothing_can_be_drawn_too(history: dict[int, dict[str, float]]
 
 def test_a_method_without_principles_has_its_rates_alone() -> None:
     rates = {1: {"refinement_rate": 0.3}, 2: {"refinement_rate": 0.5}}
-    figure = figures(rates)["constitution"]
+    drawn = figures(rates)
+    assert "constitution" not in drawn
+    figure = drawn["mined"]
     assert curves(figure) == {"refinement rate": [0.3, 0.5]}
-    assert len(figure.axes) == 1
     assert list(figure.axes[0].get_xticks()) == [1, 2]
 
 
 def test_the_previous_policy_is_met_too() -> None:
     history = {t: {"win_rate/refined_vs_previous": t / 4} for t in (1, 2)}
-    assert curves(figures(history)["previous"]) == {
-        "refined, against previous refined": [0.25, 0.5]
-    }
+    assert curves(figures(history)["previous"]) == {"refined vs previous refined": [0.25, 0.5]}
 
 
 COSTS = {
@@ -106,7 +115,8 @@ def test_costs_are_stacked_by_stage() -> None:
         0: {"evaluate": 1025},
         1: {"mine": 9000, "train": 4000, "evaluate": 1500},
     }
-    seconds, tokens = figures(COSTS)["costs"].axes
+    drawn = figures(COSTS)
+    (seconds,), (tokens,) = drawn["seconds"].axes, drawn["tokens"].axes
     top = {round(float(bar.get_x() + 0.275)): 0.0 for bar in seconds.patches}  # type: ignore[attr-defined]
     for bar in seconds.patches:
         at = round(float(bar.get_x() + 0.275))  # type: ignore[attr-defined]
@@ -143,7 +153,13 @@ SAMI = {
 
 
 def test_sami_has_pictures_of_its_own() -> None:
-    assert [*figures(SAMI, constitutional=True)] == ["win_rate", "information", "lengths", "costs"]
+    assert [*figures(SAMI, constitutional=True)] == [
+        "win_rate",
+        "information",
+        "lengths",
+        "seconds",
+        "tokens",
+    ]
     assert "constitution" in figures(HISTORY) and "information" not in figures(HISTORY)
     drawn = figures(SAMI, constitutional=True)
     assert curves(drawn["win_rate"]) == {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from chat_model import build_chat_model
@@ -11,7 +12,7 @@ from scripted import turns_of
 from models.engine.local import LocalPolicy, load_policy
 from models.policy import Completion, Messages, PolicySettings, Request
 from models.prompts import CHAT
-from tasks.mine import MineSettings, mine, requests_per_prompt
+from tasks.mine import MineSettings, completions_per_prompt, mine
 from tasks.rows import Mined, Prompt, prompt_id
 
 SETTINGS = MineSettings(
@@ -55,6 +56,16 @@ def prompts(*texts: str) -> list[Prompt]:
     return rows
 
 
+def test_the_first_of_several_golds_is_shown(policy: LocalPolicy) -> None:
+    (row,) = prompts("How do I bake bread?")
+    listening = Listening(policy)
+    row = replace(row, other_golds=("GOLD-other",))
+    mine(SETTINGS, CHAT, "0/1", listening, [row])  # type: ignore[arg-type]
+    seen = [str(request.messages) for request in listening.requests]
+    assert any("GOLD-0" in text for text in seen)
+    assert not any("GOLD-other" in text for text in seen)
+
+
 def test_every_candidate_is_there_in_order(policy: LocalPolicy) -> None:
     rows = prompts("How do I bake bread?", "What is the capital of France?")
     answered: list[int] = []
@@ -62,7 +73,7 @@ def test_every_candidate_is_there_in_order(policy: LocalPolicy) -> None:
     assert [m.prompt_id for m in mined] == [r.prompt_id for r in rows]
     assert [[c.sample for c in m.candidates] for m in mined] == [[0, 1, 2], [0, 1, 2]]
     assert all(c.critique and c.finish in ("stop", "length") for m in mined for c in m.candidates)
-    assert sum(answered) == len(rows) * requests_per_prompt(SETTINGS, CHAT)
+    assert sum(answered) == len(rows) * completions_per_prompt(SETTINGS, CHAT)
     assert len({c.principle for m in mined for c in m.candidates}) == 6
 
 
@@ -88,7 +99,7 @@ def test_the_critique_can_be_left_out(policy: LocalPolicy) -> None:
     settings = SETTINGS.model_copy(update={"critique": False})
     (mined,) = mine(settings, CHAT, "0/1", listening, prompts("How do I bake bread?"))  # type: ignore[arg-type]
     assert not listening.role("critique")
-    assert len(listening.requests) == requests_per_prompt(settings, CHAT)
+    assert sum(r.n for r in listening.requests) == completions_per_prompt(settings, CHAT)
     assert {c.critique for c in mined.candidates} == {""}
 
 

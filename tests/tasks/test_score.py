@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -36,6 +37,7 @@ from tasks.similarity.embedding import Embedding
 from tasks.similarity.judge import JudgeGrade
 from tasks.similarity.registry import open_similarity
 from tasks.similarity.rouge import RougeL, RougeSettings, rouge_l, tokens
+from tasks.similarity.sentences import Sentences, sentences
 
 NAMES = [
     "hh_harmless_base_test.jsonl.gz",
@@ -286,6 +288,115 @@ def test_an_embedder_that_loses_a_text_is_an_error() -> None:
         embedded_by(lambda texts: np.ones((1, 3))).compare("a", ["b"])
 
 
+# Sentences
+
+
+def by_sentences(embed: Any) -> Sentences:
+    found = Sentences(ScoreSettings(similarity="sentences"))
+    found.embed = embed
+    return found
+
+
+def test_sentences_match_each_other_in_any_order() -> None:
+    embed = Letters()
+    same, half, more, none = by_sentences(embed).compare("a. b.", ["b. a.", "a.", "a. b. c.", "c."])
+    assert same.value == pytest.approx(1.0)
+    assert half.value == pytest.approx(2 * 0.5 / 1.5), "recall 1/2, precision 1"
+    assert more.value == pytest.approx(2 * (2 / 3) / (1 + 2 / 3)), "recall 1, precision 2/3"
+    assert none.value == 0.0
+    assert sorted(embed.seen) == ["a.", "b.", "c."]
+
+
+def test_a_sentence_without_an_embedding_is_left_out() -> None:
+    left_out, none, empty = by_sentences(Letters()).compare("a.", ["a.\nzero", "zero", " "])
+    assert left_out.value == pytest.approx(1.0)
+    assert (none.value, none.unscored) == (None, "no sentence has an embedding")
+    assert (empty.value, empty.unscored) == (None, "the text is empty")
+    (no_gold,) = by_sentences(Letters()).compare(" ", ["a."])
+    assert no_gold.unscored == "gold: the text is empty"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("One. Two!  Three?\n\n- four\n", ["One.", "Two!", "Three?", "- four"]),
+        ("It costs 3.50 euros.", ["It costs 3.50 euros."]),
+        ("好。很好！", ["好。", "很好！"]),
+    ],
+)
+def test_what_a_sentence_is(text: str, found: list[str]) -> None:
+    assert sentences(text) == found
+
+
+# Several golds
+
+
+def test_the_nearest_of_several_golds_counts() -> None:
+    """For each response by itself; a gold that cannot be read is left out where others can be."""
+    row = replace(
+        mined("the red cat", "a blue dog"), gold="a blue dog", other_golds=("the red cat",)
+    )
+    (found,) = score(open_similarity(ScoreSettings()), [row])
+    assert (found.initial_score, found.candidates[0].score) == (1.0, 1.0)
+    (alone,) = score(open_similarity(ScoreSettings()), [replace(row, other_golds=())])
+    assert alone.initial_score == 0.0
+    (found,) = score(open_similarity(ScoreSettings()), [replace(row, gold="東京に行く")])
+    assert (found.initial_score, found.initial_unscored) == (1.0, None)
+    (found,) = score(open_similarity(ScoreSettings()), [replace(row, initial=" ")])
+    assert (found.initial_score, found.initial_unscored) == (None, "the text is empty")
+    similarity = embedded_by(Letters())
+    assert [s.value for s in similarity.best(["a", "nan", "b"], ["a", "bb", "c"])] == [1, 1, 0]
+    (none,) = similarity.best(["zero", "nan"], ["a"])
+    assert none.value is None and (none.unscored or "").startswith("gold: ")
+
+
+def test_the_judge_by_similarity_takes_the_nearest_gold() -> None:
+    judge = GoldSimilarity(open_similarity(ScoreSettings()).best, "rouge_l")
+    pair = Pair(prompt=mined("").prompt, gold="a blue dog", ours="the red cat", theirs="a blue hat")
+    (verdict,) = judge.compare([pair])
+    assert verdict.outcome == 0
+    (verdict,) = judge.compare([replace(pair, other_golds=("the red cat",))])
+    assert (verdict.outcome, verdict.our_score) == (1, 1.0)
+
+
+def test_rows_without_further_golds_are_read() -> None:
+    """As earlier versions recorded them."""
+    row = mined("a")
+    table = to_table([row], Mined)
+    assert from_table(table.drop_columns(["other_golds"]), Mined) == [row]
+    several = replace(row, other_golds=("b", "c"))
+    assert from_table(to_table([row, several], Mined), Mined) == [row, several]
+
+
+PARAPHRASES = (
+    ("It also helps the environment.", "It is good for the environment."),
+    ("It costs about five dollars.", "The price is around $5."),
+    ("Do you want me to go on?", "Shall I continue?"),
+    ("Be careful, it can be dangerous.", "There is some risk in it."),
+)
+"""A gold sentence, and one that obeys the same rule in other words."""
+ANSWER = "Bring a map, and start early."
+MODEL = "STAPLE_TEST_EMBEDDER"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(MODEL not in os.environ, reason=f"{MODEL} names no all-MiniLM-L6-v2")
+def test_minilm_sees_obedience_in_other_words() -> None:
+    """It finds three of four paraphrases nearer than an answer without the sentence, and than those
+    that obey another rule; ROUGE-L one, which has the rule's own word."""
+    by_minilm = ScoreSettings(similarity="embedding", embedding_model=os.environ[MODEL])
+    found: dict[str, list[bool]] = {}
+    for name, chosen in (("minilm", by_minilm), ("rouge", ScoreSettings())):
+        similarity = open_similarity(chosen)
+        for number, (gold, other) in enumerate(PARAPHRASES):
+            wrong = [texts[1] for n, texts in enumerate(PARAPHRASES) if n != number]
+            texts = [f"{ANSWER} {other}", ANSWER, *(f"{ANSWER} {text}" for text in wrong)]
+            obeys, *others = (s.value or 0 for s in similarity.compare(f"{ANSWER} {gold}", texts))
+            found.setdefault(name, []).append(obeys > max(others))
+            print(f"{name}: {obeys:.2f}, else at most {max(others):.2f}: {other}")
+    assert found == {"minilm": [True, True, True, False], "rouge": [True, False, False, False]}
+
+
 # An LLM judge
 
 ENGINE = PolicySettings(model="owner/judge", device="cpu", dtype="float32", quantization="none")
@@ -396,7 +507,7 @@ def test_the_settings_say_that_the_gold_is_shown() -> None:
 
 
 def test_the_judge_compares_no_answers_by_the_gold_alone() -> None:
-    judge = GoldSimilarity(open_similarity(BY_JUDGE).compare, "judge")
+    judge = GoldSimilarity(open_similarity(BY_JUDGE).best, "judge")
     pair = Pair(prompt=mined("").prompt, gold="g", ours="a", theirs="b")
     with pytest.raises(UserError, match=r"cannot compare two answers.*set evaluate\.judge"):
         judge.compare([pair])

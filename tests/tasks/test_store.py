@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import staple
@@ -12,6 +14,7 @@ from in_turn import in_turn
 
 from constitutions.errors import UserError
 from models.settings import Settings
+from tasks.record.preview import SHOWN
 from tasks.record.record import Attempt, Record
 from tasks.record.slot import Slot
 from tasks.record.work import Metrics, Workspace, shards
@@ -55,6 +58,27 @@ def test_the_same_again_is_reused(slot: Slot) -> None:
     assert (first.run_id, first.reused, second.reused) == (second.run_id, False, True)
     assert second.read("numbers", Number) == [Number(value=1)]
     assert second.metrics["sum"] == 1.0
+
+
+def test_mlflow_shows_settings_and_tables(slot: Slot) -> None:
+    class Named(AddSettings):
+        name: str = "sum"
+        unset: str | None = None
+
+    done = slot.attempt("add", Named(), {}, adding(1, []))
+    shown = slot.record.client.get_run(done.run_id).data
+    assert shown.params == {"plus": "1", "name": "sum"}
+    assert json.loads(shown.tags[SHOWN]) == [{"path": "numbers.json", "type": "table"}]
+    table = json.loads(slot.record.artifacts.path(done.run_id, "numbers.json").read_bytes())
+    assert table == {"columns": ["value"], "data": [[1]]}
+
+
+def test_libraries_are_prepared_for_what_is_computed(slot: Slot) -> None:
+    calls: list[Any] = []
+    prepared = replace(slot, warm=calls.append)
+    run(prepared, 1, calls)
+    run(prepared, 1, calls)
+    assert calls == ["add", 1], "before its clock starts, and not for what the record has"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tracemalloc
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +23,7 @@ from tasks.record.slot import Slot
 from tasks.record.work import Metrics, Workspace
 from tasks.rows import Candidate, Mined, Rejected, Scores, Trajectory
 from tasks.score import ScoreSettings, score_stage
-from tasks.train import Training, TrainSettings, tokenised
+from tasks.train import Training, TrainSettings, conversations_of, tokenised
 
 Made = TypeVar("Made")
 WORDS = ("cat", "mat", "dog", "door", "house", "rain", "old", "by", "in", "on", "the")
@@ -99,5 +100,7 @@ def stream(folder: Path, model: Path, prompts: int, peaks: dict[str, list[int]])
         model=model, policy=PolicySettings(), previous_adapter=None, out=work.outputs / "adapter",
         settings=TrainSettings(), seed=0,
     )  # fmt: skip
-    data = measured(peaks, "tokenise", lambda: tokenised(work, training, kept, CHAT, 1))
+    given = kept.rows("trajectories", Trajectory)
+    learned = partial(conversations_of, templates=CHAT, settings=training.settings)
+    data = measured(peaks, "tokenise", lambda: tokenised(work, training, given, learned, "1"))
     assert data.conversations == len(data.examples) == prompts

@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 from chat_model import build_chat_model
+from pydantic import ValidationError
 
 from constitutions.errors import UserError
 from models.policy import PolicySettings
-from models.prompts import CHAT
+from models.prompts import CHAT, ask_refinement
 from tasks.rows import Labelled, Prompt
 from tasks.train import (
     Training,
     TrainingSet,
     TrainResult,
     TrainSettings,
-    conversation_of,
+    conversations_of,
     demonstration,
     encode,
     expected_steps,
@@ -71,7 +72,8 @@ def run(model: Path, out: Path, rows: list[Labelled], **changes: Any) -> TrainRe
         model=model, policy=policy, previous_adapter=previous, out=out, settings=settings, seed=0
     )
     encoder = training.encoder()
-    encoded = [encode(conversation_of(row, CHAT, settings), encoder) for row in rows]
+    asked = [each for row in rows for each in conversations_of(row, CHAT, settings)]
+    encoded = [encode(each, encoder) for each in asked]
     with tempfile.TemporaryDirectory() as folder:
         return train(TrainingSet.of(encoded, Path(folder) / "examples.arrow"), training, progress)
 
@@ -140,6 +142,70 @@ def test_without_principles_the_loss_is_on_the_refinement_alone() -> None:
     ]
     assert [found.messages[turn]["content"] for turn in found.turns] == ["Restart the printer."]
     assert not any(ROWS[0].principle in m["content"] for m in found.messages)
+
+
+def test_first_answers_learn_the_refinement_where_they_are_asked_to() -> None:
+    """Of the prompt alone: no word of y1, of the principle or of the gold."""
+    row = labelled(1, weight=0.3)
+    (usual,) = conversations_of(row, CHAT, SETTINGS)
+    changes = {"first_answer": "refined", "first_answer_weight": 0.5}
+    same, first = conversations_of(row, CHAT, SETTINGS.model_copy(update=changes))
+    assert same == usual
+    assert first.messages == (*row.prompt, {"role": "assistant", "content": row.refined})
+    assert first.turns == (len(row.prompt),) and first.weight == pytest.approx(0.15)
+
+
+def test_first_answers_are_distilled_from_the_policy_under_the_label() -> None:
+    """The label is what a person may have edited; y1 is what the policy says unprompted."""
+    row = labelled(1, weight=0.3, label="Edited by a person.")
+    how = SETTINGS.model_copy(update={"first_answer": "distilled", "first_answer_weight": 0.5})
+    _, kept, own = conversations_of(row, CHAT, how)
+    for found, text in ((kept, row.refined), (own, row.initial)):
+        assert found.messages == (*row.prompt, {"role": "assistant", "content": text})
+        assert found.teacher == ask_refinement(CHAT, row.prompt, row.initial, row.label)
+        assert found.weight == pytest.approx(0.15)
+
+
+def test_a_distilled_answer_is_tokenised_after_both_prompts(model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from models.training.encoding import Encoder
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    how = SETTINGS.model_copy(update={"first_answer": "distilled"})
+    _, kept, own = conversations_of(labelled(1), CHAT, how)
+    (example,) = encode(kept, Encoder(tokenizer, 700)).examples
+    student, teacher = (str(tokenizer.decode(list(e.ids))) for e in (example, example.teacher))
+    assert student.endswith("Restart the printer.<|im_end|>")
+    assert "Say the next step." in teacher and "Say the next step." not in student
+    for each in (example, example.teacher):
+        learned = [i for i, t in zip(each.ids, each.trained, strict=True) if t]
+        assert tokenizer.decode(learned) == "Restart the printer.<|im_end|>"
+    assert example.tokens == len(example.ids) + len(example.teacher.ids)
+    (refused,) = encode(own, Encoder(tokenizer, len(example.ids))).skipped
+    assert "more than max_tokens" in refused.detail, "the teacher's prompt is the longer one"
+
+
+def test_only_an_adapter_is_distilled() -> None:
+    with pytest.raises(ValidationError, match="update: lora"):
+        TrainSettings(first_answer="distilled", update="full")
+
+
+@pytest.mark.parametrize("way", ["refined", "distilled"])
+def test_first_answers_that_learned_are_likelier(
+    way: str, model: Path, first: tuple[Path, TrainResult], tmp_path: Path
+) -> None:
+    """log p(y2 | x) rises beyond what the method's own examples give it: the policy that goes on
+    knows y2 from its principle already, so that there is something to distil."""
+    from models.engine.local import load_policy
+
+    pairs = [(row.prompt, row.refined) for row in ROWS]
+    means = []
+    for how in ("none", way):
+        run(model, tmp_path / how, ROWS, first_answer=how, previous_adapter=first[0])
+        scored = load_policy(POLICY, model, tmp_path / how).logprobs(pairs)
+        means.append(sum(s.logprob for s in scored))
+    assert means[1] > 0.7 * means[0]
 
 
 def test_a_demonstration_is_the_prompt_and_its_gold() -> None:

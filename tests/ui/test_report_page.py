@@ -17,13 +17,14 @@ import pytest
 import small_loop
 
 from constitutions.constitution import load, save
-from flows.commands.report import write_report
-from flows.experiment import note_settings, open_experiment, record_of
+from flows.commands.report import gather, packages, write_report
+from flows.experiment import note_settings, open_experiment, record_of, recorded_settings
 from flows.schema import ExperimentSettings
 from flows.settings import load_settings, with_changes
 from models.settings import Settings
 from tasks.record.record import Attempt, Record
 from tasks.record.work import Metrics, Workspace
+from tasks.report.document import page
 from tasks.report.exhibits import best_examples
 from tasks.rows import Answer, ClusterRow, Comparison, Labelled, Prompt
 
@@ -199,8 +200,8 @@ def test_nothing_leaves_the_page_and_nothing_is_wrong(browser: Any, home: Path) 
         watched.page.mouse.wheel(0, 20_000)
         unfold(watched)
         pictures = watched.page.locator(".pictures img")
-        assert pictures.count() == 4
-        for number in range(4):
+        assert pictures.count() == 6
+        for number in range(6):
             assert pictures.nth(number).evaluate(
                 "image => image.complete && image.naturalWidth > 300"
             )
@@ -321,11 +322,41 @@ def test_hostile_texts_are_texts(browser: Any, home: Path) -> None:
     assert watched.said == []
 
 
+CUT = """[...document.querySelectorAll("body *")]
+    .filter(it => it.clientWidth && it.scrollWidth > it.clientWidth + 1)
+    .filter(it => getComputedStyle(it).display !== "inline" && !it.closest("thead, svg"))
+    .map(it => `${it.tagName} ${it.textContent.slice(0, 80)}`)"""
+"""What shows less than it holds: the reader would have to scroll sideways."""
+BESIDE = "cell => getComputedStyle(cell, '::before').content"
+
+
+def test_the_head_says_what_was_found(browser: Any, home: Path) -> None:
+    """The first screen, on a desk and on a telephone; what is stale is said before the figures."""
+    note_settings(with_changes(load_settings("small.yaml"), {"train.epochs": 7}))
+    (home / "stale.html").write_text(page([gather(recorded_settings("small"))], packages()))
+    note_settings(load_settings("small.yaml"))
+    found = record_of("small").needs("evaluate", 2).metrics["win_rate/refined_vs_initial_0"]
+    for width in (1280, 400):
+        window = opened(browser, home / "small.html", width).page
+        head = window.locator("header")
+        caveat = head.locator(".summary p").last.bounding_box()
+        assert caveat["y"] + caveat["height"] < 800, "without scrolling"
+        text = shown(head.inner_text())
+        assert f"After iteration 2, refined answers against the initial policy's first ones have a win rate of {100 * found:.1f} %" in text  # fmt: skip
+        assert "Judge oracle Data the embedded world “planted”: 160 prompts to learn from, 20 held out" in text  # fmt: skip
+        assert "current" not in text
+        assert "Not all of it is current" in opened(browser, home / "stale.html", width).page.locator("header").inner_text()  # fmt: skip
+        assert window.locator("#results tbody tr").count() == 3, "every iteration"
+
+
 @pytest.mark.parametrize("file", ["small.html", "both.html"])
 def test_it_fits_a_narrow_window(browser: Any, home: Path, file: str) -> None:
     watched = opened(browser, home / file, width=400)
     unfold(watched)
     assert watched.page.evaluate("document.documentElement.scrollWidth") == 400
+    assert watched.page.evaluate(CUT) == []
+    for cell in watched.page.locator("#results tbody td").all()[:4]:
+        assert cell.get_attribute("data-label") in cell.evaluate(BESIDE), "its column's title"
     in_view(watched).locator(".dot").nth(8).hover(force=True)
     assert in_view(watched).locator(".dot.chosen").count() == 1
 

@@ -192,7 +192,7 @@ def test_a_review_answered_in_its_form(place: Place, page: Any) -> None:
     page.get_by_label("source").first.fill("small")
     page.get_by_label("iterations").first.fill("1")
     choose(page, page.get_by_label("Select enabled"), "yes")
-    assert submit(page)["settings"] == {"iterations": 1, "review": {"enabled": "yes"}}
+    assert submit(page)["settings"] == {"iterations": "1", "review": {"enabled": "yes"}}
     page.get_by_role("button", name="View run").click()
     page.get_by_text("Suspended").first.wait_for(timeout=300_000)
     assert place.record.current("review", 1) is None

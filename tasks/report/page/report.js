@@ -83,6 +83,14 @@ function wire(map) {
 
 document.querySelectorAll(".map").forEach(wire);
 
+// Where a row does not fit, the style shows it as a list, whose lines begin with their column's title.
+document.querySelectorAll("table").forEach((table) => {
+  const titles = [...table.querySelectorAll("thead th")].map((title) => title.textContent);
+  table.querySelectorAll("tbody tr").forEach((row) =>
+    [...row.cells].forEach((cell, i) => (cell.dataset.label = titles[i])),
+  );
+});
+
 document.querySelectorAll(".choose").forEach((chooser) => {
   const radios = [...chooser.querySelectorAll("input")];
   const show = () => radios.forEach((radio) => (document.getElementById(radio.value).hidden = !radio.checked));

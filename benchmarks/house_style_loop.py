@@ -1,0 +1,92 @@
+"""Does the loop improve a real language model? The house-style world over seeds, and a control.
+
+    staple fetch smollm2-135m-instruct; staple fetch all-minilm-l6-v2
+    python -m benchmarks.house_style_loop --seeds 100 101 102 103 104 --set policy.dtype=bfloat16
+
+All seeds share one taught model, on which no seed has an influence. Writes
+`benchmarks/house_style_loop.json` and prints the tables of `benchmarks/house_style.md`. Win rates
+are by the rules' checkers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.planted_runs import History, Runs, keep, mean_cell, run_all, table
+
+HERE = Path(__file__).parent
+ARMS: Mapping[str, tuple[str, ...]] = {
+    "STaPLe": (),
+    "unconstrained": ("cluster.representative=none",),
+    "STaR": ("method=star",),
+    "SFT on gold": ("method=sft",),
+    "control": ("prompts.shuffle_gold=true",),
+}
+"""Name → settings that differ from the preset. The control's golds belong to other prompts."""
+COLUMNS: Mapping[str, str] = {
+    "refined answers": "win_rate/refined_vs_initial_0",
+    "of them, never mined": "win_rate/house-style-held/refined_vs_initial_0",
+    "first answers": "win_rate/initial_vs_0",
+    "refinement rate": "refinement_rate",
+    "kept principles that are called for": "house-style/kept_right",
+    "answers' principles that are": "house-style/invented_right",
+    "faithful": "faithfulness/answers",
+    "recall": "house-style/recall",
+    "precision": "house-style/precision",
+}
+"""Heading → metric of an iteration."""
+
+
+def main() -> None:
+    """Run all arms and seeds, and print the tables."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102, 103, 104])
+    options.add_argument("--arms", nargs="+", default=["STaPLe", "control"], choices=list(ARMS))
+    options.add_argument("--set", action="append", default=[], help="a setting, for every arm")
+    options.add_argument("--jobs", type=int, default=2, help="seeds at the same time")
+    options.add_argument("--folder", type=Path, default=Path(".staple/house-style"))
+    chosen = options.parse_args()
+    _share_taught(chosen.folder, chosen.seeds)
+    named = {
+        arm: (f"experiment=house-style-{number}", *chosen.set, *ARMS[arm])
+        for number, arm in enumerate(ARMS)
+        if arm in chosen.arms
+    }
+    runs = run_all(named, chosen.seeds, chosen.folder, chosen.jobs, preset="house-style")
+    keep(runs, HERE / "house_style_loop.json")
+    print(report(runs))
+
+
+def _share_taught(folder: Path, seeds: list[int]) -> None:
+    """Where each seed's run finds, or makes, the model that is taught the skills."""
+    taught = folder.absolute() / "taught"
+    taught.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        own = folder / f"seed-{seed}" / ".staple" / "taught"
+        own.parent.mkdir(parents=True, exist_ok=True)
+        if not own.is_symlink():
+            own.symlink_to(taught)
+
+
+def report(runs: Runs) -> str:
+    """A table for each arm: a line for each iteration of each seed, and the last one's mean."""
+    lines = []
+    for arm, seeds in runs.items():
+        rows = [
+            [f"{seed}, {t}", *_cells([history], t)]
+            for seed, history in seeds.items()
+            for t in range(len(history))
+        ]
+        rows.append(["mean, last", *_cells(list(seeds.values()), -1)])
+        lines += [f"{arm}:", "", *table(["seed, iteration", *COLUMNS], rows), ""]
+    return "\n".join(lines)
+
+
+def _cells(histories: list[History], iteration: int) -> list[str]:
+    return [mean_cell([h[iteration].get(metric) for h in histories]) for metric in COLUMNS.values()]
+
+
+if __name__ == "__main__":
+    main()

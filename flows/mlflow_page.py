@@ -1,0 +1,67 @@
+"""What MLflow's page of an experiment shows first: what it is and found, and its iterations' table.
+
+`flows.loop` describes the experiment after each iteration; commands print the table's address.
+"""
+
+from __future__ import annotations
+
+import json
+
+from flows.experiment import Experiment
+from flows.methods import method_of
+from flows.publish import iteration_metrics
+from tasks.record.connection import TRAINING, RecordConnection
+from tasks.report.headline import Headline
+
+NOTE = "mlflow.note.content"
+"""Tag: the description, in Markdown."""
+COLUMNS = 6
+"""Figures in the table: as many as a page shows."""
+VIEW = "iterations"
+"""The name under which MLflow shares the table's columns."""
+
+
+def describe(e: Experiment, iteration: int) -> None:
+    """Say on MLflow's page what the experiment is and has found, up to this iteration."""
+    history = {t: iteration_metrics(e.current(t)) for t in range(iteration + 1)}
+    found = method_of(e.settings).found(e.settings, history)
+    figures = method_of(e.settings).figures(e.settings)[:COLUMNS]
+    shared = {"selectedColumns": [f"metrics.`{name}`" for name in figures]}
+    tags = {
+        **TRAINING,
+        NOTE: _description(e, iteration, found),
+        f"mlflow.sharedViewState.{VIEW}": json.dumps(shared),
+    }
+    for name, text in tags.items():
+        e.record.client.set_experiment_tag(e.record.experiment_id, name, text)
+
+
+def table_url(server: str, record: RecordConnection) -> str:
+    """The address of an experiment's iterations on an MLflow server."""
+    return f"{server.rstrip('/')}/{_table(record)}"
+
+
+def _table(record: RecordConnection) -> str:
+    chosen = f"workflowType=machine_learning&viewStateShareKey={VIEW}"
+    return f"#/experiments/{record.experiment_id}/runs?{chosen}"
+
+
+def _description(e: Experiment, iteration: int, found: Headline | None) -> str:
+    settings, name = e.settings, e.settings.experiment
+    prompts = settings.prompts
+    source = ", ".join(corpus.label for corpus in prompts.corpora)
+    if prompts.world:
+        source = f"the {prompts.world.name} world"
+    what = f"{method_of(settings).title(settings)} of {settings.policy.model} on {source}"
+    models = f", [models](#/models/{name})" if iteration else ""
+    return "\n\n".join(
+        [
+            f"**{found or 'No win rate is measured yet.'}**",
+            f"{what}, iteration {iteration} of {settings.last}.",
+            f"[Iterations by their main figures]({_table(e.record)}){models}. An iteration's run "
+            "has its constitution, map and adapter; below it are the runs of its stages, with "
+            "settings, all figures and outputs. The run `summary` has the curves.",
+            f"`staple status {name}` says what is out of date; `staple report {name}` writes all "
+            "of it as one page.",
+        ]
+    )

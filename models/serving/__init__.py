@@ -1,0 +1,1 @@
+"""A policy behind an OpenAI-compatible server of our own: `staple serve`."""

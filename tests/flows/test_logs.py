@@ -1,0 +1,39 @@
+"""The log file of a run: all that was told, also in quiet; named where the run fails."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from command import Ran, staple
+
+from flows.schema import ExperimentSettings
+from tasks.record import progress
+
+
+def stage(capsys: pytest.CaptureFixture[str], name: str, *more: str) -> Ran:
+    return staple(capsys, "stage", name, "--experiment", "lineage", "--iteration", "1", *more)
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_what_a_stage_says_is_in_its_log(
+    at_home: ExperimentSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    failed = stage(capsys, "train", "--set", "train.max_tokens=16")
+    assert failed.code == 2
+    named = re.search(r"^The log of this run: (.*)$", failed.err, re.MULTILINE)
+    assert named
+    text = Path(named[1]).read_text()
+    message = failed.err.partition("\n")[0].removeprefix("staple: ")
+    assert "Traceback" in text and message[:60] in text
+
+    done = "✓ filter 1 ·"
+    assert done in stage(capsys, "filter", "--force").err
+    monkeypatch.setattr(progress._shown, "quiet", False)  # undone with the test
+    quiet = stage(capsys, "filter", "--force", "--quiet")
+    assert quiet.code == 0 and not quiet.err
+    newest = max(Path(".staple/logs").iterdir(), key=lambda path: path.stat().st_mtime)
+    assert done in newest.read_text()

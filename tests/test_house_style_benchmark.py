@@ -1,0 +1,99 @@
+"""benchmarks/house_style.py: what it asks, and how it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from benchmarks.house_style import (
+    FOLLOWED,
+    SAMPLES,
+    SHOTS,
+    Trial,
+    bootstrap,
+    outcomes,
+    report,
+    trials,
+    wilson,
+)
+from models.house_style import house
+from models.policy import Completion, Messages, Progress, Request, Scoring
+
+
+class Obedient:
+    """A policy that names "price" whenever it is hinted, and follows it whatever it is told."""
+
+    def __init__(self) -> None:
+        self.asked: list[Request] = []
+
+    def generate(
+        self, requests: Sequence[Request], progress: Progress | None = None
+    ) -> list[list[Completion]]:
+        self.asked += requests
+        return [[_say(self._text(r))] * r.n for r in requests]
+
+    def _text(self, request: Request) -> str:
+        if _contents(request)[-1].startswith("A better answer:"):
+            return "Mention the price.\nAnd more."
+        return "Use a soft cloth and let it dry in the sun for as long as you can. It costs a lot."
+
+    def logprobs(self, pairs: Sequence[tuple[Messages, str]]) -> list[Scoring]:
+        raise AssertionError("the benchmark asks for texts alone")
+
+    def hidden_states(self, texts: Sequence[str]) -> np.ndarray:
+        raise AssertionError("the benchmark asks for texts alone")
+
+
+def _contents(request: Request) -> list[str]:
+    assert not isinstance(request.messages, str)
+    return [message["content"] for message in request.messages]
+
+
+def _say(text: str) -> Completion:
+    return Completion(text=text, tokens=1, logprob=0.0, finish="stop")
+
+
+def test_trials_depend_on_the_seed_and_cover_every_rule() -> None:
+    found = list(trials(0, 2))
+    assert found == list(trials(0, 2)) != list(trials(1, 2))
+    assert [t.rule for t in found] == [name for name in house.RULES for _ in range(2)]
+    for trial in found:
+        rule = house.RULES[trial.rule]
+        assert rule.check(trial.gold) and not rule.check(trial.initial)
+        assert any(cue in trial.prompt for cue in rule.cues) and trial.name in rule.wordings
+
+
+@pytest.mark.parametrize("arm", ["short", "shots"])
+def test_a_policy_that_knows_one_rule_is_counted_for_that_rule_alone(arm: str) -> None:
+    given: list[Trial] = list(trials(0, 2))
+    policy = Obedient()
+    found = outcomes(policy, arm, given, "key")
+    for one in found:
+        right = one.trial.rule == "price"
+        assert one.principles == ["Mention the price."] * SAMPLES
+        assert one.named == [right] * SAMPLES
+        assert one.done == one.followed == [right] * FOLLOWED
+    row = next(line for line in report({arm: found}).splitlines() if line.startswith(f"| {arm} |"))
+    assert row.count("1 of 24") == 2 and "0.04" in row
+    before = {len(r.messages) for r in policy.asked}
+    longer = {"short": 0, "shots": 1}[arm] * SHOTS
+    assert before == {3 + 4 * longer, 5 + 6 * longer}
+
+
+def test_the_gold_is_shown_where_a_principle_is_asked_for_and_nowhere_else() -> None:
+    policy = Obedient()
+    given = list(trials(3, 1))
+    outcomes(policy, "short", given, "key")
+    for request in policy.asked:
+        text = " ".join(_contents(request))
+        shown = any(f"A better answer: {trial.gold}\n" in text for trial in given)
+        assert shown == ("/name/" in request.key)
+
+
+def test_the_intervals() -> None:
+    low, high = wilson(5, 10)
+    assert low == pytest.approx(0.2366, abs=1e-3) and high == pytest.approx(0.7634, abs=1e-3)
+    assert bootstrap([0.5] * 20) == (0.5, 0.5)
+    assert 0.2 < bootstrap([0.0, 1.0] * 20)[0] < 0.5 < bootstrap([0.0, 1.0] * 20)[1] < 0.8
