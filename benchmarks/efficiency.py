@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,7 @@ def _held(shape: Shape, gpu: Gpu, quantization: str, rank: int = 0, decode: floa
         quantization=quantization,
         dtype="bfloat16",
         rank=rank,
-        gpu=gpu,
-        efficiency=ideal,
+        gpu=replace(gpu, efficiency=ideal),
     )
 
 

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from prefect import flow, tags, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
+from prefect.settings import PREFECT_API_URL
 
 from constitutions.constitution import load, markdown
 from flows import review
 from flows.champion import decided
-from flows.experiment import Experiment, Place, open_experiment, writing
+from flows.experiment import Experiment, Place, open_experiment, recorded_names, writing
 from flows.methods import method_of
 from flows.mlflow_page import describe
 from flows.publish import (
@@ -28,6 +30,7 @@ from flows.publish import (
 )
 from flows.registry import crown, log_corpora, registered
 from flows.schema import ExperimentSettings
+from flows.server.pools import offer_experiments
 from flows.told import told_steps
 from tasks.record.stage import artifact_key
 
@@ -88,9 +91,18 @@ def publish(experiment: Experiment, iteration: int, attempts: Attempts) -> Attem
     if publish_iteration(experiment, iteration, attempts, model):
         log_corpora(experiment, iteration, attempts["prompts"])
     crown(experiment)
-    describe(experiment, iteration)
+    describe(experiment, iteration, registered=bool(model))
     _show_constitution(experiment, iteration, attempts)
+    if iteration == 0:
+        _offer()
     return attempts
+
+
+def _offer() -> None:
+    """Let the stages' forms on Prefect's server offer this experiment, too."""
+    if PREFECT_API_URL.value():
+        with get_client(sync_client=True) as client:
+            offer_experiments(client, recorded_names())
 
 
 def _show(experiment: Experiment, done: Sequence[Attempts]) -> None:

@@ -10,6 +10,7 @@ import json
 from flows.experiment import Experiment
 from flows.methods import method_of
 from flows.publish import iteration_metrics
+from flows.schema import ExperimentSettings
 from tasks.record.connection import TRAINING, RecordConnection
 from tasks.report.headline import Headline
 
@@ -21,8 +22,12 @@ VIEW = "iterations"
 """The name under which MLflow shares the table's columns."""
 
 
-def describe(e: Experiment, iteration: int) -> None:
-    """Say on MLflow's page what the experiment is and has found, up to this iteration."""
+def describe(e: Experiment, iteration: int, *, registered: bool) -> None:
+    """Say on MLflow's page what the experiment is and has found, up to this iteration.
+
+    Args:
+        registered: whether its models are, whose page then says it, too.
+    """
     history = {t: iteration_metrics(e.current(t)) for t in range(iteration + 1)}
     found = method_of(e.settings).found(e.settings, history)
     figures = method_of(e.settings).figures(e.settings)[:COLUMNS]
@@ -34,6 +39,8 @@ def describe(e: Experiment, iteration: int) -> None:
     }
     for name, text in tags.items():
         e.record.client.set_experiment_tag(e.record.experiment_id, name, text)
+    if registered:
+        e.record.client.update_registered_model(e.settings.experiment, _models(e, found))
 
 
 def table_url(server: str, record: RecordConnection) -> str:
@@ -48,16 +55,11 @@ def _table(record: RecordConnection) -> str:
 
 def _description(e: Experiment, iteration: int, found: Headline | None) -> str:
     settings, name = e.settings, e.settings.experiment
-    prompts = settings.prompts
-    source = ", ".join(corpus.label for corpus in prompts.corpora)
-    if prompts.world:
-        source = f"the {prompts.world.name} world"
-    what = f"{method_of(settings).title(settings)} of {settings.policy.model} on {source}"
     models = f", [models](#/models/{name})" if iteration else ""
     return "\n\n".join(
         [
             f"**{found or 'No win rate is measured yet.'}**",
-            f"{what}, iteration {iteration} of {settings.last}.",
+            f"{_what(settings)}, iteration {iteration} of {settings.last}.",
             f"[Iterations by their main figures]({_table(e.record)}){models}. An iteration's run "
             "has its constitution, map and adapter; below it are the runs of its stages, with "
             "settings, all figures and outputs. The run `summary` has the curves.",
@@ -65,3 +67,25 @@ def _description(e: Experiment, iteration: int, found: Headline | None) -> str:
             "of it as one page.",
         ]
     )
+
+
+def _models(e: Experiment, found: Headline | None) -> str:
+    name = e.settings.experiment
+    return "\n\n".join(
+        [
+            f"**{found or 'No win rate is measured yet.'}**",
+            f"{_what(e.settings)}. A version is the policy after one training; its tag "
+            "`iteration` says which. `champion` is the one that won on held-out prompts which no "
+            "decision had used before; without that alias it is the initial policy.",
+            f"`staple serve {name}` answers with it, `staple export {name}` writes it to a folder.",
+        ]
+    )
+
+
+def _what(settings: ExperimentSettings) -> str:
+    """What was trained, how, and on which prompts."""
+    prompts = settings.prompts
+    source = ", ".join(corpus.label for corpus in prompts.corpora)
+    if prompts.world:
+        source = f"the {prompts.world.name} world"
+    return f"{method_of(settings).title(settings)} of {settings.policy.model} on {source}"

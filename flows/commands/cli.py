@@ -617,8 +617,12 @@ def validate(
 def plan(
     source: Source = "planted",
     gpu: Annotated[
-        str, typer.Option(help="rtx-4090, l4, l40s, a100-40, a100-80, h100, h200 or b200.")
-    ] = "h100",
+        str | None,
+        typer.Option(
+            help="rtx-4090, l4, l40s, a100-40, a100-80, h100, h200 or b200; cpu measures this "
+            "machine. Default: cpu where the policy is small or set to it, else h100."
+        ),
+    ] = None,
     like: Annotated[
         str,
         typer.Option(help="Use lengths, acceptance and clusters of this recorded experiment."),
@@ -634,7 +638,7 @@ def plan(
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate tokens, GPU memory, disk, hours, the constitution's size. No model is loaded."""
+    """Estimate tokens, memory, disk, hours, the constitution's size. No model is loaded."""
     from dataclasses import replace
 
     from flows.commands.plan import show_plan

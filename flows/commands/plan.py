@@ -11,6 +11,7 @@ from constitutions.terminal import console
 from flows.commands.tables import Grid, table
 from flows.plan.cost import GIB
 from flows.plan.plan import Plan
+from tasks.record.progress import duration
 
 
 def show_checked(source: str, found: Mapping[str, str]) -> None:
@@ -23,18 +24,14 @@ def show_checked(source: str, found: Mapping[str, str]) -> None:
 def show_plan(found: Plan) -> None:
     """Print tokens and hours of every stage, memory, disk and the assumptions."""
     what = f"{found.settings.policy.model}, {_count(found.parameters)} parameters"
-    console.print(Text(f"An estimate: {what}, on one {found.gpu.name}. Nothing was loaded."))
-    if found.needs_no_gpu:
-        console.print(
-            "So small a model needs no GPU: run it on this machine, whose stages say how long they "
-            "take. The tokens hold there, too; the hours and the memory are the GPU's."
-        )
+    where = "this machine's processor, without a GPU" if found.on_cpu else f"one {found.gpu.name}"
+    console.print(Text(f"An estimate: {what}, on {where}. Nothing was loaded."))
     console.print(_tokens(found))
     if found.memory:
         console.print(_memory(found))
     for memory in found.memory:
         if memory.remedy:
-            problem = f"{memory.title}: too much for one {found.gpu.name}; {memory.remedy}"
+            problem = f"{memory.title}: too much for {where}; {memory.remedy}"
             console.print(Text(problem, "yellow"))
     disk = ", ".join(f"{name} {_size(size)}" for name, size in found.disk.items() if size)
     console.print(Text(f"disk: {disk}"))
@@ -45,16 +42,17 @@ def show_plan(found: Plan) -> None:
 def _tokens(found: Plan) -> Grid:
     titles = ("stage", "it.", "prompts", "samples", "generate", "at most", "prefill", "train")
     figures = ("prompts", "samples", "generated", "at_most", "prefilled", "trained")
+    unit, shown = ("time", _time) if found.on_cpu else ("hours", _hours)
     rows = []
     for part in found.iterations:
         which = str(part.first) if part.first == part.last else f"{part.first}–{part.last}"
         for work in part.work:
             counts = [_count(getattr(work, figure)) for figure in figures]
-            rows.append([work.stage, which, *counts, _hours(work.hours)])
-    title = "tokens and hours, each iteration"
+            rows.append([work.stage, which, *counts, shown(work.hours)])
+    title = f"tokens and {unit}, each iteration"
     totals = [_count(found.total(figure)) for figure in figures[1:]]
-    rows.append(["all", "", "", *totals, _hours(found.total("hours"))])
-    return table(title, (*titles, "hours"), rows, texts=[0], total=True)
+    rows.append(["all", "", "", *totals, shown(found.total("hours"))])
+    return table(title, (*titles, unit), rows, texts=[0], total=True)
 
 
 def _memory(found: Plan) -> Grid:
@@ -63,7 +61,8 @@ def _memory(found: Plan) -> Grid:
     for memory in found.memory:
         cells = [_size(memory.parts[part]) if part in memory.parts else "–" for part in parts]
         rows.append([memory.title, *cells, _size(memory.bytes)])
-    title = f"GPU memory at most, of {found.gpu.memory:g} GiB"
+    kind = "memory" if found.on_cpu else "GPU memory"
+    title = f"{kind} at most, of {found.gpu.memory:.4g} GiB"
     return table(title, ("rows × tokens", *parts, "all"), rows, texts=[0])
 
 
@@ -78,6 +77,10 @@ def _count(number: float) -> str:
 
 def _size(number: float) -> str:
     return f"{number / GIB:.1f}G" if number >= GIB / 10 else f"{number / 2**20:.1f}M"
+
+
+def _time(hours: float | None) -> str:
+    return "–" if hours is None else duration(3600 * hours)
 
 
 def _hours(hours: float | None) -> str:

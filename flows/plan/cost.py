@@ -19,8 +19,6 @@ PASS_TOKENS = 8192
 """Tokens of prompts in one forward pass, as in `models.engine.base`."""
 MEMORY_SHARE = 0.8
 """Share of the memory beside the weights that rows may fill, as in `models.engine.base`."""
-MOST_ROWS = 512
-"""Rows that a GPU decodes together at most, as in `models.engine.base`."""
 LOGIT_BYTES = 32
 """Bytes per row and vocabulary entry while a token is sampled, as in `models.engine.base`."""
 LOSS_BYTES = 12
@@ -32,9 +30,29 @@ OPTIMISER_BYTES = 4 + 2
 """Bytes per trained parameter for its gradient and two 8-bit moments."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Efficiency:
+    """The shares of a datasheet's rates that are reached, and the fixed cost of a step."""
+
+    decode: float
+    """Of the bandwidth, or of the FLOP/s where they limit, in a decoding step."""
+    prefill: float
+    """Of the FLOP/s, in prompts."""
+    training: float
+    """Of the FLOP/s, forward and backward."""
+    layer_seconds: float
+    """Seconds per layer of a decoding step for launching kernels, at any batch size."""
+
+
+MEASURED = Efficiency(decode=0.235, prefill=0.4, training=0.432, layer_seconds=0.155e-3)
+"""On an H100: benchmarks/gpu.md has the run, in which `python -m benchmarks.efficiency` finds them.
+The share in prompts is a guess: that run has too few of them to tell."""
+
+
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A GPU's datasheet: dense rates, without sparsity."""
+    """A GPU's datasheet: dense rates, without sparsity. `flows.plan.machine` measures a processor
+    in its terms."""
 
     name: str
     memory: float
@@ -45,6 +63,9 @@ class Gpu:
     """TFLOP/s of matrix products."""
     float32: float
     """TFLOP/s, without TF32."""
+    efficiency: Efficiency = MEASURED
+    most_rows: int = 512
+    """Samples that are decoded together at most, as in `models.engine.base`."""
 
     @property
     def room(self) -> float:
@@ -72,25 +93,6 @@ GPUS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Efficiency:
-    """The shares of a datasheet's rates that are reached, and the fixed cost of a step."""
-
-    decode: float
-    """Of the bandwidth, or of the FLOP/s where they limit, in a decoding step."""
-    prefill: float
-    """Of the FLOP/s, in prompts."""
-    training: float
-    """Of the FLOP/s, forward and backward."""
-    layer_seconds: float
-    """Seconds per layer of a decoding step for launching kernels, at any batch size."""
-
-
-MEASURED = Efficiency(decode=0.235, prefill=0.4, training=0.432, layer_seconds=0.155e-3)
-"""On an H100: benchmarks/gpu.md has the run, in which `python -m benchmarks.efficiency` finds them.
-The share in prompts is a guess: that run has too few of them to tell."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
     """A model on a GPU: how its weights are held, and the rank of its adapter.
 
@@ -102,7 +104,11 @@ class Held:
     dtype: str
     rank: int
     gpu: Gpu
-    efficiency: Efficiency = MEASURED
+
+    @property
+    def efficiency(self) -> Efficiency:
+        """What of the device's rates is reached."""
+        return self.gpu.efficiency
 
     @property
     def weights(self) -> float:
@@ -138,7 +144,7 @@ class Held:
         each = parts["KV cache"] + parts["logits"]
         free = (self.gpu.memory - RESERVED) * GIB - parts["weights"]
         left = self.gpu.room - (sum(parts.values()) - each)
-        return max(0, min(MOST_ROWS, int(MEMORY_SHARE * free / each), int(left / each)))
+        return max(0, min(self.gpu.most_rows, int(MEMORY_SHARE * free / each), int(left / each)))
 
     def step_seconds(self, rows: float, context: float, read: float) -> float:
         """Seconds in which each of `rows` samples gets one more token.

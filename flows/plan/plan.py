@@ -19,6 +19,7 @@ from flows.experiment import record_of, recorded_settings
 from flows.methods import method_of
 from flows.plan.constitution import Foreseen, foreseen
 from flows.plan.cost import GIB, GPUS, Gpu, Held
+from flows.plan.machine import CPU, this_machine
 from flows.plan.sami import workload_of
 from flows.plan.workload import CHARACTERS, Assumed, JudgeTurns, SampledTurn, Workload, lengths
 from flows.schema import ExperimentSettings
@@ -81,7 +82,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What an experiment takes on one GPU."""
+    """What an experiment takes on one GPU, or on this machine's processor."""
 
     settings: ExperimentSettings
     gpu: Gpu
@@ -94,9 +95,9 @@ class Plan:
     """What was assumed, and what is left out."""
 
     @property
-    def needs_no_gpu(self) -> bool:
-        """Whether the model is so small that two CPU cores run it, too."""
-        return self.parameters < SMALL
+    def on_cpu(self) -> bool:
+        """Whether the hours are this machine's processor's."""
+        return self.gpu.name == CPU
 
     def facts(self) -> dict[str, object]:
         """All of it but the settings, for a program; memory and disk in bytes."""
@@ -120,20 +121,30 @@ class Plan:
         )
 
 
-def plan(settings: ExperimentSettings, gpu: str = "h100", assumed: Assumed | None = None) -> Plan:
-    """Estimate an experiment on one GPU of the table `flows.plan.cost.GPUS`.
+def plan(
+    settings: ExperimentSettings, gpu: str | None = None, assumed: Assumed | None = None
+) -> Plan:
+    """Estimate an experiment on one device.
+
+    Args:
+        gpu: a name of `flows.plan.cost.GPUS`; "cpu" measures this machine for a second. None: that,
+            where the policy is set to it or is small, else an H100.
 
     Raises:
         UserError: no such GPU; a model whose sizes are unknown; a data file or a constitution that
             is wrong.
     """
-    if gpu not in GPUS:
-        raise UserError("no such GPU", where=f"--gpu {gpu}", expected=f"one of {', '.join(GPUS)}")
+    names = (CPU, *GPUS)
+    if gpu not in (None, *names):
+        raise UserError("no such GPU", where=f"--gpu {gpu}", expected=f"one of {', '.join(names)}")
+    small = shape_of(settings.policy).parameters < SMALL
+    gpu = gpu or (CPU if small or settings.policy.device == "cpu" else "h100")
+    device = this_machine(settings.policy.threads) if gpu == CPU else GPUS[gpu]
     known = lengths(settings.prompts, settings.seed)
-    estimate = _Estimate(settings, GPUS[gpu], workload_of(settings, known, assumed or Assumed()))
+    estimate = _Estimate(settings, device, workload_of(settings, known, assumed or Assumed()))
     return Plan(
         settings=settings,
-        gpu=GPUS[gpu],
+        gpu=device,
         parameters=estimate.policy.shape.parameters,
         iterations=tuple(estimate.iterations()),
         memory=tuple(estimate.memory()),
@@ -470,15 +481,16 @@ class _Estimate:
         if method_of(s).guided:
             yield from self._constitutions()
         gpu, reached = self.gpu, self.policy.efficiency
+        rates = f"{gpu.bandwidth:,.0f} GB/s and {gpu.rate(s.policy.dtype) / 1e12:,.3g} TFLOP/s"
         yield (
-            f"{gpu.name}: {gpu.bandwidth:,.0f} GB/s and {gpu.bfloat16:,.0f} TFLOP/s, of which "
+            f"{gpu.name}{', measured now' * (gpu.name == CPU)}: {rates}, of which "
             f"decoding reaches {reached.decode:.0%}, prefill {reached.prefill:.0%}, training "
             f"{reached.training:.0%}; each layer of a step takes "
-            f"{reached.layer_seconds * 1e3:g} ms besides"
+            f"{reached.layer_seconds * 1e3:.3g} ms besides"
         )
         if s.train.processes > 1:
             yield f"training on {s.train.processes} such GPUs, all else on one"
-        if s.policy.device == "cpu":
+        if s.policy.device == "cpu" and gpu.name != CPU:
             yield "policy.device is cpu: the hours are the GPU's all the same"
         yield f"left out: {self.workload.rest}, loading, endpoints, corpora, older champions"
 

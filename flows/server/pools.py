@@ -40,11 +40,14 @@ def client_of(url: str, login: str | None = None) -> SyncPrefectClient:
     return SyncPrefectClient(url, auth_string=login)
 
 
-def deploy(url: str, environment: Mapping[str, str]) -> None:
+def deploy(url: str, environment: Mapping[str, str], experiments: Sequence[str]) -> None:
     """Create the pools and deployments of `prefect.yaml` in the Prefect server at an API's URL.
 
     The server is made to refuse unknown parameters of a deployment; by default it accepts them, and
     the run crashes. Schedules that were changed in the UI stay as they are.
+
+    Args:
+        experiments: what the stages' forms offer (`offer_experiments`).
 
     Raises:
         UserError: Prefect refused them.
@@ -63,9 +66,26 @@ def deploy(url: str, environment: Mapping[str, str]) -> None:
         )
         if done.returncode:
             raise UserError(f"Prefect refused the deployments:\n{tail(done.stdout + done.stderr)}")
-        _close_parameters(client)
+        offer_experiments(client, experiments)
         for deployment, before in schedules.items():
             _restore_schedules(client, deployment, before)
+
+
+def offer_experiments(client: SyncPrefectClient, names: Sequence[str]) -> None:
+    """Make the experiment in each stage's form a choice of the recorded ones; others are refused.
+
+    Without any recorded experiment it stays a text field. No form takes unknown parameters.
+    """
+    for deployment in client.read_deployments():
+        if not str(deployment.entrypoint).startswith("flows.deployments."):
+            continue
+        form = {**(deployment.parameter_openapi_schema or {}), "additionalProperties": False}
+        fields = form.get("properties", {})
+        if names and "experiment" in fields:
+            chosen = {**fields["experiment"], "enum": list(names)}
+            form["properties"] = {**fields, "experiment": chosen}
+        place, change = {"id": deployment.id}, {"parameter_openapi_schema": form}
+        client.request("PATCH", "/deployments/{id}", path_params=place, json=change)
 
 
 def end_dead_runs(client: SyncPrefectClient, dead: Collection[str], *, alone: bool) -> list[str]:
@@ -139,15 +159,6 @@ def _make_pool(client: SyncPrefectClient, name: str, limit: int) -> None:
         "concurrency_limit": limit,
     }
     client.request("POST", "/work_pools/", json=pool)
-
-
-def _close_parameters(client: SyncPrefectClient) -> None:
-    for deployment in client.read_deployments():
-        if str(deployment.entrypoint).startswith("flows.deployments."):
-            closed = {**(deployment.parameter_openapi_schema or {}), "additionalProperties": False}
-            change = {"parameter_openapi_schema": closed}
-            place = {"id": deployment.id}
-            client.request("PATCH", "/deployments/{id}", path_params=place, json=change)
 
 
 def _restore_schedules(

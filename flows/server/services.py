@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from constitutions.errors import UserError
+from flows.experiment import recorded_names
 from flows.server.pools import (
     POOLS,
     client_of,
@@ -175,7 +176,8 @@ def _up(starting: _Starting, prefect_port: int | None, mlflow_port: int | None) 
     if login:
         client_environment["PREFECT_API_AUTH_STRING"] = login
     if starting.started:
-        deploy(prefect, {**_environment(), **client_environment})
+        given = {**_environment(), **client_environment}
+        deploy(prefect, given, recorded_names())
     with client_of(prefect, login) as client:
         dead = {s.mark for s in starting.others if s.is_here and not _of(s.mark)}
         ended = end_dead_runs(client, dead, alone=own)

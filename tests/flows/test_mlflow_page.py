@@ -37,6 +37,8 @@ def test_the_page_says_what_was_found(at_home: ExperimentSettings) -> None:
     assert "STaPLe, constrained of " in shown[NOTE]
     assert "on rows.jsonl, iteration 1 of 1" in shown[NOTE]
     assert table_url("", e.record).strip("/") in shown[NOTE]
+    models = e.record.client.get_registered_model(at_home.experiment).description
+    assert str(found) in models and "staple serve lineage" in models
     columns = json.loads(shown[f"mlflow.sharedViewState.{VIEW}"])["selectedColumns"]
     assert columns[0] == "metrics.`win_rate/refined_vs_initial_0`"
 

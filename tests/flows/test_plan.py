@@ -52,7 +52,8 @@ def test_every_preset_is_planned(
 ) -> None:
     ran = staple(capsys, "plan", name)
     assert ran.code == 0, ran.err
-    words = ("hours", "prefill", "at most", "weights", "KV cache", "disk", "estimate", "assumed")
+    unit = "time" if name.startswith("planted") else "hours"
+    words = (unit, "prefill", "at most", "weights", "KV cache", "disk", "estimate", "assumed")
     assert all(word in ran.out for word in words)
     assert "too much" not in ran.out
 
@@ -570,7 +571,7 @@ def test_baselines_are_planned_too(changes: list[str]) -> None:
 
 def test_mistakes_are_told(capsys: pytest.CaptureFixture[str], workplace: Path) -> None:
     gpu = staple(capsys, "plan", "planted", "--gpu", "h800")
-    assert gpu.code == 2 and "one of rtx-4090" in gpu.err
+    assert gpu.code == 2 and "one of cpu, rtx-4090" in gpu.err
     model = staple(capsys, "plan", "planted", "--set", "policy.model=owner/unheard-of")
     assert model.code == 2 and "nothing is downloaded to plan" in model.err
     for option in ("--filled", "--accepted"):

@@ -200,7 +200,7 @@ def test_a_pool_of_before_is_closed_too(site: Site) -> None:
     with client(site) as api:
         api.patch("/work_pools/cpu", json={"base_job_template": template, "concurrency_limit": 7})
         login = {"PREFECT_API_AUTH_STRING": site.login}
-        deploy(f"{site.url}/api", {**os.environ, **login})
+        deploy(f"{site.url}/api", {**os.environ, **login}, [])
         pool = api.get("/work_pools/cpu").json()
     assert set(pool["base_job_template"]["variables"]["properties"]) == {
         "name",

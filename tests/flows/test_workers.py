@@ -52,7 +52,7 @@ def site(
                 patch.setenv(name, value)
             settings = load_settings(str(folder / "lineage.yaml"))
             note_settings(settings)
-            deploy(prefect.url, environment)
+            deploy(prefect.url, environment, [])
             # on SQLite, Prefect lets a request wait a minute for the database
             anew = httpx.Limits(max_keepalive_connections=0)  # none that the server has just closed
             with httpx.Client(base_url=prefect.url, timeout=120, limits=anew) as api:

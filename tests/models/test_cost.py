@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,13 @@ from flows.plan.cost import (
     GPUS,
     MEASURED,
     MEMORY_SHARE,
-    MOST_ROWS,
     PASS_TOKENS,
     RESERVED,
     Efficiency,
     Gpu,
     Held,
 )
+from flows.plan.machine import MOST_ROWS, this_machine
 from models.checkpoints.shapes import read_shape, shape_of
 from models.engine import base as engine
 from models.engine.local import load_policy
@@ -177,7 +178,20 @@ def test_rows_are_those_that_the_engine_takes(
 
 def test_what_is_known_of_the_engine_is_so() -> None:
     assert (PASS_TOKENS, MEMORY_SHARE) == (engine.PASS_TOKENS, engine.MEMORY_SHARE)
-    assert engine.MOST_ROWS["cuda"] == MOST_ROWS
+    assert {"cuda": GPUS["h100"].most_rows, "cpu": MOST_ROWS} == engine.MOST_ROWS
+
+
+def test_a_processor_is_measured() -> None:
+    found = this_machine(1)
+    product = torch.randn(1024, 1024)
+    start = time.perf_counter()
+    for _ in range(5):
+        product @ product
+    reached = 5 * 2 * 1024**3 / (time.perf_counter() - start) / 1e12
+    assert 0.1 * reached < found.float32 < 20 * reached, "in TFLOP/s, within what load explains"
+    assert 0.2 < found.bandwidth < 2000, "in GB/s"
+    assert 1e-6 < found.efficiency.layer_seconds < 0.1
+    assert found is this_machine(1), "once a process"
 
 
 def test_what_a_step_costs() -> None:
@@ -206,7 +220,7 @@ def test_what_a_step_costs() -> None:
 def test_the_constants_are_found_again_in_what_a_gpu_took() -> None:
     true = Efficiency(decode=0.42, prefill=MEASURED.prefill, training=0.27, layer_seconds=6e-4)
     shape, gpu = shape_of(PolicySettings(model="meta-llama/Llama-3.1-8B-Instruct")), GPUS["h100"]
-    parts = {"shape": shape, "dtype": "bfloat16", "gpu": gpu, "efficiency": true}
+    parts = {"shape": shape, "dtype": "bfloat16", "gpu": replace(gpu, efficiency=true)}
     found: dict[str, dict[str, Any]] = {}
     for name, quantization, rows in (
         ("sampling_nf4", "nf4", 256),

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,13 +76,15 @@ class Place:
 
 def staple(folder: Path, *arguments: str) -> str:
     """Run `staple` in a process of its own; its output. It finds the services by itself."""
-    foreign = ("PREFECT_API", "PREFECT_SERVER_DATABASE", "PREFECT_HOME", "MLFLOW_TRACKING")
+    foreign = (
+        "PREFECT_API",
+        "PREFECT_SERVER_DATABASE",
+        "PREFECT_HOME",
+        "MLFLOW_TRACKING",
+        "STAPLE",
+    )
     kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    own = {
-        "PREFECT_HOME": str(folder / "prefect"),
-        "STAPLE_HOME": str(folder / ".staple"),
-        "PYTHONPATH": str(ROOT),
-    }
+    own = {"HOME": str(folder.parent), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "flows.commands.cli", *arguments],
         cwd=folder,
@@ -99,7 +102,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, small: Path, prefect_home
     """A folder with a finished experiment of two iterations, made without any service."""
     folder = tmp_path_factory.mktemp("ui")
     small_loop.copy_finished(small, folder)
-    shutil.copytree(prefect_home, folder / "prefect")
+    shutil.copy(prefect_home / "prefect.db", folder / ".staple")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("STAPLE_HOME", str(folder / ".staple"))
@@ -109,14 +112,21 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, small: Path, prefect_home
 
 @pytest.fixture(scope="module")
 def place(recorded: Path) -> Iterator[Place]:
+    with up(recorded) as found:
+        yield found
+
+
+@contextmanager
+def up(folder: Path) -> Iterator[Place]:
+    """Within the block the services of `staple up` run in a folder."""
     prefect, mlflow = free_port(), free_port()
     try:
-        shown = staple(recorded, "up", "--port", str(prefect), "--mlflow-port", str(mlflow))
-        found = Place(recorded, f"http://127.0.0.1:{prefect}", f"http://127.0.0.1:{mlflow}")
+        shown = staple(folder, "up", "--port", str(prefect), "--mlflow-port", str(mlflow))
+        found = Place(folder, f"http://127.0.0.1:{prefect}", f"http://127.0.0.1:{mlflow}")
         assert found.prefect in shown and found.mlflow in shown
         yield found
     finally:
-        staple(recorded, "down")
+        staple(folder, "down")
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +138,7 @@ def page(place: Place) -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=CHROMIUM)
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         page.set_default_timeout(120_000)
-        page.goto(f"{place.prefect}/v2")
-        page.get_by_placeholder("admin:pass").fill(":".join(place.login))
-        page.get_by_role("button", name="Login").click()
-        page.wait_for_url(lambda url: "/dashboard" in url)
+        sign_in(page, place)
         yield page
         browser.close()
 
@@ -143,7 +150,7 @@ def test_one_stage_from_its_form(place: Place, page: Any) -> None:
     page.get_by_role("link", name="cluster").first.click()
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Custom run").click()
-    page.get_by_label("experiment").first.fill("small")
+    choose(page, page.get_by_label("Select experiment"), "small")
     page.get_by_label("iteration").first.fill("2")
     page.get_by_label("distance_threshold").fill("predictive")
     page.get_by_label("max_principles").fill("3")
@@ -225,6 +232,30 @@ def test_a_review_answered_in_its_form(place: Place, page: Any) -> None:
     assert reviewed.digest in {source.digest for source in again.inputs.values()}
 
 
+@browser_test
+def test_two_checkouts_side_by_side(
+    place: Place, page: Any, prefect_home: Path, tmp_path: Path
+) -> None:
+    """Each has runs and forms of its own, under one user's login and home."""
+    (tmp_path / ".staple").mkdir()
+    shutil.copy(prefect_home / "prefect.db", tmp_path / ".staple")
+    before = deployments(place)
+    with up(tmp_path) as other:
+        sign_in(page, other)
+        page.get_by_text("No runs").first.wait_for()
+        shoot(page, "other")
+        assert page.get_by_text("small cluster 2").count() == 0
+        fields = deployments(other)["cluster"]["parameter_openapi_schema"]["properties"]
+        assert "enum" not in fields["experiment"], "it has no experiment to offer"
+        page.goto(f"{other.mlflow}/#/experiments")
+        page.get_by_text("No experiments").or_(page.get_by_text("Default")).first.wait_for()
+        assert page.get_by_text("small", exact=True).count() == 0
+    assert deployments(place) == before, "nothing of the first was written over"
+    sign_in(page, place)
+    page.goto(f"{place.prefect}/v2/runs")
+    page.get_by_text("small cluster 2").first.wait_for()
+
+
 def test_a_mistaken_parameter_is_refused(place: Place) -> None:
     def refused(deployment: str, parameters: dict[str, Any]) -> str:
         url = f"{place.deployment(deployment)}/create_flow_run"
@@ -239,14 +270,17 @@ def test_a_mistaken_parameter_is_refused(place: Place) -> None:
         "cluster", {**one, "settings": {"max_principles": 0}}
     )
     assert "mine" in refused("experiment", {"settings": {"mine": {"samples": "many"}}})
+    assert "'nosuch' is not one of ['small']" in refused(
+        "filter", {"experiment": "nosuch", "iteration": 1}
+    )
 
 
-def test_a_mistaken_name_fails_with_a_message(place: Place) -> None:
-    parameters = {"experiment": "nosuch", "iteration": 1}
+def test_a_mistaken_iteration_fails_with_a_message(place: Place) -> None:
+    parameters = {"experiment": "small", "iteration": 8}
     asked(place, f"{place.deployment('filter')}/create_flow_run", {"parameters": parameters})
     run = eventually(lambda: ended(place, "filter"))
     assert run["state"]["type"] == "FAILED"
-    assert "experiment nosuch: nothing is recorded" in run["state"]["message"]
+    assert "iteration 8" in run["state"]["message"], run["state"]
 
 
 def test_up_again_starts_only_what_is_not_running(place: Place) -> None:
@@ -294,6 +328,22 @@ def submit(page: Any) -> dict[str, Any]:
             break
     assert sent.value.status == 201, sent.value.text()
     return dict(json.loads(sent.value.request.post_data)["parameters"])
+
+
+def sign_in(page: Any, place: Place) -> None:
+    """Open Prefect's first page."""
+    page.goto(f"{place.prefect}/v2")
+    page.get_by_placeholder("admin:pass").fill(":".join(place.login))
+    page.get_by_role("button", name="Login").click()
+    page.wait_for_url(lambda url: "/dashboard" in url)
+
+
+def deployments(place: Place) -> dict[str, dict[str, Any]]:
+    """What Prefect's server knows of each deployment, by name; workers change their pools."""
+    address = f"{place.prefect}/api/deployments/filter"
+    found = httpx.post(address, json={}, auth=place.login, timeout=300).json()
+    kept = ("id", "parameter_openapi_schema", "schedules", "entrypoint")
+    return {one["name"]: {name: one[name] for name in kept} for one in found}
 
 
 def choose(page: Any, box: Any, option: str) -> None:
