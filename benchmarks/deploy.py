@@ -10,10 +10,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from benchmarks.planted_runs import History, Runs, keep, mean_cell, run_all, table
+from flows.experiment import Experiment
+from models.planted.oracle import core_share
+from models.planted.world import sample_examples
+from models.policy import Request, user
 
 HERE = Path(__file__).parent
+OUTSIDE = 200
+"""Prompts outside of the world for each policy."""
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "none, the preset": (),
     "refined": ("train.first_answer=refined",),
@@ -28,6 +35,7 @@ COLUMNS: Mapping[str, str] = {
     "of them, never mined": "win_rate/planted-held/initial_vs_0",
     "refined answers": "win_rate/refined_vs_initial_0",
     "core of first answers": "planted/core_initial",
+    "the same outside the world's prompts": "planted/core_outside",
     "tokens an answer": "answers/tokens",
     "tokens trained on": TRAINED,
 }
@@ -48,9 +56,30 @@ def main() -> None:
         for number, name in enumerate(VARIANTS)
         if name in chosen.variants
     }
-    runs = run_all(named, chosen.seeds, chosen.folder, chosen.jobs)
+    runs = run_all(named, chosen.seeds, chosen.folder, chosen.jobs, after=retained)
     keep(runs, HERE / "deploy.json")
     print(report(runs))
+
+
+def retained(experiment: Experiment) -> dict[str, float]:
+    """How much of the core the last policy's first answers hold where the prompt is of no kind that
+    was mined or pretrained: a chore, and nothing about the user."""
+    last, settings = experiment.settings.last, experiment.settings
+    policy = experiment.policy(last).load()
+    chores = [e.chore for e in sample_examples(OUTSIDE, settings.seed, "eval", "held")]
+    asked = [f"please {c.verb} the {c.adjective} {c.part} of my {c.topic}." for c in chores]
+    requests = [
+        Request(
+            messages=(user(text),),
+            key=text,
+            temperature=settings.evaluate.temperature,
+            max_tokens=settings.evaluate.max_response_tokens,
+        )
+        for text in asked
+    ]
+    answers = [completions[0].text for completions in policy.generate(requests)]
+    shares = [core_share(*pair) for pair in zip(asked, answers, strict=True)]
+    return {"planted/core_outside": round(fmean(shares), 4)}
 
 
 def report(runs: Runs) -> str:

@@ -11,16 +11,20 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from math import sqrt
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import TYPE_CHECKING
 
 from tasks.judging.gate import GatePoint
 from tasks.record.record import Attempt
+
+if TYPE_CHECKING:
+    from flows.experiment import Experiment
 
 Overrides = Sequence[str]
 """Settings that differ from the preset, as `--set` takes them."""
@@ -28,6 +32,7 @@ History = list[dict[str, float]]
 """The metrics of each iteration, from 0."""
 Runs = dict[str, dict[str, History]]
 """Variant → seed → metrics by iteration."""
+After = Callable[["Experiment"], dict[str, float]]
 KEPT = re.compile(
     r"win_rate/((planted|house-style)-held/)?(refined_vs_initial_0|initial_vs_0)(_low|_high)?"
     r"|train/(tokens|trained_tokens)|(planted|house-style)/(recall|precision|nmi|ari)"
@@ -53,12 +58,17 @@ def run_all(
     folder: Path,
     jobs: int = 2,
     preset: str = "planted",
+    after: After | None = None,
 ) -> Runs:
-    """Every variant of a preset on every seed; a seed is one process's work, `jobs` at a time."""
+    """Every variant of a preset on every seed; a seed is one process's work, `jobs` at a time.
+
+    Args:
+        after: measures something more of each finished experiment; it goes to the last iteration.
+    """
     runs: Runs = {name: {} for name in variants}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         waiting = {
-            seed: pool.submit(run_seed, seed, dict(variants), folder.absolute(), preset)
+            seed: pool.submit(run_seed, seed, dict(variants), folder.absolute(), preset, after)
             for seed in seeds
         }
         for seed, future in waiting.items():
@@ -68,7 +78,11 @@ def run_all(
 
 
 def run_seed(
-    seed: int, variants: Mapping[str, Overrides], folder: Path, preset: str = "planted"
+    seed: int,
+    variants: Mapping[str, Overrides],
+    folder: Path,
+    preset: str = "planted",
+    after: After | None = None,
 ) -> dict[str, History]:
     """Every variant on one seed, one after the other.
 
@@ -87,7 +101,7 @@ def run_seed(
     found = {}
     for name, overrides in variants.items():
         filled = [_filled(text, seed) for text in overrides]
-        found[name] = _run(preset, [f"seed={seed}", *filled])
+        found[name] = _run(preset, [f"seed={seed}", *filled], after)
         print(f"seed {seed}, {name}: done", file=sys.stderr, flush=True)
     return found
 
@@ -109,7 +123,7 @@ def _filled(override: str, seed: int) -> str:
     return override
 
 
-def _run(preset: str, overrides: Overrides) -> History:
+def _run(preset: str, overrides: Overrides, after: After | None) -> History:
     from flows.em import steps
     from flows.experiment import open_experiment
     from flows.publish import iteration_metrics
@@ -119,7 +133,10 @@ def _run(preset: str, overrides: Overrides) -> History:
     experiment = open_experiment(settings)
     iterations = range(settings.last + 1)
     attempts = ({a.stage: a for a in steps(experiment, t)} for t in iterations)
-    return [_told(iteration_metrics(made) | _curve(made["evaluate"])) for made in attempts]
+    history = [_told(iteration_metrics(made) | _curve(made["evaluate"])) for made in attempts]
+    if after:
+        history[-1] |= after(experiment)
+    return history
 
 
 def _curve(evaluated: Attempt) -> dict[str, float]:
