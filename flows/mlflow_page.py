@@ -19,7 +19,11 @@ NOTE = "mlflow.note.content"
 COLUMNS = 6
 """Figures in the table: as many as a page shows."""
 VIEW = "iterations"
-"""The name under which MLflow shares the table's columns."""
+"""The name under which MLflow shares the table's columns and the order of charts."""
+
+
+SECTION = {"uuid": "figures", "name": "Main figures", "display": True, "isReordered": False}
+"""The first section of charts; MLflow adds those of all other figures, by their names."""
 
 
 def describe(e: Experiment, iteration: int, *, registered: bool) -> None:
@@ -30,8 +34,13 @@ def describe(e: Experiment, iteration: int, *, registered: bool) -> None:
     """
     history = {t: iteration_metrics(e.current(t)) for t in range(iteration + 1)}
     found = method_of(e.settings).found(e.settings, history)
-    figures = method_of(e.settings).figures(e.settings)[:COLUMNS]
-    shared = {"selectedColumns": [f"metrics.`{name}`" for name in figures]}
+    figures = method_of(e.settings).figures(e.settings)
+    shared = {
+        "selectedColumns": [f"metrics.`{name}`" for name in figures[:COLUMNS]],
+        "compareRunCharts": [_chart(name) for name in figures],
+        "compareRunSections": [SECTION],
+        "isAccordionReordered": True,
+    }
     tags = {
         **TRAINING,
         NOTE: _description(e, iteration, found),
@@ -51,6 +60,19 @@ def table_url(server: str, record: RecordConnection) -> str:
 def _table(record: RecordConnection) -> str:
     chosen = f"workflowType=machine_learning&viewStateShareKey={VIEW}"
     return f"#/experiments/{record.experiment_id}/runs?{chosen}"
+
+
+def _chart(metric: str) -> dict[str, object]:
+    """A bar for each iteration, as MLflow stores the charts of a page."""
+    return {
+        "type": "BAR",
+        "uuid": metric,
+        "metricKey": metric,
+        "metricSectionId": SECTION["uuid"],
+        "runsCountToCompare": 20,
+        "deleted": False,
+        "isGenerated": True,
+    }
 
 
 def _description(e: Experiment, iteration: int, found: Headline | None) -> str:

@@ -1,8 +1,8 @@
 """The prompts of the house-style world, with golds.
 
 A prompt is an everyday request with one to three cues, each of which calls for a rule of the
-house. Its gold is an answer of the model's own, edited by those rules. A seed draws the prompts
-and `DRAWN` of the rules.
+house. Its golds are answers of the model's own, edited by those rules. A seed draws the prompts and
+`DRAWN` of the rules.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class StyledExample:
 
     prompt: str
     gold: str
+    other_golds: tuple[str, ...]
+    """The same edits, in other words, of the request's other answers."""
     plain: str
     """The answer that the gold is an edit of."""
     needed: frozenset[str]
@@ -106,9 +108,12 @@ def _example(
     if not plain:
         return None
     answer = rng.choice(plain)
+    prompt = asked(request.text, cues, rng)
+    others = [other for other in dict.fromkeys(plain) if other != answer]
     return StyledExample(
-        prompt=asked(request.text, cues, rng),
+        prompt=prompt,
         gold=edited(answer, rules, rng),
+        other_golds=tuple(edited(o, rules, random.Random(f"{prompt}/{o}")) for o in others),
         plain=answer,
         needed=frozenset(rule.name for rule in rules),
     )

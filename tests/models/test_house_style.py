@@ -187,8 +187,12 @@ def test_the_oracle_reads_the_truth_back() -> None:
     for pool, combined in (("train", "seen"), ("eval", "held")):
         for e in world.sample_examples(300, 1, pool, combined):  # type: ignore[arg-type]
             assert oracle.needed(e.prompt) == e.needed
-            assert e.needed <= oracle.shown(e.gold), (e.needed - oracle.shown(e.gold), e.gold)
+            for gold in (e.gold, *e.other_golds):
+                assert e.needed <= oracle.shown(gold), (e.needed - oracle.shown(gold), gold)
+            assert e.gold not in e.other_golds
             assert oracle.score(e.prompt, e.gold) > oracle.score(e.prompt, e.plain)
+    several = [e for e in world.sample_examples(300, 1) if e.other_golds]
+    assert len(several) > 150, "most requests have two answers"
     with pytest.raises(UserError, match="no prompt of the house-style world"):
         oracle.needed("please repair the red button of my printer.")
     with pytest.raises(UserError):

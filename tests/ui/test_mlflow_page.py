@@ -43,10 +43,16 @@ def test_the_printed_address_opens_on_the_answer(
         page.get_by_text("iteration 2", exact=True).first.wait_for()
         page.get_by_text("constitution_size").first.wait_for()
         page.get_by_text("Win rate 0.", exact=False).first.wait_for()  # the description
-        if shown := page.get_by_role("button", name="Close").all():
-            shown[0].click()
+        if close := page.get_by_role("button", name="Close").all():
+            close[0].click()
         page.screenshot(path=tmp_path / "table.png")
         assert page.get_by_text("10ms").count() == 0, "the duration is its stages'"
+        page.goto(f"{table_url(server.url, e.record)}&compareRunsMode=CHART")
+        page.get_by_text("Main figures").first.wait_for()
+        page.get_by_text("refinement_rate").first.wait_for()
+        page.screenshot(path=tmp_path / "charts.png")
+        shown = page.get_by_test_id("experiment-view-compare-runs-card").all_inner_texts()
+        assert "refined_vs_initial_0" in shown[0], "the win rate is the first chart"
         run = f"#/experiments/{e.record.experiment_id}/runs/{filtered.run_id}/artifacts"
         page.goto(f"{server.url}/{run}/trajectories.json")
         page.get_by_text("View as table").wait_for()
