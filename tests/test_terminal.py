@@ -85,7 +85,7 @@ def on_terminal(folder: Path, columns: int, enough: Callable[[str], object]) -> 
             process.send_signal(signal.SIGINT)
             stopped = True
     os.close(ours)
-    return process.wait(timeout=60), plain(written)
+    return process.wait(timeout=600), plain(written)
 
 
 def plain(written: bytes) -> str:

@@ -334,7 +334,7 @@ def test_the_device_stays_with_the_child_of_a_killed_worker(
     outlived = psutil.Process(child)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     with locks.device("cuda", "next"):
-        outlived.wait(timeout=60)  # it let go of the device, and has only its own end left
+        outlived.wait(timeout=600)  # it let go of the device, and has only its own end left
     assert f"waiting for process {child}: train of iteration 1 of other" in capsys.readouterr().err
 
 
@@ -407,7 +407,7 @@ def test_prefect_goes_away_in_the_middle(
         while process.poll() is None and not (journal.exists() and '"mine"' in journal.read_text()):
             time.sleep(0.01)
         server.kill()
-        said, _ = process.communicate(timeout=300)
+        said, _ = process.communicate(timeout=1200)
     assert process.returncode == 1, said
     assert "Prefect's server does not answer" in said
     assert "finished work is kept" in said
@@ -416,7 +416,7 @@ def test_prefect_goes_away_in_the_middle(
     assert ("mine", 1) in kept
 
     process = typed(tmp_path, "run", "lineage", "--resume")
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate(timeout=1200)
     assert process.returncode == 0, said
     assert f"{len(kept)} reused" in said
     assert len(recorded(journal)) == len(set(recorded(journal)))

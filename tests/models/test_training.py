@@ -270,7 +270,7 @@ def test_several_processes_end_with_the_one_that_started_them(model: Path, tmp_p
     )
     starter.kill()
     starter.wait()
-    assert worker.wait(timeout=60) == 1
+    assert worker.wait(timeout=600) == 1
     assert not (tmp_path / "adapter").exists()
 
 

@@ -75,7 +75,7 @@ def test_a_second_process_waits_is_told_and_can_be_stopped(workplace: Path, home
             assert f"waiting for process {os.getpid()}: staple run e, on " in told
             assert "since" in told
             waiting.send_signal(signal.SIGINT)
-            assert waiting.wait(timeout=60) == -signal.SIGINT
+            assert waiting.wait(timeout=600) == -signal.SIGINT
         assert len(claims(record)) == 1, "who was stopped claims nothing"
     with writing(Record("e", second), "staple run e"):
         assert len(claims(record)) == 1
