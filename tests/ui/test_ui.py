@@ -214,9 +214,10 @@ def test_a_review_answered_in_its_form(place: Place, page: Any) -> None:
     form.get_by_label("Wording").nth(1).fill("Say thanks first.")
     form.get_by_label("Wording").nth(0).evaluate("field => field.scrollIntoView({block: 'center'})")
     shoot(page, "review")
-    with page.expect_response(lambda answer: answer.url.endswith("/resume")) as answered:
-        form.get_by_role("button", name="Resume").click()
-    assert answered.value.json()["status"] == "ACCEPT"
+    assert (
+        sent(page, form.get_by_role("button", name="Resume"), "/resume").json()["status"]
+        == "ACCEPT"
+    )
     run = eventually(lambda: ended(place, "experiment", but="Unchanged"))
     assert run["state"]["type"] == "COMPLETED", run["state"]
 
@@ -320,14 +321,20 @@ def test_down_ends_exactly_what_up_started(place: Place) -> None:
 
 
 def submit(page: Any) -> dict[str, Any]:
-    """Send a run's form; its parameters. On SQLite, Prefect's server is sometimes too busy."""
+    """Send a run's form; its parameters."""
+    answer = sent(page, page.get_by_role("button", name="Submit"), "/create_flow_run")
+    assert answer.status == 201, answer.text()
+    return dict(json.loads(answer.request.post_data)["parameters"])
+
+
+def sent(page: Any, button: Any, address: str) -> Any:
+    """The server's answer to a form that a button sends. On SQLite it is sometimes too busy."""
     for _ in range(6):
-        with page.expect_response(lambda answer: "create_flow_run" in answer.url) as sent:
-            page.get_by_role("button", name="Submit").click()
-        if sent.value.status != 503:
+        with page.expect_response(lambda answer: answer.url.endswith(address)) as answered:
+            button.click()
+        if answered.value.status != 503:
             break
-    assert sent.value.status == 201, sent.value.text()
-    return dict(json.loads(sent.value.request.post_data)["parameters"])
+    return answered.value
 
 
 def sign_in(page: Any, place: Place) -> None:
