@@ -37,7 +37,7 @@ def describe(e: Experiment, iteration: int, *, registered: bool) -> None:
     figures = method_of(e.settings).figures(e.settings)
     shared = {
         "selectedColumns": [f"metrics.`{name}`" for name in figures[:COLUMNS]],
-        "compareRunCharts": [_chart(name) for name in figures],
+        "compareRunCharts": [_chart(n) for n in figures if not n.endswith(("_low", "_high"))],
         "compareRunSections": [SECTION],
         "isAccordionReordered": True,
     }
