@@ -148,6 +148,8 @@ def test_the_schedule_fires_and_skips_what_is_done(site: Site, one: Path) -> Non
     assert states[1]["name"] == "Unchanged"
     assert "are as recorded" in states[1]["message"]
     assert computed(one).count("train") == 1, "the second run computed nothing"
+    form = site.api.get("/deployments/name/mine/mine").json()["parameter_openapi_schema"]
+    assert form["properties"]["experiment"]["enum"] == ["lineage"], "the new experiment is offered"
 
 
 def fired(site: Site, deployment: str, wanted: int) -> list[str]:
