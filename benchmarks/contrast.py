@@ -86,12 +86,12 @@ def _whole_rows(model: Any, group: Any) -> float:
     rows = [torch.tensor([*prompt, *response]) for prompt, response in pairs]
     ids = pad_sequence(rows, batch_first=True)
     logprobs = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
-    told = logprobs.gather(-1, ids[:, 1:, None])[..., 0]
+    given = logprobs.gather(-1, ids[:, 1:, None])[..., 0]
     place = torch.arange(ids.shape[1] - 1)
     starts = torch.tensor([len(prompt) - 1 for prompt, _ in pairs])[:, None]
     lengths = torch.tensor([len(response) for _, response in pairs])[:, None]
     counted = (place >= starts) & (place < starts + lengths)
-    matrix = (told * counted).sum(-1) / lengths[:, 0]
+    matrix = (given * counted).sum(-1) / lengths[:, 0]
     return _stepped(model, sami_loss(matrix.view(len(group.prompts), -1)))
 
 

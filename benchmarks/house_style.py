@@ -61,7 +61,7 @@ class Outcome:
     principles: list[str]
     refined: list[str]
     """Under the first principles, one each."""
-    told: list[str]
+    under_name: list[str]
     """Under the rule's own name."""
 
     @property
@@ -77,7 +77,7 @@ class Outcome:
     @property
     def followed(self) -> list[bool]:
         """Of the refinements under the rule's own name, whether they obey it."""
-        return [_rule(self.trial).check(y) for y in self.told]
+        return [_rule(self.trial).check(y) for y in self.under_name]
 
 
 def _rule(trial: Trial) -> Rule:
@@ -147,13 +147,13 @@ def outcomes(policy: Policy, arm: str, given: Sequence[Trial], key: str) -> list
     principles = [[z.splitlines()[0] if z else "" for z in zs] for zs in found]
     pairs = [(t, z) for t, zs in zip(given, principles, strict=True) for z in zs[:FOLLOWED]]
     refined = [y for (y,) in say("do", (refinement(t, z) for t, z in pairs), 1, 72)]
-    told = say("follow", (refinement(t, t.name) for t in given), FOLLOWED, 72)
+    under_name = say("follow", (refinement(t, t.name) for t in given), FOLLOWED, 72)
     return [
         Outcome(
             trial=trial,
             principles=principles[i],
             refined=refined[FOLLOWED * i : FOLLOWED * (i + 1)],
-            told=told[i],
+            under_name=under_name[i],
         )
         for i, trial in enumerate(given)
     ]

@@ -170,11 +170,11 @@ def _cell(metrics: Mapping[str, float], name: str) -> str:
 
 
 def _mean(values: Sequence[float | None]) -> str:
-    told = [v for v in values if v is not None]
-    if len(told) < 2:
+    found = [v for v in values if v is not None]
+    if len(found) < 2:
         return "–"
-    margin = student.ppf(0.975, len(told) - 1) * stdev(told) / sqrt(len(told))
-    return f"**{fmean(told):.2f}** ± {margin:.2f}"
+    margin = student.ppf(0.975, len(found) - 1) * stdev(found) / sqrt(len(found))
+    return f"**{fmean(found):.2f}** ± {margin:.2f}"
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def _run(preset: str, overrides: Overrides, after: After | None) -> History:
     experiment = open_experiment(settings)
     iterations = range(settings.last + 1)
     attempts = ({a.stage: a for a in steps(experiment, t)} for t in iterations)
-    history = [_told(iteration_metrics(made) | _curve(made["evaluate"])) for made in attempts]
+    history = [_kept(iteration_metrics(made) | _curve(made["evaluate"])) for made in attempts]
     if after:
         history[-1] |= after(experiment)
     return history
@@ -147,7 +147,7 @@ def _curve(evaluated: Attempt) -> dict[str, float]:
     return {f"gate/{n}/{name}": value for n, p in enumerate(points) for name, value in p.items()}
 
 
-def _told(metrics: Mapping[str, float]) -> dict[str, float]:
+def _kept(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in metrics.items() if KEPT.fullmatch(name)}
 
 
@@ -155,13 +155,13 @@ def mean_cell(values: Sequence[float | None], digits: int = 2) -> str:
     """The mean over seeds and half its 95 % t-interval, as a table shows them."""
     from scipy.stats import t as student
 
-    told = [value for value in values if value is not None]
-    if not told:
+    found = [value for value in values if value is not None]
+    if not found:
         return "–"
-    if len(told) == 1:
-        return f"{told[0]:.{digits}f}"
-    margin = student.ppf(0.975, len(told) - 1) * stdev(told) / sqrt(len(told))
-    return f"{fmean(told):.{digits}f} ± {margin:.{digits}f}"
+    if len(found) == 1:
+        return f"{found[0]:.{digits}f}"
+    margin = student.ppf(0.975, len(found) - 1) * stdev(found) / sqrt(len(found))
+    return f"{fmean(found):.{digits}f} ± {margin:.{digits}f}"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -378,8 +378,8 @@ def read_by_people(plan: Plan, place: Path) -> Row:
     variant = ("cluster.distance_threshold=0.7", "cluster.picture=none", *plan.settings)
     where: Any = {"place": str(place), "world": str(plan.world)}
     _check(in_process(Task(does="cluster", overrides=variant, **where)))
-    told = json.loads((place / MEASURED).read_text("utf-8"))
-    last = f"{EXPERIMENT}:1:cluster@{told['attempts']}"
+    noted = json.loads((place / MEASURED).read_text("utf-8"))
+    last = f"{EXPERIMENT}:1:cluster@{noted['attempts']}"
     usual = (*STEPS["map"].overrides, *plan.settings)
     _check(in_process(Task(does="cluster", overrides=usual, **where)))  # the current one again
     figures = json.loads((place / MEASURED).read_text("utf-8"))["figures"]
@@ -508,12 +508,12 @@ def exponent(before: Row | None, row: Row) -> str:
 def constitution_table(row: Row) -> list[str]:
     """What a person reads of a constitution."""
     figures = row["figures"]
-    told = (
+    parts = (
         f"{figures['cluster/distinct']:,.0f} distinct principles",
         f"{figures['constitution_size']:.0f} in the constitution, which label "
         f"{figures['coverage']:.0%} of the trajectories",
     )
-    head = f"{row['size']:,} prompts: {', '.join(told)}."
+    head = f"{row['size']:,} prompts: {', '.join(parts)}."
     lines = [
         (name, f"{v['cpu']:.1f}", f"{v['bytes'] / 1e3:,.0f}") for name, v in row["views"].items()
     ]

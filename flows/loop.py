@@ -16,6 +16,7 @@ from prefect.settings import PREFECT_API_URL
 
 from constitutions.constitution import load, markdown
 from flows import review
+from flows.announce import announced_steps
 from flows.champion import decided
 from flows.experiment import Experiment, Place, open_experiment, recorded_names, writing
 from flows.methods import method_of
@@ -31,7 +32,6 @@ from flows.publish import (
 from flows.registry import crown, log_corpora, registered
 from flows.schema import ExperimentSettings
 from flows.server.pools import offer_experiments
-from flows.told import told_steps
 from tasks.record.stage import artifact_key
 
 
@@ -79,7 +79,7 @@ def em_iteration(
 ) -> Attempts:
     """One iteration: stage → its attempt; without "train" if a person has to review first."""
     experiment = open_experiment(settings, force=force, start=start)
-    attempts = {attempt.stage: attempt for attempt in told_steps(experiment, iteration)}
+    attempts = {attempt.stage: attempt for attempt in announced_steps(experiment, iteration)}
     return publish(experiment, iteration, attempts)
 
 

@@ -50,8 +50,8 @@ def presets() -> list[str]:
 def about(preset: str) -> str:
     """What a preset is, in the first sentence of its file."""
     lines = (PRESETS / f"{preset}.yaml").read_text("utf-8").splitlines()
-    told = (line.removeprefix("#").strip() for line in lines[2:])  # the command, an empty line
-    return " ".join(takewhile(bool, told)).partition(". ")[0].rstrip(".")
+    said = (line.removeprefix("#").strip() for line in lines[2:])  # the command, an empty line
+    return " ".join(takewhile(bool, said)).partition(". ")[0].rstrip(".")
 
 
 def completions(begun: str) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 from prefect import flow, tags
 
 from constitutions.errors import UserError, UserErrors
+from flows.announce import announced_steps
 from flows.experiment import (
     Experiment,
     open_experiment,
@@ -27,7 +28,6 @@ from flows.schema import ExperimentSettings
 from flows.server.prefect_server import running_server
 from flows.settings import with_changes, with_templates, without_gone
 from flows.states import stage_states
-from flows.told import told_steps
 from tasks.record.record import Attempt
 
 LONGEST_TAG = 8_000
@@ -98,7 +98,7 @@ def one_stage(
         UserError: the constitution has no review yet.
     """
     experiment = open_experiment(settings, force=force, only=(iteration, stage))
-    for attempt in told_steps(experiment, iteration):
+    for attempt in announced_steps(experiment, iteration):
         if attempt.stage == stage:
             _publish_if_whole(experiment, iteration)
             return attempt

@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 import small_loop
 
+from flows.announce import announced_steps
 from flows.experiment import open_experiment
 from flows.settings import load_settings
-from flows.told import told_steps
 from tasks.record.progress import Pace, duration
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +31,7 @@ import sys
 from flows.commands.program import watched
 from flows.experiment import note_settings, open_experiment
 from flows.settings import load_settings
-from flows.told import told_steps
+from flows.announce import announced_steps
 from tasks.record import interruption
 
 def work():
@@ -40,7 +40,7 @@ def work():
     interruption.note(command="staple run lineage --resume")
     experiment = open_experiment(settings)
     for t in (0, 1):
-        for attempt in told_steps(experiment, t):
+        for attempt in announced_steps(experiment, t):
             if attempt.stage == "mine":
                 return
 
@@ -119,7 +119,7 @@ def test_a_run_on_a_terminal_stopped_and_continued(
 
     monkeypatch.chdir(folder)
     monkeypatch.setenv("STAPLE_HOME", str(folder / ".staple"))
-    stages = told_steps(open_experiment(load_settings("lineage.yaml")), 1)
+    stages = announced_steps(open_experiment(load_settings("lineage.yaml")), 1)
     assert [next(stages).stage, next(stages).stage] == ["prompts", "mine"]
     said = capsys.readouterr().err.splitlines()
     assert said == ["✓ prompts 1 · reused · 6 prompts", "✓ mine 1 · reused · 18 candidates"]

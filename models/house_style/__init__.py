@@ -82,9 +82,7 @@ def _prompts(source: str, n: int, seed: int, *which: Any) -> list[WorldPrompt]:
     from models.house_style.world import sample_examples
 
     return [
-        WorldPrompt(
-            prompt=e.prompt, gold=e.gold, other_golds=e.other_golds, source=f"{source}:{i}"
-        )
+        WorldPrompt(prompt=e.prompt, gold=e.gold, other_golds=e.other_golds, source=f"{source}:{i}")
         for i, e in enumerate(sample_examples(n, seed, *which), start=1)
     ]
 

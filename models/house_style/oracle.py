@@ -124,16 +124,16 @@ def obedience(prompt: str, principles: Sequence[str], response: str) -> float:
     Raises:
         UserError: the prompt is not of the house-style world.
     """
-    seen, told = shown(response), _told(principles)
-    kept = sum(1 if rule in seen else -1 for rule in told)
-    return kept - 0.5 * len(seen - set(told)) + 2 * (core_share(prompt, response) - 1)
+    seen, named = shown(response), _named(principles)
+    kept = sum(1 if rule in seen else -1 for rule in named)
+    return kept - 0.5 * len(seen - set(named)) + 2 * (core_share(prompt, response) - 1)
 
 
 def obeyed(principles: Sequence[str], response: str) -> float | None:
     """The share, in [0, 1], of the principles that a response follows; None where none of them
     names a rule."""
-    seen, told = shown(response), _told(principles)
-    return sum(rule in seen for rule in told) / len(told) if told else None
+    seen, named = shown(response), _named(principles)
+    return sum(rule in seen for rule in named) / len(named) if named else None
 
 
 def known(principle: str) -> bool:
@@ -141,7 +141,7 @@ def known(principle: str) -> bool:
     return behaviour_of(principle) is not None
 
 
-def _told(principles: Iterable[str]) -> list[str]:
+def _named(principles: Iterable[str]) -> list[str]:
     return [rule for principle in principles if (rule := behaviour_of(principle)) is not None]
 
 

@@ -244,14 +244,14 @@ def combine(ours_first: Verdict, theirs_first: Verdict) -> Judgement:
 
 def per_pair(advance: Progress | None, pairs: int, steps: int) -> Progress | None:
     """A callback that counts `steps` and reports them to `advance` as whole pairs."""
-    done = told = 0
+    done = reported = 0
 
     def tick(count: int) -> None:
-        nonlocal done, told
+        nonlocal done, reported
         done += count
         now = pairs * done // steps
-        if advance and now > told:
-            advance(now - told)
-            told = now
+        if advance and now > reported:
+            advance(now - reported)
+            reported = now
 
     return tick if advance else None

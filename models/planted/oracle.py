@@ -94,27 +94,27 @@ def obedience(prompt: str, principles: Sequence[str], response: str) -> float:
     Raises:
         UserError: the prompt is not of the planted world.
     """
-    seen, told = shown(response), _told(principles)
-    kept = sum(1 if (behaviour in seen) == wanted else -1 for behaviour, wanted in told)
-    strays = seen - {behaviour for behaviour, _ in told}
+    seen, named = shown(response), _named(principles)
+    kept = sum(1 if (behaviour in seen) == wanted else -1 for behaviour, wanted in named)
+    strays = seen - {behaviour for behaviour, _ in named}
     return kept - 0.5 * len(strays) + 2 * (core_share(prompt, response) - 1)
 
 
 def obeyed(principles: Sequence[str], response: str) -> float | None:
     """The share, in [0, 1], of the principles and antitheses that a response follows; None where
     none of them names a behaviour."""
-    seen, told = shown(response), _told(principles)
-    if not told:
+    seen, named = shown(response), _named(principles)
+    if not named:
         return None
-    return sum((behaviour in seen) == wanted for behaviour, wanted in told) / len(told)
+    return sum((behaviour in seen) == wanted for behaviour, wanted in named) / len(named)
 
 
 def known(principle: str) -> bool:
     """Whether a text names a behaviour, or the antithesis of one."""
-    return bool(_told([principle]))
+    return bool(_named([principle]))
 
 
-def _told(principles: Sequence[str]) -> list[tuple[str, bool]]:
+def _named(principles: Sequence[str]) -> list[tuple[str, bool]]:
     """The behaviours that the principles name, each with True, or with False by an antithesis."""
     found = []
     for text in principles:

@@ -60,8 +60,8 @@ def distillation_loss(
         teacher: the same after x': `input_ids` and `trained`, with the same trained tokens.
     """
     with torch.no_grad(), start.restored(bare(model)):
-        told = _logprobs(bare(model), teacher)
-    top = told.topk(min(TOP, told.shape[-1]))
+        known = _logprobs(bare(model), teacher)
+    top = known.topk(min(TOP, known.shape[-1]))
     wanted = _with_rest(top.values)
     own = _with_rest(_logprobs(model, batch).gather(-1, top.indices))
     apart = ((wanted.exp() - own.exp()) * (wanted - own)).sum(-1) / 2  # both KLs in one sum

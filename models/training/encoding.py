@@ -141,12 +141,12 @@ class Encoder:
             EncodingError: as `encode`, of either prompt.
         """
         try:
-            answered, told = (self.chat.answered(each, text) for each in (prompt, teacher))
+            answered, informed = (self.chat.answered(each, text) for each in (prompt, teacher))
         except ChatError as error:
             raise EncodingError(str(error)) from error
-        self._check([*told.prompt, *answered.answer])
+        self._check([*informed.prompt, *answered.answer])
         example = self._example([*answered.prompt, *answered.answer], [answered], weight)
-        return replace(example, taught=tuple(told.prompt))
+        return replace(example, taught=tuple(informed.prompt))
 
     def group(
         self, prompts: Sequence[Messages], responses: Sequence[str], ends: Sequence[bool]

@@ -12,7 +12,7 @@ from tasks.record.record import Attempt
 from tasks.stages import STAGES
 
 
-def told_steps(e: Experiment, t: int) -> Iterator[Attempt]:
+def announced_steps(e: Experiment, t: int) -> Iterator[Attempt]:
     """`flows.em.steps`; says where the run is, and what each stage has made."""
     names = method_of(e.settings).asked(e.settings_at(t), t)
     upto = "at most " * (e.settings.iterations == "auto")
