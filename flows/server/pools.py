@@ -33,6 +33,10 @@ RUN_ID = "PREFECT__FLOW_RUN_ID"
 """Environment variable of a run's process, and of all that it starts."""
 
 
+CLOSED = "additionalProperties"
+"""Of a form: false where unknown parameters are refused."""
+
+
 def client_of(url: str, login: str | None = None) -> SyncPrefectClient:
     """Prefect's client for the server at an API's URL; it repeats a request to a busy server."""
     from prefect.client.orchestration import SyncPrefectClient
@@ -66,26 +70,27 @@ def deploy(url: str, environment: Mapping[str, str], experiments: Sequence[str])
         )
         if done.returncode:
             raise UserError(f"Prefect refused the deployments:\n{tail(done.stdout + done.stderr)}")
+        _close_parameters(client)
         offer_experiments(client, experiments)
         for deployment, before in schedules.items():
             _restore_schedules(client, deployment, before)
 
 
 def offer_experiments(client: SyncPrefectClient, names: Sequence[str]) -> None:
-    """Make the experiment in each stage's form a choice of the recorded ones; others are refused.
+    """Add recorded experiments to those that the stages' forms offer; other names are refused.
 
-    Without any recorded experiment it stays a text field. No form takes unknown parameters.
+    Without any the experiment stays a text field, as it does where `deploy` did not make the
+    deployments: those may belong to another record.
     """
     for deployment in client.read_deployments():
-        if not str(deployment.entrypoint).startswith("flows.deployments."):
-            continue
-        form = {**(deployment.parameter_openapi_schema or {}), "additionalProperties": False}
+        form = deployment.parameter_openapi_schema or {}
         fields = form.get("properties", {})
-        if names and "experiment" in fields:
-            chosen = {**fields["experiment"], "enum": list(names)}
-            form["properties"] = {**fields, "experiment": chosen}
-        place, change = {"id": deployment.id}, {"parameter_openapi_schema": form}
-        client.request("PATCH", "/deployments/{id}", path_params=place, json=change)
+        if names and "experiment" in fields and form.get(CLOSED) is False:
+            asked = fields["experiment"]
+            asked = {**asked, "enum": list(dict.fromkeys([*asked.get("enum", []), *names]))}
+            _change_form(
+                client, deployment.id, {**form, "properties": {**fields, "experiment": asked}}
+            )
 
 
 def end_dead_runs(client: SyncPrefectClient, dead: Collection[str], *, alone: bool) -> list[str]:
@@ -159,6 +164,18 @@ def _make_pool(client: SyncPrefectClient, name: str, limit: int) -> None:
         "concurrency_limit": limit,
     }
     client.request("POST", "/work_pools/", json=pool)
+
+
+def _close_parameters(client: SyncPrefectClient) -> None:
+    for deployment in client.read_deployments():
+        if str(deployment.entrypoint).startswith("flows.deployments."):
+            form = deployment.parameter_openapi_schema or {}
+            _change_form(client, deployment.id, {**form, CLOSED: False})
+
+
+def _change_form(client: SyncPrefectClient, deployment: UUID, form: Mapping[str, Any]) -> None:
+    change = {"parameter_openapi_schema": form}
+    client.request("PATCH", "/deployments/{id}", path_params={"id": deployment}, json=change)
 
 
 def _restore_schedules(

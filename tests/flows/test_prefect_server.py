@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -20,7 +21,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from flows.server import pools, services
-from flows.server.pools import RUN_ID, WORKER, deploy, end_dead_runs
+from flows.server.pools import RUN_ID, WORKER, deploy, end_dead_runs, offer_experiments
 from flows.server.prefect_server import is_ours
 
 ROOT = Path(__file__).parents[2]
@@ -269,3 +270,22 @@ def test_after_everything_was_killed_the_slot_is_free(site: Site) -> None:
     assert site.login not in shown, "the password stays, and is printed once"
     with client(site) as api:
         assert api.get(f"/flow_runs/{made['id']}").json()["state"]["type"] == "CRASHED"
+
+
+def test_forms_offer_recorded_experiments(site: Site) -> None:
+    url, login = f"{site.url}/api", {"PREFECT_API_AUTH_STRING": site.login}
+    deploy(url, {**os.environ, **login}, ["first"])
+    with client(site) as api, client_of(url, site.login) as prefect:
+
+        def form(stage: str) -> dict[str, Any]:
+            found = api.get(f"/deployments/name/{stage}/{stage}").json()
+            return dict(found["parameter_openapi_schema"])
+
+        assert form("mine")["properties"]["experiment"]["enum"] == ["first"]
+        by_hand = api.get("/deployments/name/score/score").json()["id"]
+        opened = {**form("score"), "additionalProperties": True}
+        api.patch(f"/deployments/{by_hand}", json={"parameter_openapi_schema": opened})
+        offer_experiments(prefect, ["second", "first"])
+        assert form("mine")["properties"]["experiment"]["enum"] == ["first", "second"]
+        assert form("score") == opened, "another record's, perhaps"
+        assert "enum" not in form("experiment")["properties"]["source"], "it may be a file"
