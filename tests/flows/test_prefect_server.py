@@ -21,7 +21,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from flows.server import pools, services
-from flows.server.pools import RUN_ID, WORKER, deploy, end_dead_runs, offer_experiments
+from flows.server.pools import RUN_ID, WORKER, client_of, deploy, end_dead_runs, offer_experiments
 from flows.server.prefect_server import is_ours
 
 ROOT = Path(__file__).parents[2]
