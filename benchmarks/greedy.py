@@ -4,8 +4,7 @@
 
 The control's golds belong to other prompts, so that it can only learn what any golds teach. Both
 are evaluated at the preset's temperature, which was chosen with the control in view, and greedily;
-each pair shares its training. Writes `benchmarks/greedy.json`, prints the table of
-`benchmarks/greedy.md`.
+each pair shares its training. Writes `benchmarks/greedy.json` and prints a table.
 """
 
 from __future__ import annotations
