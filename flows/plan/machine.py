@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 
 from flows.plan.cost import GIB, RESERVED, Efficiency, Gpu
@@ -21,6 +22,7 @@ SECONDS = 0.25
 """How long each of the four measurements lasts."""
 SIZE = 768
 """Rows and columns of the matrices that are multiplied."""
+SHARES = Efficiency(decode=0.5, prefill=0.7, training=0.6, layer_seconds=0.0)
 OPERATIONS = 40
 """Small operations that a layer of a decoding step starts: norms, projections, the rotation of
 positions, the cache, attention, the adapter."""
@@ -30,8 +32,9 @@ positions, the cache, attention, the adapter."""
 def this_machine(cores: int | None = None) -> Gpu:
     """The processor with so many threads (None: as many as stages use), measured now.
 
-    Its rates are those that were reached by large products, so that the shares of them that a model
-    reaches are near 1; `python -m benchmarks.plan` compares the outcome with what stages took.
+    Its rates are those of the fastest calls, so that an estimate is the least that a run takes. The
+    shares of them that a model reaches, `SHARES`, are guesses: `python -m benchmarks.plan` compares
+    the outcome with what stages took.
     """
     import psutil
     import torch
@@ -51,9 +54,7 @@ def this_machine(cores: int | None = None) -> Gpu:
         bandwidth=2 * source.nbytes / copied / 1e9,
         bfloat16=rates[torch.bfloat16],
         float32=rates[torch.float32],
-        efficiency=Efficiency(
-            decode=0.5, prefill=0.7, training=0.6, layer_seconds=OPERATIONS * started
-        ),
+        efficiency=replace(SHARES, layer_seconds=OPERATIONS * started),
         most_rows=MOST_ROWS,
     )
 

@@ -52,8 +52,8 @@ def test_every_preset_is_planned(
 ) -> None:
     ran = staple(capsys, "plan", name)
     assert ran.code == 0, ran.err
-    unit = "time" if name.startswith("planted") else "hours"
-    words = (unit, "prefill", "at most", "weights", "KV cache", "disk", "estimate", "assumed")
+    where = "processor" if name.startswith("planted") else "hours"
+    words = (where, "prefill", "at most", "weights", "KV cache", "disk", "estimate", "assumed")
     assert all(word in ran.out for word in words)
     assert "too much" not in ran.out
 
