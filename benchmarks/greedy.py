@@ -36,8 +36,8 @@ def main() -> None:
     options.add_argument("--folder", type=Path, default=Path(".staple/greedy"))
     chosen = options.parse_args()
     named = {
-        arm: (f"experiment=greedy-{number}", f"iterations={chosen.iterations}", *ARMS[arm])
-        for number, arm in enumerate(ARMS)
+        arm: ("experiment=greedy", f"iterations={chosen.iterations}", *settings)
+        for arm, settings in ARMS.items()
     }
     runs = run_all(named, chosen.seeds, chosen.folder, chosen.jobs)
     keep(runs, HERE / "greedy.json")

@@ -3,7 +3,8 @@
     staple fetch smollm2-135m-instruct; staple fetch all-minilm-l6-v2
     python -m benchmarks.house_style_loop --seeds 100 101 102 103 104 --set policy.dtype=bfloat16
 
-All seeds share one taught model, on which no seed has an influence. Writes
+All seeds share one taught model, on which no seed has an influence; the arms of a
+seed share what they have in common, such as the first iteration's mining. Writes
 `benchmarks/house_style_loop.json` and prints the tables of `benchmarks/house_style.md`. Win rates
 are by the rules' checkers.
 """
@@ -49,11 +50,7 @@ def main() -> None:
     options.add_argument("--folder", type=Path, default=Path(".staple/house-style"))
     chosen = options.parse_args()
     _share_taught(chosen.folder, chosen.seeds)
-    named = {
-        arm: (f"experiment=house-style-{number}", *chosen.set, *ARMS[arm])
-        for number, arm in enumerate(ARMS)
-        if arm in chosen.arms
-    }
+    named = {arm: (*chosen.set, *settings) for arm, settings in ARMS.items() if arm in chosen.arms}
     runs = run_all(named, chosen.seeds, chosen.folder, chosen.jobs, preset="house-style")
     keep(runs, HERE / "house_style_loop.json")
     print(report(runs))

@@ -90,20 +90,24 @@ def run_seed(
     also taught to write critiques, "{unsure}" of one that without gold names the right principle a
     third as often.
     """
-    from flows.commands.cli import _environment
-
-    place = folder / f"seed-{seed}"
-    place.mkdir(parents=True, exist_ok=True)
-    os.chdir(place)
-    os.environ["STAPLE_HOME"] = str(place / ".staple")
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{place}/mlflow.db"
-    _environment()
+    enter(folder / f"seed-{seed}")
     found = {}
     for name, overrides in variants.items():
         filled = [_filled(text, seed) for text in overrides]
         found[name] = _run(preset, [f"seed={seed}", *filled], after)
         print(f"seed {seed}, {name}: done", file=sys.stderr, flush=True)
     return found
+
+
+def enter(place: Path) -> None:
+    """Work in this folder, with a home and a database of its own."""
+    from flows.commands.cli import _environment
+
+    place.mkdir(parents=True, exist_ok=True)
+    os.chdir(place)
+    os.environ["STAPLE_HOME"] = str(place / ".staple")
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{place}/mlflow.db"
+    _environment()
 
 
 def _filled(override: str, seed: int) -> str:
@@ -124,19 +128,26 @@ def _filled(override: str, seed: int) -> str:
 
 
 def _run(preset: str, overrides: Overrides, after: After | None) -> History:
+    from flows.publish import iteration_metrics
+
+    experiment, attempts = iterated(preset, overrides)
+    history = [_kept(iteration_metrics(made) | _curve(made["evaluate"])) for made in attempts]
+    if after:
+        history[-1] |= after(experiment)
+    return history
+
+
+def iterated(preset: str, overrides: Overrides) -> tuple[Experiment, list[dict[str, Attempt]]]:
+    """An experiment of this place, and the attempts of each iteration, which are now current: found
+    in the record, or computed."""
     from flows.em import steps
     from flows.experiment import open_experiment
-    from flows.publish import iteration_metrics
     from flows.settings import load_settings
 
     settings = load_settings(preset, ["cluster.picture=none", *overrides])
     experiment = open_experiment(settings)
     iterations = range(settings.last + 1)
-    attempts = ({a.stage: a for a in steps(experiment, t)} for t in iterations)
-    history = [_kept(iteration_metrics(made) | _curve(made["evaluate"])) for made in attempts]
-    if after:
-        history[-1] |= after(experiment)
-    return history
+    return experiment, [{a.stage: a for a in steps(experiment, t)} for t in iterations]
 
 
 def _curve(evaluated: Attempt) -> dict[str, float]:

@@ -62,6 +62,11 @@ class ClusterSettings(Settings):
     """Principles at most: of the clusters with the most trajectories. The trajectories of all other
     clusters, the tail, keep their own principles as labels. Unset: each cluster has its principle.
     """
+    min_prompts: Annotated[int, Field(ge=1, le=1_000_000, exclude_if=lambda count: count == 1)] = 1
+    """A principle of the constitution was kept on at least so many prompts; rarer ones are left to
+    the tail. One that holds for a single prompt may have been kept by accident."""
+    tail: Annotated[Literal["keep", "drop"], Field(exclude_if=lambda fate: fate == "keep")] = "keep"
+    """Whether the tail's trajectories are trained on, too, or dropped."""
     carried: Annotated[int, Field(ge=0, le=100, exclude_if=lambda count: not count)] = 0
     """For how many iterations without a trajectory a principle of the constitution before stays in
     this one, until a review drops it; and one that is rare is not left to the tail. 0: for none."""
@@ -200,9 +205,11 @@ def cluster(
         for one, members in zip(chosen, members_of(numbers), strict=True)
     ]
     held = carried_over(before, groups, settings.carried) if before and settings.carried else None
-    groups = _bounded(groups, settings.constitution_size, held)
+    groups = _bounded(groups, trajectories, settings, held)
     labelled = _labelled(trajectories, groups, settings, policy, templates)
     tail = [row for row in labelled if groups[row.cluster].in_tail]
+    if settings.tail == "drop":
+        labelled, tail = [row for row in labelled if not groups[row.cluster].in_tail], []
     constitution = Constitution(
         experiment=experiment,
         iteration=iteration,
@@ -240,6 +247,7 @@ def cluster(
         constitution=constitution,
         clusters=rows,
         counts=_counts(labelled, rows, constitution)
+        | ({"dropped": len(trajectories) - len(labelled)} if settings.tail == "drop" else {})
         | ({"carried": len(held.absent)} if held else {}),
         threshold=THRESHOLD if threshold == "predictive" else threshold,
     )
@@ -300,10 +308,24 @@ def carried_over(before: Constitution, groups: Sequence[_Group], most: int) -> C
     )
 
 
-def _bounded(groups: Sequence[_Group], size: int | None, held: CarriedOver | None) -> list[_Group]:
-    """The groups in their order, all but the `size` with the most trajectories in the tail, and
-    but those that continue a principle of before."""
-    kept = set(map(_rank, sorted(groups, key=_rank)[:size]))
+def _bounded(
+    groups: Sequence[_Group],
+    trajectories: Sequence[Trajectory],
+    settings: ClusterSettings,
+    held: CarriedOver | None,
+) -> list[_Group]:
+    """The groups in their order. In the tail are all but the `constitution_size` with the most
+    trajectories, and those of fewer than `min_prompts` prompts, unless they continue a principle of
+    before."""
+    helped = defaultdict[str, set[str]](set)
+    for row in trajectories:
+        helped[principle_key(row.principle)].add(row.prompt_id)
+    often = [
+        g
+        for g in groups
+        if len(set[str]().union(*(helped[m.key] for m in g.members))) >= settings.min_prompts
+    ]
+    kept = set(map(_rank, sorted(often, key=_rank)[: settings.constitution_size]))
     present = held.present if held else ()
     return [
         replace(g, in_tail=_rank(g) not in kept and g.representative.text not in present)

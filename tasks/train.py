@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -60,6 +60,11 @@ class TrainSettings(AdapterSettings):
     gate: bool = False
     """Whether the policy learns to keep first answers: prompts whose candidates all failed to
     improve them become examples of the principle that says so, and need no third turn."""
+    gate_weight: Annotated[float, Field(gt=0, le=100, exclude_if=lambda weight: weight == 1.0)] = (
+        1.0
+    )
+    """Weight of these examples beside the method's own: where few prompts are improved, less than
+    1 keeps the policy from keeping every first answer."""
     max_tokens: int = Field(4096, ge=16, le=1_000_000)
     """A longer conversation is skipped, and reported: a cut one would teach cut answers."""
     kl: float = Field(0.0, ge=0, le=100)
@@ -425,7 +430,9 @@ def first_answer(row: Trajectory, text: str, weight: float) -> TrainingConversat
     )
 
 
-def kept_answer(row: FirstAnswer, templates: Templates) -> TrainingConversation:
+def kept_answer(
+    row: FirstAnswer, templates: Templates, weight: float = 1.0
+) -> TrainingConversation:
     """x, y1, keep: the policy's turn that says that y1 stands, with loss on it alone."""
     asked = ask(templates, row.prompt, row.initial)
     return TrainingConversation(
@@ -434,6 +441,7 @@ def kept_answer(row: FirstAnswer, templates: Templates) -> TrainingConversation:
         source=row.source,
         messages=(*asked, {"role": "assistant", "content": templates.keep}),
         turns=(len(asked),),
+        weight=weight,
     )
 
 
@@ -444,7 +452,7 @@ def conversations_of(
     first answer where the settings say so; that its first answer is kept; its gold, where it has
     neither."""
     if isinstance(row, FirstAnswer):
-        return [kept_answer(row, templates)]
+        return [kept_answer(row, templates, settings.gate_weight)]
     if not isinstance(row, Trajectory):
         return [demonstration(row)]
     label = row.label if isinstance(row, Labelled) else row.principle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +19,10 @@ from benchmarks.house_style import (
     trials,
     wilson,
 )
-from models.house_style import house
+from benchmarks.house_style_turns import FILLER, Asker, outcome, ways
+from benchmarks.house_style_turns import report as report_ways
+from models.house_style import HOUSE_STYLE, house, oracle
+from models.house_style.answers import answers
 from models.policy import Completion, Messages, Progress, Request, Scoring
 
 
@@ -97,3 +101,45 @@ def test_the_intervals() -> None:
     assert low == pytest.approx(0.2366, abs=1e-3) and high == pytest.approx(0.7634, abs=1e-3)
     assert bootstrap([0.5] * 20) == (0.5, 0.5)
     assert 0.2 < bootstrap([0.0, 1.0] * 20)[0] < 0.5 < bootstrap([0.0, 1.0] * 20)[1] < 0.8
+
+
+class Sure(Obedient):
+    """The same, to whom a longer response is likelier."""
+
+    def logprobs(self, pairs: Sequence[tuple[Messages, str]]) -> list[Scoring]:
+        return [Scoring(logprob=float(len(text)), tokens=1) for _, text in pairs]
+
+
+def test_each_way_to_answer_is_asked_as_it_says() -> None:
+    prompts = [p.prompt for p in HOUSE_STYLE.held_out(8, 3)]
+    policy = Sure()
+    assert HOUSE_STYLE.templates
+    asker = Asker(policy, HOUSE_STYLE.templates, prompts, "key")
+    assert asker.likeliest([["a", "bbb", "cc"], ["dd", "e"]][:1] * 8) == ["bbb"] * 8
+    found = {answers.way: answers for answers in ways(asker, prompts, 3)}
+    assert len(found) == 9 and all(len(a.texts) == 8 for a in found.values())
+    told = found["oracle: a rule that is called for"].principles
+    assert all(
+        oracle.behaviour_of(z) in oracle.needed(x) for x, z in zip(prompts, told, strict=True)
+    )
+    skill = found["a skill rule at random"].principles
+    assert not any(oracle.behaviour_of(z) for z in (*skill, *FILLER))
+    for name in ("first answer", "three refinements without a principle"):
+        assert set(found[name].principles) == {""}
+    asked = [_contents(r)[-1] for r in policy.asked if "/filler/" in r.key]
+    assert all(any(z in text for z in FILLER) for text in asked)
+
+
+def test_a_better_answer_wins_by_the_checkers() -> None:
+    prompt, (name,) = next(
+        (p.prompt, needed)
+        for p in HOUSE_STYLE.mined(100, 0)
+        if len(needed := oracle.needed(p.prompt)) == 1
+    )
+    rule = house.RULES[name]
+    plain = next(a for texts in answers().values() for a in texts if not oracle.shown(a))
+    better = rule.edit(plain, random.Random(0))
+    assert [outcome(prompt, y, plain) for y in (better, plain)] == [1.0, 0.5]
+    assert outcome(prompt, plain, better) == 0.0
+    rows = report_ways([{"one": [(1.0, 1, 0), (0.0, 0, 2)]}, {"one": [(0.5, 0, 0)] * 2}])
+    assert "| one | 0.50 [" in rows and rows.endswith("| 0.25 | 0.50 |")

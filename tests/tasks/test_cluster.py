@@ -4,6 +4,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_limits
 
 from constitutions.constitution import Constitution, Principle, load, principle_key, save
-from models.policy import Completion, Message, PolicySettings, Scoring
+from models.policy import FINGERPRINT, Completion, Message, PolicySettings, Scoring
 from models.prompts import TERSE, ask_refinement
 from models.settings import Settings
 from tasks.cluster import (
@@ -395,6 +396,30 @@ def test_a_bounded_constitution_has_the_best_supported_clusters_and_a_tail() -> 
     # the clusters are as they were, those of the tail beyond the constitution's end
     assert _ari(bound, {row.principle: str(row.cluster) for row in free.clusters}) == 1
     assert {row.cluster for row in bound.clusters} == set(range(len(BEHAVIOURS)))
+
+
+def test_a_principle_of_few_prompts_is_left_to_the_tail_or_dropped() -> None:
+    """Prompts count, not trajectories: soft selection keeps several of a prompt."""
+    kept, scored = _kept(*["warn of heat"] * 3, "warn of fire", *["name a source"] * 4, "rhyme")
+    kept = [
+        replace(row, prompt_id="one") if row.principle == "name a source" else row for row in kept
+    ]
+    given = {"features": ["characters"], "distance_threshold": 0.9, "min_prompts": 3}
+    left = cluster(kept, scored, _settings(**given))
+    assert left.constitution.texts == ("warn of heat",)
+    assert left.constitution.tail and left.constitution.tail.support == 5
+    assert [row.label for row in left.labelled[4:]] == ["name a source"] * 4 + ["rhyme"]
+    assert "dropped" not in left.counts
+
+    dropped = cluster(kept, scored, _settings(**given, tail="drop"))
+    assert [row.label for row in dropped.labelled] == ["warn of heat"] * 4
+    assert (dropped.constitution.texts, dropped.constitution.tail) == (("warn of heat",), None)
+    assert dropped.constitution.coverage == pytest.approx(1, abs=1e-5)
+    assert (dropped.counts["trajectories"], dropped.counts["dropped"]) == (4, 5)
+    assert len(dropped.clusters) == len(left.clusters) == 4, "the table has all, to look at"
+
+    settings = ClusterSettings().model_dump(mode="json", context=FINGERPRINT)
+    assert not {"min_prompts", "tail"} & set(settings), "older records are as they were"
 
 
 def test_a_principle_without_trajectories_is_carried_over(tmp_path: Path) -> None:

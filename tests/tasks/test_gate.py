@@ -92,7 +92,11 @@ def test_prompts_whose_candidates_all_failed_to_improve_are_kept() -> None:
     rows = [mined(name, "length" if name == "cut" else "stop") for name in names]
     found = list(not_improved(attempt(mined=rows), attempt(rejected=whole)))
     assert [row.prompt_id for row in found] == ["kept"]
+    (lighter,) = conversations_of(found[0], CHAT, TrainSettings(gate_weight=0.3))
     (conversation,) = conversations_of(found[0], CHAT, TrainSettings())
+    assert (conversation.weight, lighter.weight) == (1.0, 0.3)
+    assert replace(lighter, weight=1.0) == conversation
+    assert "gate_weight" not in TrainSettings().model_dump(), "older records are as they were"
     assert conversation.messages == (
         *ask(CHAT, found[0].prompt, "y1 of kept"),
         {"role": "assistant", "content": CHAT.keep},
