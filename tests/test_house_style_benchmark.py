@@ -19,7 +19,7 @@ from benchmarks.house_style import (
     trials,
     wilson,
 )
-from benchmarks.house_style_turns import FILLER, Asker, outcome, ways
+from benchmarks.house_style_turns import FILLER, Asker, outcome, voted, ways
 from benchmarks.house_style_turns import report as report_ways
 from models.house_style import HOUSE_STYLE, house, oracle
 from models.house_style.answers import answers
@@ -117,7 +117,7 @@ def test_each_way_to_answer_is_asked_as_it_says() -> None:
     asker = Asker(policy, HOUSE_STYLE.templates, prompts, "key")
     assert asker.likeliest([["a", "bbb", "cc"], ["dd", "e"]][:1] * 8) == ["bbb"] * 8
     found = {answers.way: answers for answers in ways(asker, prompts, 3)}
-    assert len(found) == 9 and all(len(a.texts) == 8 for a in found.values())
+    assert len(found) == 11 and all(len(a.texts) == 8 for a in found.values())
     told = found["oracle: a rule that is called for"].principles
     assert all(
         oracle.behaviour_of(z) in oracle.needed(x) for x, z in zip(prompts, told, strict=True)
@@ -128,6 +128,39 @@ def test_each_way_to_answer_is_asked_as_it_says() -> None:
         assert set(found[name].principles) == {""}
     asked = [_contents(r)[-1] for r in policy.asked if "/filler/" in r.key]
     assert all(any(z in text for z in FILLER) for text in asked)
+
+
+class Voter(Sure):
+    """A policy whose every answer differs, and whose eight principles agree, or do not."""
+
+    def __init__(self, *, agrees: bool) -> None:
+        super().__init__()
+        self.agrees = agrees
+
+    def generate(
+        self, requests: Sequence[Request], progress: Progress | None = None
+    ) -> list[list[Completion]]:
+        def said(key: str, number: int) -> str:
+            return "Agreed." if self.agrees and "/vote/" in key else f"{key}, {number}"
+
+        return [[_say(said(r.key, number)) for number in range(r.n)] for r in requests]
+
+
+@pytest.mark.parametrize("agrees", [True, False])
+def test_without_a_majority_of_principles_the_first_answer_stands(agrees: bool) -> None:
+    prompts = [p.prompt for p in HOUSE_STYLE.held_out(4, 3)]
+    assert HOUSE_STYLE.templates
+    asker = Asker(Voter(agrees=agrees), HOUSE_STYLE.templates, prompts, "key")
+    found = {answers.way: answers for answers in ways(asker, prompts, 3)}
+    by_vote = found["the commonest of eight principles"]
+    kept = found["the same; the first answer without a majority"]
+    if agrees:
+        assert list(kept.principles) == list(by_vote.principles) == ["Agreed."] * 4
+        assert list(kept.texts) == list(by_vote.texts)
+    else:
+        assert by_vote.principles[1] == "key/vote/1, 0" and set(kept.principles) == {""}
+        assert list(kept.texts) == list(found["first answer"].texts) != list(by_vote.texts)
+    assert voted(["a", "b", "b", "a", "c"]) == ("a", 0.4)
 
 
 def test_a_better_answer_wins_by_the_checkers() -> None:

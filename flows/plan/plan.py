@@ -245,7 +245,7 @@ class _Estimate:
                 yield Iterations(first=first, last=end, work=work)
 
     def _taught(self) -> Iterator[StageCost]:
-        """What the initial policy is taught; nothing where another experiment kept the same."""
+        """What the initial policy is taught, also where another experiment kept the same."""
         if not self.settings.teach.on:
             return
         count, length, loss = self.workload.taught()
