@@ -19,11 +19,14 @@ from benchmarks.house_style import (
     trials,
     wilson,
 )
+from benchmarks.house_style_clusters import figures, variants
 from benchmarks.house_style_turns import FILLER, Asker, outcome, voted, ways
 from benchmarks.house_style_turns import report as report_ways
 from models.house_style import HOUSE_STYLE, house, oracle
 from models.house_style.answers import answers
-from models.policy import Completion, Messages, Progress, Request, Scoring
+from models.policy import Completion, Messages, Progress, Request, Scoring, user
+from tasks.cluster import ClusterSettings
+from tasks.rows import Prompt, Trajectory
 
 
 class Obedient:
@@ -176,3 +179,36 @@ def test_a_better_answer_wins_by_the_checkers() -> None:
     assert outcome(prompt, plain, better) == 0.0
     rows = report_ways([{"one": [(1.0, 1, 0), (0.0, 0, 2)]}, {"one": [(0.5, 0, 0)] * 2}])
     assert "| one | 0.50 [" in rows and rows.endswith("| 0.25 | 0.50 |")
+
+
+def test_a_clustering_is_read_by_what_its_labels_mean_and_do() -> None:
+    prompts = [
+        Prompt(prompt_id=f"{n}", prompt=(user(p.prompt),), gold="", source="house-style/1")
+        for n, p in enumerate(HOUSE_STYLE.mined(40, 0))
+    ]
+    plain = "Use a soft cloth and let it dry in the sun for as long as you can."
+    rows = []
+    for n, one in enumerate(prompts):
+        name = min(oracle.needed(one.prompt[-1]["content"]))
+        obeys = n < 10  # of the others the label is right, and the refinement does nothing
+        refined = house.RULES[name].edit(plain, random.Random(n)) if obeys else plain
+        given = {field: getattr(one, field) for field in ("prompt_id", "prompt", "gold", "source")}
+        rows.append(
+            Trajectory(
+                **given,
+                sample=0,
+                initial=plain,
+                principle=house.RULES[name].wordings[n % 2],
+                refined=refined,
+                initial_score=0.0,
+                score=1.0,
+                weight=1.0,
+            )
+        )
+    settings = ClusterSettings(features=("characters",), distance_threshold=0.01, picture="none")
+    apart = figures(settings, rows, [], prompts, None)
+    assert apart["right"] == apart["house-style/precision"] == 1.0 and apart["rows"] == 40.0
+    assert 0.2 <= apart["obeyed"] <= 0.3
+    merged = figures(settings.model_copy(update={"max_principles": 1}), rows, [], prompts, None)
+    assert merged["principles"] == 1.0 and merged["right"] < 0.5
+    assert len(dict(variants())) == 18
