@@ -5,8 +5,9 @@
 After `benchmarks.house_style_loop`, with the same folder and settings. Each way's answers are
 compared, by the rules' checkers, with the first answers of the policy of iteration 0. "oracle" is
 given a rule that the prompt calls for: it says what better naming would be worth, and is no way to
-answer. "Three" ways cost as many turns as a principle and a refinement. A majority is of eight
-samples of a principle; the threshold of one half was not tuned. Writes
+answer. "Three" ways cost as many turns as a principle and a refinement. Two ways ask for eight
+principles and keep the first answer where they have no majority, or where their commonest is said
+less than twice as often as on the average prompt. Writes
 `benchmarks/house_style_turns.json` and prints a table.
 """
 
@@ -91,10 +92,35 @@ class Asker:
         return [max(zip(islice(means, len(ys)), ys, strict=True))[1] for ys in responses]
 
 
-def voted(principles: Sequence[str]) -> tuple[str, float]:
-    """The commonest of several principles, the first of equals, and its share."""
-    ((principle, count),) = Counter(principles).most_common(1)
-    return principle, count / len(principles)
+@dataclass(frozen=True)
+class Vote:
+    """Of several principles to a prompt, the commonest; the first of equals."""
+
+    principle: str
+    share: float
+    """Of the prompt's principles."""
+    lift: float
+    """That share over its share among all prompts' principles."""
+
+
+def votes(principles: Sequence[Sequence[str]]) -> list[Vote]:
+    """A vote for each prompt; all have the same number of principles."""
+    usual = Counter(z for zs in principles for z in zs)
+    found = []
+    for zs in principles:
+        ((z, count),) = Counter(zs).most_common(1)
+        found.append(Vote(z, count / len(zs), count / usual[z] * len(principles)))
+    return found
+
+
+def refined_where(better: Answers, initial: Sequence[str], way: str, chosen: list[bool]) -> Answers:
+    """The refinement of some prompts, and of the others the first answer."""
+    rows = list(zip(chosen, better.principles, better.texts, initial, strict=True))
+    return Answers(
+        way=way,
+        principles=[z if refine else "" for refine, z, _, _ in rows],
+        texts=[y if refine else y1 for refine, _, y, y1 in rows],
+    )
 
 
 def first_line(text: str) -> str:
@@ -109,11 +135,9 @@ def ways(asker: Asker, prompts: Sequence[str], seed: int) -> list[Answers]:
     initial = [ys[0] for ys in three]
     asks = [ask(asker.templates, x, y) for x, y in zip(asker.asked, initial, strict=True)]
     own = [first_line(z) for z in asker.one("propose", asks, PRINCIPLE)]
-    votes = [
-        voted([first_line(z) for z in zs]) for zs in asker.say("vote", asks, PRINCIPLE, n=VOTES)
-    ]
-    by_vote = asker.refined("the commonest of eight principles", initial, [z for z, _ in votes])
-    sure = [share > 0.5 for _, share in votes]
+    said = asker.say("vote", asks, PRINCIPLE, n=VOTES)
+    polled = votes([[first_line(z) for z in zs] for zs in said])
+    by_vote = asker.refined("the commonest of eight", initial, [v.principle for v in polled])
     needed = [sorted(oracle.needed(prompt)) for prompt in prompts]
     told = [rng.choice(house.RULES[rng.choice(names)].wordings) for names in needed]
     other = own[1:] + own[:1]
@@ -133,14 +157,8 @@ def ways(asker: Asker, prompts: Sequence[str], seed: int) -> list[Answers]:
         asker.improved("three refinements without a principle", twice.texts),
         asker.refined("its own principle", initial, own),
         by_vote,
-        Answers(
-            way="the same; the first answer without a majority",
-            principles=[z if is_sure else "" for is_sure, (z, _) in zip(sure, votes, strict=True)],
-            texts=[
-                better if is_sure else first
-                for is_sure, better, first in zip(sure, by_vote.texts, initial, strict=True)
-            ],
-        ),
+        refined_where(by_vote, initial, "if a majority", [v.share > 0.5 for v in polled]),
+        refined_where(by_vote, initial, "if twice the usual", [v.lift >= 2 for v in polled]),
         asker.refined("another prompt's principle", initial, other),
         asker.refined("a skill rule at random", initial, foreign),
         asker.refined("filler", initial, empty),
