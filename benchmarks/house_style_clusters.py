@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from benchmarks.planted_runs import enter, iterated, mean_cell, table
+from benchmarks.planted_runs import enter, iterated, table
 from models.house_style import oracle
 from tasks.cluster import ClusterSettings, cluster
 from tasks.clustering.insertions import Proposals
@@ -98,7 +99,8 @@ def measured(
     found = {}
     for fewest in (1, e.settings.cluster.min_prompts):
         for name, choice in variants():
-            settings = e.settings.cluster.model_copy(update={**choice, "min_prompts": fewest})
+            own = {**choice, "min_prompts": fewest, "embedding_model": "all-minilm-l6-v2"}
+            settings = e.settings.cluster.model_copy(update=own)
             kept = figures(settings, trajectories, mined, prompts, policy)
             found[f"{name}, of {fewest} prompts"] = kept
     return found
@@ -117,7 +119,7 @@ def main() -> None:
     rows = [
         [
             name,
-            *(mean_cell([seed[name].get(figure) for seed in found]) for figure in COLUMNS.values()),
+            *(f"{fmean(seed[name].get(it, 0.0) for seed in found):.2f}" for it in COLUMNS.values()),
         ]
         for name in found[0]
     ]

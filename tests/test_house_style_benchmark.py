@@ -20,6 +20,7 @@ from benchmarks.house_style import (
     wilson,
 )
 from benchmarks.house_style_clusters import figures, variants
+from benchmarks.house_style_gate import figures as figures_of_gate
 from benchmarks.house_style_turns import FILLER, Asker, Vote, outcome, votes, ways
 from benchmarks.house_style_turns import report as report_ways
 from models.house_style import HOUSE_STYLE, house, oracle
@@ -216,3 +217,12 @@ def test_a_clustering_is_read_by_what_its_labels_mean_and_do() -> None:
     merged = figures(settings.model_copy(update={"max_principles": 1}), rows, [], prompts, None)
     assert merged["principles"] == 1.0 and merged["right"] < 0.5
     assert len(dict(variants())) == 18
+
+
+def test_a_principle_counts_by_what_is_usual() -> None:
+    often, seldom = np.log([0.8, 0.2]), np.log([0.4, 0.6])
+    found = figures_of_gate(np.array([often, often, often, seldom]) - 7)  # nats that all share
+    assert found["p of the likeliest"].argmax() == 0
+    assert found["the same, over its usual p"].argmax() == 3
+    assert found["the same, over its usual p"][3] == pytest.approx(np.log(0.6 / 0.3))
+    assert found["KL from the usual"].argmax() == 3 and (found["KL from the usual"] >= 0).all()
