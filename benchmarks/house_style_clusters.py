@@ -9,12 +9,12 @@ characters" the default. Prints a table of means over the seeds; an oracle reads
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.house_style_loop import loop_options
 from benchmarks.planted_runs import enter, iterated, table
 from models.house_style import oracle
 from tasks.cluster import ClusterSettings, cluster
@@ -108,11 +108,8 @@ def measured(
 
 def main() -> None:
     """Cluster each seed's trajectories, and print the table."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102, 103, 104])
+    options = loop_options(__doc__)
     options.add_argument("--iteration", type=int, default=1)
-    options.add_argument("--set", action="append", default=[], help="a setting, as of the loop")
-    options.add_argument("--folder", type=Path, default=Path(".staple/house-style"))
     chosen = options.parse_args()
     folder = chosen.folder.absolute()
     found = [measured(folder, seed, chosen.iteration, chosen.set) for seed in chosen.seeds]

@@ -11,13 +11,13 @@ curve; .5: not at all).
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
+from benchmarks.house_style_loop import loop_options
 from benchmarks.house_style_turns import outcome
 from benchmarks.planted_runs import enter, iterated, table
 from constitutions.constitution import load
@@ -88,11 +88,7 @@ def measured(folder: Path, seed: int, changes: Sequence[str]) -> Iterator[list[s
 
 def main() -> None:
     """Measure each seed's policy, and print the table."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102, 103, 104])
-    options.add_argument("--set", action="append", default=[], help="a setting, as of the loop")
-    options.add_argument("--folder", type=Path, default=Path(".staple/house-style"))
-    chosen = options.parse_args()
+    chosen = loop_options(__doc__).parse_args()
     folder = chosen.folder.absolute()
     rows = [row for seed in chosen.seeds for row in measured(folder, seed, chosen.set)]
     print("\n".join(table(["seed", "figure", "learned rule called for", "wins or loses"], rows)))

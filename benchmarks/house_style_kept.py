@@ -10,7 +10,6 @@ Prints a table with 95 % intervals over posts, or prompts.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.house_style import bootstrap
+from benchmarks.house_style_loop import loop_options
 from benchmarks.planted_runs import enter, iterated, table
 from models.policy import Policy, Request, user
 from tasks.benchmarks.ifeval.data import InstructedPrompt, ifeval_metrics, read_examples, verdicts
@@ -77,13 +77,10 @@ def policies(
 
 def main() -> None:
     """Measure every policy, and print the table."""
-    options = argparse.ArgumentParser(description=__doc__)
+    options = loop_options(__doc__)
     options.add_argument("--text", type=Path, required=True, help="a CSV file")
     options.add_argument("--column", default="query")
     options.add_argument("--ifeval", type=Path, required=True, help="IFEval's input_data.jsonl")
-    options.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102, 103, 104])
-    options.add_argument("--set", action="append", default=[], help="a setting, as of the loop")
-    options.add_argument("--folder", type=Path, default=Path(".staple/house-style"))
     chosen = options.parse_args()
     with chosen.text.open(encoding="utf-8", newline="") as file:
         texts = [row[chosen.column] for row in csv.DictReader(file)][:100]

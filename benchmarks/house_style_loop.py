@@ -42,18 +42,24 @@ COLUMNS: Mapping[str, str] = {
 
 def main() -> None:
     """Run all arms and seeds, and print the tables."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102, 103, 104])
+    options = loop_options(__doc__)
     options.add_argument("--arms", nargs="+", default=["STaPLe", "control"], choices=list(ARMS))
-    options.add_argument("--set", action="append", default=[], help="a setting, for every arm")
     options.add_argument("--jobs", type=int, default=2, help="seeds at the same time")
-    options.add_argument("--folder", type=Path, default=Path(".staple/house-style"))
     chosen = options.parse_args()
     _share_taught(chosen.folder, chosen.seeds)
     named = {arm: (*chosen.set, *settings) for arm, settings in ARMS.items() if arm in chosen.arms}
     runs = run_all(named, chosen.seeds, chosen.folder, chosen.jobs, preset="house-style")
     keep(runs, HERE / "house_style_loop.json")
     print(report(runs))
+
+
+def loop_options(description: str | None) -> argparse.ArgumentParser:
+    """What says which runs are meant, also for what measures them afterwards."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102, 103, 104])
+    options.add_argument("--set", action="append", default=[], help="a setting of all runs")
+    options.add_argument("--folder", type=Path, default=Path(".staple/house-style"))
+    return options
 
 
 def _share_taught(folder: Path, seeds: list[int]) -> None:

@@ -13,7 +13,6 @@ less than twice as often as on the average prompt. Writes
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections import Counter
@@ -24,6 +23,7 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.house_style import bootstrap
+from benchmarks.house_style_loop import loop_options
 from benchmarks.planted_runs import enter, iterated, table
 from models.house_style import house, oracle, skills
 from models.policy import Messages, Policy, Request, user
@@ -210,11 +210,7 @@ def measured(folder: Path, seed: int, changes: Sequence[str]) -> dict[str, list[
 
 def main() -> None:
     """Measure each seed's policy, and print the table."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102, 103, 104])
-    options.add_argument("--set", action="append", default=[], help="a setting, as of the loop")
-    options.add_argument("--folder", type=Path, default=Path(".staple/house-style"))
-    chosen = options.parse_args()
+    chosen = loop_options(__doc__).parse_args()
     folder = chosen.folder.absolute()
     found = [measured(folder, seed, chosen.set) for seed in chosen.seeds]
     (HERE / "house_style_turns.json").write_text(json.dumps(found) + "\n")
