@@ -5,10 +5,9 @@
 After `benchmarks.house_style_loop`, with the same folder and settings. Each way's answers are
 compared, by the rules' checkers, with the first answers of the policy of iteration 0. "oracle" is
 given a rule that the prompt calls for: it says what better naming would be worth, and is no way to
-answer. "Three" ways cost as many turns as a principle and a refinement. Two ways ask for eight
-principles and keep the first answer where they have no majority, or where their commonest is said
-less than twice as often as on the average prompt. Writes
-`benchmarks/house_style_turns.json` and prints a table.
+answer. "Three" ways cost as many turns as a principle and a refinement. "if a majority" keeps the
+first answer where no principle is said by more than half of eight, as `evaluate.votes` does.
+Writes `benchmarks/house_style_turns.json` and prints a table.
 """
 
 from __future__ import annotations
@@ -92,27 +91,6 @@ class Asker:
         return [max(zip(islice(means, len(ys)), ys, strict=True))[1] for ys in responses]
 
 
-@dataclass(frozen=True)
-class Vote:
-    """Of several principles to a prompt, the commonest; the first of equals."""
-
-    principle: str
-    share: float
-    """Of the prompt's principles."""
-    lift: float
-    """That share over its share among all prompts' principles."""
-
-
-def votes(principles: Sequence[Sequence[str]]) -> list[Vote]:
-    """A vote for each prompt; all have the same number of principles."""
-    usual = Counter(z for zs in principles for z in zs)
-    found = []
-    for zs in principles:
-        ((z, count),) = Counter(zs).most_common(1)
-        found.append(Vote(z, count / len(zs), count / usual[z] * len(principles)))
-    return found
-
-
 def refined_where(better: Answers, initial: Sequence[str], way: str, chosen: list[bool]) -> Answers:
     """The refinement of some prompts, and of the others the first answer."""
     rows = list(zip(chosen, better.principles, better.texts, initial, strict=True))
@@ -136,8 +114,8 @@ def ways(asker: Asker, prompts: Sequence[str], seed: int) -> list[Answers]:
     asks = [ask(asker.templates, x, y) for x, y in zip(asker.asked, initial, strict=True)]
     own = [first_line(z) for z in asker.one("propose", asks, PRINCIPLE)]
     said = asker.say("vote", asks, PRINCIPLE, n=VOTES)
-    polled = votes([[first_line(z) for z in zs] for zs in said])
-    by_vote = asker.refined("the commonest of eight", initial, [v.principle for v in polled])
+    polled = [Counter(map(first_line, zs)).most_common(1)[0] for zs in said]
+    by_vote = asker.refined("the commonest of eight", initial, [z for z, _ in polled])
     needed = [sorted(oracle.needed(prompt)) for prompt in prompts]
     told = [rng.choice(house.RULES[rng.choice(names)].wordings) for names in needed]
     other = own[1:] + own[:1]
@@ -157,8 +135,7 @@ def ways(asker: Asker, prompts: Sequence[str], seed: int) -> list[Answers]:
         asker.improved("three refinements without a principle", twice.texts),
         asker.refined("its own principle", initial, own),
         by_vote,
-        refined_where(by_vote, initial, "if a majority", [v.share > 0.5 for v in polled]),
-        refined_where(by_vote, initial, "if twice the usual", [v.lift >= 2 for v in polled]),
+        refined_where(by_vote, initial, "if a majority", [2 * n > VOTES for _, n in polled]),
         asker.refined("another prompt's principle", initial, other),
         asker.refined("a skill rule at random", initial, foreign),
         asker.refined("filler", initial, empty),

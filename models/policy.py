@@ -6,8 +6,9 @@ this process, `models/endpoint/server.py` behind a server.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypedDict
 from urllib.parse import urlsplit
 
@@ -21,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from constitutions.constitution import principle_key
 from models.settings import Settings
 from models.template_file import TemplateFile
 
@@ -107,6 +109,22 @@ def before(stops: Iterable[str], text: str) -> str:
     """The text before its first stop string; the whole text where it has none."""
     ends = [text.find(stop) for stop in stops if stop in text]
     return text[: min(ends)] if ends else text
+
+
+def vote(said: Sequence[Completion]) -> Completion:
+    """What more than half of a request's completions say, apart from spelling (`principle_key`).
+
+    Returns:
+        The first of those that say it, or a completion without text where nothing has a majority;
+        either with the tokens of all. The first of all where the prompt left no room, or was
+        refused.
+    """
+    if said[0].finish in NO_ANSWER:  # then all are alike
+        return said[0]
+    keys = [principle_key(completion.text) for completion in said]
+    key, count = Counter(keys).most_common(1)[0]
+    won = said[keys.index(key)] if 2 * count > len(said) else no_answer("stop")
+    return replace(won, tokens=sum(completion.tokens for completion in said))
 
 
 def finish_of(parts: Iterable[Completion]) -> str:

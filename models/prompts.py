@@ -58,8 +58,9 @@ class Templates:
     """Whether the policy has learned to name it."""
 
     def keeps(self, principle: str) -> bool:
-        """Whether a principle that the policy named keeps y1."""
-        return self.gated and principle.strip() == self.keep
+        """Whether a principle that the policy named keeps y1: an empty one says nothing else."""
+        said = principle.strip()
+        return not said or (self.gated and said == self.keep)
 
     @property
     def guided(self) -> bool:

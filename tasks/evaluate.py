@@ -252,6 +252,8 @@ def _principles(
 ) -> Metrics:
     """How often a refinement follows its principle better than the first response does."""
     pairs = principle_pairs(answers, prompts)
+    if not pairs:
+        return {}
     (rows,) = panel.compare("principle-comparisons", pairs, [judge.about_principles()])
     return rate_metrics("principle/win_rate", panel.rate(rows, "principle-following win rate"))
 

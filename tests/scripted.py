@@ -60,9 +60,12 @@ class Script:
     ) -> list[list[Completion]]:
         self.asked += requests
         if progress:
-            progress(len(requests))
-        texts = [self.say(turns_of(r)) for r in requests]
-        return [[Completion(text=t, tokens=3, logprob=-1.0, finish="stop")] for t in texts]
+            progress(sum(r.n for r in requests))
+        return [[self._said(r) for _ in range(r.n)] for r in requests]
+
+    def _said(self, request: Request) -> Completion:
+        text = self.say(turns_of(request))
+        return Completion(text=text, tokens=3, logprob=-1.0, finish="stop")
 
     def logprobs(self, pairs: Sequence[tuple[tuple[Message, ...], str]]) -> list[Scoring]:
         raise AssertionError("evaluation only generates")

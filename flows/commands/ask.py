@@ -85,8 +85,10 @@ def _refined(experiment: Experiment, at: int, turns: Messages) -> PolicyReply:
         del texts["principle"]
     if not at:
         note = "the initial policy; it has no constitution yet."
-    elif not answer.principle:
+    elif not source.templates.guided:
         note = "this method has no principles."
+    elif not answer.principle:
+        note = "no principle has a majority: the first answer stands."
     else:
         constitution = with_wordings(experiment.constitution(at))
         note = _rank(constitution, answer.principle)

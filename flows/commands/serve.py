@@ -212,6 +212,7 @@ def open_chat_server(
                 batcher=batcher,
                 templates=source.templates,
                 max_principle_tokens=answering.max_principle_tokens,
+                votes=answering.votes,
                 key=_key,
             ),
             modes=modes,

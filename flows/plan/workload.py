@@ -228,7 +228,7 @@ class Workload:
 
     def answered(self) -> list[SampledTurn]:
         """What `evaluate` samples for a prompt: see `tasks.policies.answers`."""
-        return self._turns(self.settings.evaluate, 1)
+        return self._turns(self.settings.evaluate, 1, votes=self.settings.evaluate.votes)
 
     def _turns(
         self,
@@ -236,8 +236,9 @@ class Workload:
         samples: int,
         critique: int = 0,
         gold: float | None = None,
+        votes: int = 1,
     ) -> list[SampledTurn]:
-        """y1, and `samples` times z, a critique of at most so many tokens, y2.
+        """y1, and `samples` times `votes` z, a critique of at most so many tokens, y2.
 
         Args:
             gold: tokens of the gold that hints at z; None: no hint.
@@ -251,7 +252,7 @@ class Workload:
             return [*turns, turn(limit=s.max_response_tokens, shared=answered + words["refine"])]
         asked, own = answered + words["propose"], z + words["refine"]
         hinted = asked if gold is None else hinted + gold
-        turns.append(turn(limit=s.max_principle_tokens, shared=hinted))
+        turns.append(turn(samples=samples * votes, limit=s.max_principle_tokens, shared=hinted))
         if critique:
             turns.append(turn(limit=critique, shared=asked, own=z + words["critique"]))
             own += words["critique"] + c

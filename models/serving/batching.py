@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from models.policy import Completion, Messages, Policy, Request
+from models.policy import Completion, Messages, Policy, Request, vote
 
 GATHER_SECONDS = 0.005
 """A batch begins when nothing has arrived for so long: clients that were answered together ask
@@ -86,7 +86,8 @@ class Batcher:
             return sum(not w.future.cancelled() for w in self._waiting)
 
     def submit(self, request: Request) -> Future[CountedCompletion]:
-        """The request's only completion; cancel the future to drop it before it begins.
+        """The request's completion; of several, the one that has the majority (`vote`). Cancel the
+        future to drop it before it begins.
 
         The future raises what the policy raises.
 
@@ -167,7 +168,7 @@ class Batcher:
         completed = iter(self._policy.generate(asked) if asked else [])
         scored = iter(self._policy.logprobs(said) if said else [])
         return [
-            CountedCompletion(completion=next(completed)[0], prompt_tokens=tokens)
+            CountedCompletion(completion=vote(next(completed)), prompt_tokens=tokens)
             if isinstance(request, Request)
             else math.exp(next(scored).logprob if tokens else -math.inf)
             for request, tokens in zip(requests, counts, strict=True)

@@ -62,6 +62,8 @@ class Conversation:
     batcher: Batcher
     templates: Templates
     max_principle_tokens: int
+    votes: int = 1
+    """Principles that are sampled for each choice (`models.policy.vote`)."""
     key: Key
 
     async def turns(self, asked: Asked, choice: int = 0) -> AsyncGenerator[Turn, None]:
@@ -89,10 +91,10 @@ class Conversation:
             if z.missing:
                 return
             principle = z.completion.text
-        if templates.keeps(principle):
-            answer = replace(y1, role="refined", prompt_tokens=0)  # y1 has been counted
-            yield _as_answer(answer, asked.stop, tokens=0)
-            return
+            if templates.keeps(principle):
+                answer = replace(y1, role="refined", prompt_tokens=0)  # y1 has been counted
+                yield _as_answer(answer, asked.stop, tokens=0)
+                return
         prompt = ask.ask_refinement(templates, x, y1.completion.text, principle)
         yield await self._turn(asked, choice, "refined", prompt, last=True)
 
@@ -112,6 +114,7 @@ class Conversation:
         request = Request(
             messages=messages,
             key=f"{key}/{choice}" if choice else key,
+            n=self.votes if short else 1,
             temperature=asked.temperature,
             top_p=asked.top_p,
             max_tokens=self.max_principle_tokens if short else asked.max_tokens,

@@ -71,15 +71,17 @@ def answer_pairs(
 
 
 def principle_pairs(answers: Sequence[Answer], prompts: Sequence[Prompt]) -> list[AnswerPair]:
-    """Each refinement against its own first response, under the principle that the policy named.
+    """Each refinement against its own first response, under the principle that the policy named;
+    answers without a principle are left out.
 
     Raises:
         ValueError: there is no answer, or they mix iterations or answer a prompt twice.
     """
     named = {row.prompt_id: row.principle for row in answers}
     return [
-        replace(pair, principle=named.get(pair.prompt.prompt_id, ""))
+        replace(pair, principle=principle)
         for pair in answer_pairs(answers, answers, prompts)
+        if (principle := named.get(pair.prompt.prompt_id))
     ]
 
 

@@ -27,12 +27,13 @@ def faithfulness_metrics(
 
     For the kept trajectories under their own principle ("original") and under the label that is
     trained on ("label"); and for the answers to held-out prompts under the principle that the
-    policy gave itself ("answers"). A principle that names no behaviour cannot be followed.
+    policy gave itself, where it gave one ("answers"). A principle that names no behaviour cannot be
+    followed.
     """
     claims = {
         "original": [(row.principle, row.refined) for row in labelled],
         "label": [(row.label, row.refined) for row in labelled],
-        "answers": [(row.principle, row.refined) for row in answers],
+        "answers": [(row.principle, row.refined) for row in answers if row.principle],
     }
     return {
         f"faithfulness/{name}": fmean(oracle.behaviour_of(z) in oracle.shown(y) for z, y in pairs)

@@ -9,9 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from models import prompts as ask
 from models.policy import (
@@ -23,6 +23,7 @@ from models.policy import (
     Request,
     finish_of,
     no_answer,
+    vote,
 )
 from models.pools.base import Compute, Pool
 from models.prompts import Templates
@@ -44,6 +45,15 @@ class AnswerSettings(Settings):
     """Longest first response and refinement."""
     max_principle_tokens: int = Field(default=64, ge=1, le=1024)
     """Longest principle."""
+    votes: Annotated[int, Field(ge=1, le=64, exclude_if=lambda count: count == 1)] = 1
+    """Principles that are sampled for each answer: it is refined under the one that more than half
+    of them state, and without such a majority the first answer stands. 1: under the only one."""
+
+    @model_validator(mode="after")
+    def _votes_that_differ(self) -> Any:
+        if self.votes > 1 and not self.temperature:
+            raise ValueError("votes need a temperature above 0: greedily all of them are the same")
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +78,6 @@ def noise_key(seed: int, prompt_id: str, role: str) -> str:
     return f"{seed}/evaluate/{prompt_id}/{role}"
 
 
-def completions_per_prompt(templates: Templates) -> int:
-    """Completions that one prompt takes: y1, z (where there are principles), y2."""
-    return 3 if templates.guided else 2
-
-
 @dataclass(frozen=True, kw_only=True)
 class Generation:
     """How a policy answers: everything but the policy and the prompts."""
@@ -84,6 +89,11 @@ class Generation:
     weighs: bool = True
     """Whether a gated policy is asked how probable it is to keep y1; an endpoint cannot tell."""
 
+    @property
+    def completions(self) -> int:
+        """Completions that one prompt takes: y1, each z (where there are principles), y2."""
+        return 2 + self.settings.votes * self.templates.guided
+
     def ask(
         self,
         policy: Policy,
@@ -93,9 +103,9 @@ class Generation:
     ) -> list[Answer]:
         """y1, z ~ p(· | x, y1), y2 ~ p(· | x, y1, z) of every prompt, in order; gold is not read.
 
-        Unguided templates have no z: y2 ~ p(· | x, y1). Where z keeps y1, y1 stands for y2, and
-        nothing is asked. The noise depends on seed and prompt, not on the iteration: similar
-        policies answer alike, which makes their comparison tight.
+        Unguided templates have no z: y2 ~ p(· | x, y1). Where z keeps y1, or no z has a majority,
+        y1 stands for y2, and nothing is asked. The noise depends on seed and prompt, not on the
+        iteration: similar policies answer alike, which makes their comparison tight.
 
         Args:
             advance: called with the number of sampled completions.
@@ -104,27 +114,29 @@ class Generation:
         templates, settings = self.templates, self.settings
 
         def sample(
-            role: str, asked: Mapping[int, Messages], max_tokens: int
+            role: str, asked: Mapping[int, Messages], max_tokens: int, n: int = 1
         ) -> dict[int, Completion]:
             requests = [
                 Request(
                     messages=messages,
                     key=noise_key(self.seed, prompts[i].prompt_id, role),
+                    n=n,
                     temperature=settings.temperature if temperature is None else temperature,
                     max_tokens=max_tokens,
                 )
                 for i, messages in asked.items()
             ]
             found = policy.generate(requests, advance)
-            return {i: completions[0] for i, completions in zip(asked, found, strict=True)}
+            return {i: vote(completions) for i, completions in zip(asked, found, strict=True)}
 
         x = dict(enumerate(p.prompt for p in prompts))
         y1 = sample("initial", x, settings.max_response_tokens)
         asked, z = dict[int, Messages](), dict.fromkeys(x, no_answer("stop"))
         if templates.guided:
             asked = {i: ask.ask(templates, x[i], y1[i].text) for i in x}
-            z = sample("principle", asked, settings.max_principle_tokens)
-        kept = [i for i in x if templates.keeps(z[i].text)]
+            z = sample("principle", asked, settings.max_principle_tokens, settings.votes)
+        named = {i: asked[i] for i in asked if z[i].finish not in NO_ANSWER}
+        kept = [i for i in named if templates.keeps(z[i].text)]
         turns = {
             i: ask.ask_refinement(templates, x[i], y1[i].text, z[i].text)
             for i in x
@@ -134,7 +146,6 @@ class Generation:
         y2 |= {i: replace(y1[i], tokens=0) for i in kept}
         if advance and kept:
             advance(len(kept))
-        named = {i: asked[i] for i in asked if z[i].finish not in NO_ANSWER}
         keep = self._keep(policy, named) if templates.gated and self.weighs else {}
         return [
             _answer(prompt, self.iteration, (y1[i], z[i], y2[i]), keep.get(i))
@@ -196,7 +207,7 @@ class Respondent:
             compute,
             what=f"evaluate {self.generation.iteration}: {name}",
             unit="completions",
-            each=completions_per_prompt(self.generation.templates) * prompts_each,
+            each=self.generation.completions * prompts_each,
         )
         return list(self.work.table(parts))
 

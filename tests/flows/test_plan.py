@@ -190,7 +190,9 @@ def test_what_samples_share_is_prefilled_once(tmp_path: Path, alike: bool) -> No
     assert policy.decoder.prompt_tokens == turn.prefilled
 
 
-@pytest.mark.parametrize("changes", [[], ["method=star"]])
+@pytest.mark.parametrize(
+    "changes", [[], ["method=star"], ["evaluate.votes=3", "evaluate.temperature=1"]]
+)
 def test_the_turns_of_evaluate_are_what_it_asks(changes: list[str]) -> None:
     work, policy = workload(*changes), Verbose()
     templates = TEMPLATES["chat"] if work.guided else TEMPLATES["chat"].unguided()

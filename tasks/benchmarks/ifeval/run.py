@@ -95,5 +95,7 @@ class IFEval:
 
     def _principle(self, answers: Sequence[Answer], panel: Panel, judge: JudgeSettings) -> Metrics:
         pairs = principle_pairs(answers, self.prompts)
+        if not pairs:
+            return {}
         (rows,) = panel.compare(f"{NAME}-comparisons", pairs, [judge])
         return rate_metrics(f"{NAME}/principle_win_rate", panel.rate(rows, "IFEval's principles"))
