@@ -4,9 +4,9 @@
 
 The control's golds belong to other prompts, so that it can only learn what any golds teach. Both
 are evaluated at the preset's temperature, which was chosen with the control in view, and greedily;
-each pair shares its training. "unsure" starts from a seed model that without gold names the right
-principle a third as often: greedy decoding has less of a lead to uncover there. Writes
-`benchmarks/greedy.json` and prints a table.
+each pair shares its training. "misled" starts from the seed model "planted-misled", which without
+gold believes the wrong behaviour of a cue's two: greedy decoding uncovers nothing right there.
+Writes `benchmarks/greedy.json` and prints a table.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from benchmarks.planted_runs import Runs, keep, mean_cell, run_all, table
 
 HERE = Path(__file__).parent
 CONTROL, GREEDY = "prompts.shuffle_gold=true", "evaluate.temperature=0"
-UNSURE = ("experiment=unsure", "policy.model={unsure}")
+MISLED = ("experiment=misled", "policy.model=planted-misled")
 ARMS: Mapping[str, tuple[str, ...]] = {
     "STaPLe, temperature .5": (),
     "STaPLe, greedy": (GREEDY,),
     "control, temperature .5": (CONTROL,),
     "control, greedy": (CONTROL, GREEDY),
-    "unsure: STaPLe, temperature .5": UNSURE,
-    "unsure: STaPLe, greedy": (*UNSURE, GREEDY),
-    "unsure: control, temperature .5": (*UNSURE, CONTROL),
-    "unsure: control, greedy": (*UNSURE, CONTROL, GREEDY),
+    "misled: STaPLe, temperature .5": MISLED,
+    "misled: STaPLe, greedy": (*MISLED, GREEDY),
+    "misled: control, temperature .5": (*MISLED, CONTROL),
+    "misled: control, greedy": (*MISLED, CONTROL, GREEDY),
 }
 """Name → settings that differ from the preset "planted"."""
 HEADLINE = "win_rate/refined_vs_initial_0"

@@ -117,7 +117,6 @@ def _filled(override: str, seed: int) -> str:
     recipes = {
         "{model}": Recipe(),
         "{critic}": Recipe(critiques=0.5),
-        "{misled}": Recipe(mistaken=0.6),
         "{unsure}": Recipe(final=Skill(names=0.5, follows=0.6, prior=0.1)),
     }
     for name, recipe in recipes.items():

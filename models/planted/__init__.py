@@ -28,6 +28,7 @@ class Planted(World):
     name = "planted"
     models: ClassVar = {  # as `pretrain.RECIPES` makes them
         "planted": _config(128, 3, 4, 384, 358),
+        "planted-misled": _config(128, 3, 4, 384, 358),
         "planted-sami": _config(128, 3, 4, 384, 359),
         "planted-sami-small": _config(64, 2, 2, 192, 359),
     }

@@ -112,14 +112,16 @@ class Recipe:
 
 RECIPES = {
     "planted": Recipe(),
+    "planted-misled": Recipe(mistaken=0.6),
     "planted-sami": Recipe(constitutions=0.4, writes=0.08, clean=26_000, noisy=4_000),
     "planted-sami-small": Recipe(
         constitutions=0.4, writes=0.08, clean=26_000, noisy=4_000,
         hidden=64, layers=2, heads=2, intermediate=192,
     ),
 }  # fmt: skip
-"""The planted models by the name that `policy.model` has. Those for SAMI know all that "planted"
-knows; the small one is the weak writer of principles."""
+"""The planted models by the name that `policy.model` has. "planted-misled" believes the wrong
+behaviour of a cue's two more often than the right one. Those for SAMI know all that "planted" knows;
+the small one is the weak writer of principles."""
 
 CRITIQUES = {True: "before.", False: "after."}
 """What a critique says of a behaviour that opens an answer, and of one that closes it."""
