@@ -209,7 +209,8 @@ class PolicySettings(Settings):
     model: str = "planted"
     """A transformers model directory, a GGUF file (or a directory with one), a hub name, a packaged
     model that `staple fetch` keeps ("smollm2-135m-instruct"), or a model of an embedded world:
-    "planted", "planted-misled" (benchmarks/greedy.md), and for SAMI "planted-sami" and the smaller "planted-sami-small"."""
+    "planted", "planted-misled" (benchmarks/greedy.md), and for SAMI "planted-sami" and the smaller
+    "planted-sami-small"."""
     revision: str | None = None
     """Commit of a hub model; needed for a repeatable run."""
     templates: str | TemplateFile = "chat"

@@ -120,8 +120,8 @@ RECIPES = {
     ),
 }  # fmt: skip
 """The planted models by the name that `policy.model` has. "planted-misled" believes the wrong
-behaviour of a cue's two more often than the right one. Those for SAMI know all that "planted" knows;
-the small one is the weak writer of principles."""
+behaviour of a cue's two more often than the right one. Those for SAMI know all that "planted"
+knows; the small one is the weak writer of principles."""
 
 CRITIQUES = {True: "before.", False: "after."}
 """What a critique says of a behaviour that opens an answer, and of one that closes it."""
