@@ -21,13 +21,14 @@ from benchmarks.house_style import (
 )
 from benchmarks.house_style_clusters import figures, variants
 from benchmarks.house_style_gate import figures as figures_of_gate
+from benchmarks.house_style_shuffled import shuffled
 from benchmarks.house_style_turns import FILLER, Asker, outcome, ways
 from benchmarks.house_style_turns import report as report_ways
 from models.house_style import HOUSE_STYLE, house, oracle
 from models.house_style.answers import answers
 from models.policy import Completion, Messages, Progress, Request, Scoring, user
 from tasks.cluster import ClusterSettings
-from tasks.rows import Prompt, Trajectory
+from tasks.rows import Labelled, Prompt, Trajectory
 
 
 class Obedient:
@@ -219,3 +220,19 @@ def test_a_principle_counts_by_what_is_usual() -> None:
     assert found["the same, over its usual p"].argmax() == 3
     assert found["the same, over its usual p"][3] == pytest.approx(np.log(0.6 / 0.3))
     assert found["KL from the usual"].argmax() == 3 and (found["KL from the usual"] >= 0).all()
+
+
+def test_shuffled_labels_are_the_same_labels_on_other_rows() -> None:
+    rows = [
+        Labelled(
+            prompt_id=f"{n}", prompt=(user("x"),), gold="g", source="s", sample=0, initial=f"y1 {n}",
+            principle="z", refined=f"y2 {n}", initial_score=0.0, score=1.0, weight=1.0,
+            label=f"label {n // 4}", cluster=n // 4, replaced=True,
+        )
+        for n in range(40)
+    ]  # fmt: skip
+    dealt = shuffled(rows, 3)
+    assert dealt == shuffled(rows, 3) != shuffled(rows, 4)
+    assert sorted(row.label for row in dealt) == sorted(row.label for row in rows)
+    assert sum(a.label == b.label for a, b in zip(rows, dealt, strict=True)) < 12
+    assert [row.refined for row in dealt] == [row.refined for row in rows]
