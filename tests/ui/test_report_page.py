@@ -1,11 +1,7 @@
-"""The report in a real browser without a network: it asks for nothing, its map answers.
-
-STAPLE_SCREENSHOTS=1 writes the pictures that the README shows.
-"""
+"""The report in a real browser without a network: it asks for nothing, its map answers."""
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -29,7 +25,6 @@ from tasks.report.exhibits import best_examples
 from tasks.rows import Answer, ClusterRow, Comparison, Labelled, Prompt
 
 CHROMIUM = shutil.which("chromium") or ""
-SCREENSHOTS = Path(__file__).parent / "screenshots"
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium: apt install chromium")
 
 HOSTILE = (
@@ -259,7 +254,6 @@ def test_the_map_tells_what_it_is_pointed_at(browser: Any, home: Path) -> None:
         )
         told.add(row.principle)
     assert len(told) > 2
-    shoot(watched, "report", shown_map)
 
 
 def test_the_map_answers_the_keyboard(browser: Any, home: Path) -> None:
@@ -366,11 +360,3 @@ def test_print_has_every_part(browser: Any, home: Path) -> None:
     assert page.locator("details[open]").count() < page.locator("details").count()
     assert len(re.findall(rb"/Type\s*/Page\b", page.pdf())) > 3
     assert page.locator("details[open]").count() == page.locator("details").count()
-
-
-def shoot(watched: Watched, name: str, part: Any) -> None:
-    """Keep a picture of the page at a part of it, when asked to."""
-    if os.environ.get("STAPLE_SCREENSHOTS"):
-        part.evaluate("it => it.parentElement.scrollIntoView()")
-        watched.page.wait_for_timeout(800)
-        watched.page.screenshot(path=SCREENSHOTS / f"{name}.png")

@@ -1,7 +1,7 @@
 """`staple up`, and what a person does in the browser: a stage from its form, a review answered.
 
 Everything is real: servers, workers, deployments, a recorded experiment, Chromium. The tests build
-on one another in their order. STAPLE_SCREENSHOTS=1 writes the pictures that the README shows.
+on one another in their order.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or ""
-SCREENSHOTS = Path(__file__).parent / "screenshots"
 browser_test = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium: apt install chromium")
 
 
@@ -158,7 +157,6 @@ def test_one_stage_from_its_form(place: Place, page: Any) -> None:
     assert page.get_by_role("option").all_inner_texts() == ["medoid", "mode", "none"]
     page.keyboard.press("Escape")
     assert page.get_by_text("every kind of features. Default: 0.8.").is_visible()
-    shoot(page, "form")
     sent = submit(page)
     assert sent == {
         "experiment": "small",
@@ -178,9 +176,6 @@ def test_one_stage_from_its_form(place: Place, page: Any) -> None:
     iteration.get_by_role("button").first.click()
     page.get_by_text("mine 2", exact=True).wait_for()
     assert page.get_by_text("cluster 2", exact=True).count() == 2
-    if (close := page.get_by_role("button", name="Close")).count():
-        close.first.click()
-    shoot(page, "attempts")
 
     shown = place.staple("status", "small")
     assert "train 2 is stale: cluster 2 has changed" in shown
@@ -212,8 +207,6 @@ def test_a_review_answered_in_its_form(place: Place, page: Any) -> None:
     form.get_by_label("Your name").fill("Ada")
     form.get_by_label("Drop it").nth(0).click()
     form.get_by_label("Wording").nth(1).fill("Say thanks first.")
-    form.get_by_label("Wording").nth(0).evaluate("field => field.scrollIntoView({block: 'center'})")
-    shoot(page, "review")
     assert (
         sent(page, form.get_by_role("button", name="Resume"), "/resume").json()["status"]
         == "ACCEPT"
@@ -395,10 +388,3 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def shoot(page: Any, name: str) -> None:
-    """Keep a picture of the page, when asked to."""
-    if os.environ.get("STAPLE_SCREENSHOTS"):
-        page.wait_for_timeout(500)
-        page.screenshot(path=SCREENSHOTS / f"{name}.png")
