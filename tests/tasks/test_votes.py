@@ -10,11 +10,13 @@ import pytest
 from pydantic import ValidationError
 from scripted import Script
 
+from models.planted import oracle
 from models.policy import Completion, no_answer, vote
 from models.prompts import CHAT
 from models.serving.batching import Batcher
 from models.serving.turns import Asked, Conversation, Turn
 from tasks.judging.pairs import principle_pairs
+from tasks.judging.truth import faithfulness_metrics
 from tasks.policies.answers import AnswerSettings, Generation
 from tasks.rows import Answer, Prompt
 
@@ -95,6 +97,11 @@ def test_without_a_majority_the_first_answer_stands() -> None:
     assert [
         pair.prompt.prompt_id for pair in principle_pairs([agreed, split, silent], PROMPTS)
     ] == ["agreed"]
+
+
+def test_an_answer_without_a_principle_has_none_to_follow() -> None:
+    _, split, silent = answered()
+    assert faithfulness_metrics(oracle, labelled=[], answers=[split, silent]) == {}
 
 
 @pytest.mark.parametrize("name", list(SAID))
