@@ -21,6 +21,8 @@ from benchmarks.house_style import (
 )
 from benchmarks.house_style_clusters import figures, variants
 from benchmarks.house_style_gate import figures as figures_of_gate
+from benchmarks.house_style_methods import Figures
+from benchmarks.house_style_methods import report as report_methods
 from benchmarks.house_style_shuffled import shuffled
 from benchmarks.house_style_turns import FILLER, Asker, outcome, ways
 from benchmarks.house_style_turns import report as report_ways
@@ -236,3 +238,20 @@ def test_shuffled_labels_are_the_same_labels_on_other_rows() -> None:
     assert sorted(row.label for row in dealt) == sorted(row.label for row in rows)
     assert sum(a.label == b.label for a, b in zip(rows, dealt, strict=True)) < 12
     assert [row.refined for row in dealt] == [row.refined for row in rows]
+
+
+def test_methods_are_compared_prompt_by_prompt() -> None:
+    """Where a rule is called for is what STaPLe learned, also in the other methods' lines."""
+    ours = [
+        Figures(first=0.5, final=1.0, nearer=1.0, called=True),
+        Figures(first=0.5, final=0.0),
+    ] * 50
+    theirs = [Figures(first=0.5, final=0.5), Figures(first=0.0, final=0.5)] * 50
+    lines = report_methods({"STaPLe": ours, "STaR": theirs}).splitlines()
+    line, other = (row.split(" | ") for row in lines[2:])
+    assert [line[0], line[1], line[6]] == ["| STaPLe", "0.50 [0.50, 0.50]", "– |"]
+    assert line[3:5] == ["1.00 [1.00, 1.00]", "0.00 [0.00, 0.00]"]
+    assert other[:2] == ["| STaR", "0.25 [0.20, 0.30]"]
+    assert other[2:5] == ["0.50 [0.50, 0.50]"] * 3
+    assert [line[5][:4], other[5]] == ["0.75", "0.50 [0.50, 0.50]"]
+    assert other[6].startswith("0.00 [-0.")
