@@ -11,7 +11,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-
 demo: $(VENV)/.run  ## the whole loop on the planted world: five to seven minutes on two cores
 	$(BIN)/staple run planted
 
-demo-real: DTYPE = $(shell grep -qs amx_bf16 /proc/cpuinfo && echo bfloat16 || echo float32)
+demo-real: DTYPE = $(shell grep -qsE 'amx_bf16|avx512_bf16' /proc/cpuinfo && echo bfloat16 || echo float32)
 demo-real: $(VENV)/.run  ## a real small model looks for a house style; downloads 180 MB
 	$(BIN)/staple fetch smollm2-135m-instruct
 	$(BIN)/staple fetch all-minilm-l6-v2
