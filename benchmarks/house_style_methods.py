@@ -1,12 +1,14 @@
 """Who wins at equal training tokens? The house-style world's methods, prompt by prompt.
 
-    python -m benchmarks.house_style_methods --seeds 105 106 107 --set policy.dtype=bfloat16
+    python -m benchmarks.house_style_methods --seeds 105 106 --set policy.dtype=bfloat16
 
 After `benchmarks.house_style_loop`, with the same folder, settings and arms. Win rates are by the
 rules' checkers, against the first answers of iteration 0; the prompts of all seeds are drawn again
 for the intervals. "final" is what a method answers in the end: the refinement, or of SFT, which
-does not refine, the first answer. A prompt calls for a learned rule where one of STaPLe's
-constitution is among those that it calls for. Prints a table for each iteration.
+does not refine, the first answer. The checkers do not see a sentence that obeys no rule at all
+("My aunt is good."): "nearer to a gold" does, by the similarity that the loop learns from. A prompt
+calls for a learned rule where one of STaPLe's constitution is among those that it calls for. Prints
+a table for each iteration.
 """
 
 from __future__ import annotations
@@ -121,7 +123,7 @@ def measured(
             similarity = open_similarity(e.settings.score)
             final = "initial" if "method=sft" in ARMS[arm] else "refined"
             for t in range(1, len(made)):
-                while len(found) < t:
+                if len(found) < t:
                     found.append({name: [] for name in arms})
                 found[t - 1][arm] += answered(made, t, final, similarity)
     return found
@@ -132,7 +134,7 @@ def main() -> None:
     options = loop_options(__doc__)
     options.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     chosen = options.parse_args()
-    arms = sorted(chosen.arms, key=list(ARMS).index)
+    arms = sorted({REFERENCE, *chosen.arms}, key=list(ARMS).index)
     found = measured(chosen.folder.absolute(), chosen.seeds, arms, chosen.set)
     for t, methods in enumerate(found, start=1):
         print(f"Iteration {t}:\n\n{report(methods)}\n")
