@@ -176,6 +176,14 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float]:
     return means[25], means[974]
 
 
+def mean_and_interval(values: Sequence[float]) -> str:
+    """A cell of a table: the mean over prompts and its interval; "–" where there are none."""
+    if not values:
+        return "–"
+    low, high = bootstrap(values)
+    return f"{fmean(values):.2f} [{low:.2f}, {high:.2f}]"
+
+
 Reading = Callable[[Outcome], list[bool]]
 READINGS: dict[str, Reading] = {
     "named (words)": lambda o: o.named,
@@ -192,8 +200,7 @@ def report(found: dict[str, list[Outcome]]) -> str:
         cells = []
         for reading in READINGS.values():
             values = [fmean(reading(o)) for o in some]
-            low, high = bootstrap(values)
-            cells.append(f"{fmean(values):.2f} [{low:.2f}, {high:.2f}]")
+            cells.append(mean_and_interval(values))
         often = [
             sum(_share(some, name, reading) >= 0.5 for name in house.RULES)
             for reading in (READINGS["named (words)"], READINGS["followed"])

@@ -16,10 +16,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from benchmarks.house_style import bootstrap
+from benchmarks.house_style import mean_and_interval
 from benchmarks.house_style_loop import ARMS, loop_options
 from benchmarks.house_style_turns import outcome
 from benchmarks.planted_runs import enter, iterated, table
@@ -63,6 +62,7 @@ def answered(
     learned = _learned(made[iteration])
     found = []
     for name, row in rows.items():
+        # a text that cannot be compared, such as an empty one, is as far from the gold as can be
         prompt, given = row.prompt[-1]["content"], getattr(after[name], final)
         ours, theirs = (
             score.value or 0.0 for score in similarity.best(row.golds, [given, before[name]])
@@ -97,18 +97,11 @@ def report(found: Mapping[str, Sequence[Figures]]) -> str:
         ahead = [ours.final - f.final for f, ours in zip(figures, reference, strict=True)]
         nearer = [f.nearer for f in figures]
         cells = [[f.first for f in figures], final, called, others, nearer]
-        less = "–" if arm == REFERENCE else _cell(ahead)
-        rows.append([arm, *map(_cell, cells), less])
+        less = "–" if arm == REFERENCE else mean_and_interval(ahead)
+        rows.append([arm, *map(mean_and_interval, cells), less])
     headings = ["first answers", "final answers", "a learned rule is called for", "elsewhere"]
     headings += ["nearer to a gold"]
     return "\n".join(table(["method", *headings, f"{REFERENCE} is ahead by"], rows))
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    low, high = bootstrap(values)
-    return f"{fmean(values):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def measured(

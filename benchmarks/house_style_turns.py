@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.house_style import bootstrap
+from benchmarks.house_style import mean_and_interval
 from benchmarks.house_style_loop import loop_options
 from benchmarks.planted_runs import enter, iterated, table
 from models.house_style import house, oracle, skills
@@ -154,9 +154,7 @@ def report(found: Sequence[dict[str, list[Figures]]]) -> str:
     rows = []
     for way in found[0]:
         won, called, uncalled = zip(*(row for seed in found for row in seed[way]), strict=True)
-        low, high = bootstrap(won)
-        rate = f"{fmean(won):.2f} [{low:.2f}, {high:.2f}]"
-        rows.append([way, rate, f"{fmean(called):.2f}", f"{fmean(uncalled):.2f}"])
+        rows.append([way, mean_and_interval(won), f"{fmean(called):.2f}", f"{fmean(uncalled):.2f}"])
     headings = ["answer", "win rate", "called-for rules obeyed", "others obeyed"]
     return "\n".join(table(headings, rows))
 

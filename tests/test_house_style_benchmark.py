@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from benchmarks.house_style import (
 )
 from benchmarks.house_style_clusters import figures, variants
 from benchmarks.house_style_gate import figures as figures_of_gate
-from benchmarks.house_style_methods import Figures
+from benchmarks.house_style_methods import Figures, answered
 from benchmarks.house_style_methods import report as report_methods
 from benchmarks.house_style_shuffled import shuffled
 from benchmarks.house_style_turns import FILLER, Asker, outcome, ways
@@ -30,7 +31,9 @@ from models.house_style import HOUSE_STYLE, house, oracle
 from models.house_style.answers import answers
 from models.policy import Completion, Messages, Progress, Request, Scoring, user
 from tasks.cluster import ClusterSettings
-from tasks.rows import Labelled, Prompt, Trajectory
+from tasks.rows import Answer, Labelled, Prompt, Trajectory
+from tasks.score import ScoreSettings
+from tasks.similarity.registry import open_similarity
 
 
 class Obedient:
@@ -255,3 +258,36 @@ def test_methods_are_compared_prompt_by_prompt() -> None:
     assert other[2:5] == ["0.50 [0.50, 0.50]"] * 3
     assert [line[5][:4], other[5]] == ["0.75", "0.50 [0.50, 0.50]"]
     assert other[6].startswith("0.00 [-0.")
+
+
+class Stored:
+    """An attempt with one file of rows."""
+
+    def __init__(self, *stored: Any) -> None:
+        self._stored = stored
+
+    def rows(self, name: str, row_type: type[Any]) -> tuple[Any, ...]:
+        return self._stored
+
+
+def test_the_last_word_of_a_method_is_what_counts() -> None:
+    """SFT is judged by its first answer, against the first one of iteration 0."""
+    asked = "I have hardly any money. How do I clean a tent? Be brief: two short sentences."
+    assert oracle.needed(asked) == {"price"}
+    plain, priced = (
+        "Use a soft cloth and let it dry.",
+        "Use a soft cloth. It costs about five dollars.",
+    )
+    row = Prompt(prompt_id="p", prompt=(user(asked),), gold=priced, source="s")
+
+    def answer(initial: str, refined: str) -> Stored:
+        said = {"initial": initial, "principle": "z", "refined": refined, "finish": "stop"}
+        return Stored(Answer(prompt_id="p", iteration=0, tokens=1, **said))  # type: ignore[arg-type]
+
+    before: Any = {"prompts": Stored(row), "evaluate": answer(plain, plain)}
+    after: Any = {"evaluate": answer(plain, priced)}
+    compare = open_similarity(ScoreSettings())
+    (refined,) = answered([before, after], 1, "refined", compare)
+    (first,) = answered([before, after], 1, "initial", compare)
+    assert refined == Figures(first=0.5, final=1.0, nearer=1.0)
+    assert first == Figures(first=0.5, final=0.5, nearer=0.5)
