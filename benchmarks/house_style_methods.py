@@ -6,9 +6,10 @@ After `benchmarks.house_style_loop`, with the same folder, settings and arms. Wi
 rules' checkers, against the first answers of iteration 0; the prompts of all seeds are drawn again
 for the intervals. "final" is what a method answers in the end: the refinement, or of SFT, which
 does not refine, the first answer. The checkers do not see a sentence that obeys no rule at all
-("My aunt is good."): "nearer to a gold" does, by the similarity that the loop learns from. A prompt
-calls for a learned rule where one of STaPLe's constitution is among those that it calls for. Prints
-a table for each iteration.
+("My aunt is good."). Two columns do: where "idle words cost half a rule", as much as obeying a rule
+that is not called for, and "nearer to a gold", by the similarity that the loop learns from. A
+prompt calls for a learned rule where one of STaPLe's constitution is among those that it calls for.
+Prints a table for each iteration.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from tasks.rows import Answer, Prompt
 from tasks.similarity.base import Similarity
 from tasks.similarity.registry import open_similarity
 
+IDLE = 0.5
+"""What a final answer loses that is longer than its first one and obeys no rule more."""
 REFERENCE = "STaPLe"
 """The method with which the others are compared, and whose constitution says what was learned."""
 
@@ -39,6 +42,8 @@ class Figures:
 
     first: float
     final: float
+    charged: float = 0.5
+    """The final answer, where idle words cost `IDLE`."""
     nearer: float = 0.5
     """The final answer by its similarity to the nearest gold."""
     called: bool = False
@@ -64,6 +69,7 @@ def answered(
     for name, row in rows.items():
         # a text that cannot be compared, such as an empty one, is as far from the gold as can be
         prompt, given = row.prompt[-1]["content"], getattr(after[name], final)
+        cost = IDLE * is_idle(after[name].initial, given)
         ours, theirs = (
             score.value or 0.0 for score in similarity.best(row.golds, [given, before[name]])
         )
@@ -71,11 +77,18 @@ def answered(
             Figures(
                 first=outcome(prompt, after[name].initial, before[name]),
                 final=outcome(prompt, given, before[name]),
+                charged=outcome(prompt, given, before[name], cost=cost),
                 nearer=0.5 + (ours > theirs) / 2 - (ours < theirs) / 2,
                 called=bool(oracle.needed(prompt) & learned),
             )
         )
     return found
+
+
+def is_idle(initial: str, final: str) -> bool:
+    """Whether an answer was made longer, and obeys no rule that it did not obey before."""
+    longer = len(final.split()) > len(initial.split())
+    return longer and oracle.shown(final) <= oracle.shown(initial)
 
 
 def _learned(stages: Mapping[str, Attempt]) -> set[str | None]:
@@ -95,12 +108,12 @@ def report(found: Mapping[str, Sequence[Figures]]) -> str:
         called = [f.final for f, ours in zip(figures, reference, strict=True) if ours.called]
         others = [f.final for f, ours in zip(figures, reference, strict=True) if not ours.called]
         ahead = [ours.final - f.final for f, ours in zip(figures, reference, strict=True)]
-        nearer = [f.nearer for f in figures]
-        cells = [[f.first for f in figures], final, called, others, nearer]
+        charged, nearer = [f.charged for f in figures], [f.nearer for f in figures]
+        cells = [[f.first for f in figures], final, called, others, charged, nearer]
         less = "–" if arm == REFERENCE else mean_and_interval(ahead)
         rows.append([arm, *map(mean_and_interval, cells), less])
     headings = ["first answers", "final answers", "a learned rule is called for", "elsewhere"]
-    headings += ["nearer to a gold"]
+    headings += ["idle words cost half a rule", "nearer to a gold"]
     return "\n".join(table(["method", *headings, f"{REFERENCE} is ahead by"], rows))
 
 

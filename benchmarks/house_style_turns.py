@@ -143,9 +143,13 @@ def ways(asker: Asker, prompts: Sequence[str], seed: int) -> list[Answers]:
     ]
 
 
-def outcome(prompt: str, response: str, reference: str) -> float:
-    """1 where the response is better than the reference by the checkers, .5 where neither is."""
-    ours, theirs = oracle.score(prompt, response), oracle.score(prompt, reference)
+def outcome(prompt: str, response: str, reference: str, *, cost: float = 0.0) -> float:
+    """1 where the response is better than the reference by the checkers, .5 where neither is.
+
+    Args:
+        cost: taken from the response's score.
+    """
+    ours, theirs = oracle.score(prompt, response) - cost, oracle.score(prompt, reference)
     return 0.5 + (ours > theirs) / 2 - (ours < theirs) / 2
 
 

@@ -22,7 +22,7 @@ from benchmarks.house_style import (
 )
 from benchmarks.house_style_clusters import figures, variants
 from benchmarks.house_style_gate import figures as figures_of_gate
-from benchmarks.house_style_methods import Figures, answered
+from benchmarks.house_style_methods import Figures, answered, is_idle
 from benchmarks.house_style_methods import report as report_methods
 from benchmarks.house_style_shuffled import shuffled
 from benchmarks.house_style_turns import FILLER, Asker, outcome, ways
@@ -247,17 +247,17 @@ def test_methods_are_compared_prompt_by_prompt() -> None:
     """Where a rule is called for is what STaPLe learned, also in the other methods' lines."""
     ours = [
         Figures(first=0.5, final=1.0, nearer=1.0, called=True),
-        Figures(first=0.5, final=0.0),
+        Figures(first=0.5, final=0.0, charged=0.0),
     ] * 50
     theirs = [Figures(first=0.5, final=0.5), Figures(first=0.0, final=0.5)] * 50
     lines = report_methods({"STaPLe": ours, "STaR": theirs}).splitlines()
     line, other = (row.split(" | ") for row in lines[2:])
-    assert [line[0], line[1], line[6]] == ["| STaPLe", "0.50 [0.50, 0.50]", "– |"]
+    assert [line[0], line[1], line[7]] == ["| STaPLe", "0.50 [0.50, 0.50]", "– |"]
     assert line[3:5] == ["1.00 [1.00, 1.00]", "0.00 [0.00, 0.00]"]
     assert other[:2] == ["| STaR", "0.25 [0.20, 0.30]"]
     assert other[2:5] == ["0.50 [0.50, 0.50]"] * 3
-    assert [line[5][:4], other[5]] == ["0.75", "0.50 [0.50, 0.50]"]
-    assert other[6].startswith("0.00 [-0.")
+    assert [line[5][:4], line[6][:4], other[6]] == ["0.25", "0.75", "0.50 [0.50, 0.50]"]
+    assert other[7].startswith("0.00 [-0.")
 
 
 class Stored:
@@ -289,5 +289,9 @@ def test_the_last_word_of_a_method_is_what_counts() -> None:
     compare = open_similarity(ScoreSettings())
     (refined,) = answered([before, after], 1, "refined", compare)
     (first,) = answered([before, after], 1, "initial", compare)
-    assert refined == Figures(first=0.5, final=1.0, nearer=1.0)
-    assert first == Figures(first=0.5, final=0.5, nearer=0.5)
+    assert refined == Figures(first=0.5, final=1.0, charged=1.0, nearer=1.0)
+    assert first == Figures(first=0.5, final=0.5)
+    after = {"evaluate": answer(plain, f"{plain} My aunt is good.")}
+    (idle,) = answered([before, after], 1, "refined", compare)
+    assert (idle.final, idle.charged) == (0.5, 0.0), "the checkers do not see an idle sentence"
+    assert not is_idle(priced, plain), "a shorter answer has no idle words"
