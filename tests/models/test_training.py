@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import small_job
 import torch
@@ -166,6 +168,18 @@ def test_two_processes_train_the_adapter_of_one(model: Path, tmp_path: Path) -> 
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)
     assert [p.name for p in two.iterdir()] == ["adapter"], "nothing is left"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
+def test_memory_that_was_freed_goes_back_to_the_system(model: Path, tmp_path: Path) -> None:
+    blocks = [b"x" * (1 << 16) for _ in range(9600)]  # 600 MB, too small for pages of their own
+    above = b"x" * (1 << 16)  # while it stands, the heap does not shrink by itself
+    del blocks
+    process = psutil.Process()
+    before = process.memory_info().rss
+    run(job(model, tmp_path), EXAMPLES[:4])
+    assert process.memory_info().rss < before - (300 << 20)
+    assert len(above) == 1 << 16
 
 
 def test_an_error_in_one_of_several_processes_is_one_message(model: Path, tmp_path: Path) -> None:
