@@ -44,7 +44,6 @@ from tasks.train import (
     Training,
     TrainingConversation,
     TrainSettings,
-    expected_steps,
     in_one_process,
     itself,
     tokenised,
@@ -231,7 +230,7 @@ def teach_stage(
         given = list(lessons(examples, settings, policy.templates))
         ready = Training.of(policy, how, at.seed, work.outputs / "adapter")
         data = tokenised(work, ready, given, itself, "the lessons")
-        total = expected_steps(data.conversations, how)
+        total = len(ready.planned(data.examples))
         with work.device(), progress("teach", total, "steps") as tick:
             done = train(data, ready, tick)
         metrics = {f"teach/{name}": float(count) for name, count in done.counts.items()}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -182,6 +181,11 @@ class Training:
         tokenizer = load_tokenizer(self.model, self.policy.revision)
         return Encoder(tokenizer, self.settings.max_tokens, self.policy)
 
+    def planned(self, examples: Examples) -> list[list[int]]:
+        """The examples of each optimiser step, by number; of no examples no step."""
+        lengths = [example.tokens for example in examples]
+        return plan_batches(lengths, self.settings, self.seed) if lengths else []
+
     def fit(
         self, examples: Examples, digest: str, progress: Progress | None = None
     ) -> list[TrainingStep]:
@@ -189,7 +193,7 @@ class Training:
 
         Args:
             digest: identifies the examples.
-            progress: called with 1 after each optimiser step.
+            progress: called with the number of optimiser steps done (`len(planned(…))` in all).
 
         Raises:
             UserError: a base that cannot be loaded; a previous adapter of another base; a training
@@ -272,7 +276,7 @@ def train_stage(
         if mined and filtered:
             rows = [*rows, *not_improved(mined, filtered)]
         data = tokenised(work, training, rows, asked, str(at.iteration))
-        total = expected_steps(data.conversations, settings)
+        total = len(training.planned(data.examples))
         with work.device(), progress(f"train {at.iteration}", total, "steps") as tick:
             done = train(data, training, tick)
         losses = write_curve(work, done.curve, done.skipped)
@@ -369,16 +373,6 @@ def write_curve(
     losses = [step.loss for step in curve]
     last = losses[-max(1, len(losses) // 10) :]
     return {f"{stage}/first_loss": losses[0], f"{stage}/last_loss": sum(last) / len(last)}
-
-
-def expected_steps(labelled: int, settings: TrainSettings) -> int:
-    """Optimiser steps when no trajectory is skipped: the total of `progress`.
-
-    0 where a budget of tokens decides: it is known only when all is tokenised.
-    """
-    if settings.tokens:
-        return 0
-    return math.ceil(labelled * settings.epochs / settings.batch_size)
 
 
 def training_conversation(
@@ -524,7 +518,7 @@ def in_one_process(settings: TrainSettings) -> TrainSettings:
 def _counts(data: TrainingSet, training: Training) -> dict[str, int]:
     lengths = [example.tokens for example in data.examples]
     trained = [int(np.sum(example.trained)) for example in data.examples]
-    steps = plan_batches(lengths, training.settings, training.seed)
+    steps = training.planned(data.examples)
     return {
         "lessons": data.conversations,
         "trained": data.conversations - len(data.skipped),

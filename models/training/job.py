@@ -33,7 +33,7 @@ GROUP_ROWS = 1 << 10
 """SAMI's groups in a Parquet row group: Arrow counts its tokens, a million each, in 32 bits."""
 ROOT = Path(__file__).parents[2]
 STEP = "step"
-"""The line that the first process prints after each optimiser step."""
+"""The word that the first process prints after optimiser steps, before their number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ def run(job: Job, examples: Examples, progress: Progress | None = None) -> list[
     """Train, write the adapter to `job.out`, and return the training curve.
 
     Args:
-        progress: called with 1 after each optimiser step.
+        progress: as `models.training.loop.train` calls it.
 
     Raises:
         UserError: the base cannot be loaded, the previous adapter belongs to another base, the
@@ -147,8 +147,9 @@ def _run_in_processes(
     write_job(folder, job, examples)
     with (folder / "log").open("w") as log, _launched(job.settings, folder, log) as process:
         for line in process.stdout or ():
-            if line.strip() == STEP and progress:
-                progress(1)
+            word, _, steps = line.strip().partition(" ")
+            if word == STEP and steps.isdigit() and progress:
+                progress(int(steps))
         code = process.wait()
     _raise_what_failed(folder, code)
     return [TrainingStep(*row) for row in json.loads((folder / "curve.json").read_text("utf-8"))]

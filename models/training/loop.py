@@ -86,7 +86,8 @@ def train(
         examples: at least one.
         checkpoints: a directory of this training alone; one that was killed resumes at the last
             checkpoint there. Removed at the end.
-        progress: called with 1 after each optimiser step (`len(plan_batches(…))` in all).
+        progress: called with the number of optimiser steps that a checkpoint has, then with 1 after
+            each step (`len(plan_batches(…))` in all).
 
     Raises:
         UserError: the loss is no longer finite.
@@ -273,6 +274,10 @@ def _trainer(
             return 0  # the library's own looks for a batch
 
     class Report(TrainerCallback):
+        def on_train_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+            if progress and state.global_step:  # resumed
+                progress(state.global_step)
+
         def on_step_end(self, *_: Any, **__: Any) -> None:
             if progress:
                 progress(1)

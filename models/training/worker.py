@@ -37,8 +37,8 @@ def _take_part(folder: Path, *, first: bool) -> None:
 
     job, examples = read_job(folder)
 
-    def report(_: int) -> None:
-        print(STEP, flush=True)
+    def report(steps: int) -> None:
+        print(STEP, steps, flush=True)
 
     curve = fit(job, examples, report if first else None, write=first)
     if first:

@@ -22,7 +22,6 @@ from tasks.rows import Rejected, Sampled
 from tasks.train import (
     Training,
     TrainSettings,
-    expected_steps,
     in_one_process,
     nothing_to_train_on,
     training_slot,
@@ -101,7 +100,7 @@ def train_stage(
         data = groups_of(rows, training.encoder(), policy.wording, end_token=settings.end_token)
         if not data.groups:
             raise nothing_to_train_on(data.skipped, "queries", settings)
-        total = expected_steps(len(rows), settings)
+        total = len(training.planned(data.groups))
         with work.device(), progress(f"train {at.iteration}", total, "steps") as tick:
             curve = training.fit(data.groups, text_sha256(repr(data.groups)), tick)
         return write_curve(work, curve, data.skipped) | _counts(data, curve[-1].tokens)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from command import Ran, staple
 
+from flows.experiment import open_experiment
 from flows.schema import ExperimentSettings
 from tasks.record import progress
 
@@ -37,3 +38,12 @@ def test_what_a_stage_says_is_in_its_log(
     assert quiet.code == 0 and not quiet.err
     newest = max(Path(".staple/logs").iterdir(), key=lambda path: path.stat().st_mtime)
     assert done in newest.read_text()
+
+
+def test_training_shows_its_steps_also_under_a_budget_of_tokens(
+    at_home: ExperimentSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "FIRST_LINE", 0.0)
+    ran = stage(capsys, "train", "--set", "train.tokens=3000", "--set", "train.batch_size=2")
+    steps = open_experiment(at_home).record.needs("train", 1).metrics["train/steps"]
+    assert steps > 1 and re.search(rf"^train 1 .*: 1/{steps:.0f} steps$", ran.err, re.MULTILINE)

@@ -244,7 +244,7 @@ def test_kill_9_and_resume_give_the_bytes_of_one_never_killed(
     finished: list[int] = []
     assert run(killed, EXAMPLES, finished.append) == curve
     # of 10 steps it goes on at the third checkpoint
-    assert len(finished) == (10 if damage else 4)
+    assert finished == [1] * 10 if damage else finished == [6, 1, 1, 1, 1]
     assert ("damaged; the training goes on at the first step" in capsys.readouterr().err) == damage
     for name in ("adapter_model.safetensors", "provenance.json"):
         assert _sha256(killed.out / name) == _sha256(whole / "adapter" / name)
