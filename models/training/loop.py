@@ -274,7 +274,7 @@ def _trainer(
             return 0  # the library's own looks for a batch
 
     class Report(TrainerCallback):
-        def on_train_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
             if progress and state.global_step:  # resumed
                 progress(state.global_step)
 
