@@ -134,6 +134,7 @@ def test_a_stopped_training_goes_on_with_the_same_teacher(
 
     with pytest.raises(KeyboardInterrupt):
         run(stopped, EXAMPLES, stop)
-    assert run(stopped, EXAMPLES, done.append) == curve and len(done) == 5 + 2
+    assert run(stopped, EXAMPLES, done.append) == curve
+    assert done == [1] * 5 + [4, 1, 1]  # the checkpoint's four steps are announced at once
     name = "adapter_model.safetensors"
     assert (stopped.out / name).read_bytes() == (whole.out / name).read_bytes()
