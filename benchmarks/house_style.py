@@ -16,7 +16,6 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from math import sqrt
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -162,13 +161,6 @@ def outcomes(policy: Policy, arm: str, given: Sequence[Trial], key: str) -> list
 # Figures ----------------------------------------------------------------------------------------
 
 
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson)."""
-    z = 1.96
-    middle, spread = hits + z * z / 2, z * sqrt(hits * (n - hits) / n + z * z / 4)
-    return (middle - spread) / (n + z * z), (middle + spread) / (n + z * z)
-
-
 def bootstrap(values: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of a mean over prompts, which are drawn again a thousand times."""
     rng = random.Random(0)
@@ -186,8 +178,8 @@ def mean_and_interval(values: Sequence[float]) -> str:
 
 Reading = Callable[[Outcome], list[bool]]
 READINGS: dict[str, Reading] = {
-    "named (words)": lambda o: o.named,
-    "named (does)": lambda o: o.done,
+    "named": lambda o: o.named,
+    "obeyed under its own principles": lambda o: o.done,
     "followed": lambda o: o.followed,
 }
 
@@ -202,8 +194,8 @@ def report(found: dict[str, list[Outcome]]) -> str:
             values = [fmean(reading(o)) for o in some]
             cells.append(mean_and_interval(values))
         often = [
-            sum(_share(some, name, reading) >= 0.5 for name in house.RULES)
-            for reading in (READINGS["named (words)"], READINGS["followed"])
+            sum(fmean(_shares(some, name, reading)) >= 0.5 for name in house.RULES)
+            for reading in (READINGS["named"], READINGS["followed"])
         ]
         cells += [f"{count} of {len(house.RULES)}" for count in often]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
@@ -211,23 +203,15 @@ def report(found: dict[str, list[Outcome]]) -> str:
         lines += ["", f"| {arm}: rule | " + " | ".join(READINGS) + " |"]
         lines.append("|---" * (len(READINGS) + 1) + "|")
         for name in house.RULES:
-            cells = [_cell(some, name, reading) for reading in READINGS.values()]
+            shares = [_shares(some, name, reading) for reading in READINGS.values()]
+            cells = list(map(mean_and_interval, shares))
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _hits(some: Iterable[Outcome], rule: str, reading: Reading) -> list[bool]:
-    return [hit for o in some if o.trial.rule == rule for hit in reading(o)]
-
-
-def _share(some: Iterable[Outcome], rule: str, reading: Reading) -> float:
-    return fmean(_hits(some, rule, reading))
-
-
-def _cell(some: Iterable[Outcome], rule: str, reading: Reading) -> str:
-    hits = _hits(some, rule, reading)
-    low, high = wilson(sum(hits), len(hits))
-    return f"{sum(hits)} of {len(hits)} [{low:.2f}, {high:.2f}]"
+def _shares(some: Iterable[Outcome], rule: str, reading: Reading) -> list[float]:
+    """Of each prompt that calls for a rule, the share of its tries."""
+    return [fmean(reading(o)) for o in some if o.trial.rule == rule]
 
 
 def main() -> None:

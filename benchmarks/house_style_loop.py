@@ -3,10 +3,11 @@
     staple fetch smollm2-135m-instruct; staple fetch all-minilm-l6-v2
     python -m benchmarks.house_style_loop --seeds 100 101 102 103 104 --set policy.dtype=bfloat16
 
-All seeds share one taught model, on which no seed has an influence; the arms of a
-seed share what they have in common, such as the first iteration's mining. Writes
-`benchmarks/house_style_loop.json` and prints the tables of `benchmarks/house_style.md`. Win rates
-are by the rules' checkers.
+All seeds share one taught model, on which no seed has an influence; the arms of a seed share what
+they have in common, such as the first iteration's mining. Puts each arm, named with the settings of
+`--set`, into `benchmarks/house_style_loop.json`, and prints a table of it with means over the
+seeds; `benchmarks.house_style_methods` has intervals over prompts. Win rates are by the rules'
+checkers.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from benchmarks.planted_runs import History, Runs, keep, mean_cell, run_all, table
+from benchmarks.planted_runs import History, Runs, add, mean_cell, run_all, table
 
-HERE = Path(__file__).parent
+FILE = Path(__file__).with_suffix(".json")
 ARMS: Mapping[str, tuple[str, ...]] = {
     "STaPLe": (),
     "unconstrained": ("cluster.representative=none",),
@@ -38,6 +40,8 @@ COLUMNS: Mapping[str, str] = {
     "faithful": "faithfulness/answers",
     "recall": "house-style/recall",
     "precision": "house-style/precision",
+    "recall by effect": "house-style/recall_by_effect",
+    "precision by effect": "house-style/precision_by_effect",
 }
 """Heading → metric of an iteration."""
 
@@ -48,10 +52,13 @@ def main() -> None:
     options.add_argument("--arms", nargs="+", default=["STaPLe", "control"], choices=list(ARMS))
     options.add_argument("--jobs", type=int, default=2, help="seeds at the same time")
     chosen = options.parse_args()
+    where: dict[str, Any] = {"folder": chosen.folder.absolute(), "preset": "house-style"}
     _share_taught(chosen.folder, chosen.seeds)
-    named = {arm: (*chosen.set, *settings) for arm, settings in ARMS.items() if arm in chosen.arms}
-    runs = run_all(named, chosen.seeds, chosen.folder, chosen.jobs, preset="house-style")
-    keep(runs, HERE / "house_style_loop.json")
+    arms = {", ".join([arm, *chosen.set]): (*chosen.set, *ARMS[arm]) for arm in chosen.arms}
+    if chosen.jobs > 1:  # the skills are taught once, before several processes look for them
+        run_all({"taught": (*chosen.set, "iterations=0")}, chosen.seeds[:1], jobs=1, **where)
+    runs = run_all(arms, chosen.seeds, jobs=chosen.jobs, **where)
+    add(runs, FILE)
     print(report(runs))
 
 

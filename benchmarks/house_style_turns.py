@@ -7,12 +7,11 @@ compared, by the rules' checkers, with the first answers of the policy of iterat
 given a rule that the prompt calls for: it says what better naming would be worth, and is no way to
 answer. "Three" ways cost as many turns as a principle and a refinement. "if a majority" keeps the
 first answer where no principle is said by more than half of eight, as `evaluate.votes` does.
-Writes `benchmarks/house_style_turns.json` and prints a table.
+Puts each seed into `benchmarks/house_style_turns.json`, and prints a table.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -23,12 +22,12 @@ from statistics import fmean
 
 from benchmarks.house_style import mean_and_interval
 from benchmarks.house_style_loop import loop_options
-from benchmarks.planted_runs import enter, iterated, table
+from benchmarks.planted_runs import add, enter, iterated, table
 from models.house_style import house, oracle, skills
 from models.policy import Messages, Policy, Request, user
 from models.prompts import Templates, ask, ask_refinement
 
-HERE = Path(__file__).parent
+FILE = Path(__file__).with_suffix(".json")
 FILLER = (
     "Say it as it is said, here and now.",
     "Be as you are, and so on.",
@@ -192,7 +191,7 @@ def main() -> None:
     chosen = loop_options(__doc__).parse_args()
     folder = chosen.folder.absolute()
     found = [measured(folder, seed, chosen.set) for seed in chosen.seeds]
-    (HERE / "house_style_turns.json").write_text(json.dumps(found) + "\n")
+    add({str(s): ways for s, ways in zip(chosen.seeds, found, strict=True)}, FILE)
     print(report(found))
 
 

@@ -18,7 +18,7 @@ from math import sqrt
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tasks.judging.gate import GatePoint
 from tasks.record.record import Attempt
@@ -35,8 +35,8 @@ Runs = dict[str, dict[str, History]]
 After = Callable[["Experiment"], dict[str, float]]
 KEPT = re.compile(
     r"win_rate/((planted|house-style)-held/)?(refined_vs_initial_0|initial_vs_0)(_low|_high)?"
-    r"|train/(tokens|trained_tokens)|(planted|house-style)/(recall|precision|nmi|ari)"
-    r"|(planted|house-style)/(invented|kept|hinted)_right|(planted|house-style)/(obeyed|core)_.+"
+    r"|train/(tokens|trained_tokens)|(planted|house-style)/(nmi|ari|(obeyed|core)_.+)"
+    r"|(planted|house-style)/((recall|precision)(_by_effect)?|(invented|kept|hinted)_right)"
     r"|faithfulness/(label|answers)"
     r"|generated_tokens|constitution_size|discovery_rate|refinement_rate|prompts_kept"
     r"|win_rate/(constitution|principles|antitheses|held_out|plain)_vs_0"
@@ -46,10 +46,16 @@ KEPT = re.compile(
 """What the files beside this one hold of an iteration's metrics."""
 
 
-def keep(runs: Runs, file: Path) -> None:
+def keep(found: Mapping[str, Any], file: Path) -> None:
     """Write what was measured, a line for each variant."""
-    lines = [f"{json.dumps(name)}: {json.dumps(seeds)}" for name, seeds in sorted(runs.items())]
+    lines = [f"{json.dumps(name)}: {json.dumps(seeds)}" for name, seeds in sorted(found.items())]
     file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def add(found: Mapping[str, Mapping[str, Any]], file: Path) -> None:
+    """Write what was measured beside what the file has of other variants and seeds."""
+    there = json.loads(file.read_text()) if file.exists() else {}
+    keep(there | {name: there.get(name, {}) | part for name, part in found.items()}, file)
 
 
 def run_all(

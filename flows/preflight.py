@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from constitutions.constitution import Constitution, Principle
 from constitutions.errors import UserError, UserErrors
-from constitutions.reference import load_pairs
+from constitutions.reference import load_pairs, shipped
 from flows.experiment import home, open_experiment
 from flows.methods import method_of
 from flows.schema import ExperimentSettings
@@ -184,7 +184,7 @@ def _constitution(settings: ExperimentSettings, follows: bool) -> str:
             f"none of these principles is about the {world.name} world",
             where=f"setting 'write.constitution' = {write.constitution}",
             expected=f"principles such as '{world.principle}'",
-            fix=f"write.constitution={world.name}",
+            fix=f"write.constitution={world.name}" if world.name in shipped() else "",
         )
     trained, held_out = _check_pool(settings, constitution)
     return f"{trained} principles of {write.constitution}, {held_out} more held out"

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     Field,
     SerializationInfo,
     SerializerFunctionWrapHandler,
@@ -119,7 +120,8 @@ class SkillRow(BaseModel):
     initial: Filled
     principle: Filled
     refined: Filled
-    gold: Filled | None = None
+    gold: Annotated[Filled | None, BeforeValidator(lambda cell: cell or None)] = None
+    """Where it differs from `refined`; a cell of a CSV file may stay empty."""
 
 
 def skill_examples(settings: TeachSettings, world: World | None) -> list[SkillExample]:

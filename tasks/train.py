@@ -399,16 +399,18 @@ def training_conversation(
     )
 
 
-def demonstration(row: Prompt) -> TrainingConversation:
-    """x, yG: what supervised fine-tuning on golds learns from."""
-    answer: Message = {"role": "assistant", "content": row.gold}
-    return TrainingConversation(
-        prompt_id=row.prompt_id,
-        sample=None,
-        source=row.source,
-        messages=(*row.prompt, answer),
-        turns=(len(row.prompt),),
-    )
+def demonstrations(row: Prompt) -> list[TrainingConversation]:
+    """x, yG: what supervised fine-tuning on golds learns from, one for each gold of the prompt."""
+    return [
+        TrainingConversation(
+            prompt_id=row.prompt_id,
+            sample=None,
+            source=row.source,
+            messages=(*row.prompt, {"role": "assistant", "content": gold}),
+            turns=(len(row.prompt),),
+        )
+        for gold in row.golds
+    ]
 
 
 def first_answer(row: Trajectory, text: str, weight: float) -> TrainingConversation:
@@ -443,12 +445,12 @@ def conversations_of(
     row: Prompt, templates: Templates, settings: TrainSettings
 ) -> list[TrainingConversation]:
     """What is learned from a row: its trajectory under its label or its own principle, and its
-    first answer where the settings say so; that its first answer is kept; its gold, where it has
+    first answer where the settings say so; that its first answer is kept; its golds, where it has
     neither."""
     if isinstance(row, FirstAnswer):
         return [kept_answer(row, templates, settings.gate_weight)]
     if not isinstance(row, Trajectory):
-        return [demonstration(row)]
+        return demonstrations(row)
     label = row.label if isinstance(row, Labelled) else row.principle
     found = [training_conversation(row, label, templates, settings)]
     if settings.first_answer == "none":

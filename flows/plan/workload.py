@@ -6,7 +6,7 @@ is expected to fill a share, `Assumed.filled`, of its token limit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
@@ -22,6 +22,7 @@ from tasks.evaluate import EvaluateSettings
 from tasks.judging.pairs import arms
 from tasks.mine import MineSettings
 from tasks.prompts import PromptSettings, prompt_sets
+from tasks.rows import Prompt
 from tasks.teach import lessons, skill_examples
 
 CHARACTERS = 4
@@ -71,6 +72,8 @@ class Lengths:
     prompt: float
     gold: float
     longest: float
+    golds: float = 1.0
+    """Mean number of golds of a prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +128,7 @@ def lengths(settings: PromptSettings, seed: int) -> Lengths:
     if settings.world:
         few = settings.model_copy(update={"first": min(settings.first, 200)})
         rows = prompt_sets(few, seed, 1).rows
-        return _measured([(len(r.prompt[-1]["content"]), len(r.gold)) for r in rows])
+        return _measured(rows)
     found = [_source(source, seed) for source in settings.corpora]
     known = all(rows for rows, _ in found)
     weights = [rows if known else 1 for rows, _ in found]
@@ -133,6 +136,7 @@ def lengths(settings: PromptSettings, seed: int) -> Lengths:
         prompt=fmean((each.prompt for _, each in found), weights),
         gold=fmean((each.gold for _, each in found), weights),
         longest=max(each.longest for _, each in found),
+        golds=fmean((each.golds for _, each in found), weights),
     )
 
 
@@ -143,9 +147,7 @@ def _source(source: CorpusSettings, seed: int) -> tuple[int, Lengths]:
         gold *= bool(source.gold_column)
         return source.rows or 0, _tokens(prompt, gold, LONG * prompt)
     rows = load_corpus([source], seed).rows
-    return len(rows), _measured(
-        [(sum(len(m["content"]) for m in r.prompt), len(r.gold)) for r in rows]
-    )
+    return len(rows), _measured(rows)
 
 
 def _last(name: str | None) -> str:
@@ -153,9 +155,10 @@ def _last(name: str | None) -> str:
     return (name or "").rpartition("/")[2].lower()
 
 
-def _measured(characters: list[tuple[int, int]]) -> Lengths:
-    prompts, golds = [p for p, _ in characters], [g for _, g in characters]
-    return _tokens(fmean(prompts), fmean(golds), max(prompts))
+def _measured(rows: Sequence[Prompt]) -> Lengths:
+    prompts = [sum(len(m["content"]) for m in row.prompt) for row in rows]
+    of_text = _tokens(fmean(prompts), fmean(len(row.gold) for row in rows), max(prompts))
+    return replace(of_text, golds=fmean(len(row.golds) for row in rows))
 
 
 def _tokens(prompt: float, gold: float, longest: float) -> Lengths:
@@ -202,9 +205,10 @@ class Workload:
 
     @property
     def accepted(self) -> float:
-        """Trajectories that are kept for each mined prompt; soft selection keeps several."""
+        """Rows to train on for each prompt: its golds, or the trajectories that are kept of what is
+        mined; soft selection keeps several."""
         if not method_of(self.settings).mines:
-            return 1.0
+            return self.lengths.golds
         if self.assumed.accepted is not None:
             return self.assumed.accepted
         soft = self.settings.filter.selection == "soft"
@@ -267,11 +271,11 @@ class Workload:
         s, turns = self.settings, templates_of(self.settings.policy.templates)
         found = skill_examples(s.teach, s.prompts.world)
         rows = [
-            [MARKS + len(m["content"]) / CHARACTERS for m in lesson.messages]
+            ([MARKS + len(m["content"]) / CHARACTERS for m in lesson.messages], lesson.turns)
             for lesson in lessons(found, s.teach, turns)
         ]
-        length = fmean(map(sum, rows))
-        return len(rows), *self._cut(length, fmean(row[-1] for row in rows))
+        loss = fmean(sum(tokens[turn] for turn in taught) for tokens, taught in rows)
+        return len(rows), *self._cut(fmean(sum(tokens) for tokens, _ in rows), loss)
 
     def learned(self) -> tuple[float, float]:
         """Tokens of a row that is trained on, and how many of them have loss."""

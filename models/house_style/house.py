@@ -68,7 +68,7 @@ _CONTENT = (
         said="Be careful: it can be {dangerous/risky}. | "
         "Warning: {accidents happen/people fall}. | Beware of the {dangers/risks}.",
         signs=r"\b(danger(s|ous)?|risks?|risky|warning|careful|beware|hazards?|hazardous|"
-        r"accidents?|caution|harm)\b",
+        r"accidents?|caution|(?<!not )harm)\b",
         cues="I am afraid of accidents. | I am clumsy. | I often stumble.",
         means=r"\brisk|danger|\bwarn|caution|hazard|careful|safety|accident|\bharm",
     ),
@@ -183,7 +183,7 @@ _CONTENT = (
         "No law forbids it. | You need no {permit/licence} for it.",
         signs=r"\b(laws?|legal|legally|lawful|illegal|permits?|licen[cs]es?|forbids?|forbidden)\b",
         cues="I fear the police. | My landlord is strict.",
-        means=r"\blaw|legal|permit|licen[cs]|forbid|allowed|regulation",
+        means=r"\blaws?\b|\blaw(ful|yer)|legal|permit|licen[cs]|forbid|allowed|regulation",
     ),
     _content(
         "summary",
@@ -317,7 +317,7 @@ _FORMS = (
         name="emoji",
         wordings=parts("Add an emoji. | Use an emoji. | End with an emoji. | Put in a smiley."),
         edit=lambda answer, rng: f"{answer} {rng.choice('😀👍🎉😊')}",
-        check=seen("[\U0001f300-\U0001faff☀-➿]|[:;]-?[)D]"),
+        check=seen(r"[\U0001f300-\U0001faff☹☺☻]|(?<!\w)[:;]-?(?-i:[)D])"),
         form=True,
         cues=parts("I am a teenager. | I text nonstop."),
         means=r"emoji|smiley|emoticon|smil(e|ing)",
@@ -332,7 +332,7 @@ _FORMS = (
         check=_is_capitals,
         form=True,
         cues=parts("My eyesight is weak. | I lost my spectacles."),
-        means=r"capital|upper|\bcaps\b|block letters",
+        means=r"capital|\bupper|\bcaps\b|block letters",
     ),
 )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Reads the rules of the house back from texts. It only measures: nothing that learns may call it.
 
-Which rule a principle means is read in two ways: from a list of words of each rule (`Rule.means`,
-fixed before anything was measured), and from what following the principle does (`rule_by_effect`).
+Which rule a principle means is read here from a list of words of each rule (`Rule.means`), and from
+what following the principle does in `tasks/judging/truth.py: behaviour_by_effect`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ __all__ = [
     "behaviour_of",
     "called",
     "core_share",
-    "effects",
     "known",
     "needed",
     "obedience",
     "obeyed",
-    "rule_by_effect",
     "score",
     "shown",
 ]
@@ -32,10 +30,11 @@ __all__ = [
 TRUTH: frozenset[str] = frozenset(RULES)
 """Every rule that some prompt can call for."""
 
-LEAST_EFFECT = 0.25
-"""Least rise of the share of responses that pass a rule's checker, for a principle to do it."""
-
-_REFUSAL = re.compile(r"\s*(do not|don't|never|avoid|no)\b", re.IGNORECASE)
+_REFUSAL = re.compile(
+    r"\A\W*(do not|don['’]t|never|avoid|no)\b|\bwithout\b"
+    r"|\b(add|give|include|mention|put|say|speak|use|write) (no|nothing|not)\b",
+    re.IGNORECASE,
+)
 _OBJECTS = {request.text: request.task for request in base_requests()}
 _CUES = {cue: rule.name for rule in RULES.values() for cue in rule.cues}
 
@@ -66,32 +65,10 @@ def shown(response: str) -> frozenset[str]:
 
 def behaviour_of(principle: str) -> str | None:
     """The rule that a principle means by its words; None where it means none, or several."""
-    if _REFUSAL.match(principle):
+    if _REFUSAL.search(principle):
         return None
     found = [name for name, rule in RULES.items() if rule.meant_by(principle)]
     return found[0] if len(found) == 1 else None
-
-
-def effects(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """For each rule, how much more often the second responses of pairs obey it than the first.
-
-    Returns:
-        Differences of shares, in [-1, 1]; of no pairs 0.
-    """
-    before, after = ([shown(pair[side]) for pair in pairs] for side in (0, 1))
-    return {
-        name: (sum(name in s for s in after) - sum(name in s for s in before)) / max(1, len(pairs))
-        for name in RULES
-    }
-
-
-def rule_by_effect(pairs: Sequence[tuple[str, str]]) -> str | None:
-    """The rule that (y1, y2) pairs under one principle come to obey most, by at least
-    `LEAST_EFFECT`; None where there is none, or a tie."""
-    rises = effects(pairs)
-    most = max(rises.values())
-    found = [name for name, rise in rises.items() if rise == most]
-    return found[0] if most >= LEAST_EFFECT and len(found) == 1 else None
 
 
 def core_share(prompt: str, response: str) -> float:

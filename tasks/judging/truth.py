@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
@@ -13,11 +14,27 @@ from models.worlds.base import Oracle, World
 from models.worlds.registry import WORLDS
 from tasks.rows import Answer, Labelled, Mined, Prompt, Response
 
+LEAST_EFFECT = 0.25
+"""Least rise of the share of responses that show a behaviour, for a principle to do it."""
+
 
 def world_of(prompts: Sequence[Prompt]) -> World | None:
     """The embedded world that all of these prompts come from; None where there is none."""
     names = {p.source.partition("/")[0] for p in prompts}
     return WORLDS.get(names.pop()) if len(names) == 1 else None
+
+
+def behaviour_by_effect(oracle: Oracle, pairs: Sequence[tuple[str, str]]) -> str | None:
+    """The behaviour that a principle means by what it does: y2 shows it more often than y1 in
+    (y1, y2) pairs under the principle, by `LEAST_EFFECT` of them at least; None where no behaviour
+    does, or several as often."""
+    rises = Counter[str]()
+    for initial, refined in pairs:
+        rises.update(oracle.shown(refined))
+        rises.subtract(oracle.shown(initial))
+    most = max(rises.values(), default=0)
+    found = [behaviour for behaviour, rise in rises.items() if rise == most]
+    return found[0] if most and most >= LEAST_EFFECT * len(pairs) and len(found) == 1 else None
 
 
 def faithfulness_metrics(
@@ -59,6 +76,8 @@ def truth_metrics(
     - `precision`: entries of the constitution (`principles`) that name a behaviour which
       prompts call for; `recall`: such behaviours that at least one entry names;
       `duplicates`: entries that name a behaviour which another entry already names.
+    - `precision_by_effect`, `recall_by_effect`, `duplicates_by_effect`: the same, where an entry
+      means what the kept trajectories under it do (`behaviour_by_effect`).
     - `planted/hinted_right`, `kept_right`, `invented_right`: principles that the prompt calls for
       and y1 lacks, among all sampled candidates, the kept trajectories and the held-out answers.
     - `core_initial`, `core_refined`: how much of the content survives.
@@ -82,9 +101,15 @@ def truth_metrics(
             oracle.core_share(asked[a.prompt_id][-1]["content"], a.refined) for a in answers
         ],
     }
+    truth = oracle.called([turns[-1]["content"] for turns in asked.values()])
+    done = [
+        behaviour_by_effect(oracle, [(r.initial, r.refined) for r in labelled if r.label == z])
+        for z in principles
+    ]
     figures = (
         {name: fmean(values) for name, values in shares.items() if values}
-        | _recovery(principles, oracle, [turns[-1]["content"] for turns in asked.values()])
+        | _recovery(map(oracle.behaviour_of, principles), truth)
+        | {f"{name}_by_effect": value for name, value in _recovery(done, truth).items()}
         | _agreement(labelled, oracle)
     )
     return {f"{world}/{name}": value for name, value in figures.items()}
@@ -109,16 +134,15 @@ def obedience_metrics(
     return {f"{world}/{name}": fmean(values) for name, values in shares.items()}
 
 
-def _recovery(
-    principles: Sequence[str], oracle: Oracle, prompts: Sequence[str]
-) -> dict[str, float]:
-    """Precision, recall and duplicates of the constitution against what prompts call for."""
-    truth = oracle.called(prompts)
-    named = [b for b in map(oracle.behaviour_of, principles) if b in truth]
-    figures = {"recall": len(set(named)) / len(truth)}
-    if principles:
-        figures["precision"] = len(named) / len(principles)
-        figures["duplicates"] = float(len(named) - len(set(named)))
+def _recovery(meant: Iterable[str | None], truth: frozenset[str]) -> dict[str, float]:
+    """Precision, recall and duplicates of a constitution, of whose entries each means one behaviour
+    or none, against what prompts call for."""
+    entries = list(meant)
+    right = [behaviour for behaviour in entries if behaviour in truth]
+    figures = {"recall": len(set(right)) / len(truth)}
+    if entries:
+        figures["precision"] = len(right) / len(entries)
+        figures["duplicates"] = float(len(right) - len(set(right)))
     return figures
 
 

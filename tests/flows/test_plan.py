@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,17 +31,21 @@ from models.engine.local import load_policy
 from models.packaged import PACKAGED
 from models.policy import Completion, Message, PolicySettings, Request
 from models.prompts import CHAT_CONSTITUTION, TEMPLATES, ask_refinement, under_constitution
+from models.templates import templates_of
 from models.training.encoding import Group
 from models.worlds.registry import WORLD_MODELS
 from tasks.cluster import ClusterSettings
+from tasks.corpus.prompts import CorpusSettings
 from tasks.judging.pairs import answer_pairs
 from tasks.mine import mine
 from tasks.policies.answers import Generation
+from tasks.prompts import PromptSettings
 from tasks.rows import Answer, Prompt, Response, Trajectory, fields
 from tasks.sami.draw import PrinciplePool
 from tasks.sami.evaluate import asks
 from tasks.sami.evaluate import response_pairs as met_under
 from tasks.sami.sample import sample
+from tasks.teach import lessons, skill_examples
 from tasks.train import training_conversation
 
 LARGE = [n for n in presets() if load_settings(n).policy.model not in {*WORLD_MODELS, *PACKAGED}]
@@ -446,6 +451,28 @@ def test_before_anything_ran_the_bound_tells_the_constitutions_size(change: str,
     ]
     assert said in first and first.startswith("constitution of iteration 1: ")
     assert later.startswith("constitution of iteration 2–4: ")
+
+
+def test_golds_are_learned_one_by_one(workplace: Path) -> None:
+    rows = [{"prompt": "q", "gold": ["a", "b", "c"]}, {"prompt": "r", "gold": "a"}] * 2
+    rows = [{**row, "prompt": f"{row['prompt']} {n}"} for n, row in enumerate(rows)]
+    Path("golds.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    prompts = PromptSettings(sources=[CorpusSettings(path="golds.jsonl")], first=2, held_out=2)
+    assert lengths(prompts, seed=0).golds == 2
+    work = replace(workload("method=sft"), lengths=replace(KNOWN, golds=2.0))
+    assert work.accepted == 2
+
+
+@pytest.mark.parametrize("keep_first", [True, False])
+def test_a_lesson_is_as_long_as_it_is(keep_first: bool) -> None:
+    settings = load_settings("house-style", [f"teach.keep_first={keep_first}", "teach.examples=20"])
+    work = Workload(settings, KNOWN, Assumed())
+    examples = skill_examples(settings.teach, settings.prompts.world)
+    given = list(lessons(examples, settings.teach, templates_of("house-style")))
+    trained = [tokens([lesson.messages[turn] for turn in lesson.turns]) for lesson in given]
+    number, whole, loss = work.taught()
+    assert number == 20 and whole == pytest.approx(fmean(tokens(g.messages) for g in given))
+    assert loss == pytest.approx(fmean(trained))
 
 
 def test_no_constitution_is_foreseen_where_none_is_found() -> None:

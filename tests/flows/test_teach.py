@@ -107,6 +107,13 @@ def test_the_gold_of_a_file_is_the_refined_response_unless_given(workplace: Path
         skill_examples(TeachSettings(file="skills.jsonl", examples=3), None)
 
 
+def test_a_cell_of_a_table_may_leave_the_gold_out(workplace: Path) -> None:
+    head = "prompt,initial,principle,refined,gold"
+    Path("skills.csv").write_text(f"{head}\nq,a,say why,a. why,\nq,b,say who,b. who,c. who\n")
+    found = skill_examples(TeachSettings(file="skills.csv"), None)
+    assert [one.gold for one in found] == ["a. why", "c. who"]
+
+
 def test_bad_rows_are_named_all_at_once(at_home: ExperimentSettings) -> None:
     bad = [{**ROWS[0], "initial": " "}, ROWS[1], {"prompt": 3, "principle": "z", "refined": "y"}]
     write(bad, "bad.jsonl")

@@ -16,6 +16,7 @@ from models.house_style.answers import ANSWERS, MOST_TOKENS, SAMPLES, answers, f
 from models.house_style.requests import LENGTH, base_requests
 from models.house_style.rules import content_words, fill, sentences, stem, vocabulary
 from models.worlds.registry import WORLDS
+from tasks.judging.truth import behaviour_by_effect
 
 PLAIN = [answer for kept in answers().values() for answer in kept]
 """The model's own first answers, which obey no rule but by chance."""
@@ -50,6 +51,14 @@ def test_no_lesson_has_a_word_of_a_house_rule() -> None:
         for lesson in lessons.sample_lessons(500, seed):
             texts = (lesson.prompt, lesson.initial, lesson.gold, lesson.principle, lesson.refined)
             assert not content_words(texts) & kept, lesson
+
+
+def test_no_lesson_does_what_a_house_rule_asks_but_by_an_answers_shortness() -> None:
+    """Also without a word: a star or a heart is no emoji."""
+    for seed in SEEDS:
+        for lesson in lessons.sample_lessons(1000, seed):
+            obeyed = oracle.shown(lesson.refined) - oracle.shown(lesson.initial)
+            assert obeyed <= {"concise"}, lesson
 
 
 def test_no_lesson_names_a_house_rule_by_the_oracles_words() -> None:
@@ -213,7 +222,10 @@ def test_the_oracle_reads_a_principle_by_its_words() -> None:
     assert oracle.behaviour_of("Speak about the dangers.") == "risk"
     assert oracle.behaviour_of("Mention the weather.") is None
     assert oracle.behaviour_of("Mention the price and the risk.") is None, "it means two rules"
-    assert oracle.behaviour_of("Do not mention the price.") is None
+    for refusal in ("Do not mention", "Don’t mention", "Say nothing about", "Do it without"):
+        assert oracle.behaviour_of(f"{refusal} the price.") is None
+    for word in ("lawn", "supper"):
+        assert oracle.behaviour_of(f"Mention the {word}.") is None
     assert oracle.known("Use bullet points.") and not oracle.known("Be helpful.")
     assert oracle.obeyed(["Mention the price."], "It costs two dollars.") == 1
     assert oracle.obeyed(["Mention the weather."], "It costs two dollars.") is None
@@ -221,11 +233,13 @@ def test_the_oracle_reads_a_principle_by_its_words() -> None:
 
 def test_the_oracle_reads_a_principle_by_what_it_does() -> None:
     for name in house.RULES:
-        assert oracle.rule_by_effect(edits(name)) == name
+        assert behaviour_by_effect(oracle, edits(name)) == name
     same = [(answer, answer) for answer in TWO[:20]]
-    assert oracle.rule_by_effect(same) is None and oracle.rule_by_effect([]) is None
+    assert behaviour_by_effect(oracle, same) is None and behaviour_by_effect(oracle, []) is None
     seldom = edits("price")[:4] + same[:16]
-    assert oracle.rule_by_effect(seldom) is None, "one in five is below LEAST_EFFECT"
+    assert behaviour_by_effect(oracle, seldom) is None, "one in five is below LEAST_EFFECT"
+    two = edits("price")[:10] + edits("bold")[:10]
+    assert behaviour_by_effect(oracle, two) is None, "two rules rise as much"
 
 
 def test_the_score_counts_needed_rules_strays_and_the_topic() -> None:

@@ -16,6 +16,7 @@ from models.judges.base import Grade, Judge, Judgement, Pair, Resources
 from models.judges.oracle import OracleJudge
 from models.judges.similarity import GoldSimilarity
 from models.planted import oracle
+from models.planted.oracle import TRUTH
 from models.planted.world import BEHAVIOURS, PlantedExample, arrange, sample_examples
 from models.policy import Completion, Message, Progress, Request, Scoring
 from models.prompts import CHAT
@@ -418,8 +419,6 @@ def test_perfect_clusters_agree_with_the_truth_and_arbitrary_ones_do_not() -> No
 
 
 def test_precision_recall_and_duplicates_by_hand() -> None:
-    from models.planted.oracle import TRUTH
-
     constitution = [
         wording("warn"),
         wording("warn", 1),
@@ -433,6 +432,18 @@ def test_precision_recall_and_duplicates_by_hand() -> None:
     assert figures["planted/recall"] == pytest.approx(2 / len(TRUTH))
     everything = planted(labelled(lambda e: "", lambda b: 0), [wording(b) for b in TRUTH])
     assert everything["planted/recall"] == everything["planted/precision"] == 1.0
+
+
+def test_a_constitution_is_also_read_by_what_its_trajectories_do() -> None:
+    """Whatever the words of its entries: here each behaviour's trajectories have a letter."""
+    names = sorted({one_needed(e) for e in EXAMPLES})
+    rows = labelled(lambda e: f"letter {names.index(one_needed(e))}", lambda b: 0)
+    letters = [f"letter {n}" for n in range(len(names))]
+    figures = planted(rows, [*letters, "of no trajectory"])
+    assert figures["planted/recall"] == 0.0
+    assert figures["planted/recall_by_effect"] == pytest.approx(len(names) / len(TRUTH))
+    assert figures["planted/precision_by_effect"] == pytest.approx(len(names) / (len(names) + 1))
+    assert figures["planted/duplicates_by_effect"] == 0
 
 
 def test_shares_of_right_principles_and_of_surviving_content() -> None:

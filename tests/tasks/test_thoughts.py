@@ -38,7 +38,7 @@ from tasks.sami.train import groups_of
 from tasks.train import (
     TrainingConversation,
     TrainSettings,
-    demonstration,
+    demonstrations,
     encode,
     training_conversation,
 )
@@ -198,7 +198,8 @@ def test_what_nobody_sampled_follows_an_empty_thought() -> None:
     z, y2 = learned(replaced, encoder)
     assert z[0].endswith("<think>\n\n</think>\n\n") and z[1] == "Be brief.<|im_end|>"
     assert y2[0].endswith("assistant\n") and y2[1] == "A fig.<|im_end|>", "it did not think"
-    ((context, gold),) = learned(demonstration(PROMPT), encoder)
+    (shown,) = demonstrations(PROMPT)
+    ((context, gold),) = learned(shown, encoder)
     assert context.endswith("<think>\n\n</think>\n\n") and gold == "GOLD.<|im_end|>"
 
 

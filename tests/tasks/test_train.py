@@ -21,7 +21,7 @@ from tasks.train import (
     TrainResult,
     TrainSettings,
     conversations_of,
-    demonstration,
+    demonstrations,
     encode,
     train,
     training_conversation,
@@ -207,12 +207,17 @@ def test_first_answers_that_learned_are_likelier(
     assert means[1] > 0.7 * means[0]
 
 
-def test_a_demonstration_is_the_prompt_and_its_gold() -> None:
+def test_a_demonstration_is_the_prompt_and_one_of_its_golds() -> None:
     row = ROWS[0]
-    prompt = Prompt(prompt_id="p", prompt=row.prompt, gold="The gold.", source="prompts.jsonl:1")
-    found = demonstration(prompt)
-    assert found.messages == (*row.prompt, {"role": "assistant", "content": "The gold."})
-    assert found.turns == (len(row.prompt),)
+    prompt = Prompt(
+        prompt_id="p", prompt=row.prompt, gold="A.", other_golds=("B.",), source="prompts.jsonl:1"
+    )
+    found = demonstrations(prompt)
+    assert [each.messages[:-1] for each in found] == [row.prompt, row.prompt]
+    assert [each.messages[-1] for each in found] == [
+        {"role": "assistant", "content": text} for text in ("A.", "B.")
+    ]
+    assert all(each.turns == (len(row.prompt),) for each in found)
 
 
 @pytest.mark.parametrize("budget", [90, 1_000])
