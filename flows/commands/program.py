@@ -9,18 +9,17 @@ It imports almost nothing, so that it handles signals from the start.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from models.lifetime import end_with
 from tasks.record import interruption
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_SECONDS = 3.0
 """How long the child may take to close its record and report to its server."""
-_PR_SET_PDEATHSIG = 1
 
 
 class Stopped(KeyboardInterrupt):
@@ -58,7 +56,7 @@ def watched(work: Callable[[], None]) -> int:
     if child == 0:
         _handle(handled)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
-        _end_with(parent)
+        end_with(parent)
         _work(work)
     for number in handled:
         signal.signal(number, lambda number, _: _stop(stops, number))
@@ -150,22 +148,6 @@ def _handle(handled: Sequence[int]) -> None:
 
     for number in handled:
         signal.signal(number, stop)
-
-
-def _end_with(parent: int) -> None:
-    """End this process when its parent ends, for whatever reason."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    else:
-        threading.Thread(target=_die_after, args=(parent,), daemon=True).start()
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def _die_after(parent: int) -> NoReturn:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 def _work(work: Callable[[], None]) -> NoReturn:

@@ -1,7 +1,8 @@
 """Reads foreign files in a child process with limits of processor time and memory.
 
-`ask` starts `python -m MODULE`, whose `main` calls `serve`. A template that loops, a tokenizer that
-fills the memory or a file that crashes a parser ends only the child; `ask` returns the reason.
+`ask` starts `python -m MODULE PARENT`, whose `main` calls `serve`. A template that loops, a
+tokenizer that fills the memory or a file that crashes a parser ends only the child; `ask` returns
+the reason.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from constitutions.errors import UserError
+from models.lifetime import end_with
 
 ROOT = Path(__file__).parents[2]
 DATA_BYTES = 1600 << 20
@@ -44,7 +46,7 @@ class Ended:
 
 
 def ask(module: str, request: Any, wall: float = WALL_SECONDS) -> Ended:
-    """A child's answer to a request; the child uses no GPU and no hub.
+    """A child's answer to a request; the child uses no GPU and no hub, and ends with this process.
 
     Args:
         module: its `main` calls `serve`.
@@ -59,7 +61,7 @@ def ask(module: str, request: Any, wall: float = WALL_SECONDS) -> Ended:
     }
     try:
         done = subprocess.run(
-            [sys.executable, "-m", module],
+            [sys.executable, "-m", module, str(os.getpid())],
             cwd=ROOT,
             env={**os.environ, **kept},
             input=json.dumps(request).encode(),
@@ -101,6 +103,7 @@ def serve(work: Callable[[Any, Step], Any]) -> None:
         work: (request, step) to the answer; it calls `step` before everything that may take long,
             and raises `UserError` for what is wrong with the files.
     """
+    end_with(int(sys.argv[1]))
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print on standard error
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

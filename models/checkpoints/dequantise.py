@@ -48,6 +48,13 @@ SET = {
 }
 """Numbers that transformers does not read for every architecture whose configuration has them, and
 their names there: they are set from the file."""
+EPSILONS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+"""What configurations call the number that a norm adds to a variance."""
+ROPE = {"factor": "factor", "original_context_length": "original_max_position_embeddings"}
+"""Numbers of a scaling of positions below `rope.scaling`, and their names in configurations."""
+LARGEST = {"gemma2": 46, "gemma3": 62}
+"""The layers of the one model of an architecture that scales its attention in another way than its
+smaller ones; no GGUF file says so."""
 LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -55,6 +62,8 @@ LLAMA3 = {
 }
 """How the Llamas from 3.1 on scale positions; a GGUF file holds only the resulting frequencies."""
 FREQUENCIES = "rope_freqs.weight"
+CONTROL = 3
+"""The type of a token that no text is made into, such as the mark of a turn."""
 DIGITS = frozenset(
     ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 )
@@ -137,7 +146,15 @@ def convert(file: Path, to: Path, step: Step = lambda name, seconds, memory=0: N
     del model.config.quantization_config  # they are quantised no more
     model.hf_quantizer, model.is_quantized = None, False
     model.save_pretrained(to)
+    _forget_version(to / "config.json")
     tokenizer.save_pretrained(to)
+
+
+def _forget_version(file: Path) -> None:
+    """Leave out which transformers wrote a configuration: it identifies the base of an adapter."""
+    config = json.loads(file.read_text("utf-8"))
+    del config["transformers_version"]
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _where(file: Path) -> str:
@@ -220,20 +237,22 @@ def _check_whole(file: Path, reader: GGUFReader) -> None:
 
 def architectures() -> list[str]:
     """The architectures of GGUF files that transformers reads as causal language models."""
+    from transformers import CONFIG_MAPPING
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
     from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 
     others = {"general", "tokenizer", "t5", "umt5", "mistral"}  # GGUF calls mistral a llama
     spelt = {name.replace("qwen2_moe", "qwen2moe").replace("qwen3_moe", "qwen3moe")
              .replace("gpt_oss", "gpt-oss").replace("minimax_m2", "minimax-m2")
-             for name in GGUF_CONFIG_MAPPING.keys() - others}  # fmt: skip
+             for name in GGUF_CONFIG_MAPPING.keys() - others
+             if name in CONFIG_MAPPING or f"{name}_text" in CONFIG_MAPPING}  # fmt: skip
     return sorted(spelt | GGUF_CONFIG_ARCHS.keys())
 
 
 def _mapping(architecture: str) -> Mapping[str, str | None] | None:
     """Names of a file's numbers, below its architecture's, and what transformers calls them.
 
-    None where transformers reads all of them by a function of its own.
+    None where transformers reads them by a function of its own: all but a scaling of positions.
     """
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
     from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
@@ -279,6 +298,7 @@ def _config(file: Path, reader: GGUFReader) -> PreTrainedConfig:
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise UserError(f"describes a {config.model_type} model", where=_where(file))
         changes = _unread(file, reader, config) | _frequencies(file, reader, config)
+        changes |= _scale(reader, config)
         return type(config)(**{**config.to_dict(), **changes}) if changes else config
     except (MemoryError, UserError):
         raise
@@ -298,7 +318,8 @@ def _unread(file: Path, reader: GGUFReader, config: PreTrainedConfig) -> dict[st
     mapping, found = _mapping(architecture), {}
     for name, field in reader.fields.items():
         prefix, _, key = name.partition(".")
-        if mapping is None or prefix != architecture or mapping.get(key) or key in CHECKED:
+        read = not key.startswith("rope.scaling.") if mapping is None else bool(mapping.get(key))
+        if prefix != architecture or read or key in CHECKED:
             continue
         value, attribute = field.contents(), SET.get(key, "")
         if hasattr(config, attribute):
@@ -326,10 +347,29 @@ def _is_usual(key: str, value: Any, config: PreTrainedConfig) -> bool:
                 math.isclose(theta or 0, value) for theta in [rope.get("rope_theta"), *thetas]
             )
         case "rope.scaling.type":
-            return bool(value == "none")
+            return bool(value == rope.get("rope_type", "default").replace("default", "none"))
+        case "attention.layer_norm_epsilon" | "attention.layer_norm_rms_epsilon":
+            taken = [getattr(config, name) for name in EPSILONS if hasattr(config, name)]
+            return any(math.isclose(epsilon, value, rel_tol=1e-6) for epsilon in taken)
+        case "attention.head_count_kv":
+            return bool(value == config.num_attention_heads)
         case "attention.causal":
             return bool(value)
+    if key.startswith("rope.scaling.") and (name := ROPE.get(key.rpartition(".")[2])):
+        plain = {"original_max_position_embeddings": config.max_position_embeddings}
+        return bool(value == (plain | rope).get(name))
     return value in (0, False, None)  # a scale, a limit or a bias that is not there
+
+
+def _scale(reader: GGUFReader, config: PreTrainedConfig) -> dict[str, Any]:
+    """The number whose square root divides the attention's scores, as llama.cpp takes it: the size
+    of a head, and in the largest Gemma the width by the number of heads."""
+    architecture = str(_value(reader, "general.architecture"))
+    if architecture not in LARGEST:
+        return {}
+    largest = config.num_hidden_layers == LARGEST[architecture]
+    whole = config.hidden_size // config.num_attention_heads
+    return {"query_pre_attn_scalar": whole if largest else config.head_dim}
 
 
 def _frequencies(file: Path, reader: GGUFReader, config: PreTrainedConfig) -> dict[str, Any]:
@@ -427,6 +467,14 @@ def _tokenizer(file: Path, reader: GGUFReader) -> PreTrainedTokenizerBase:
             where=_where(file),
             fix="take the model's safetensors version, or a newer GGUF file",
         )
+    spaced = _value(reader, "tokenizer.ggml.add_space_prefix", True)
+    if _value(reader, "tokenizer.ggml.model") == "llama" and not spaced and not _is_gemma(reader):
+        raise UserError(
+            "puts no space before a text (tokenizer.ggml.add_space_prefix = False), which "
+            "transformers does not read",
+            where=_where(file),
+            fix="take the model's safetensors version",
+        )
     try:
         read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         core = json.loads(read.backend_tokenizer.to_str())
@@ -441,6 +489,7 @@ def _tokenizer(file: Path, reader: GGUFReader) -> PreTrainedTokenizerBase:
     core["added_tokens"] = [token for token in core["added_tokens"] if token["id"] < size]
     if bytewise:
         core["model"]["ignore_merges"] = split in WHOLE
+        _add_marks(reader, core)
     if bytewise and split in DIGITS:
         digits = {"type": "Digits", "individual_digits": True}
         core["pre_tokenizer"] = {
@@ -450,6 +499,31 @@ def _tokenizer(file: Path, reader: GGUFReader) -> PreTrainedTokenizerBase:
     kept = ("bos_token", "eos_token", "unk_token", "pad_token", "add_bos_token", "chat_template")
     given = {name: read.init_kwargs[name] for name in kept if name in read.init_kwargs}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(core)), **given)
+
+
+def _is_gemma(reader: GGUFReader) -> bool:
+    """Whether the tokenizer is Gemma's, which puts no space before a text anyway."""
+    return str(_value(reader, "general.architecture")).startswith("gemma")
+
+
+def _add_marks(reader: GGUFReader, core: dict[str, Any]) -> None:
+    """Add the marks that transformers leaves out, such as "<｜User｜>", at their places.
+
+    It takes a control token with other letters than those that stand for bytes for a mistake, and
+    its text for one to be spelt in bytes.
+    """
+    added, vocabulary = core["added_tokens"], core["model"]["vocab"]
+    known = {token["id"] for token in added}
+    texts = {place: text for text, place in vocabulary.items()}
+    marks = _value(reader, "tokenizer.ggml.tokens")
+    for place, kind in enumerate(_value(reader, "tokenizer.ggml.token_type", [])):
+        if kind == CONTROL and place not in known:
+            text = marks[place]
+            del vocabulary[texts[place]]
+            vocabulary[text] = place
+            apart = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            added.append({"id": place, "content": text, "special": True, **apart})
+    added.sort(key=lambda token: token["id"])
 
 
 # Room --------------------------------------------------------------------------------------------

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from chat_model import build_chat_model
@@ -18,8 +23,9 @@ from gguf_models import Tensors, write_gguf
 
 from constitutions.errors import UserError
 from models.checkpoints import gguf as gguf_files
-from models.checkpoints.dequantise import architectures, convert
-from models.checkpoints.gguf import gguf_file, local_directory, place_of
+from models.checkpoints.bounded import ROOT
+from models.checkpoints.dequantise import _is_usual, _scale, _unread, architectures, convert
+from models.checkpoints.gguf import CONVERTER, gguf_file, local_directory, place_of
 from models.policy import PolicySettings
 from tasks.policies.base import files_of, open_model
 
@@ -118,6 +124,60 @@ def test_numbers_are_split_as_the_file_says(write: Write, tmp_path: Path) -> Non
     assert split == {"gpt-2": ["in", "Ġ12", "Ġways"], "smollm": ["in", "Ġ", "1", "2", "Ġways"]}
 
 
+def test_marks_beyond_the_letters_for_bytes_stay_whole(write: Write, tmp_path: Path) -> None:
+    """DeepSeek's are such; transformers alone cuts them, and counts their names as new tokens."""
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer
+
+    field = GGUFReader(write()).get_field("tokenizer.ggml.tokens")
+    assert field is not None
+    tokens = field.contents()
+    place = tokens.index("<|eot_id|>")
+    tokens[place] = "<｜User｜>"
+    convert(write(more={"tokenizer.ggml.tokens": tokens}), tmp_path / "marked")
+    read = AutoTokenizer.from_pretrained(tmp_path / "marked")
+    assert len(read) == len(tokens)
+    assert read.tokenize("a<｜User｜>b")[1] == "<｜User｜>"
+    assert read.convert_tokens_to_ids("<｜User｜>") == place
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "scalar"),
+    [
+        ("Gemma2Config", {"num_hidden_layers": 46, "hidden_size": 4608, "head_dim": 128}, 144),
+        ("Gemma2Config", {"num_hidden_layers": 42, "hidden_size": 3584, "head_dim": 256}, 256),
+        ("Gemma3TextConfig", {"num_hidden_layers": 62, "hidden_size": 5376, "head_dim": 128}, 168),
+    ],
+)
+def test_the_largest_gemma_scales_its_attention_by_its_width(
+    name: str, changes: dict[str, int], scalar: int, write: Write
+) -> None:
+    """As the published configurations have it, and no GGUF file does."""
+    import transformers
+    from gguf import GGUFReader
+
+    heads = 16 if changes["num_hidden_layers"] == 42 else 32
+    config = getattr(transformers, name)(num_attention_heads=heads, **changes)
+    kind = "gemma2" if name == "Gemma2Config" else "gemma3"
+    reader = GGUFReader(write(more={"general.architecture": kind}))
+    assert _scale(reader, config) == {"query_pre_attn_scalar": scalar}
+
+
+def test_numbers_that_say_what_is_so_anyway_are_no_reason_to_refuse() -> None:
+    """Falcon's and Nemotron's epsilon, Bloom's heads, the short Phi-3's positions."""
+    from transformers import BloomConfig, FalconConfig, NemotronConfig, Phi3Config
+
+    falcon, nemotron = FalconConfig(layer_norm_epsilon=1e-5), NemotronConfig(norm_eps=1e-5)
+    for config in (falcon, nemotron):
+        assert _is_usual("attention.layer_norm_epsilon", 1e-5, config)
+        assert not _is_usual("attention.layer_norm_epsilon", 1e-6, config)
+    assert _is_usual("attention.head_count_kv", 8, BloomConfig(n_head=8))
+    assert not _is_usual("attention.head_count_kv", 4, BloomConfig(n_head=8))
+    short = Phi3Config(max_position_embeddings=4096)
+    assert _is_usual("rope.scaling.original_context_length", 4096, short)
+    assert not _is_usual("rope.scaling.original_context_length", 8192, short)
+
+
 # Where it goes -----------------------------------------------------------------------------------
 
 
@@ -127,6 +187,9 @@ def test_a_file_is_dequantised_once_for_its_content(
     file = write()
     made = local_directory(file)
     assert made == place_of(file) and made.is_relative_to(cache) and made.name == "tiny"
+    assert "transformers_version" not in (made / "config.json").read_text(), (
+        "adapters note the base"
+    )
     assert sorted(p.name for p in made.parent.iterdir()) == [".lock", "tiny"]
     assert made.parent.stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr(gguf_files, "ask", lambda *given: pytest.fail("it is there already"))
@@ -244,6 +307,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Path], object], str]] = {
     "an unknown way to split": ({"more": {"tokenizer.ggml.pre": "default"}}, lambda f: None, r"splits text in a way \(tokenizer\.ggml\.pre = 'default'\)"),
     "an unknown number": ({"more": {"llama.attention.clamp_kqv": 8.0}}, lambda f: None, r"says llama\.attention\.clamp_kqv = 8\.0, which transformers does not read"),
     "positions scaled by a setting": ({"more": {"llama.rope.scaling.type": "yarn"}}, lambda f: None, r"says llama\.rope\.scaling\.type = yarn"),
+    "text without a space before it": ({"more": {"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_space_prefix": False}}, lambda f: None, "puts no space before a text"),
     "a tensor too many": ({"edit": adding("blk.1.attn_q.bias", NUMBERS)}, lambda f: None, r"holds 1 tensors that LlamaForCausalLM of transformers leaves out \(blk\.1\.attn_q\.bias\)"),
     "a tensor too few": ({"edit": without("blk.1.ffn_up.weight")}, lambda f: None, r"lack 1 tensors \(model\.layers\.1\.mlp\.up_proj\.weight\)"),
     "a tensor of another shape": ({"edit": adding("blk.1.attn_norm.weight", NUMBERS[:32])}, lambda f: None, "of another shape"),
@@ -271,6 +335,31 @@ def test_what_no_disk_or_memory_holds_is_refused(write: Write, tmp_path: Path) -
         _check_room(write(), tmp_path, 1 << 50, 1 << 20)
     with pytest.raises(UserError, match=r"weights need 1048576\.0 GiB of memory"):
         _check_room(write(), tmp_path, 1 << 20, 1 << 50)
+
+
+def test_a_scaling_of_positions_is_read_of_every_architecture(write: Write) -> None:
+    """transformers reads some headers by functions of their own, which look for none."""
+    from gguf import GGUFReader
+    from transformers import Qwen3_5TextConfig
+
+    for kind, refused in (("yarn", True), ("none", False)):
+        file = write(architecture="qwen35", more={"qwen35.rope.scaling.type": kind})
+        with pytest.raises(UserError, match=kind) if refused else nullcontext():
+            _unread(file, GGUFReader(file), Qwen3_5TextConfig())
+
+
+def test_it_stops_with_the_process_that_asked(tmp_path: Path) -> None:
+    """Else it would write into the directory that the next one makes."""
+    os.mkfifo(pipe := tmp_path / "pipe")  # it waits there for ever
+    asked = {"file": str(pipe), "to": str(tmp_path / "to")}
+    code = f"from models.checkpoints.bounded import ask; ask({CONVERTER!r}, {asked!r})"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    while not (children := psutil.Process(parent.pid).children()):
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
 
 
 def test_a_fault_that_the_process_of_its_own_finds_is_told_here(write: Write) -> None:
