@@ -36,8 +36,8 @@ GONE = {
 }
 """Settings of earlier versions: their fixed value now (ANY: it changes no result), and what to do.
 A record may have them; a user's file may not."""
-FREE = ("then", "template_arguments")
-"""Settings whose parts have names of the user's, or are read later."""
+FREE = "template_arguments"
+"""The setting whose parts have names of the user's."""
 MOST_PARTS = 16
 """Parts of a setting's name, as in evaluate.judge.policy.model."""
 
@@ -154,7 +154,7 @@ def with_templates(
             except UserError as error:
                 problems.append(error)
                 del kept[name]
-        elif isinstance(value, Mapping) and name not in FREE:
+        elif isinstance(value, Mapping) and name != FREE:
             kept[name], wrong = with_templates(value, source, place)
             problems += wrong
     return kept, problems
@@ -232,7 +232,7 @@ def following(settings: ExperimentSettings) -> ExperimentSettings | None:
     if not settings.then:
         return None
     name, prompts = settings.experiment, settings.prompts
-    values = dotted(settings.then)
+    values = dotted(settings.then, whole="templates")
     held_out = values.get("prompts.held_out")
     fewer = prompts.held_out - held_out if isinstance(held_out, int) else 0
     mined = prompts.first + prompts.later * (settings.last - 1) + max(0, fewer)
@@ -298,12 +298,13 @@ def check_succession(before: ExperimentSettings, then: ExperimentSettings) -> No
         raise UserErrors(found)
 
 
-def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"epochs": 2}} as {"train.epochs": 2}."""
+def dotted(values: Mapping[str, Any], prefix: str = "", *, whole: str = "") -> dict[str, Any]:
+    """{"train": {"epochs": 2}} as {"train.epochs": 2}; a part with the name `whole` is a value."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         path = f"{prefix}{name}"
-        found |= dotted(value, f"{path}.") if isinstance(value, dict) else {path: value}
+        several = isinstance(value, dict) and name != whole
+        found |= dotted(value, f"{path}.", whole=whole) if several else {path: value}
     return found
 
 

@@ -15,8 +15,7 @@ from models.engine.threads import pinned
 from models.packaged import fetched
 
 Embed = Callable[[Sequence[str]], np.ndarray]
-"""Texts to unit vectors, shape (texts, dimensions), float32."""
-
+"""Texts to vectors of length 1, shape (texts, dimensions), float32; zeros where there is none."""
 
 BATCH = 64
 """Texts that are embedded together."""
@@ -27,14 +26,13 @@ def sentence_embedder(model: str) -> Embed:
 
     Raises:
         UserError: the directory is missing or holds no model, or the name cannot be loaded.
-        ValueError: raised by the function: a text has no finite, non-zero vector.
     """
     check_embedder(model)
     from sentence_transformers import SentenceTransformer
 
     try:
         encoder = SentenceTransformer(
-            str(fetched(model) or model),
+            str(embedder_directory(model) or model),
             device="cpu",
             trust_remote_code=False,
             model_kwargs={"use_safetensors": True},  # nothing is unpickled
@@ -51,23 +49,27 @@ def sentence_embedder(model: str) -> Embed:
     def embed(texts: Sequence[str]) -> np.ndarray:
         with pinned(None):
             vectors = encoder.encode(list(texts), batch_size=BATCH, show_progress_bar=False)
-        return unit_rows(np.asarray(vectors, dtype=np.float32), texts)
+        return unit_rows(np.asarray(vectors, dtype=np.float32))
 
     return embed
 
 
-def unit_rows(vectors: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-    """The rows, one for each text, scaled to length 1.
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """The rows scaled to length 1; zeros where a row is zero or not finite."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    usable = np.isfinite(norms) & (norms > 0)
+    scaled: np.ndarray = np.where(usable, vectors, 0) / np.where(usable, norms, 1)
+    return scaled
+
+
+def embedder_directory(model: str) -> Path | None:
+    """The directory of an embedding model on this machine; None for a name of the hub.
 
     Raises:
-        ValueError: a row is zero or not finite; the message quotes the first such text.
+        UserError: a packaged model is not fetched yet.
     """
-    norms = np.linalg.norm(vectors, axis=1)
-    bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
-    if bad.size:
-        raise ValueError(f"{bad.size} of {len(texts)} texts have no embedding: {texts[bad[0]]!r} …")
-    scaled: np.ndarray = vectors / norms[:, None]
-    return scaled
+    path = fetched(model) or Path(model).expanduser()
+    return path if path.is_dir() else None
 
 
 def check_embedder(model: str) -> None:
@@ -77,10 +79,9 @@ def check_embedder(model: str) -> None:
         UserError: there is no such directory, its configuration or weights are malformed, or a
             packaged model is not fetched yet.
     """
-    path = fetched(model) or Path(model).expanduser()
-    looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count(os.sep) > 1
-    if not path.is_dir():
-        if looks_local:
+    path = embedder_directory(model)
+    if path is None:
+        if model.startswith((".", "~", os.sep)) or model.count(os.sep) > 1:
             raise UserError("there is no such directory", where=f"embedding_model '{model}'")
     elif not any((path / name).is_file() for name in ("modules.json", "config.json")):
         raise UserError(

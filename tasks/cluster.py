@@ -30,6 +30,7 @@ from tasks.clustering.picture import figure, map_principles
 from tasks.clustering.support import measured, tail_of
 from tasks.clustering.threshold import Describe, predictive_threshold
 from tasks.clustering.wordings import with_wordings
+from tasks.policies.base import noted_embedder
 from tasks.policies.opening import PolicySource
 from tasks.record.record import Attempt
 from tasks.record.slot import Slot
@@ -132,7 +133,7 @@ def cluster_stage(
     elif policy.settings.device != "cuda":
         noted = noted.using(threads=str(policy.settings.threads or "cores"))
     if "sentences" in settings.features:
-        noted = noted.using("models.embedders")
+        noted = noted_embedder(noted, settings.embedding_model)
     return noted.attempt("cluster", settings, inputs, compute)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,6 @@ from benchmarks.house_style import (
     outcomes,
     report,
     trials,
-    wilson,
 )
 from benchmarks.house_style_clusters import figures, variants
 from benchmarks.house_style_gate import figures as figures_of_gate
@@ -27,6 +28,7 @@ from benchmarks.house_style_methods import report as report_methods
 from benchmarks.house_style_shuffled import shuffled
 from benchmarks.house_style_turns import FILLER, Asker, outcome, ways
 from benchmarks.house_style_turns import report as report_ways
+from benchmarks.planted_runs import add
 from models.house_style import HOUSE_STYLE, house, oracle
 from models.house_style.answers import answers
 from models.policy import Completion, Messages, Progress, Request, Scoring, user
@@ -107,10 +109,15 @@ def test_the_gold_is_shown_where_a_principle_is_asked_for_and_nowhere_else() -> 
 
 
 def test_the_intervals() -> None:
-    low, high = wilson(5, 10)
-    assert low == pytest.approx(0.2366, abs=1e-3) and high == pytest.approx(0.7634, abs=1e-3)
     assert bootstrap([0.5] * 20) == (0.5, 0.5)
     assert 0.2 < bootstrap([0.0, 1.0] * 20)[0] < 0.5 < bootstrap([0.0, 1.0] * 20)[1] < 0.8
+
+
+def test_seeds_are_added_to_those_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "runs.json"
+    for seeds in ({"a": {"1": [1], "2": [2]}}, {"a": {"2": [3]}, "b": {"1": [4]}}):
+        add(seeds, file)
+    assert json.loads(file.read_text()) == {"a": {"1": [1], "2": [3]}, "b": {"1": [4]}}
 
 
 class Sure(Obedient):

@@ -16,13 +16,16 @@ from models.checkpoints.architecture import Use
 from models.checkpoints.check import check_directory, located
 from models.checkpoints.gguf import CONVERTER, content, gguf_file, place_of
 from models.checkpoints.headers import check_listing
+from models.embedders import embedder_directory
 from models.files import Damaged, text_sha256
+from models.packaged import PACKAGED
 from models.policy import PolicySettings
 from models.pools.weights import file_hashes
 from models.worlds.registry import WORLD_MODELS
 from tasks.record.code import code_version
 from tasks.record.progress import progress, say
 from tasks.record.record import SUMMARY, Record
+from tasks.record.slot import Slot
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,14 @@ def open_model(settings: PolicySettings, use: Use = "trained") -> str:
 def folder_digest(folder: Path, home: Path) -> str:
     """sha256 over the names and contents of a folder's files; see `file_hashes`."""
     return text_sha256(json.dumps(file_hashes(folder, home), sort_keys=True))
+
+
+def noted_embedder(at: Slot, model: str) -> Slot:
+    """The slot with what an embedding model's vectors depend on: the code and a directory's files;
+    a packaged model's name stands for them."""
+    directory = None if model in PACKAGED else embedder_directory(model)
+    files = {"embedder": folder_digest(directory, at.record.home)} if directory else {}
+    return at.using("models.embedders", **files)
 
 
 def _kept_world_model(model: str, seed: int, home: Path, record: Record) -> BaseModelFiles:

@@ -97,8 +97,7 @@ class Similarity(ABC, Generic[S]):
         Raises:
             UserError: as `compare`.
         """
-        scores = [self.compare(gold, texts) for gold in golds]
-        return [max(of_text, key=_rank) for of_text in zip(*scores, strict=True)]
+        return nearest([self.compare(gold, texts) for gold in golds])
 
     def scores(
         self, rows: Iterable[Mined], advance: Progress | None = None
@@ -113,6 +112,11 @@ class Similarity(ABC, Generic[S]):
             yield row, self.best(row.golds, texts)
             if advance:
                 advance(len(texts))
+
+
+def nearest(scores: Sequence[Sequence[Score]]) -> list[Score]:
+    """Of each text the best of its scores; `scores` has those of all texts for each gold."""
+    return [max(of_text, key=_rank) for of_text in zip(*scores, strict=True)]
 
 
 def _rank(score: Score) -> float:

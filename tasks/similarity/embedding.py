@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import cached_property
 
 import numpy as np
 from pydantic import Field
 
-from models.embedders import check_embedder, sentence_embedder
+from models.embedders import check_embedder, sentence_embedder, unit_rows
+from tasks.policies.base import noted_embedder
 from tasks.record.slot import Slot
-from tasks.similarity.base import EMPTY, Chosen, Score, Similarity
-
-REMEMBERED = 4096
-"""Texts whose vectors are kept, so that each is embedded once while it is needed."""
+from tasks.similarity.base import EMPTY, Chosen, Score, Similarity, nearest
 
 
 class EmbeddingSettings(Chosen):
@@ -32,10 +30,6 @@ class Embedding(Similarity[EmbeddingSettings]):
         """Texts to vectors, shape (texts, dimension)."""
         return sentence_embedder(self.settings.embedding_model)
 
-    @cached_property
-    def _vectors(self) -> dict[str, np.ndarray | None]:
-        return {}
-
     def check(self) -> str:
         """See `Similarity.check`."""
         check_embedder(self.settings.embedding_model)
@@ -43,39 +37,50 @@ class Embedding(Similarity[EmbeddingSettings]):
 
     def noted(self, at: Slot) -> Slot:
         """See `Similarity.noted`."""
-        return super().noted(at).using("models.embedders")
+        return noted_embedder(super().noted(at), self.settings.embedding_model)
 
-    def vectors(self, texts: Iterable[str]) -> dict[str, np.ndarray | None]:
-        """Text → its vector of length 1, or None where it has none; each is embedded once."""
-        if len(self._vectors) > REMEMBERED:
-            self._vectors.clear()
-        new = [t for t in dict.fromkeys(texts) if t.strip() and t not in self._vectors]
-        if new:
-            self._vectors.update(zip(new, _unit_vectors(self.embed(new), len(new)), strict=True))
-        return self._vectors
+    @staticmethod
+    def parts(text: str) -> list[str]:
+        """What of a text is embedded: the whole."""
+        return [text] if text.strip() else []
 
     def compare(self, gold: str, texts: Sequence[str]) -> list[Score]:
         """See `Similarity.compare`."""
-        vectors = self.vectors((gold, *texts))
-        reference = vectors.get(gold)
-        if reference is None:
-            return [Score(None, f"gold: {_no_vector(gold)}")] * len(texts)
-        return [
-            Score(None, _no_vector(text))
-            if (vector := vectors.get(text)) is None
-            else Score(float(np.clip(vector @ reference, 0.0, 1.0)), None)
-            for text in texts
-        ]
+        return self.best([gold], texts)
 
+    def best(self, golds: Sequence[str], texts: Sequence[str]) -> list[Score]:
+        """See `Similarity.best`.
 
-def _unit_vectors(embedded: np.ndarray, texts: int) -> list[np.ndarray | None]:
-    """Rows scaled to length 1, None where that is not possible."""
-    rows = np.asarray(embedded, dtype=np.float64)
-    if rows.ndim != 2 or len(rows) != texts:
-        raise ValueError(f"the embedder gave shape {rows.shape} for {texts} texts")
-    norms = np.linalg.norm(rows, axis=1)
-    usable = np.isfinite(norms) & (norms > 0)
-    return [row / norm if ok else None for row, norm, ok in zip(rows, norms, usable, strict=True)]
+        The texts are embedded together, each once, and none is remembered: vectors differ in their
+        last digits between batches, and a score must not depend on what was scored before it.
+        """
+        vectors = self._vectors({part for text in (*golds, *texts) for part in self.parts(text)})
+        found = {
+            text: [vector for part in self.parts(text) if (vector := vectors[part]) is not None]
+            for text in (*golds, *texts)
+        }
+        return nearest([[self._score(gold, text, found) for text in texts] for gold in golds])
+
+    def _vectors(self, parts: Set[str]) -> dict[str, np.ndarray | None]:
+        """Part → its vector of length 1, or None where it has none."""
+        ordered = sorted(parts)
+        rows = np.asarray(self.embed(ordered), dtype=np.float64) if ordered else np.zeros((0, 1))
+        if rows.ndim != 2 or len(rows) != len(ordered):
+            raise ValueError(f"the embedder gave shape {rows.shape} for {len(ordered)} texts")
+        unit = unit_rows(rows)
+        return {p: row if row.any() else None for p, row in zip(ordered, unit, strict=True)}
+
+    def _score(self, gold: str, text: str, vectors: Mapping[str, list[np.ndarray]]) -> Score:
+        if not vectors[gold]:
+            return Score(None, f"gold: {_no_vector(gold)}")
+        if not vectors[text]:
+            return Score(None, _no_vector(text))
+        return Score(self.near(vectors[gold], vectors[text]), None)
+
+    @staticmethod
+    def near(gold: Sequence[np.ndarray], text: Sequence[np.ndarray]) -> float:
+        """How near the vectors of two texts' parts are, in [0, 1]; each has one at least."""
+        return float(np.clip(gold[0] @ text[0], 0.0, 1.0))
 
 
 def _no_vector(text: str) -> str:

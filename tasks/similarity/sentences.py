@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tasks.similarity.base import EMPTY, Score
 from tasks.similarity.embedding import Embedding
 
 _END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*|\n+")
@@ -21,31 +20,14 @@ _END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*|\n+")
 class Sentences(Embedding):
     """F1 of the best matches' cosines between the sentences of both texts; negative ones are 0."""
 
-    def compare(self, gold: str, texts: Sequence[str]) -> list[Score]:
-        """See `Similarity.compare`."""
-        split = {text: sentences(text) for text in (gold, *texts)}
-        vectors = self.vectors([part for parts in split.values() for part in parts])
-        scores = []
-        for text in texts:
-            sides = [[vectors[part] for part in split[of]] for of in (gold, text)]
-            scores.append(_f1(*sides) if all(sides) else Score(None, _empty(gold)))
-        return scores
+    @staticmethod
+    def parts(text: str) -> list[str]:
+        """The sentences and lines of a text, none of them empty."""
+        return [part for part in map(str.strip, _END.split(text)) if part]
 
-
-def sentences(text: str) -> list[str]:
-    """The sentences and lines of a text, none of them empty."""
-    return [part for part in map(str.strip, _END.split(text)) if part]
-
-
-def _empty(gold: str) -> str:
-    return EMPTY if gold.strip() else f"gold: {EMPTY}"
-
-
-def _f1(gold: Sequence[np.ndarray | None], text: Sequence[np.ndarray | None]) -> Score:
-    known = [[vector for vector in side if vector is not None] for side in (gold, text)]
-    if not all(known):
-        return Score(None, "no sentence has an embedding")
-    cosines = np.clip(np.stack(known[0]) @ np.stack(known[1]).T, 0.0, 1.0)
-    recall, precision = cosines.max(1).mean(), cosines.max(0).mean()
-    both = float(recall + precision)
-    return Score(2 * float(recall) * float(precision) / both if both else 0.0, None)
+    @staticmethod
+    def near(gold: Sequence[np.ndarray], text: Sequence[np.ndarray]) -> float:
+        """See `Embedding.near`."""
+        cosines = np.clip(np.stack(gold) @ np.stack(text).T, 0.0, 1.0)
+        recall, precision = float(cosines.max(1).mean()), float(cosines.max(0).mean())
+        return 2 * recall * precision / (recall + precision) if recall + precision else 0.0

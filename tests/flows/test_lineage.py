@@ -25,6 +25,7 @@ from tasks.record import slot
 from tasks.record.code import code_versions
 from tasks.record.record import Attempt
 from tasks.rows import Labelled, Rejected
+from tasks.similarity.registry import open_similarity
 
 AFTER_MINE = [("score", 1), ("filter", 1), ("cluster", 1), ("train", 1), ("evaluate", 1)]
 CHANGES: list[tuple[str, Any, list[tuple[str, int]]]] = [
@@ -177,6 +178,20 @@ def type_(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 @pytest.mark.usefixtures("prefect_server")
+def test_another_embedder_in_the_same_directory_is_another_one(
+    at_home: ExperimentSettings,
+) -> None:
+    file = Path("embedder/config.json")
+    file.parent.mkdir()
+    chosen = {"score.similarity": "embedding", "score.embedding_model": "./embedder"}
+    settings = with_changes(at_home, chosen)
+    at, found = open_experiment(settings).slot(1), []
+    for text in ("{}", "{ }", "{}"):
+        file.write_text(text)
+        found.append(open_similarity(settings.score).noted(at).notes["embedder"])
+    assert found[0] == found[2] != found[1]
+
+
 def test_a_stage_keeps_its_own_settings_and_resume_does_the_rest(
     at_home: ExperimentSettings, type_: Callable[..., str]
 ) -> None:

@@ -454,8 +454,7 @@ def test_before_anything_ran_the_bound_tells_the_constitutions_size(change: str,
 
 
 def test_golds_are_learned_one_by_one(workplace: Path) -> None:
-    rows = [{"prompt": "q", "gold": ["a", "b", "c"]}, {"prompt": "r", "gold": "a"}] * 2
-    rows = [{**row, "prompt": f"{row['prompt']} {n}"} for n, row in enumerate(rows)]
+    rows = [{"prompt": f"q {n}", "gold": ["a", "b", "c"] if n % 2 else "a"} for n in range(4)]
     Path("golds.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     prompts = PromptSettings(sources=[CorpusSettings(path="golds.jsonl")], first=2, held_out=2)
     assert lengths(prompts, seed=0).golds == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import nullcontext
 from dataclasses import replace
@@ -217,6 +218,12 @@ def test_the_content_counts_and_the_place_does_not(at_home: ExperimentSettings) 
     states = stage_states(edited)
     assert "the prompt templates changed" in states["mine", 1].since
     assert states["prompts", 1].standing == "finished"
+
+
+def test_what_follows_keeps_what_its_file_holds(tmp_path: Path) -> None:
+    then = {"policy": {"templates": str(written(tmp_path / "turns.yaml"))}}
+    settings = load_settings("staple-then-sami", [f"then={json.dumps(then)}"])
+    assert settings.then["policy"]["templates"]["hint"] == TERSE.hint
 
 
 def test_one_stage_takes_a_file_and_keeps_what_it_holds(
