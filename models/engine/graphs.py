@@ -2,7 +2,8 @@
 
 A step of a large model launches thousands of small kernels, and Python takes longer to launch them
 than the GPU takes to run them. Between two changes of the batch all steps have the same shapes: one
-step is recorded and then replayed. `models/engine/decoding.py` uses it on a GPU.
+step is recorded and then replayed, on the tensors of the cache that it was recorded with.
+`models/engine/decoding.py` uses it on a GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Steps:
         self.played = 0
         """Number of replayed steps so far."""
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._of: tuple[int, int] | None = None
+        self._of: tuple[int, int, int] | None = None
         self._steps = 0
         self._tokens = self._logits = torch.empty(0)
 

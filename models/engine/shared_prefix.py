@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Any, cast
 
 import torch
@@ -30,6 +30,7 @@ MASKED = -1e30
 GROWTH = 64
 """Least number of tokens by which private keys and values grow."""
 KeyValue = tuple[Tensor, Tensor]
+_NUMBERS = count()
 
 
 def use_shared_prefixes(model: PreTrainedModel) -> None:
@@ -78,6 +79,7 @@ class PrefixCache:
         """The current forward pass over rows; None during one over prefixes."""
         self.reached: dict[int, int | None] = {}
         """The layers whose attention used this cache in the pass over rows, and their windows."""
+        self._number = next(_NUMBERS)
         self._changes = 0
         self._whole = False
 
@@ -87,9 +89,10 @@ class PrefixCache:
         return len(self.family)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Equal while the tensors keep their shapes: (changes of the rows, private capacity)."""
-        return self._changes, self._capacity
+    def shape(self) -> tuple[int, int, int]:
+        """Equal while this cache's tensors keep their shapes, and of no two caches: (the cache's
+        number, changes of the rows, private capacity)."""
+        return self._number, self._changes, self._capacity
 
     @property
     def room(self) -> int:

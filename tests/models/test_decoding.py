@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from benchmarks import gpu
 from models.engine.base import Sample
 from models.engine.decoding import Decoder
 from models.engine.families import Family, PromptSamples
+from models.engine.graphs import Steps
 from models.engine.shared_prefix import PrefixCache, _Call
 from models.policy import Request
 
@@ -49,6 +51,27 @@ def test_a_recorded_step_gives_the_logits_of_a_launched_one(decoder: Decoder) ->
     assert recorded.room == launched.room
     assert found == pytest.approx(expected, abs=1e-4)
     assert torch.equal(recorded.lengths, launched.lengths)
+
+
+@torch.inference_mode()
+def test_a_recorded_step_is_never_played_for_another_batch(decoder: Decoder) -> None:
+    """Two batches often have equal shapes; a recording computes on the tensors of its own."""
+    steps = Steps(decoder._one_more, {torch.device("cpu")})
+    steps.possible = True
+    played = list[PrefixCache]()
+    tokens = torch.tensor([11, 12, 13, 14, 15])
+
+    def record(cache: PrefixCache, tokens: torch.Tensor) -> None:
+        steps._tokens, steps._logits = tokens, torch.empty(0)
+        steps._graph = SimpleNamespace(replay=lambda: played.append(cache))  # type: ignore[assignment]
+
+    steps._record = record  # type: ignore[method-assign]
+    one, other = begun(decoder), begun(decoder)
+    for _ in range(5):
+        steps.step(one, tokens)
+    assert played == [one, one] and one.shape != other.shape
+    expected = decoder._one_more(begun(decoder), tokens)
+    assert torch.equal(steps.step(other, tokens), expected) and len(played) == 2
 
 
 @torch.inference_mode()
