@@ -297,12 +297,7 @@ def carried_over(before: Constitution, groups: Sequence[_Group], most: int) -> C
     return CarriedOver(
         present=frozenset(here.texts) - {p.text for p in changes.added},
         absent=tuple(
-            p.model_copy(
-                update={
-                    **{"support": 0, "share": 0.0, "absent": p.absent + 1},
-                    "members": p.members[:LISTED],
-                }
-            )
+            p.model_copy(update={"support": 0, "share": 0.0, "absent": p.absent + 1})
             for p in changes.dropped
             if p.absent < most
         ),

@@ -38,6 +38,7 @@ from tasks.rows import (
 
 LONGEST_PRINCIPLE = 40
 """Words. A longer principle is malformed: it is a response or an argument, not a principle."""
+CUT = "cut at its token limit"
 LEAK = 6
 """Words. A principle that quotes so many consecutive words of the gold response leaks it."""
 
@@ -137,13 +138,12 @@ def filter_row(row: Scored, settings: FilterSettings, key: str, guided: bool = T
         key: "<seed>/<iteration>"; with prompt_id it seeds the draw of `rejection`.
         guided: whether candidates have a principle, which then must be well-formed.
     """
-    unfinished = bool(row.initial_thoughts) and not row.initial
-    if unfinished or row.initial_score is None:
-        reason = "truncated" if unfinished else "unscored"
-        detail = UNFINISHED if unfinished else row.initial_unscored or ""
+    if (fault := _initial_fault(row, settings)) is not None:
+        reason, detail = fault
         whole = _reject(row, None, reason, detail)
         each = [_reject(row, c, reason, "the first response") for c in row.candidates]
         return Filtered(kept=(), rejected=(*each, whole), improved=_improved(row))
+    assert row.initial_score is not None, "else that is the fault"
     leak = _Leak(row)
     faults = {c.sample: _fault(row, c, settings, guided, leak) for c in row.candidates}
     sound = [c for c in row.candidates if faults[c.sample] is None]
@@ -159,6 +159,18 @@ def filter_row(row: Scored, settings: FilterSettings, key: str, guided: bool = T
         reasons = sorted({r.reason for r in passed_over}) or ["no candidate"]
         passed_over.append(_reject(row, None, "no candidate kept", ", ".join(reasons)))
     return Filtered(kept=kept, rejected=tuple(passed_over), improved=_improved(row))
+
+
+def _initial_fault(row: Scored, settings: FilterSettings) -> tuple[str, str] | None:
+    """Why nothing can be learned from a prompt whatever its candidates are, as (reason, detail): a
+    first response that was cut is easily improved, and must not be learned."""
+    if row.initial_thoughts and not row.initial:
+        return "truncated", UNFINISHED
+    if row.initial_finish == "length" and not settings.keep_truncated:
+        return "truncated", CUT
+    if row.initial_score is None:
+        return "unscored", row.initial_unscored or ""
+    return None
 
 
 def _select(
@@ -186,7 +198,7 @@ def _fault(
     if _unfinished(candidate):
         return "truncated", UNFINISHED
     if candidate.finish == "length" and not settings.keep_truncated:
-        return "truncated", "cut at its token limit"
+        return "truncated", CUT
     if guided and (malformed := _malformed(candidate.principle)):
         return "malformed principle", malformed
     if leaked := leak.of(candidate.principle):

@@ -2,8 +2,11 @@
 
 A decision takes its share of the held-out prompts, none of which an earlier decision has used, and
 tests the paired outcomes of the two policies' answers at the same share of `ERROR_RATE`. The shares
-add up to at most 1: whatever an experiment decides, again and adaptively, the chance that it ever
-accepts a policy that is no better than its champion is at most `ERROR_RATE` (union bound).
+add up to at most 1: however many policies an experiment decides about, adaptively, the chance that
+it ever accepts one that is no better than its champion is at most `ERROR_RATE` (union bound). A
+decision about the same two policies that is taken again, after a change of the judge or of how
+answers are sampled, takes the same prompts and the same level: the bound does not cover a choice
+among such repeats.
 """
 
 from __future__ import annotations

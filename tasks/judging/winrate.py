@@ -65,9 +65,9 @@ def win_rate(
         max_failed: the largest share of failed judgements, in [0, 1], that still gives a rate.
 
     Returns:
-        The rate and its percentile interval. From 100 prompts on it covers a true rate between
-        0.05 and 0.95 in 93–97 % of samples. The interval of unanimous outcomes is a point: the
-        bootstrap cannot imagine an outcome that was never seen.
+        The rate and its percentile interval. From 400 prompts on it covers a true rate between
+        0.05 and 0.95 in 92–96 % of samples, of 100 prompts in 88 % at least. The interval of
+        unanimous outcomes is a point: the bootstrap cannot imagine an outcome that was never seen.
 
     Raises:
         NoOutcomeError: when no outcome is left.

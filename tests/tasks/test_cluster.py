@@ -456,6 +456,11 @@ def test_a_principle_without_trajectories_is_carried_over(tmp_path: Path) -> Non
         texts = dict(enumerate(held.constitution.texts))
         assert row.label == texts.get(row.cluster, "name a source") and row.cluster <= size
 
+    many = tuple(f"rhyme {n}" for n in range(30))
+    long = before.model_copy(update={"principles": (Principle(text="rhyme", members=many),)})
+    whole = cluster(kept, scored, _settings(features=["characters"], carried=1), before=long)
+    assert whole.constitution.principles[-1].members == many, "any of them may come back"
+
     again = cluster(
         kept, scored, _settings(features=["characters"], carried=1), before=held.constitution
     )

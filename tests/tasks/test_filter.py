@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from filtered import filter_rows
@@ -95,6 +96,15 @@ def test_each_fault_has_its_reason(change: dict[str, object], reason: str) -> No
     assert [(r.sample, r.reason) for r in rejected] == [(0, reason), (None, "no candidate kept")]
     assert reason in rejected[1].detail
     assert filter_rows([row(faulty)], FilterSettings(), "0/1")[0]
+
+
+def test_from_a_first_response_that_was_cut_nothing_is_learned() -> None:
+    """It is easily improved, and training would teach to stop where it was cut."""
+    cut = replace(row(candidate(0, 0.9)), initial_finish="length")
+    kept, rejected = filter_rows([cut], FilterSettings(), "0/1")
+    assert not kept and {r.reason for r in rejected} == {"truncated"}
+    assert "cut at its token limit" in {r.detail for r in rejected}
+    assert filter_rows([cut], FilterSettings(keep_truncated=True), "0/1")[0]
 
 
 def test_words_of_the_prompt_are_no_leak() -> None:

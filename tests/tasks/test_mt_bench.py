@@ -238,7 +238,19 @@ def test_win_rates_per_turn_and_category(questions: list[Question]) -> None:
     assert {name: r.rate for name, r in rates.items()} == {
         "overall": 0.5, "turn_1": 0.5, "turn_2": 0.5, "writing": 0.75, "math": 0.0,
     }  # fmt: skip
-    assert (rates["overall"].failed, rates["overall"].n) == (2, 3)
+    assert (rates["overall"].failed, rates["overall"].n) == (1, 2), "questions"
+
+
+def test_two_turns_of_a_question_are_one_observation(questions: list[Question]) -> None:
+    """They win or lose together: 48 of 80 questions are no more certain for being asked twice."""
+    won: list[Winner] = ["model_1" if n < 48 else "model_2" for n in range(80)]
+    asked = [question.question_id for question in questions]
+    assert len(asked) == 80
+    played = [game(w, w, q, t) for q, w in zip(asked, won, strict=True) for t in (1, 2)]
+    rates = mt.win_rates(played, questions, seed=0)
+    both, one = rates["overall"], rates["turn_1"]
+    assert (both.rate, both.p_value, both.n) == (one.rate, one.p_value, 80)
+    assert both.high - both.low == pytest.approx(one.high - one.low, abs=0.02)
 
 
 def longer_wins(prompt: str) -> str:

@@ -22,8 +22,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from statistics import fmean
 from string import Formatter
 from typing import Annotated, Literal
 
@@ -217,22 +218,36 @@ def win_rates(
 ) -> dict[str, WinRate]:
     """model_1's win rate: "overall", "turn_1", "turn_2" and the categories, where any game counts.
 
+    The rate is that of the games. A question's games win or lose together, because the second
+    turn's answers follow the first's: interval, p-value and counts are of questions, each with the
+    mean of its games.
+
     Raises:
         ValueError: the games are of several pairs of models, or of unknown questions.
     """
     if len({(g.model_1, g.model_2) for g in games}) > 1:
         raise ValueError("the games are of several pairs of models: choose one")
     categories = _categories((g.question_id for g in games), questions)
-    groups: dict[str, list[float | None]] = {}
+    groups: dict[str, dict[int, list[float | None]]] = {}
     for game in games:
         category = categories[game.question_id]
         for name in ("overall", f"turn_{game.turn}", category):
-            groups.setdefault(name, []).append(game.outcome)
+            groups.setdefault(name, {}).setdefault(game.question_id, []).append(game.outcome)
     rates = {}
-    for name, outcomes in groups.items():
+    for name, of_questions in groups.items():
         with suppress(NoOutcomeError):
-            rates[name] = win_rate(outcomes, seed=seed, resamples=resamples)
+            rates[name] = _clustered(list(of_questions.values()), seed, resamples)
     return rates
+
+
+def _clustered(games: Sequence[Sequence[float | None]], seed: int, resamples: int) -> WinRate:
+    """The win rate of the games of several questions."""
+    judged = [[outcome for outcome in some if outcome is not None] for some in games]
+    means = [fmean(some) if some else None for some in judged]
+    found = win_rate(means, seed=seed, resamples=1)
+    sums = [(sum(some), len(some)) for some in judged]
+    mean, low, high = clustered_mean(sums, seed=seed, resamples=resamples)
+    return replace(found, rate=mean, low=low, high=high)
 
 
 def _categories(asked: Iterable[int], questions: Sequence[Question]) -> dict[int, str]:
