@@ -86,6 +86,21 @@ def baseline_settings(
     return with_changes(settings, {**own, **BASELINES[name], **changes})
 
 
+def every_settings(
+    settings: ExperimentSettings, names: Sequence[str], changes: Changes
+) -> list[ExperimentSettings]:
+    """The settings of the baselines, as far as they are known before the experiment has run: its
+    tokens may be measured by then.
+
+    Raises:
+        UserError: a baseline is unknown; changes name one that does not run.
+        UserErrors: what is wrong in the changes of one.
+    """
+    check_names(names, changes)
+    tokens = settings.train.tokens
+    return [baseline_settings(settings, name, tokens, changes.get(name, {})) for name in names]
+
+
 def split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
     """ "seed=1", "star:mine.samples=8" as ["seed=1"], {"star": {"mine.samples": 8}}."""
     own: list[str] = []

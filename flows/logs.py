@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 
+from constitutions.untrusted import clean
 from flows.experiment import home
 from models.notices import LOG
 from tasks.record import interruption
@@ -17,6 +18,14 @@ from tasks.record import interruption
 FORM = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 PREFECT = ("prefect.flow_runs", "prefect.task_runs")
 """Prefect's copies of what is logged here already."""
+
+
+class _Clean(logging.Formatter):
+    """Tracebacks quote what libraries say, which may be an address with a password."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter`; cleaned as a whole."""
+        return clean(super().format(record))
 
 
 class _File(logging.FileHandler):
@@ -36,7 +45,7 @@ def logged(experiment: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{experiment}-{datetime.now():%Y%m%d-%H%M%S}.log"
     file = _File(path, encoding="utf-8")
-    file.setFormatter(logging.Formatter(FORM))
+    file.setFormatter(_Clean(FORM))
     file.addFilter(lambda record: not record.name.startswith(PREFECT))
     loggers = (LOG, logging.getLogger())
     for logger in loggers:

@@ -152,19 +152,27 @@ def _check_place(settings: ExperimentSettings, stage: str, iteration: int) -> No
         )
 
 
+SHARED = ("policy.model", "policy.revision", "prompts")
+"""Settings, or parts of them, that hold for all iterations: an adapter belongs to one model, and
+iterations with prompts of their own sizes would mine each other's, and held-out ones."""
+
+
 def _check_changes(stage: str, changes: Mapping[str, Any]) -> None:
-    """Refuse changes of settings that the stage does not read."""
+    """Refuse changes of settings that the stage does not read, or that all iterations share."""
     own = {stage, "policy", "shard_size"} | ({"score"} if stage == "evaluate" else set())
-    others = [name for name in changes if name.partition(".")[0] not in own]
-    if others:
-        raise UserErrors(
-            [
-                UserError(
-                    f"stage '{stage}' does not read this setting",
-                    where=f"setting '{name}'",
-                    expected=f"a setting of {', '.join(sorted(own))}",
-                    fix=f"for every iteration: staple run EXPERIMENT --resume --set {name}=…",
-                )
-                for name in others
-            ]
+    others = {name for name in changes if name.partition(".")[0] not in own}
+    shared = {n for n in changes if any(f"{n}.".startswith(f"{part}.") for part in SHARED)}
+    wrong = [
+        UserError(
+            f"stage '{stage}' does not read this setting"
+            if name in others
+            else "it is the same in every iteration",
+            where=f"setting '{name}'",
+            expected=f"a setting of {', '.join(sorted(own))}" if name in others else "",
+            fix=f"for every iteration: staple run EXPERIMENT --resume --set {name}=…",
         )
+        for name in changes
+        if name in others | shared
+    ]
+    if wrong:
+        raise UserErrors(wrong)

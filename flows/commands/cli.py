@@ -186,7 +186,7 @@ def baselines(
 
     All of them mine the same prompts and train on the same number of tokens.
     """
-    from flows.baselines import BASELINES, check_names, run_baselines, split_overrides
+    from flows.baselines import BASELINES, every_settings, run_baselines, split_overrides
     from flows.commands import results
     from flows.preflight import ask_server, check
     from flows.server.prefect_server import running_server
@@ -194,8 +194,9 @@ def baselines(
 
     own, changes = split_overrides(set_ or [])
     names = only or list(BASELINES)
-    check_names(names, changes)
     settings = load_settings(source, own)
+    for other in every_settings(settings, names, changes):
+        check(other)
     results.show_beginning(settings, check(settings))
     ask_server(settings)
     with running_server():
@@ -547,6 +548,12 @@ def serve(
     key_variable: Annotated[
         str, typer.Option(help="The environment variable with the key that clients must send.")
     ] = "",
+    most_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Most tokens of a turn, whatever a request asks for as max_tokens."
+        ),
+    ] = 4096,
     endpoint: Annotated[
         str,
         typer.Option(help="The URL of an OpenAI-compatible server that answers for the model."),
@@ -564,7 +571,7 @@ def serve(
     where = place(host, port, key_variable)
     changes = [*(set_ or []), *([f"policy.endpoint={endpoint}"] if endpoint else [])]
     settings = recorded_settings(experiment, changes)
-    serve_policy(settings, iteration, checked_mode(mode), where, threshold)
+    serve_policy(settings, iteration, checked_mode(mode), where, threshold, most_tokens)
 
 
 @app.command()

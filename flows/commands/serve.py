@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import signal
 import socket
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from models.chat import Chat
 from models.chat_template import ChatError
 from models.endpoint.address import key_in
 from models.policy import Messages
-from models.serving.app import ChatServer, Defaults
+from models.serving.app import ChatServer, Defaults, is_loopback
 from models.serving.batching import Batcher, Count
 from models.serving.metrics import Metrics
 from models.serving.turns import MODES, Conversation, Mode, Role
@@ -37,6 +36,10 @@ from tasks.rows import prompt_id
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DRAIN_SECONDS = 120
 """Most seconds that what is being answered may take after a signal."""
+BACKLOG = 2048
+"""Connections that wait for an answer, as uvicorn has them."""
+MOST_TOKENS = 4096
+"""Most tokens of a turn, unless the command line says otherwise."""
 ENDPOINT_THREADS = 8
 """Batches at once behind an endpoint."""
 
@@ -70,7 +73,8 @@ class Place:
 
     def bound(self) -> socket.socket:
         """A socket of its own, which does not listen yet: until the policy is loaded, nobody is
-        answered, and a second server fails at once.
+        answered. A server that finds another one listening fails at once; of two that load at the
+        same time, the later one (`listening`).
 
         Raises:
             UserError: another program has the port, or the address is not this machine's.
@@ -82,13 +86,28 @@ class Place:
             own.bind((self.host, self.port))
         except (OSError, UnicodeError) as error:
             own.close()
-            raise UserError(
-                f"cannot listen there: {error}",
-                where=f"--host {self.host}, --port {self.port}",
-                expected="an address of this machine, and a port that no other program has",
-                fix="choose another --port",
-            ) from None
+            raise self._taken(error) from None
         return own
+
+    def listening(self, own: socket.socket) -> socket.socket:
+        """The socket, which listens from now on.
+
+        Raises:
+            UserError: another program has begun to listen there.
+        """
+        try:
+            own.listen(BACKLOG)
+        except OSError as error:
+            raise self._taken(error) from None
+        return own
+
+    def _taken(self, error: Exception) -> UserError:
+        return UserError(
+            f"cannot listen there: {error}",
+            where=f"--host {self.host}, --port {self.port}",
+            expected="an address of this machine, and a port that no other program has",
+            fix="choose another --port",
+        )
 
 
 def place(host: str, port: int, key_variable: str) -> Place:
@@ -115,19 +134,13 @@ def checked_mode(name: str) -> Mode | None:
     return found
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address or a name."""
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host.lower() == "localhost"
-
-
 def serve(
     settings: ExperimentSettings,
     iteration: int | None,
     mode: Mode | None,
     where: Place,
     threshold: float | None = None,
+    most_tokens: int = MOST_TOKENS,
 ) -> None:
     """Serve the policy of an iteration until a signal arrives.
 
@@ -136,13 +149,15 @@ def serve(
         mode: of requests that name none; None: the last of the policy's modes.
         threshold: of requests in mode gated that name none; None: the one that evaluation chose
             (`tasks.judging.gate.gate_metrics`), or 1 before there is any.
+        most_tokens: of a turn, whatever a request asks for; never less than evaluation's.
 
     Raises:
         UserError: the policy cannot be loaded or has no such mode, or `where` cannot be used.
     """
-    opened = open_chat_server(settings, iteration, mode, where.key, threshold)
+    opened = open_chat_server(settings, iteration, mode, where.key, threshold, most_tokens)
     with where.bound() as bound, opened as service:
         default = service.defaults.mode
+        listening = where.listening(bound)
         say(f"{service.model} answers at {where.url} (mode {default}). End it with Ctrl-C.")
         interruption.note(all="it answers no more", grace=str(DRAIN_SECONDS + 5))
         _Server(
@@ -154,7 +169,7 @@ def serve(
                 server_header=False,
                 timeout_graceful_shutdown=DRAIN_SECONDS,
             )
-        ).run([bound])
+        ).run([listening])
     say("All that was asked is answered.")
 
 
@@ -183,6 +198,7 @@ def open_chat_server(
     mode: Mode | None = None,
     key: SecretStr | None = None,
     threshold: float | None = None,
+    most_tokens: int = MOST_TOKENS,
 ) -> Iterator[ChatServer]:
     """The service of an iteration's policy, named as the experiment; see `serve`."""
     initial = iteration == 0 or not settings.last
@@ -221,6 +237,7 @@ def open_chat_server(
                 temperature=answering.temperature,
                 max_tokens=answering.max_response_tokens,
                 threshold=_chosen(experiment, at) if threshold is None else threshold,
+                most_tokens=max(most_tokens, answering.max_response_tokens),
             ),
             metrics=metrics,
             key=key,

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 from starlette.applications import Starlette
@@ -36,8 +38,6 @@ from models.serving.turns import Asked, Conversation, Mode, Turn
 
 LARGEST_BODY = 4 * 2**20
 """Most bytes of a request."""
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-"""The names under which a server without a key answers."""
 T = TypeVar("T")
 Event = tuple[int, Turn]
 """A choice's number, and its turn that has just ended."""
@@ -52,6 +52,8 @@ class Defaults:
     temperature: float
     max_tokens: int
     threshold: float
+    most_tokens: int
+    """What no request may go beyond: a batch that has begun holds all others until it ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +139,7 @@ class ChatServer:
             seed=secrets.randbits(31) if body.seed is None else body.seed,
             temperature=own.temperature if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
-            max_tokens=body.limit or own.max_tokens,
+            max_tokens=min(body.limit or own.max_tokens, own.most_tokens),
             stop=body.stops,
             threshold=own.threshold if body.threshold is None else body.threshold,
         )
@@ -189,8 +191,7 @@ class ChatServer:
 
     def _check_key(self, request: HttpRequest) -> None:
         if self.key is None:
-            host = request.headers.get("host", "").lower()
-            if not any(host == name or host.startswith(f"{name}:") for name in LOOPBACK):
+            if not is_loopback(_named(request.headers.get("host", ""))):
                 raise Refusal(403, "without a key only requests to a loopback name are answered")
             return
         given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
@@ -313,3 +314,17 @@ async def _after(first: Event, events: AsyncIterator[Event]) -> AsyncIterator[Ev
     yield first
     async for later in events:
         yield later
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address, or the name "localhost"."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host.lower() == "localhost"
+
+
+def _named(header: str) -> str:
+    """The host of a header "host:port"; "" where it is none."""
+    with suppress(ValueError):
+        return urlsplit(f"//{header}").hostname or ""
+    return ""

@@ -59,6 +59,11 @@ class Artifacts:
             shutil.rmtree(scratch, ignore_errors=True)
         return copy
 
+    def newest(self, run_id: str, name: str) -> Path:
+        """As `path`, of a file that is replaced from time to time: a copy is fetched again."""
+        remove(self._cache / run_id / name)
+        return self.path(run_id, name)
+
     def verified(self, run_id: str, name: str, digest: str) -> Path:
         """As `path`, when every byte is as the attempt wrote it.
 

@@ -218,7 +218,7 @@ class Record(RecordConnection):
             there = any(file.path == name for file in self.client.list_artifacts(run_id))
         if not there:
             return None
-        return unseal(self.artifacts.path(run_id, name))
+        return unseal(self.artifacts.newest(run_id, name))
 
     def fetch_folder(self, name: str) -> Path:
         """A folder of the experiment itself, in the home's cache where the store is remote."""

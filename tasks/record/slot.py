@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from constitutions.untrusted import clean
 from models.engine.threads import pinned
 from models.policy import FINGERPRINT
 from models.settings import Settings
@@ -240,7 +241,7 @@ def _work(compute: Callable[[Workspace], Metrics], work: Workspace, device: Devi
 def _give_up(client: MlflowClient, run_id: str, error: BaseException) -> None:
     """Say why an attempt failed or who stopped it, unless the record itself is what failed."""
     stopped = not isinstance(error, Exception)  # Ctrl-C, or a signal that Prefect makes one of
-    why = "interrupted" if stopped else f"{type(error).__name__}: {error}"[:4000]
+    why = "interrupted" if stopped else clean(f"{type(error).__name__}: {error}")[:4000]
     try:
         client.set_tag(run_id, "failure", why)
         client.set_terminated(run_id, "KILLED" if stopped else "FAILED")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,6 +107,16 @@ def test_the_budget_is_the_experiments_own_where_none_is_set(at_home: Experiment
     other = baseline_settings(at_home, "star", 777, {"train.learning_rate": 1e-3})
     assert other.experiment == "lineage.star" and other.train.tokens == 777
     assert other.train.learning_rate == 1e-3 and other.prompts == at_home.prompts
+
+
+def test_all_mistakes_are_told_before_anything_runs(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = staple(capsys, "baselines", "planted", "--set", "star:mine.sample=8")
+    assert ran.code == 2 and "'mine.sample'" in ran.err and "did you mean 'samples'?" in ran.err
+    long = f"experiment={'e' * 95}"
+    assert staple(capsys, "baselines", "planted", "--set", long).code == 2
+    assert not (workplace / ".staple").exists() or not list((workplace / ".staple").glob("work/*"))
 
 
 def test_a_setting_can_be_for_one_baseline() -> None:

@@ -15,10 +15,12 @@ from command import staple
 from small_loop import run
 
 from constitutions.constitution import load, save
+from constitutions.errors import UserErrors
 from flows.em import steps
 from flows.experiment import open_experiment, recorded_settings, writing
 from flows.schema import ExperimentSettings
 from flows.settings import with_changes
+from flows.stages import run_stage
 from flows.states import stage_states
 from models import prompts
 from tasks.record import slot
@@ -206,6 +208,18 @@ def test_a_stage_keeps_its_own_settings_and_resume_does_the_rest(
     assert "reused from the record" in type_(*cluster)
     everywhere = type_("run", "lineage", "--resume", "--set", "cluster.max_principles=null")
     assert "0 stages computed" in everywhere, "the change of one iteration has given way"
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [("prompts", "prompts.held_out"), ("prompts", "prompts.first"), ("mine", "policy.model")],
+)
+def test_what_all_iterations_share_is_not_changed_for_one(
+    at_home: ExperimentSettings, stage: str, name: str
+) -> None:
+    """Else an iteration would mine held-out prompts, or train an adapter of another model."""
+    with pytest.raises(UserErrors, match=rf"'{name}': it is the same in every iteration.*--resume"):
+        run_stage("lineage", stage, 1, {name: 9})
 
 
 @pytest.mark.usefixtures("prefect_server")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from command import Ran, staple
 
-from flows.experiment import open_experiment
+from flows.experiment import home, open_experiment
+from flows.logs import logged
 from flows.schema import ExperimentSettings
 from tasks.record import progress
 
@@ -38,6 +39,13 @@ def test_what_a_stage_says_is_in_its_log(
     assert quiet.code == 0 and not quiet.err
     newest = max(Path(".staple/logs").iterdir(), key=lambda path: path.stat().st_mtime)
     assert done in newest.read_text()
+
+
+def test_a_traceback_holds_no_password(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError), logged("e"):
+        raise RuntimeError("no answer from http://somebody:S3CR3T@host:5000/api")
+    (log,) = (home() / "logs").iterdir()
+    assert "http://***@host:5000/api" in log.read_text() and "S3CR3T" not in log.read_text()
 
 
 def test_training_shows_its_steps_also_under_a_budget_of_tokens(

@@ -26,13 +26,15 @@ from openai_server import BASE, app_over, serving
 from pydantic import SecretStr
 from servers import free_port
 
-from flows.commands.serve import open_chat_server
+from constitutions.errors import UserError
+from flows.commands.serve import open_chat_server, place
 from flows.experiment import open_experiment
 from flows.schema import ExperimentSettings
 from flows.settings import with_changes
 from models.endpoint.server import open_server
 from models.engine.local import load_policy
 from models.policy import Message, PolicySettings, Request
+from models.serving.protocol import parse_body
 from tasks.policies.answers import Generation
 from tasks.rows import Answer, Prompt
 
@@ -289,6 +291,26 @@ def test_without_the_key_nobody_is_answered(
 def test_a_page_that_rebinds_its_name_is_refused(served: tuple[str, ExperimentSettings]) -> None:
     evil = httpx.get(f"{served[0]}/v1/models", headers={"Host": "evil.example"})
     assert evil.status_code == 403 and "loopback" in evil.json()["error"]["message"]
+    for name, code in (("127.0.0.2:80", 200), ("[::1]:80", 200), ("0.0.0.0", 403), ("[", 403)):
+        got = httpx.get(f"{served[0]}/v1/models", headers={"Host": name})
+        assert got.status_code == code, name
+
+
+def test_no_request_gets_more_tokens_than_the_server_gives(
+    at_home: ExperimentSettings,
+) -> None:
+    with open_chat_server(at_home, 0, most_tokens=1) as service:
+        assert service.defaults.most_tokens == at_home.evaluate.max_response_tokens
+        asked = service._asked(parse_body(json.dumps(body(max_tokens=1 << 20)).encode()))
+        assert asked.max_tokens == at_home.evaluate.max_response_tokens
+
+
+def test_of_two_that_load_at_the_same_time_the_later_one_is_told() -> None:
+    where = place("127.0.0.1", free_port(), "")
+    with where.bound() as one, where.bound() as other:
+        where.listening(one)
+        with pytest.raises(UserError, match=r"cannot listen there.*choose another --port"):
+            where.listening(other)
 
 
 def test_what_cannot_be_served_is_said_before_a_model_is_loaded(

@@ -14,6 +14,7 @@ from in_turn import in_turn
 
 from constitutions.errors import UserError
 from models.settings import Settings
+from tasks.record.artifacts import Artifacts
 from tasks.record.preview import SHOWN
 from tasks.record.record import Attempt, Record
 from tasks.record.slot import Slot
@@ -196,6 +197,16 @@ def test_asking_whether_it_exists_creates_nothing(tmp_path: Path) -> None:
     database = tmp_path / "none.db"
     assert not Record("e", tmp_path, f"sqlite:///{database}").exists()
     assert not database.exists()
+
+
+def test_a_text_that_is_replaced_is_read_again_where_the_store_is_elsewhere(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Artifacts, "folder", lambda *_: None)
+    record = Record("e", workplace / "home")
+    for text in ("epochs: 1\n", "epochs: 2\n"):
+        record.log_text("settings.yaml", text)
+        assert record.read_text("settings.yaml") == text
 
 
 def test_a_deleted_experiment_is_named_with_the_way_back(
