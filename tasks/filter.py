@@ -54,7 +54,7 @@ class FilterSettings(Settings):
     min_gain: float = Field(0.0, ge=0, lt=1)
     """How much f(y2, yG) must exceed f(y1, yG)."""
     keep_truncated: bool = False
-    """Keep candidates that were cut at their token limit."""
+    """Keep candidates that were cut at their token limit, and prompts whose first response was."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
