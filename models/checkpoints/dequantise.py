@@ -153,7 +153,7 @@ def convert(file: Path, to: Path, step: Step = lambda name, seconds, memory=0: N
 def _forget_version(file: Path) -> None:
     """Leave out which transformers wrote a configuration: it identifies the base of an adapter."""
     config = json.loads(file.read_text("utf-8"))
-    del config["transformers_version"]
+    config.pop("transformers_version", None)
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
