@@ -356,7 +356,8 @@ def _is_usual(key: str, value: Any, config: PreTrainedConfig) -> bool:
         case "attention.causal":
             return bool(value)
     if key.startswith("rope.scaling.") and (name := ROPE.get(key.rpartition(".")[2])):
-        plain = {"original_max_position_embeddings": config.max_position_embeddings}
+        positions = getattr(config, "max_position_embeddings", None)
+        plain = {"original_max_position_embeddings": positions}
         return bool(value == (plain | rope).get(name))
     return value in (0, False, None)  # a scale, a limit or a bias that is not there
 
@@ -513,11 +514,11 @@ def _add_marks(reader: GGUFReader, core: dict[str, Any]) -> None:
     its text for one to be spelt in bytes.
     """
     added, vocabulary = core["added_tokens"], core["model"]["vocab"]
-    known = {token["id"] for token in added}
     texts = {place: text for text, place in vocabulary.items()}
+    missing = texts.keys() - {token["id"] for token in added}
     marks = _value(reader, "tokenizer.ggml.tokens")
     for place, kind in enumerate(_value(reader, "tokenizer.ggml.token_type", [])):
-        if kind == CONTROL and place not in known:
+        if kind == CONTROL and place in missing:
             text = marks[place]
             del vocabulary[texts[place]]
             vocabulary[text] = place

@@ -1,7 +1,8 @@
 """The 24 rules of the house: what golds obey, and what is to be discovered.
 
 They were written down before anything was measured, and stay as they are: a rule that is never
-learned stays in the tables.
+learned stays in the tables. Mistakes of checkers and of the words in `means` are mended; the
+figures in `benchmarks/house_style.md` say which are older.
 """
 
 from __future__ import annotations
