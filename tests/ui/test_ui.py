@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,8 @@ import httpx
 import psutil
 import pytest
 import small_loop
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
+from playwright.sync_api import sync_playwright
 
 from constitutions.constitution import load
 from flows.experiment import note_settings
@@ -131,8 +133,6 @@ def up(folder: Path) -> Iterator[Place]:
 @pytest.fixture(scope="module")
 def page(place: Place) -> Iterator[Any]:
     """A page of a real browser, 1280 pixels wide."""
-    from playwright.sync_api import sync_playwright
-
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM)
         page = browser.new_page(viewport={"width": 1280, "height": 800})
@@ -200,10 +200,7 @@ def test_a_review_answered_in_its_form(place: Place, page: Any) -> None:
     assert place.record.current("review", 1) is None
     assert place.record.needs("train", 1).run_id == trained.run_id
 
-    page.reload()
-    page.get_by_role("button", name="Open menu").click()
-    page.get_by_role("menuitem", name="Resume").click()
-    form = page.get_by_role("dialog")
+    form = resume_form(page)
     form.get_by_label("Your name").fill("Ada")
     form.get_by_label("Drop it").nth(0).click()
     form.get_by_label("Wording").nth(1).fill("Say thanks first.")
@@ -326,6 +323,20 @@ def sent(page: Any, button: Any, address: str) -> Any:
         if answered.value.status != 503:
             break
     return answered.value
+
+
+def resume_form(page: Any) -> Any:
+    """The form that a suspended run waits for. Prefect saves it after the state "Suspended": a page
+    that asks in between shows an error, and is loaded again."""
+    for _ in range(6):
+        page.reload()
+        page.get_by_role("button", name="Open menu").click()
+        page.get_by_role("menuitem", name="Resume").click()
+        form = page.get_by_role("dialog")
+        with suppress(PlaywrightTimeout):
+            form.get_by_label("Your name").wait_for(timeout=30_000)
+            break
+    return form
 
 
 def sign_in(page: Any, place: Place) -> None:
