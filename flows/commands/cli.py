@@ -782,9 +782,12 @@ def main() -> None:
 def _environment() -> None:
     """Turn telemetry off, reach loopback without a proxy, allow Prefect a slow first start.
 
-    A flow, its subflow and a task each retry an absent server for 15 seconds.
+    A flow, its subflow and a task each retry an absent server for 15 seconds. oneDNN keeps a
+    thousand compiled primitives, one set for each length of a batch: 64 train as fast, in 0.6 GB
+    less after 38 steps.
     """
     defaults = {
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
