@@ -683,7 +683,7 @@ def up(
     found = services.up(port, mlflow_port)
     say(f"Prefect  {found.prefect}  runs, schedules and a form for each stage")
     if found.login:
-        say(f"Login    {found.login}  Prefect's page asks for it once in each browser")
+        say(f"Login    {found.login}  both pages ask for it once in each browser")
     if services.login_file().exists():
         say(f"         kept in {services.login_file()}, which only you can read")
     for run in found.ended:

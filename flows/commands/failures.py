@@ -31,6 +31,8 @@ def explained(error: BaseException) -> tuple[str, int] | None:
             )
             return str(refused), 2
     for cause in _causes(error):
+        if refused_login := _refused_login(cause):
+            return str(refused_login), 2
         if outage := _outage(cause):
             return f"{outage}; finished work is kept: staple run EXPERIMENT --resume", 1
     return None
@@ -40,6 +42,24 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+def _refused_login(error: BaseException) -> UserError | None:
+    library = type(error).__module__.partition(".")[0]
+    if library == "mlflow" and getattr(error, "error_code", "") == "UNAUTHENTICATED":
+        server, login = "MLflow", "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD"
+    elif getattr(getattr(error, "response", None), "status_code", 0) == 401 and (
+        library in ("httpx", "prefect")
+    ):
+        server, login = "Prefect's server", "PREFECT_API_AUTH_STRING"
+    else:
+        return None
+    return UserError(
+        f"{server} refuses the login",
+        where=f"{login}, in the environment",
+        expected="the login that the server was started with (of staple up: its services/login)",
+        fix="set it; for the servers of staple up, unset it",
+    )
 
 
 def _outage(error: BaseException) -> str:

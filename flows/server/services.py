@@ -2,8 +2,8 @@
 
 Each is a process with a mark in its environment, which its children inherit. `staple down` ends
 exactly the processes with a mark, even if the system has reused their ids. $STAPLE_HOME keeps a
-list of the services, which other commands read (`adopt`), and Prefect's password, which processes
-get in their environment, never as an argument.
+list of the services, which other commands read (`adopt`), and the login of both servers, which
+processes get in their environment, never as an argument.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import secrets
 import socket
 import subprocess
 import sys
@@ -19,7 +20,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +49,17 @@ URL = "STAPLE_SERVICE_URL"
 """Environment variable of a service: where it answers."""
 HOST = "127.0.0.1"
 PORTS = {"prefect": 4200, "mlflow": 5000}
+ADDRESSES = {"prefect": "PREFECT_API_URL", "mlflow": "MLFLOW_TRACKING_URI"}
+"""Environment variables of clients: where the servers answer."""
 START_SECONDS = 180
 """How long a service may take to answer: the first start creates its database."""
+ACCOUNTS = """[mlflow]
+database_uri = sqlite:///{database}
+default_permission = NO_PERMISSIONS
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+auth_cache_ttl_seconds = 3600
+"""
+"""MLflow's settings of its accounts; without the cache each request hashes the password again."""
 STOP_SECONDS = 20
 """How long a service may take to end before it is killed."""
 
@@ -91,20 +100,27 @@ class Up:
     started: tuple[str, ...]
     folder: Path
     login: str = ""
-    """The login for Prefect's page, if this call created it."""
+    """The login for both pages, if this call created it."""
     ended: tuple[str, ...] = ()
     """Flow runs of dead workers that this call marked as crashed."""
 
 
 def adopt() -> None:
     """Let this process use the running services, unless its environment names others."""
-    wanted = {"prefect": "PREFECT_API_URL", "mlflow": "MLFLOW_TRACKING_URI"}
     for service in _noted():
-        variable = wanted.get(service.name)
+        variable = ADDRESSES.get(service.name)
         if variable and variable not in os.environ and service.is_alive():
-            os.environ[variable] = api_url(service)
-            if service.name == "prefect" and (login := _login()):
-                os.environ.setdefault("PREFECT_API_AUTH_STRING", login)
+            for name, value in _client_environment(service).items():
+                os.environ.setdefault(name, value)
+
+
+def _client_environment(server: Service) -> dict[str, str]:
+    """Where one of our servers answers, and the login for it, as environment variables."""
+    address = {ADDRESSES[server.name]: api_url(server)}
+    if server.name == "prefect":
+        return {**address, "PREFECT_API_AUTH_STRING": _prefect_login()}
+    user, _, password = _login().partition(":")
+    return {**address, "MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
 
 
 def api_url(service: Service) -> str:
@@ -152,14 +168,12 @@ def down() -> list[str]:
 def _up(starting: _Starting, prefect_port: int | None, mlflow_port: int | None) -> Up:
     prefect = os.environ.get("PREFECT_API_URL", "")
     tracking = os.environ.get("MLFLOW_TRACKING_URI", "")
-    before, made = dict(starting.running), ""
-    login = os.environ.get("PREFECT_API_AUTH_STRING")
-    if own := not prefect:
-        if "prefect" not in starting.running:
-            made = _make_login()
-        login = _login()
-        starting.server("prefect", prefect_port, partial(_prefect_server, login))
-    if not tracking.startswith(("http:", "https:")):
+    before = dict(starting.running)
+    own, own_mlflow = not prefect, not tracking.startswith(("http:", "https:"))
+    made = _make_login() if own or own_mlflow else ""
+    if own:
+        starting.server("prefect", prefect_port, _prefect_server)
+    if own_mlflow:
         from filelock import FileLock
 
         from tasks.record import database
@@ -169,15 +183,15 @@ def _up(starting: _Starting, prefect_port: int | None, mlflow_port: int | None) 
             starting.server("mlflow", mlflow_port, _mlflow_server)
             starting.wait_for("mlflow", _answers)
     starting.wait_for("prefect", _answers)
-    servers = starting.running
-    prefect = prefect or api_url(servers["prefect"])
-    tracking = servers["mlflow"].url if "mlflow" in servers else tracking
     client_environment = {"PREFECT_API_URL": prefect, "MLFLOW_TRACKING_URI": tracking}
-    if login:
-        client_environment["PREFECT_API_AUTH_STRING"] = login
+    for name in ADDRESSES:
+        if server := starting.running.get(name):
+            client_environment.update(_client_environment(server))
+    prefect, tracking = (client_environment[variable] for variable in ADDRESSES.values())
     if starting.started:
         given = {**_environment(), **client_environment}
         deploy(prefect, given, recorded_names())
+    login = {**os.environ, **client_environment}.get("PREFECT_API_AUTH_STRING")
     with client_of(prefect, login) as client:
         dead = {s.mark for s in starting.others if s.is_here and not _of(s.mark)}
         ended = end_dead_runs(client, dead, alone=own)
@@ -280,16 +294,25 @@ class _Starting:
         _note([*self.others, *self.running.values()])
 
 
-def _prefect_server(login: str, port: int) -> tuple[list[str], dict[str, str]]:
+def _prefect_server(port: int) -> tuple[list[str], dict[str, str]]:
     command = ["flows.server.prefect_server", "--port", str(port)]
-    return command, server_environment(f"http://{HOST}:{port}", login, _home())
+    return command, server_environment(f"http://{HOST}:{port}", _prefect_login(), _home())
 
 
 def _mlflow_server(port: int) -> tuple[list[str], dict[str, str]]:
-    """MLflow's server over the database and folder that the command line uses without one."""
+    """MLflow's server over the database and folder that the command line uses without one.
+
+    It has one account. Its accounts' database is made anew at each start, since MLflow keeps the
+    password of an account that is there already.
+    """
     from tasks.record import database
 
+    accounts, settings = (_folder() / f"mlflow-accounts.{kind}" for kind in ("db", "ini"))
+    accounts.unlink(missing_ok=True)
+    settings.write_text(ACCOUNTS.format(database=str(accounts).replace("%", "%%")))
+    user, _, password = _login().partition(":")
     options = {
+        "--app-name": "basic-auth",
         "--host": HOST,
         "--port": str(port),
         "--workers": "1",
@@ -299,6 +322,10 @@ def _mlflow_server(port: int) -> tuple[list[str], dict[str, str]]:
     return command, {
         "MLFLOW_BACKEND_STORE_URI": database.tracking_uri(),  # its password is to be no argument
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_AUTH_CONFIG_PATH": str(settings),
+        "MLFLOW_AUTH_ADMIN_USERNAME": user,
+        "MLFLOW_AUTH_ADMIN_PASSWORD": password,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_urlsafe(24),
     }
 
 
@@ -309,21 +336,23 @@ def _environment() -> dict[str, str]:
     return {**kept, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
 
 
-# Prefect's password ------------------------------------------------------------------------------
+# The login --------------------------------------------------------------------------------------
 
 GIVEN_LOGIN = "PREFECT_SERVER_API_AUTH_STRING"
-"""Environment variable with a login that replaces the generated one."""
+"""Environment variable with a login that replaces the generated one, for Prefect alone."""
 
 
 def login_file() -> Path:
-    """The file with Prefect's login of `staple up`: a name, a colon, a password."""
-    return _folder() / "prefect-login"
+    """The file with the login of `staple up`'s servers: a name, a colon, a password."""
+    return _folder() / "login"
+
+
+def _prefect_login() -> str:
+    return os.environ.get(GIVEN_LOGIN) or _login()
 
 
 def _login() -> str:
-    """The login of this machine's Prefect server; "" if it has none."""
-    if given := os.environ.get(GIVEN_LOGIN):
-        return given
+    """The generated login; "" if there is none."""
     try:
         with open(login_file(), encoding="utf-8", opener=private.opener) as kept:
             return kept.read().strip()
@@ -333,12 +362,9 @@ def _login() -> str:
 
 def _make_login() -> str:
     """Generate and keep a login; "" if there is one already."""
-    given = os.environ.get(GIVEN_LOGIN)
-    if not given and _login():
+    if _login():
         return ""
     login_file().unlink(missing_ok=True)
-    if given:
-        return ""
     login = new_login()
     with open(login_file(), "x", encoding="utf-8", opener=private.opener) as kept:
         kept.write(login + "\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from constitutions.errors import UserError
@@ -12,12 +14,14 @@ URI = "postgresql://someone:s3cr3t@database/mlflow"
 
 
 def test_the_mlflow_server_is_told_its_database_by_the_environment(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Everyone on a machine can read the arguments of its processes."""
     from mlflow.cli import server
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", URI)
+    monkeypatch.setenv("STAPLE_HOME", str(tmp_path))
+    services.login_file().parent.mkdir()
     command, environment = services._mlflow_server(5000)
     assert "s3cr3t" not in " ".join(command)
     (option,) = [o for o in server.params if o.name == "backend_store_uri"]

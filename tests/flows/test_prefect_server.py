@@ -100,33 +100,34 @@ def site(
     prefect, mlflow = free_port(), free_port()
     try:
         shown = staple(folder, "up", "--port", str(prefect), "--mlflow-port", str(mlflow))
-        login = (folder / ".staple/services/prefect-login").read_text().strip()
+        login = (folder / ".staple/services/login").read_text().strip()
         urls = f"http://127.0.0.1:{prefect}", f"http://127.0.0.1:{mlflow}"
         yield Site(folder, *urls, login, shown)
     finally:
         staple(folder, "down")
 
 
-def staple(folder: Path, *arguments: str) -> str:
+def staple(folder: Path, *arguments: str, code: int = 0, **environment: str) -> str:
+    """Run `staple` in a process of its own; what it prints."""
     foreign = ("PREFECT_API", "PREFECT_SERVER", "MLFLOW_TRACKING")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     own = {"PREFECT_HOME": f"{folder}/prefect", "STAPLE_HOME": f"{folder}/.staple"}
     done = subprocess.run(
         [sys.executable, "-m", "flows.commands.program", *arguments],
         cwd=folder,
-        env={**kept, **own, "PYTHONPATH": str(ROOT)},
+        env={**kept, **own, "PYTHONPATH": str(ROOT), **environment},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr if code else done.stdout
 
 
 def test_the_password_is_printed_once_and_kept_for_its_owner(site: Site) -> None:
     folder = site.folder / ".staple" / "services"
     assert site.login in site.shown
-    assert (folder / "prefect-login").stat().st_mode & 0o777 == 0o600
+    assert (folder / "login").stat().st_mode & 0o777 == 0o600
     assert folder.stat().st_mode & 0o777 == 0o700
     secret = site.login.partition(":")[2]
     assert len(secret) >= 32
@@ -152,12 +153,28 @@ def test_who_is_let_in(site: Site) -> None:
     assert "<title>" in page.text
 
 
-def test_mlflow_turns_away_other_hosts_and_origins(site: Site) -> None:
-    address = f"{site.mlflow}/api/2.0/mlflow/experiments/search"
-    wanted = {"max_results": 1}
-    assert httpx.post(address, json=wanted, timeout=300).status_code == 200
-    for head in ({"host": "evil.example"}, {"origin": "http://evil.example"}):
-        assert httpx.post(address, json=wanted, headers=head, timeout=300).status_code == 403
+def test_whom_mlflow_lets_in(site: Site) -> None:
+    user, password = site.login.split(":")
+
+    def asked(auth: tuple[str, str] | None = (user, password), **head: str) -> int:
+        address = f"{site.mlflow}/api/2.0/mlflow/experiments/search"
+        body = {"max_results": 1}
+        return httpx.post(address, json=body, headers=head, auth=auth, timeout=300).status_code
+
+    assert asked() == 200
+    assert asked(auth=None) == 401
+    assert asked(auth=(user, "guess")) == 401
+    assert asked(host="evil.example") == 403
+    assert asked(origin="http://evil.example") == 403
+    assert httpx.get(site.mlflow, timeout=300).status_code == 401
+
+
+@pytest.mark.parametrize("variable", ["MLFLOW_TRACKING_PASSWORD", "PREFECT_API_AUTH_STRING"])
+def test_a_wrong_login_of_the_environment_is_named(site: Site, variable: str) -> None:
+    wrong = {variable: "some:guess"}
+    said = staple(site.folder, "run", "planted", "--set", "iterations=0", code=2, **wrong)
+    assert variable in said and "refuses the login" in said
+    assert "Traceback" not in said and "guess" not in said
 
 
 def test_a_websocket_is_guarded_too(site: Site) -> None:

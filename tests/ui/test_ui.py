@@ -54,11 +54,9 @@ class Place:
 
     @property
     def login(self) -> tuple[str, str]:
-        """Name and password of Prefect's server."""
-        name, _, password = (
-            (self.folder / ".staple/services/prefect-login").read_text().partition(":")
-        )
-        return name, password.strip()
+        """Name and password of both servers."""
+        name, password = (self.folder / ".staple/services/login").read_text().strip().split(":")
+        return name, password
 
     def staple(self, *arguments: str) -> str:
         return staple(self.folder, *arguments)
@@ -125,7 +123,11 @@ def up(folder: Path) -> Iterator[Place]:
         shown = staple(folder, "up", "--port", str(prefect), "--mlflow-port", str(mlflow))
         found = Place(folder, f"http://127.0.0.1:{prefect}", f"http://127.0.0.1:{mlflow}")
         assert found.prefect in shown and found.mlflow in shown
-        yield found
+        user, password = found.login
+        with pytest.MonkeyPatch.context() as patch:  # for `Place.record`
+            patch.setenv("MLFLOW_TRACKING_USERNAME", user)
+            patch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+            yield found
     finally:
         staple(folder, "down")
 
@@ -340,9 +342,11 @@ def resume_form(page: Any) -> Any:
 
 
 def sign_in(page: Any, place: Place) -> None:
-    """Open Prefect's first page."""
+    """Give both servers the login; Prefect's first page is open then."""
+    login = ":".join(place.login)
+    page.goto(place.mlflow.replace("//", f"//{login}@"))  # as the browser's own dialog does
     page.goto(f"{place.prefect}/v2")
-    page.get_by_placeholder("admin:pass").fill(":".join(place.login))
+    page.get_by_placeholder("admin:pass").fill(login)
     page.get_by_role("button", name="Login").click()
     page.wait_for_url(lambda url: "/dashboard" in url)
 
