@@ -29,6 +29,7 @@ from models.training.loop import Likelihood, share, train, weighted_loss
 from models.training.mixed_precision import FLOAT32_ATTENTION
 from models.training.updates import attach_adapter, new_adapter, trainable
 
+CAPACITY = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 SETTINGS = AdapterSettings(
     lora_rank=8, lora_alpha=16, learning_rate=1e-2, batch_size=4, micro_batch_tokens=40
 )
@@ -180,6 +181,30 @@ def test_memory_that_was_freed_goes_back_to_the_system(model: Path, tmp_path: Pa
     run(job(model, tmp_path), EXAMPLES[:4])
     assert process.memory_info().rss < before - (300 << 20)
     assert len(above) == 1 << 16
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 here"
+)
+def test_a_cpus_training_keeps_few_compiled_primitives() -> None:
+    """Batches of 300 lengths, with the command line's environment and with oneDNN's own."""
+    code = (
+        "from flows.commands.cli import _environment\n"
+        "_environment()\n"
+        "import psutil, torch\n"
+        "torch.set_num_threads(1)\n"
+        "layer = torch.nn.Linear(576, 576, dtype=torch.bfloat16)\n"
+        "for length in (400, *range(100, 400)):\n"
+        "    layer(torch.zeros(length, 576, dtype=torch.bfloat16)).sum().backward()\n"
+        "    before = psutil.Process().memory_info().rss if length == 400 else before\n"
+        "print(psutil.Process().memory_info().rss - before)"
+    )
+
+    def grown(**given: str) -> int:
+        kept = {name: value for name, value in os.environ.items() if name != CAPACITY}
+        return int(subprocess.check_output([sys.executable, "-c", code], env={**kept, **given}))
+
+    assert grown() < 0.8 * grown(**{CAPACITY: "1024"})
 
 
 def test_an_error_in_one_of_several_processes_is_one_message(model: Path, tmp_path: Path) -> None:
