@@ -46,7 +46,7 @@ def file(tmp_path: Path, migrated_database: Path) -> Path:
 def test_the_pinned_mlflow_has_this_schema() -> None:
     """A new pin of MLflow: look whether the tables that `FileReader` reads are still the same."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    assert f"mlflow=={database.VERSION}" in project["dependencies"]
+    assert f"mlflow[auth]=={database.VERSION}" in project["dependencies"]
     assert version("mlflow") == database.VERSION
     assert _get_latest_schema_revision() == database.SCHEMA
 
