@@ -202,9 +202,10 @@ def test_a_cpus_training_keeps_few_compiled_primitives() -> None:
 
     def grown(**given: str) -> int:
         kept = {name: value for name, value in os.environ.items() if name != CAPACITY}
+        kept["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"  # newer processors have other primitives
         return int(subprocess.check_output([sys.executable, "-c", code], env={**kept, **given}))
 
-    assert grown() < 0.8 * grown(**{CAPACITY: "1024"})
+    assert grown() < 0.9 * grown(**{CAPACITY: "1024"})
 
 
 def test_an_error_in_one_of_several_processes_is_one_message(model: Path, tmp_path: Path) -> None:
